@@ -1,0 +1,121 @@
+"""Files: whole or not at all, and errors that name the file."""
+
+import errno
+import os
+import stat
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from cospadi.errors import ArtifactError
+from cospadi.files import ModelFolder, TensorFile, read_json, replacing, write_json, write_tensors
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+
+def test_tensors_round_trip_bit_for_bit_and_agree_with_torch(tmp_path):
+    path = tmp_path / "t.safetensors"
+    tensors = {
+        "bf16": np.arange(6, dtype=np.float32).reshape(2, 3).astype(ml_dtypes.bfloat16),
+        "f32": np.array([1.5, -2.5], np.float32),
+        "u8": np.arange(5, dtype=np.uint8),
+        "empty": np.empty((0, 3), np.float32),
+        "transposed": np.arange(6, dtype=np.float32).reshape(2, 3).T,
+    }
+    write_tensors(path, tensors, {"spec": {"a": [1, 2]}, "b": 1, "c": 2, "d": 3})
+    file = TensorFile(path)
+    assert file.metadata == {"spec": {"a": [1, 2]}, "b": 1, "c": 2, "d": 3}
+    for name, tensor in tensors.items():
+        assert file.read(name).dtype == tensor.dtype
+        np.testing.assert_array_equal(file.read(name), tensor)
+        assert file.nbytes(name) == tensor.nbytes
+    torch.testing.assert_close(load_file(path)["bf16"], torch.arange(6.0).reshape(2, 3).to(torch.bfloat16))
+    first = path.read_bytes()
+    for _ in range(8):
+        write_tensors(path, dict(reversed(tensors.items())), {"d": 3, "c": 2, "b": 1, "spec": {"a": [1, 2]}})
+        assert path.read_bytes() == first
+
+
+def test_truncated_tensor_file_names_file_and_remedy(tmp_path):
+    path = tmp_path / "t.safetensors"
+    write_tensors(path, {"a": np.zeros(100, np.float32)})
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ArtifactError, match=r"t\.safetensors: not a complete safetensors file .* run again"):
+        TensorFile(path)
+
+
+def test_missing_files_and_tensors_are_named(tmp_path):
+    with pytest.raises(ArtifactError, match=r"no\.safetensors: the file does not exist"):
+        TensorFile(tmp_path / "no.safetensors")
+    write_tensors(tmp_path / "t.safetensors", {"a": np.zeros(1, np.float32)})
+    with pytest.raises(ArtifactError, match="holds no tensor b"):
+        TensorFile(tmp_path / "t.safetensors").read("b")
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(ArtifactError, match=r"bad\.json: not valid JSON"):
+        read_json(tmp_path / "bad.json")
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"old": 1})
+    with pytest.raises(RuntimeError), replacing(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert read_json(path) == {"old": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(tmp_path):
+    with pytest.raises(ArtifactError, match=r"a\.json: the disk is full \(\d+ MiB left\)"), replacing(tmp_path / "a.json"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_under_safetensors_is_said_too(tmp_path, monkeypatch):
+    def save_file(*args):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.numpy.save_file", save_file)
+    with pytest.raises(ArtifactError, match=r"t\.safetensors: the disk is full"):
+        write_tensors(tmp_path / "t.safetensors", {"a": np.zeros(1, np.float32)})
+    assert not list(tmp_path.iterdir())
+
+
+def test_tensor_files_can_be_read_by_others(tmp_path):
+    previous = os.umask(0o022)
+    try:
+        write_tensors(tmp_path / "t.safetensors", {"a": np.zeros(1, np.float32)})
+    finally:
+        os.umask(previous)
+    assert stat.S_IMODE((tmp_path / "t.safetensors").stat().st_mode) == 0o644
+
+
+def test_json_refuses_nan(tmp_path):
+    with pytest.raises(ValueError, match="Out of range float"):
+        write_json(tmp_path / "a.json", {"x": float("nan")})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_replaces_a_folder(tmp_path):
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "stale").touch()
+    with replacing(target) as temporary:
+        temporary.mkdir()
+        (temporary / "fresh").touch()
+    assert [entry.name for entry in target.iterdir()] == ["fresh"]
+
+
+def test_model_folder_reads_shards_and_names_the_missing_one(tmp_path):
+    write_json(tmp_path / "config.json", {})
+    weight = torch.arange(6.0).reshape(2, 3)
+    save_file({"a.weight": weight.to(torch.bfloat16)}, tmp_path / "model-1.safetensors")
+    write_json(
+        tmp_path / "model.safetensors.index.json",
+        {"weight_map": {"a.weight": "model-1.safetensors", "b.weight": "model-2.safetensors"}},
+    )
+    folder = ModelFolder(tmp_path)
+    np.testing.assert_array_equal(folder.read_weight("a"), weight.numpy().T)
+    with pytest.raises(ArtifactError, match=r"model-2\.safetensors: the file does not exist"):
+        folder.read_weight("b")

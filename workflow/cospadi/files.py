@@ -1,0 +1,243 @@
+"""Files: written whole or not at all, read with errors that name the file and the remedy.
+
+Tensors travel as safetensors. The ``numpy`` front end of safetensors knows no bfloat16, so tensors are
+mapped here straight from the file with ``ml_dtypes.bfloat16``; no stage needs torch to read a weight.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from cospadi.errors import ArtifactError
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+_METADATA_KEY = "cospadi"
+_SAFETENSORS_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": BFLOAT16,
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "U16": np.dtype(np.uint16),
+    "U32": np.dtype(np.uint32),
+    "U64": np.dtype(np.uint64),
+    "BOOL": np.dtype(bool),
+}
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path in the folder of `path`; move it onto `path` if the block succeeds.
+
+    On any exception (a killed job, a full disk) the temporary file or folder is removed and `path` is
+    left as it was, so a reader never sees a half-written artifact.
+
+    Raises
+    ------
+    ArtifactError
+        If the disk is full, naming the file and the space left.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.")) / path.name
+    try:
+        yield temporary
+        if path.is_dir() and temporary.is_dir():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    except (OSError, safetensors.SafetensorError) as error:
+        if _is_disk_full(error):
+            free = shutil.disk_usage(path.parent).free
+            raise ArtifactError(
+                path,
+                f"the disk is full ({free / 2**20:.0f} MiB left)",
+                "Free space, or choose another folder, and run again; finished files are kept",
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(temporary.parent, ignore_errors=True)
+
+
+def _is_disk_full(error: Exception) -> bool:
+    # safetensors passes on the message of the system's error, not its number
+    return getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON, whole or not at all; NaN and infinities are refused."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path, remedy: str = "Delete it and run again") -> Any:
+    """Read a JSON file.
+
+    Raises
+    ------
+    ArtifactError
+        If the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError as error:
+        raise ArtifactError(path, "the file does not exist", remedy) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtifactError(path, f"not valid JSON ({error})", remedy) from error
+
+
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Write a safetensors file, whole or not at all; equal content gives equal bytes.
+
+    Parameters
+    ----------
+    path : path-like
+    tensors : mapping of str to ndarray
+        Any dtype of the safetensors format, ``ml_dtypes.bfloat16`` included.
+    metadata : mapping, optional
+        Any JSON values; kept in the file's header.
+    """
+    arrays = {}
+    for name in sorted(tensors):
+        if tensors[name].dtype not in _SAFETENSORS_DTYPES.values():
+            raise TypeError(f"{name}: dtype {tensors[name].dtype} has no safetensors equivalent")
+        arrays[name] = np.ascontiguousarray(tensors[name]).reshape(tensors[name].shape)
+    # one key: safetensors writes several in an order that changes from call to call
+    header = {_METADATA_KEY: json.dumps(metadata, sort_keys=True)} if metadata else None
+    with replacing(path) as temporary:
+        safetensors.numpy.save_file(arrays, temporary, header)
+        temporary.chmod(_file_mode())  # safetensors makes files that only their owner can read
+
+
+def _file_mode() -> int:
+    """Mode of an ordinary new file under the process's umask."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
+class TensorFile:
+    """A safetensors file mapped read-only; a tensor costs memory only when it is copied.
+
+    Parameters
+    ----------
+    path : path-like
+    remedy : str
+        What the user does if the file is damaged.
+
+    Attributes
+    ----------
+    entries : dict
+        Tensor name to ``{"dtype", "shape", "data_offsets"}`` as in the file's header.
+    metadata : dict
+        As given to `write_tensors`; of a foreign file, its header's strings.
+    """
+
+    def __init__(self, path: str | Path, remedy: str = "Delete it and run again") -> None:
+        self.path = Path(path)
+        self._remedy = remedy
+        try:
+            # safe_open checks the header against the file's length
+            with safetensors.safe_open(self.path, framework="np"):
+                pass
+            with open(self.path, "rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length))
+        except FileNotFoundError as error:
+            raise ArtifactError(path, "the file does not exist", remedy) from error
+        except (safetensors.SafetensorError, OSError, ValueError) as error:
+            raise ArtifactError(path, f"not a complete safetensors file ({error})", remedy) from error
+        metadata = header.pop("__metadata__", {})
+        self.metadata: dict[str, Any] = json.loads(metadata[_METADATA_KEY]) if _METADATA_KEY in metadata else metadata
+        self.entries: dict[str, dict[str, Any]] = header
+        self._start = 8 + length
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.entries
+
+    def names(self) -> list[str]:
+        """Tensor names, sorted."""
+        return sorted(self.entries)
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of a tensor in the file."""
+        first, last = self._entry(name)["data_offsets"]
+        return last - first
+
+    def read(self, name: str) -> np.ndarray:
+        """Map a tensor read-only in the dtype of the file (bfloat16 as ``ml_dtypes.bfloat16``)."""
+        entry = self._entry(name)
+        shape = tuple(entry["shape"])
+        dtype = _SAFETENSORS_DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise ArtifactError(
+                self.path, f"tensor {name} has dtype {entry['dtype']}, which is not supported", self._remedy
+            )
+        if 0 in shape:
+            return np.empty(shape, dtype)
+        offset = self._start + entry["data_offsets"][0]
+        return np.memmap(self.path, dtype=dtype, mode="r", offset=offset, shape=shape or (1,)).reshape(shape)
+
+    def _entry(self, name: str) -> dict[str, Any]:
+        if name not in self.entries:
+            raise ArtifactError(self.path, f"holds no tensor {name}", self._remedy)
+        return self.entries[name]
+
+
+class ModelFolder:
+    """The weights of a Hugging Face folder, one tensor at a time, sharded or not, without torch.
+
+    Parameters
+    ----------
+    path : path-like
+        Folder with ``config.json`` and ``model.safetensors`` or ``model.safetensors.index.json``.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._remedy = "Fetch the model again; safetensors weights are required (no .bin files)"
+        self.config: dict[str, Any] = read_json(self.path / "config.json", self._remedy)
+        index = self.path / "model.safetensors.index.json"
+        if index.exists():
+            weight_map = read_json(index, self._remedy)["weight_map"]
+        else:
+            single = TensorFile(self.path / "model.safetensors", self._remedy)
+            weight_map = dict.fromkeys(single.names(), single.path.name)
+        self.weight_map: dict[str, str] = weight_map
+        self._files: dict[str, TensorFile] = {}
+
+    def file_of(self, name: str) -> TensorFile:
+        """The shard that holds tensor `name`."""
+        if name not in self.weight_map:
+            raise ArtifactError(self.path, f"holds no tensor {name}", self._remedy)
+        shard = self.weight_map[name]
+        if shard not in self._files:
+            self._files[shard] = TensorFile(self.path / shard, self._remedy)
+        return self._files[shard]
+
+    def read(self, name: str) -> np.ndarray:
+        """Map tensor `name` read-only in its stored dtype and shape."""
+        return self.file_of(name).read(name)
+
+    def read_weight(self, matrix: str) -> np.ndarray:
+        """Weight of linear layer `matrix` as float32 (d_in, d_out): ``nn.Linear.weight`` transposed."""
+        return np.ascontiguousarray(self.read(f"{matrix}.weight").astype(np.float32).T)
