@@ -1,0 +1,82 @@
+"""The activation file: how it is read and written, what its bits mean, which windows are held out. No torch needed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from cospadi.errors import ArtifactError, ConfigError
+from cospadi.files import replacing
+
+FORMAT_VERSION = 1
+
+# how values of a dtype are stored; HDF5 has no bfloat16, so its bits travel as uint16
+STORED_AS = {"bfloat16": np.uint16, "float16": np.float16, "float32": np.float32}
+
+
+@contextlib.contextmanager
+def reading(path: str | Path, remedy: str) -> Iterator[h5py.File]:
+    """Open an HDF5 file to read; whatever is wrong with it, in the block too, becomes one ArtifactError.
+
+    Keep the block to the reading itself, so that no other error is taken for a damaged file.
+    """
+    try:
+        with h5py.File(path, "r") as file:
+            yield file
+    except FileNotFoundError as error:
+        raise ArtifactError(path, "the file does not exist", "Run the workflow again, which makes it") from error
+    except (OSError, KeyError, RuntimeError) as error:  # cut short; an entry missing; a checksum that fails
+        raise ArtifactError(path, f"not a complete HDF5 file of the expected layout ({error})", remedy) from error
+
+
+@contextlib.contextmanager
+def writing(path: str | Path, attributes: Mapping[str, Any]) -> Iterator[h5py.File]:
+    """Write an HDF5 file with these attributes, whole or not at all.
+
+    Raises
+    ------
+    ArtifactError
+        If the disk is full.
+    """
+    with replacing(path) as temporary:
+        try:
+            with h5py.File(temporary, "w") as file:
+                file.attrs.update(attributes)
+                yield file
+        except (OSError, RuntimeError) as error:
+            # a file that cannot even be closed raises a RuntimeError without errno
+            if os.strerror(errno.ENOSPC) in str(error):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+            raise
+
+
+def to_float32(block: np.ndarray, dtype: str) -> np.ndarray:
+    """Values of a stored block as float32; exact for all dtypes of `STORED_AS`."""
+    if dtype == "bfloat16":
+        return (block.astype(np.uint32) << 16).view(np.float32)
+    return block.astype(np.float32, copy=False)
+
+
+def first_heldout(n_windows: int, fraction: float) -> int:
+    """Index of the first held-out window: the last `fraction` of the windows is held out, at least one if positive.
+
+    Raises
+    ------
+    ConfigError
+        If `fraction` is not in [0, 1) or leaves no window.
+    """
+    if not 0 <= fraction < 1:
+        raise ConfigError([f"heldout_fraction is {fraction}; allowed is 0 <= heldout_fraction < 1"])
+    if fraction == 0:
+        return n_windows
+    first = n_windows - max(1, round(fraction * n_windows))
+    if first < 1:
+        raise ConfigError([f"heldout_fraction {fraction} leaves none of {n_windows} windows; take more samples"])
+    return first

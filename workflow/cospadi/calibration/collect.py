@@ -1,0 +1,342 @@
+"""Walk a chunk of decoder blocks over the calibration windows and keep what enters every matrix.
+
+The chunk starts from tokens or from the hidden states the chunk before left, so memory holds its blocks and one
+batch, never the model. Mode ``store`` writes the rows themselves; mode ``stream`` adds them up to Grams at once and
+needs no disk for rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import h5py
+import numpy as np
+
+from cospadi.calibration.activations import FORMAT_VERSION, STORED_AS, first_heldout, reading, writing
+from cospadi.errors import ArtifactError, NumericalError
+from cospadi.structure import find_blocks, load_layers
+
+if TYPE_CHECKING:
+    import torch
+
+LOSS_LIMIT = 0.01  # share of batches that may be lost to NaN or infinity
+
+_CHUNK_BYTES = 2**20
+_WINDOWS_REMEDY = "Delete it and run again to prepare the calibration windows anew"
+
+
+def collect(
+    model_folder: str | Path,
+    structure: Mapping[str, Any],
+    windows: str | Path,
+    layers: range,
+    *,
+    hidden_in: str | Path | None,
+    rows_out: str | Path,
+    hidden_out: str | Path | None,
+    mode: Literal["store", "stream"],
+    dtype: Literal["bfloat16", "float16", "float32"],
+    batch_tokens: int,
+    device: str = "cpu",
+    heldout_fraction: float = 0.0,
+    log: Callable[[str], None] = print,
+) -> None:
+    """Collect the inputs of every matrix of consecutive layers.
+
+    Parameters
+    ----------
+    model_folder : path-like
+        A Hugging Face folder.
+    structure : mapping
+        What `cospadi.structure.inspect_model` found in it.
+    windows : path-like
+        HDF5 with ``input_ids (samples, length)`` and ``attention_mask (samples, length)``.
+    layers : range
+        The chunk: consecutive layer numbers, from 0.
+    hidden_in : path-like or None
+        The `hidden_out` of the chunk before; None when the chunk starts at layer 0.
+    rows_out : path-like
+        Written: a group ``layer_03/<site>`` for each site, with ``rows (n_tokens, d_in)`` and
+        ``window_rows (samples,)``, the number of rows from each window (mode ``store``); or ``gram (d_in, d_in)``
+        float64 and, with `heldout_fraction`, ``gram_heldout`` (mode ``stream``). Pad tokens are left out. Attributes:
+        ``n_tokens``, ``n_heldout`` (in ``gram_heldout``), ``n_batches``, ``n_skipped`` (batches left out because
+        the input of this site was not finite).
+    hidden_out : path-like or None
+        Written: ``hidden (samples, length, hidden_size)``, what the last block gives, before any final norm.
+    mode : {"store", "stream"}
+    dtype : {"bfloat16", "float16", "float32"}
+        Dtype of the forward pass and of what is stored; bfloat16 is stored as its bits in uint16.
+    batch_tokens : int
+        Tokens in a forward pass; at least one window is taken.
+    device : str
+    heldout_fraction : float
+        Mode ``stream``: share of the windows, the last ones, whose rows go to ``gram_heldout``. In mode ``store``
+        that is decided when the Gram is computed.
+    log : callable
+        Takes a progress line.
+
+    Raises
+    ------
+    NumericalError
+        If more than 1 % of the batches are lost at a site.
+    ArtifactError
+        If the windows or hidden states are damaged or do not fit the model, or the disk is too small.
+    """
+    import torch
+
+    if layers.step != 1 or not 0 <= layers.start < layers.stop <= structure["n_layers"]:
+        raise ValueError(f"{layers} is no range of consecutive layers of a model of {structure['n_layers']} layers")
+    if (hidden_in is None) != (layers.start == 0):
+        raise ValueError("hidden_in is needed by every chunk but the one that starts at layer 0")
+    input_ids, attention_mask, seed = _read_windows(windows, structure["vocab_size"])
+    samples, length = input_ids.shape
+    hidden_shape = (samples, length, structure["hidden_size"])
+    if hidden_in is not None:
+        _check_hidden(hidden_in, hidden_shape, dtype, layers.start - 1)
+    heldout_from = first_heldout(samples, heldout_fraction)
+    _check_disk(structure, layers, rows_out, hidden_out, mode, dtype, int(attention_mask.sum()), hidden_shape)
+    attributes = {
+        "format_version": FORMAT_VERSION,
+        "model": structure["model"],
+        "seed": seed,
+        "dtype": dtype,
+        "n_windows": samples,
+        "mode": mode,
+        "heldout_from": heldout_from,
+    }
+
+    model = load_layers(model_folder, layers.start, layers.stop - 1, dtype=dtype, device=device)
+    _, blocks = find_blocks(model)
+    step = max(1, batch_tokens // length)
+    starts = range(0, samples, step)
+
+    with contextlib.ExitStack() as stack:
+        rows_file = stack.enter_context(writing(rows_out, attributes))
+        sites = []
+        for index in layers:
+            layer = structure["layers"][index]
+            for site in layer["sites"]:
+                group = rows_file.create_group(f"{layer['name']}/{site['name']}")
+                if mode == "store":
+                    sink: _Sink = _Rows(group, site["d_in"], dtype, attention_mask)
+                else:
+                    sink = _Gram(group, site["d_in"], attention_mask, heldout_from, device)
+                sites.append(_Site(f"{layer['name']}/{site['name']}", group, sink, len(starts)))
+                module = blocks[index - layers.start].get_submodule(site["name"])
+                module.register_forward_pre_hook(sites[-1].hook)
+        last_output: list[torch.Tensor] = []
+        blocks[-1].register_forward_hook(lambda module, inputs, output: last_output.append(output))
+        if hidden_out is not None:
+            hidden_file = stack.enter_context(writing(hidden_out, {**attributes, "last_layer": layers.stop - 1}))
+            hidden = hidden_file.create_dataset(
+                "hidden", hidden_shape, STORED_AS[dtype], chunks=(1, *hidden_shape[1:]), fletcher32=True
+            )
+
+        begun = logged = time.monotonic()
+        for start in starts:
+            batch = slice(start, min(start + step, samples))
+            mask = torch.from_numpy(attention_mask[batch]).to(device)
+            for site in sites:
+                site.batch, site.mask = batch, mask.bool()
+            if hidden_in is None:
+                entrance = {"input_ids": torch.from_numpy(input_ids[batch]).to(device)}
+            else:
+                entrance = {"inputs_embeds": _read_hidden(hidden_in, batch, dtype).to(device)}
+            with torch.inference_mode():
+                model(**entrance, attention_mask=mask, use_cache=False)
+            if hidden_out is not None:
+                hidden[batch] = _to_numpy(last_output[0])
+            last_output.clear()
+
+            now = time.monotonic()
+            if now - logged > 1 or batch.stop == samples:
+                rate = attention_mask[: batch.stop].sum() / (now - begun)
+                eta = (now - begun) / batch.stop * (samples - batch.stop)
+                log(f"{batch.stop}/{samples} windows, {rate:.0f} tokens/s, eta {eta:.0f} s")
+                logged = now
+        for site in sites:
+            site.finish()
+
+
+class _Sink(Protocol):
+    """Where the rows of a site go."""
+
+    def add(self, rows: torch.Tensor, batch: slice) -> None: ...
+
+    def finish(self) -> tuple[int, int]:
+        """Write what is left; tokens taken, and those of them held out."""
+
+
+class _Rows:
+    """Rows appended to a dataset, beside the number of rows from each window."""
+
+    def __init__(self, group: h5py.Group, d_in: int, dtype: str, attention_mask: np.ndarray) -> None:
+        stored = np.dtype(STORED_AS[dtype])
+        capacity = int(attention_mask.sum())
+        height = min(capacity, max(1, _CHUNK_BYTES // (d_in * stored.itemsize)))
+        self._group = group
+        self._lengths = attention_mask.sum(axis=1, dtype=np.int64)
+        self._window_rows = np.zeros_like(self._lengths)
+        self._filled = 0
+        self._rows = group.create_dataset(
+            "rows", (capacity, d_in), stored, chunks=(height, d_in), maxshape=(capacity, d_in), fletcher32=True
+        )
+
+    def add(self, rows: torch.Tensor, batch: slice) -> None:
+        self._rows[self._filled : self._filled + len(rows)] = _to_numpy(rows)
+        self._filled += len(rows)
+        self._window_rows[batch] = self._lengths[batch]
+
+    def finish(self) -> tuple[int, int]:
+        self._rows.resize(self._filled, axis=0)
+        self._group.create_dataset("window_rows", data=self._window_rows, fletcher32=True)
+        return self._filled, 0
+
+
+class _Gram:
+    """Gram of the rows: float32 product a batch, float64 sum, one for each side of the split."""
+
+    def __init__(
+        self, group: h5py.Group, d_in: int, attention_mask: np.ndarray, heldout_from: int, device: str
+    ) -> None:
+        import torch
+
+        self._group = group
+        self._lengths = attention_mask.sum(axis=1, dtype=np.int64)
+        self._heldout_from = heldout_from
+        names = ["gram", "gram_heldout"] if heldout_from < len(attention_mask) else ["gram"]
+        self._grams = {name: torch.zeros(d_in, d_in, dtype=torch.float64, device=device) for name in names}
+        self._tokens = dict.fromkeys(("gram", "gram_heldout"), 0)
+
+    def add(self, rows: torch.Tensor, batch: slice) -> None:
+        split = int(self._lengths[batch.start : min(batch.stop, self._heldout_from)].sum())
+        for name, part in (("gram", rows[:split]), ("gram_heldout", rows[split:])):
+            if len(part):
+                self._grams[name] += _second_moment(part)
+                self._tokens[name] += len(part)
+
+    def finish(self) -> tuple[int, int]:
+        for name, gram in self._grams.items():
+            array = gram.cpu().numpy()
+            self._group.create_dataset(name, data=(array + array.T) / 2, chunks=True, fletcher32=True)
+        return self._tokens["gram"], self._tokens["gram_heldout"]
+
+
+class _Site:
+    """Takes the input of one site out of a forward pass, unless it is not finite."""
+
+    def __init__(self, name: str, group: h5py.Group, sink: _Sink, n_batches: int) -> None:
+        self.name = name
+        self.batch = slice(0, 0)
+        self.mask: torch.Tensor
+        self._group = group
+        self._sink = sink
+        self._n_batches = n_batches
+        self._n_skipped = 0
+
+    def hook(self, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        rows = inputs[0][self.mask]  # (n_tokens, d_in), window after window
+        if rows.isfinite().all():
+            self._sink.add(rows, self.batch)
+            return
+        self._n_skipped += 1
+        if self._n_skipped > LOSS_LIMIT * self._n_batches:
+            raise NumericalError(
+                f"{self.name}: the input was NaN or infinite in {self._n_skipped} of {self._n_batches} batches, more "
+                f"than the {LOSS_LIMIT:.0%} that may be lost (last: windows {self.batch.start}-{self.batch.stop - 1}). "
+                "Compute in bfloat16 or float32, and check the model's weights"
+            )
+
+    def finish(self) -> None:
+        n_tokens, n_heldout = self._sink.finish()
+        self._group.attrs.update(
+            n_tokens=n_tokens, n_heldout=n_heldout, n_batches=self._n_batches, n_skipped=self._n_skipped
+        )
+
+
+def _second_moment(rows: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    rows = rows.float()
+    if rows.device.type == "cpu":  # NumPy knows that the product is symmetric and does half the work
+        array = rows.numpy()
+        return torch.from_numpy(array.T @ array)
+    return rows.T @ rows
+
+
+def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    import torch
+
+    tensor = tensor.contiguous()
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy()
+
+
+def _read_windows(path: str | Path, vocab_size: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Token ids (int64) and mask (int64), both (samples, length), and the seed they were drawn with."""
+    with reading(path, _WINDOWS_REMEDY) as file:
+        input_ids = file["input_ids"][:].astype(np.int64)
+        attention_mask = file["attention_mask"][:].astype(np.int64)
+        seed = int(file.attrs.get("seed", -1))
+    if input_ids.ndim != 2 or input_ids.size == 0 or input_ids.shape != attention_mask.shape:
+        problem = f"input_ids {input_ids.shape} and attention_mask {attention_mask.shape} are no (samples, length)"
+        raise ArtifactError(path, problem, _WINDOWS_REMEDY)
+    if not np.isin(attention_mask, (0, 1)).all() or not attention_mask.any(axis=1).all():
+        problem = "attention_mask holds values other than 0 and 1, or a window without tokens"
+        raise ArtifactError(path, problem, _WINDOWS_REMEDY)
+    if input_ids.min() < 0 or input_ids.max() >= vocab_size:
+        problem = f"token ids reach from {input_ids.min()} to {input_ids.max()}, the model knows 0 to {vocab_size - 1}"
+        raise ArtifactError(path, problem, "Prepare the calibration windows with the tokenizer of this model")
+    return input_ids, attention_mask, seed
+
+
+def _hidden_remedy(last_layer: int) -> str:
+    return f"Delete it and run again to collect the layers up to {last_layer} anew"
+
+
+def _check_hidden(path: str | Path, shape: tuple[int, ...], dtype: str, last_layer: int) -> None:
+    with reading(path, _hidden_remedy(last_layer)) as file:
+        found = file["hidden"].shape, file.attrs["dtype"], int(file.attrs["last_layer"])
+    if found != (shape, dtype, last_layer):
+        problem = "holds hidden states of shape {}, dtype {}, after layer {}".format(*found)
+        problem += f"; expected {shape}, {dtype}, layer {last_layer}"
+        raise ArtifactError(path, problem, _hidden_remedy(last_layer))
+
+
+def _read_hidden(path: str | Path, batch: slice, dtype: str) -> torch.Tensor:
+    import torch
+
+    with reading(path, "Delete it and run again to collect the layers before anew") as file:
+        block = torch.from_numpy(file["hidden"][batch])
+    return block.view(torch.bfloat16) if dtype == "bfloat16" else block
+
+
+def _check_disk(
+    structure: Mapping[str, Any],
+    layers: range,
+    rows_out: str | Path,
+    hidden_out: str | Path | None,
+    mode: str,
+    dtype: str,
+    n_tokens: int,
+    hidden_shape: tuple[int, ...],
+) -> None:
+    """Stop before the work rather than in the middle of it when the disk is too small."""
+    size = np.dtype(STORED_AS[dtype]).itemsize
+    widths = [site["d_in"] for index in layers for site in structure["layers"][index]["sites"]]
+    needed = n_tokens * size * sum(widths) if mode == "store" else 8 * sum(width**2 for width in widths)
+    if hidden_out is not None:
+        needed += size * int(np.prod(hidden_shape))
+    folder = Path(rows_out).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ArtifactError(
+            rows_out,
+            f"{needed / 2**30:.2f} GiB are needed and {free / 2**30:.2f} GiB are free",
+            "Free space, take fewer blocks a job, fewer calibration windows, or collect in mode stream",
+        )

@@ -1,0 +1,269 @@
+"""Second moments of what enters a matrix, and the whitening that follows from them.
+
+With ``L^T L = G = X^T X`` the error on the calibration data is an ordinary norm: ``||X E||_F = ||L E||_F``
+(CoSpaDi, arXiv 2509.22075, section 3). All of it is NumPy in float64; no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import h5py
+import numpy as np
+import scipy.linalg
+
+from cospadi.calibration.activations import FORMAT_VERSION, first_heldout, reading, to_float32, writing
+from cospadi.errors import ArtifactError, NumericalError
+from cospadi.structure import layer_name
+
+# eigenvalues below this share of the mean diagonal are rounding noise of the Gram, not calibration data
+EPS = 1e-9
+
+_BLOCK_VALUES = 2**23  # float32 values of a row block: 32 MiB
+_BLOCK_ROWS = 4096  # more rows in one float32 product would cost digits
+_ROWS_REMEDY = "Delete it and run again to collect the activations anew"
+_GRAM_REMEDY = "Delete it and run again to compute the Gram anew"
+
+
+def compute_gram(
+    activations: str | Path,
+    layer: int,
+    output: str | Path,
+    *,
+    structure: Mapping[str, Any],
+    heldout_fraction: float = 0.0,
+    dtype: Literal["float64", "float32"] = "float64",
+) -> None:
+    """Gram ``G = X^T X`` of every site of a layer: uncentred, not averaged.
+
+    Rows are read block by block: float32 product a block, float64 sum. A file collected in mode ``stream`` holds the
+    sums already; they are checked and copied.
+
+    Parameters
+    ----------
+    activations : path-like
+        What `cospadi.calibration.collect.collect` wrote for a chunk with this layer.
+    layer : int
+    output : path-like
+        Written: a group for each site with ``gram (d_in, d_in)`` and, if asked for, ``gram_heldout``; attributes
+        ``n_tokens`` (in ``gram``), ``n_heldout`` (in ``gram_heldout``), ``n_skipped`` (batches lost to NaN or
+        infinity), ``n_batches``, ``matrices`` (full names).
+    structure : mapping
+        What `cospadi.structure.inspect_model` found.
+    heldout_fraction : float
+        Share of the windows, the last ones, whose rows go to ``gram_heldout``; 0 <= heldout_fraction < 1.
+    dtype : {"float64", "float32"}
+        Dtype of the stored Grams.
+
+    Raises
+    ------
+    ConfigError
+        If `heldout_fraction` leaves no window.
+    ArtifactError
+        If the activations are damaged, lack the layer, have another width than the structure says, or were streamed
+        with another `heldout_fraction`.
+    NumericalError
+        If a Gram is not finite or no token is left for it.
+    """
+    name = layer_name(layer)
+    with reading(activations, _ROWS_REMEDY) as file:
+        header = {key: file.attrs[key] for key in ("model", "seed", "dtype")}
+        n_windows, mode, streamed_from = int(file.attrs["n_windows"]), file.attrs["mode"], file.attrs["heldout_from"]
+    heldout_from = first_heldout(n_windows, heldout_fraction)
+    if mode == "stream" and streamed_from != heldout_from:
+        raise ArtifactError(
+            activations,
+            f"was streamed with the windows from {streamed_from} on held out, asked for is {heldout_from}",
+            _ROWS_REMEDY,
+        )
+
+    with writing(output, {**header, "format_version": FORMAT_VERSION, "layer": layer}) as target:
+        for site in structure["layers"][layer]["sites"]:
+            with reading(activations, _ROWS_REMEDY) as file:
+                source = file[f"{name}/{site['name']}"]
+                counts = {key: int(source.attrs[key]) for key in ("n_tokens", "n_heldout", "n_batches", "n_skipped")}
+                if mode == "stream":
+                    grams = {key: source[key][:] for key in source}
+                else:
+                    split = int(source["window_rows"][:heldout_from].sum())
+                    n_rows = len(source["rows"])
+                    counts.update(n_tokens=split, n_heldout=n_rows - split)
+                    grams = {"gram": _gram_of_rows(source["rows"], 0, split, header["dtype"])}
+                    if heldout_fraction > 0:
+                        grams["gram_heldout"] = _gram_of_rows(source["rows"], split, n_rows, header["dtype"])
+            group = target.create_group(site["name"])
+            group.attrs.update(counts, matrices=[matrix["name"] for matrix in site["matrices"]])
+            for key, gram in grams.items():
+                where = f"{name}/{site['name']}/{key}"
+                if gram.shape != (site["d_in"], site["d_in"]):
+                    problem = f"{where} has shape {gram.shape}, the structure says {site['d_in']} inputs"
+                    raise ArtifactError(activations, problem, _ROWS_REMEDY)
+                _check_gram(gram, f"{activations}: {where}")
+                if counts["n_heldout" if key == "gram_heldout" else "n_tokens"] == 0:
+                    raise NumericalError(f"{activations}: {where}: no token is left; take more calibration windows")
+                group.create_dataset(key, data=gram.astype(dtype), chunks=True, fletcher32=True)
+
+
+def sites(path: str | Path) -> dict[str, dict[str, Any]]:
+    """Sites of a Gram file, each with its attributes ``n_tokens``, ``n_heldout``, ``n_skipped``, ``matrices``.
+
+    Raises
+    ------
+    ArtifactError
+        If the file is missing or damaged.
+    """
+    with reading(path, _GRAM_REMEDY) as file:
+        return {name: _plain(group.attrs) for name, group in file.items()}
+
+
+def read_gram(path: str | Path, site: str, *, heldout: bool = False) -> np.ndarray:
+    """Gram of a site, float64 (d_in, d_in); with `heldout` that of the held-out windows.
+
+    Raises
+    ------
+    ArtifactError
+        If the file is missing or damaged, or holds no such Gram.
+    """
+    with reading(path, _GRAM_REMEDY) as file:
+        return file[site]["gram_heldout" if heldout else "gram"][:].astype(np.float64, copy=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Whitening:
+    """Map between a weight and its whitened form; see `whitening_factor`.
+
+    Attributes
+    ----------
+    factor : ndarray, float64 (d_in, d_in)
+        Upper triangular ``L`` with ``L^T L = G + (shift + eta mean(diag G)) I``.
+    shift : float
+        Added to the diagonal because ``G`` alone was singular, as a share of its mean diagonal; 0 if not needed.
+    eta : float
+        Ridge asked for, as a share of the mean diagonal.
+    """
+
+    factor: np.ndarray
+    shift: float
+    eta: float
+
+    def whiten(self, weight: np.ndarray) -> np.ndarray:
+        """``W_L = L W``: float32 (d_in, n) of `weight` (d_in, n), computed in float64."""
+        return (self.factor @ weight.astype(np.float64)).astype(np.float32)
+
+    def unwhiten(self, dictionary: np.ndarray) -> np.ndarray:
+        """``D = L^{-1} D_L`` by a triangular solve: float32 (d_in, k) of `dictionary` (d_in, k), in float64."""
+        solution = scipy.linalg.solve_triangular(self.factor, dictionary.astype(np.float64), lower=False)
+        return solution.astype(np.float32)
+
+
+def whitening_factor(gram: np.ndarray, *, eta: float = 0.0) -> Whitening:
+    """Upper triangular ``L`` with ``L^T L = G``, by Cholesky in float64.
+
+    A singular Gram (fewer tokens than inputs, dead inputs, rounding) is shifted by ``-lambda_min + eps`` on the
+    diagonal, with ``eps`` = 1e-9 of the mean diagonal; so is one with a pivot below ``eps / 2``, where solving would
+    only blow up rounding noise. The shift is reported.
+
+    Parameters
+    ----------
+    gram : ndarray (d_in, d_in)
+        Symmetric, positive semidefinite up to rounding.
+    eta : float
+        Relative ridge: ``G + eta mean(diag G) I`` is factored.
+
+    Returns
+    -------
+    Whitening
+
+    Raises
+    ------
+    NumericalError
+        If the Gram holds NaN or infinity, is not symmetric, has an eigenvalue far below zero, or is zero.
+    """
+    if not 0 <= eta < math.inf:
+        raise ValueError(f"eta is {eta}; allowed is eta >= 0")
+    gram = np.asarray(gram, dtype=np.float64)
+    _check_gram(gram, "Gram")
+    mean = float(np.mean(np.diag(gram)))
+    if mean <= 0:
+        raise NumericalError("the Gram is zero: no calibration data reached this matrix")
+    scaled = gram / mean  # everything below is relative to the mean diagonal
+    scaled[np.diag_indices_from(scaled)] += eta
+
+    shift = 0.0
+    factor = _cholesky(scaled)
+    if factor is None:
+        smallest = float(scipy.linalg.eigvalsh(scaled, subset_by_index=[0, 0])[0])
+        if smallest < -1e-5 * len(scaled):  # the largest is at most len(scaled)
+            raise NumericalError(f"Gram: smallest eigenvalue is {smallest:.1e} of the mean diagonal, no Gram has that")
+        margin = EPS
+        while factor is None:
+            shift = max(0.0, margin - smallest)
+            factor = _cholesky(scaled + shift * np.eye(len(scaled)))
+            margin *= 2
+    return Whitening(factor=factor * math.sqrt(mean), shift=shift, eta=eta)
+
+
+def relative_error(weight: np.ndarray, approximation: np.ndarray, gram: np.ndarray | None = None) -> float:
+    """Error on the calibration data, ``||X (W - W~)||_F / ||X W||_F = ||L (W - W~)||_F / ||L W||_F``.
+
+    Computed as ``tr(E^T G E)`` in float64 with ``E = W - W~`` formed first, so nothing cancels.
+
+    Parameters
+    ----------
+    weight, approximation : ndarray (d_in, d_out)
+    gram : ndarray (d_in, d_in) or None
+        None: the plain Frobenius error.
+
+    Raises
+    ------
+    NumericalError
+        If a value is not finite, or the denominator is zero.
+    """
+    weight = np.asarray(weight, dtype=np.float64)
+    difference = weight - np.asarray(approximation, dtype=np.float64)
+    error, size = (
+        np.sum(matrix * (matrix if gram is None else np.asarray(gram, dtype=np.float64) @ matrix))
+        for matrix in (difference, weight)
+    )
+    if not (np.isfinite(error) and np.isfinite(size)):
+        raise NumericalError("weight, approximation or Gram holds NaN or infinity")
+    if size <= 0:
+        raise NumericalError("the weight is zero on the calibration data: no relative error exists")
+    return math.sqrt(max(float(error), 0.0) / float(size))
+
+
+def _gram_of_rows(rows: h5py.Dataset, start: int, stop: int, dtype: str) -> np.ndarray:
+    d_in = rows.shape[1]
+    step = max(1, min(_BLOCK_ROWS, _BLOCK_VALUES // d_in))
+    gram = np.zeros((d_in, d_in))
+    for first in range(start, stop, step):
+        block = to_float32(rows[first : min(first + step, stop)], dtype)
+        with np.errstate(over="ignore"):  # an overflow is found in the sum
+            gram += block.T @ block  # NumPy knows that this product is symmetric and does half the work
+    return (gram + gram.T) / 2
+
+
+def _check_gram(gram: np.ndarray, where: str) -> None:
+    if gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
+        raise NumericalError(f"{where}: shape {gram.shape}, a square matrix is needed")
+    if not np.isfinite(gram).all():
+        raise NumericalError(f"{where}: holds NaN or infinity; collect the activations in bfloat16 or float32")
+    if np.abs(gram - gram.T).max() > 1e-6 * np.abs(gram).max():
+        raise NumericalError(f"{where}: not symmetric")
+
+
+def _cholesky(gram: np.ndarray) -> np.ndarray | None:
+    """Upper factor of a Gram of mean diagonal about 1, or None where it is singular to working precision."""
+    try:
+        factor = scipy.linalg.cholesky(gram, lower=False, check_finite=False)
+    except scipy.linalg.LinAlgError:
+        return None
+    return factor if np.diag(factor).min() ** 2 >= EPS / 2 else None
+
+
+def _plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value.tolist() if hasattr(value, "tolist") else value for key, value in attributes.items()}

@@ -1,0 +1,135 @@
+"""A GGUF file becomes an ordinary Hugging Face folder in bfloat16.
+
+transformers reads the weights; what it leaves behind is repaired here: the marks of the quantizer, float32 noise
+in the config, and the pre-tokenizer, which it does not take from the file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cospadi.errors import ArtifactError
+
+_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+
+# `tokenizer.ggml.pre` names how text is cut before byte pairs are merged. transformers ignores the key, and a model fed
+# with "2020" as one token where it was trained on "2", "0", "2", "0" is silently worse.
+_PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
+    "gpt-2": _BYTE_LEVEL,
+    "smollm": {
+        "type": "Sequence",
+        "pretokenizers": [{"type": "Digits", "individual_digits": True}, _BYTE_LEVEL],
+    },
+}
+
+
+def convert_gguf(gguf_file: Path, output: Path, *, log: Callable[[str], None] = print) -> dict[str, str]:
+    """Write the model of a GGUF file as a Hugging Face folder.
+
+    Parameters
+    ----------
+    gguf_file : Path
+    output : Path
+        Folder; made here. The caller writes it through ``files.replacing``.
+    log : callable
+
+    Returns
+    -------
+    dict
+        The text fields of the file's ``general.*`` metadata (name, licence, ...).
+
+    Raises
+    ------
+    ArtifactError
+        If the file cannot be read, its tokenizer is of a kind that is not known here, or the repaired tokenizer fails
+        its checks.
+    """
+    import torch
+    from gguf import GGUFReader
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+
+    try:
+        fields = {
+            key: field.contents()
+            for key, field in GGUFReader(gguf_file).fields.items()
+            if key.startswith("general.") or key in ("tokenizer.ggml.pre", "tokenizer.ggml.model")
+        }
+    except (ValueError, IndexError, KeyError) as error:
+        raise ArtifactError(gguf_file, f"not a complete GGUF file ({error})", "Fetch it again") from error
+    pre_tokenizer = _pre_tokenizer(fields, gguf_file)
+
+    log("converting the GGUF weights to bfloat16")
+    source = {"pretrained_model_name_or_path": str(gguf_file.parent), "gguf_file": gguf_file.name}
+    model = AutoModelForCausalLM.from_pretrained(
+        **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True), local_files_only=True
+    )
+    # the weights are plain now; saving must not write (or demand) anything of the quantizer
+    model.hf_quantizer = None
+    config = model.config
+    for stray in ("quantization_config", "_model_name_or_path", "unk_token_id"):
+        vars(config).pop(stray, None)
+    # GGUF stores float32: 1e-5 comes back as 9.999999747378752e-06
+    config.rms_norm_eps = float(str(np.float32(config.rms_norm_eps)))
+    model.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    )
+    output.mkdir(parents=True)
+    model.save_pretrained(output)
+    for file in output.glob("*.safetensors"):
+        file.chmod(0o644)
+
+    log("writing the tokenizer with its pre-tokenizer put back")
+    tokenizer = AutoTokenizer.from_pretrained(**source, local_files_only=True)
+    tokenizer.model_max_length = config.max_position_embeddings
+    tokenizer.save_pretrained(output)
+    _repair_tokenizer(output, pre_tokenizer)
+    _check_tokenizer(output, individual_digits=pre_tokenizer["type"] == "Sequence")
+    return {key.removeprefix("general."): value for key, value in fields.items() if isinstance(value, str)}
+
+
+def _pre_tokenizer(fields: dict[str, Any], gguf_file: Path) -> dict[str, Any]:
+    """The ``pre_tokenizer`` entry of ``tokenizer.json`` for what the GGUF file names."""
+    kind, name = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
+    if kind != "gpt2" or name not in _PRE_TOKENIZERS:
+        raise ArtifactError(
+            gguf_file,
+            f"tokenizer {kind!r} with pre-tokenizer {name!r}; known here: 'gpt2' with {', '.join(_PRE_TOKENIZERS)}",
+            "Take the model as a Hugging Face folder instead (model.source: hub or local)",
+        )
+    return _PRE_TOKENIZERS[name]
+
+
+def _repair_tokenizer(folder: Path, pre_tokenizer: dict[str, Any]) -> None:
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["pre_tokenizer"] = pre_tokenizer
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    path = folder / "tokenizer_config.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for stray in ("is_local", "local_files_only", "backend"):
+        content.pop(stray, None)
+    # the class that every version of transformers builds from tokenizer.json as it stands
+    content["tokenizer_class"] = "PreTrainedTokenizerFast"
+    content["clean_up_tokenization_spaces"] = False
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _check_tokenizer(folder: Path, *, individual_digits: bool) -> None:
+    """Load the repaired tokenizer as a user would and try it on text that shows the usual damage."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    text = "In 2020, naïve Москва cost 1234.56 €;\n\n  def f(x):\treturn x  # 東京\n"
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    remedy = "Use the versions of envs/, or take the model as a Hugging Face folder (model.source: hub or local)"
+    if tokenizer.decode(ids) != text:
+        raise ArtifactError(folder / "tokenizer.json", f"{text!r} comes back as {tokenizer.decode(ids)!r}", remedy)
+    digits = [tokenizer.decode([token]) for token in tokenizer("1234", add_special_tokens=False).input_ids]
+    if individual_digits and digits != list("1234"):
+        raise ArtifactError(folder / "tokenizer.json", f"'1234' is cut into {digits}, not into digits", remedy)

