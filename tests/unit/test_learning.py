@@ -1,0 +1,172 @@
+"""Learning and quantizing one unit: what the two stages write, from files to files."""
+
+import json
+
+import h5py
+import numpy as np
+import pytest
+from cospadi.errors import ConfigError, NumericalError
+from cospadi.factorization import tensor_names, unpack
+from cospadi.files import BFLOAT16, TensorFile, read_json, write_json, write_tensors
+from cospadi.learning import learn_unit, shared_problems
+from cospadi.quantization import quantize_unit
+
+D, INNER = 32, 48
+SHAPES = {"q_proj": (D, D), "k_proj": (D, 16), "gate_proj": (D, INNER), "up_proj": (D, INNER), "down_proj": (INNER, D)}
+SITES = [("attn", ["q_proj", "k_proj"]), ("mlp", ["gate_proj", "up_proj"]), ("down", ["down_proj"])]
+
+
+@pytest.fixture(scope="module")
+def unit(tmp_path_factory):
+    """A model of two layers with its Grams: folder, structure, Gram files."""
+    folder = tmp_path_factory.mktemp("model")
+    rng = np.random.default_rng(0)
+    tensors, layers, grams = {}, [], []
+    for layer in range(2):
+        prefix = f"model.layers.{layer}"
+        for name, (d_in, d_out) in SHAPES.items():
+            weight = rng.normal(size=(d_out, d_in)) / np.arange(1, d_in + 1) ** 0.3
+            tensors[f"{prefix}.{name}.weight"] = weight.astype(BFLOAT16)
+        layers.append(
+            {
+                "sites": [
+                    {"name": site, "matrices": [{"name": f"{prefix}.{name}"} for name in names]} for site, names in SITES
+                ]
+            }
+        )
+        path = folder / f"gram_{layer}.h5"
+        with h5py.File(path, "w") as file:
+            for site, names in SITES:
+                for key, rows in (("gram", 300), ("gram_heldout", 200)):
+                    x = rng.normal(size=(rows, SHAPES[names[0]][0])) * np.linspace(0.2, 2, SHAPES[names[0]][0])
+                    file.create_dataset(f"{site}/{key}", data=x.T @ x)
+                file[site].attrs["n_heldout"] = 200
+        grams.append(path)
+    write_tensors(folder / "model.safetensors", tensors)
+    write_json(folder / "config.json", {})
+    return folder, {"layers": layers}, grams
+
+
+def run(unit, tmp_path, layers, **variant):
+    folder, structure, grams = unit
+    variant = {"ratio": 0.3, "codes": {"value_bits": 16, "rounding": "nearest"}, **variant}
+    arguments = folder, structure, [grams[layer] for layer in layers]
+    learn_unit(
+        *arguments,
+        layers,
+        variant,
+        output=tmp_path / "factors.safetensors",
+        diagnostics=tmp_path / "factors.json",
+        log=lambda line: None,
+    )
+    quantize_unit(
+        *arguments,
+        tmp_path / "factors.safetensors",
+        layers,
+        variant,
+        output=tmp_path / "codes.safetensors",
+        diagnostics=tmp_path / "codes.json",
+        log=lambda line: None,
+    )
+    return TensorFile(tmp_path / "codes.safetensors"), read_json(tmp_path / "factors.json"), read_json(tmp_path / "codes.json")
+
+
+def read(file, name):
+    spec = file.metadata["matrices"][name]
+    return unpack({tensor: file.read(tensor) for tensor in tensor_names(name, spec)}, spec, name)
+
+
+@pytest.mark.parametrize("method", ["cospadi", "svd_llm", "compot"])
+def test_one_layer_from_files_to_files(unit, tmp_path, method):
+    codes, learned, quantized = run(unit, tmp_path, [1], method=method)
+    names = [f"model.layers.1.{name}" for name in SHAPES]
+    assert sorted(learned["matrices"]) == sorted(quantized["matrices"]) == sorted(names)
+    assert sum(codes.nbytes(tensor) for tensor in codes.names()) == sum(m["nbytes"] for m in quantized["matrices"].values())
+    for name in names:
+        report, stored = learned["matrices"][name], quantized["matrices"][name]
+        assert report["shape"] == list(SHAPES[name.rsplit(".", 1)[1]])
+        assert stored["nbytes"] <= 0.7 * stored["dense_nbytes"] == 0.7 * 2 * np.prod(report["shape"])
+        assert 0 < report["relative_error"] < stored["relative_error"] + 1e-4 < report["relative_error"] + 0.01
+        assert report["relative_error_heldout"] > 0
+        assert report["shared_with"] == []
+
+
+def test_error_is_that_of_what_the_file_holds(unit, tmp_path):
+    codes, _, quantized = run(unit, tmp_path, [0], method="cospadi", codes={"value_bits": 14, "rounding": "truncate"})
+    folder, _, grams = unit
+    name = "model.layers.0.q_proj"
+    weight = TensorFile(folder / "model.safetensors").read(f"{name}.weight").astype(np.float64).T
+    with h5py.File(grams[0]) as file:
+        factor = np.linalg.cholesky(file["attn/gram"][()]).T
+    difference = weight - read(codes, name).reconstruct()
+    expected = np.linalg.norm(factor @ difference) / np.linalg.norm(factor @ weight)
+    assert quantized["matrices"][name]["relative_error"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_same_unit_twice_gives_the_same_bytes(unit, tmp_path):
+    digests = []
+    for attempt in ("a", "b"):
+        (tmp_path / attempt).mkdir()
+        run(unit, tmp_path / attempt, [0], method="cospadi")
+        digests.append([(tmp_path / attempt / f"{stage}.safetensors").read_bytes() for stage in ("factors", "codes")])
+    assert digests[0] == digests[1]
+
+
+def test_layers_of_a_group_share_what_the_variant_says(unit, tmp_path):
+    codes, learned, quantized = run(unit, tmp_path, [0, 1], method="basis_sharing")
+    specs = codes.metadata["matrices"]
+    first = "model.layers.0.gate_proj.dictionary"
+    assert specs["model.layers.1.gate_proj"]["dictionary"]["tensor"] == first
+    assert "model.layers.1.gate_proj.dictionary" not in codes
+    assert "model.layers.1.down_proj.dictionary" in codes  # down keeps its own
+    assert learned["matrices"]["model.layers.1.gate_proj"]["shared_with"] == ["model.layers.0.gate_proj"]
+    total = sum(m["nbytes"] for m in quantized["matrices"].values())
+    assert total == pytest.approx(sum(codes.nbytes(tensor) for tensor in codes.names()))
+    assert total <= 0.7 * sum(m["dense_nbytes"] for m in quantized["matrices"].values())
+
+
+def test_sharing_inside_a_layer(unit, tmp_path):
+    codes, learned, _ = run(unit, tmp_path, [0], method="cospadi", share_within=[["gate_proj", "up_proj"]])
+    gate, up = read(codes, "model.layers.0.gate_proj"), read(codes, "model.layers.0.up_proj")
+    np.testing.assert_array_equal(gate.dictionary, up.dictionary)
+    assert learned["matrices"]["model.layers.0.up_proj"]["shared_with"] == ["model.layers.0.gate_proj"]
+
+
+def test_problems_of_both_kinds_of_sharing(unit):
+    from cospadi.learning import matrices_of
+
+    _, structure, grams = unit
+    matrices = list(matrices_of(structure, [0, 1], grams))
+    options = {"share": ["q_proj", "k_proj"], "share_within": [["q_proj", "k_proj"]]}
+    problems = [[m.name.removeprefix("model.layers.") for m in problem] for problem in shared_problems(matrices, options)]
+    assert problems[0] == ["0.q_proj", "0.k_proj", "1.q_proj", "1.k_proj"]
+    assert problems[1:] == [[f"{layer}.{name}"] for layer in (0, 1) for name in ("gate_proj", "up_proj", "down_proj")]
+
+
+def test_matrices_of_different_width_cannot_share(unit, tmp_path):
+    with pytest.raises(ConfigError, match="cannot share a dictionary: 32 and 48 inputs"):
+        run(unit, tmp_path, [0], method="cospadi", share_within=[["q_proj", "down_proj"]])
+
+
+def test_a_broken_weight_stops_the_unit_and_leaves_nothing(unit, tmp_path):
+    folder, structure, grams = unit
+    tensors = {name: TensorFile(folder / "model.safetensors").read(name) for name in TensorFile(folder / "model.safetensors").names()}
+    broken = tensors["model.layers.0.down_proj.weight"].copy()
+    broken[2, 3] = np.inf
+    model = tmp_path / "broken"
+    write_tensors(model / "model.safetensors", {**tensors, "model.layers.0.down_proj.weight": broken})
+    write_json(model / "config.json", {})
+    (tmp_path / "out").mkdir()
+    with pytest.raises(NumericalError, match=r"model\.layers\.0\.down_proj\.weight holds 1 non-finite"):
+        run((model, structure, grams), tmp_path / "out", [0], method="svd_llm")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_diagnostics_are_plain_json(unit, tmp_path):
+    run(unit, tmp_path, [0], method="cospadi", max_iter=3)
+    report = json.loads((tmp_path / "factors.json").read_text())
+    assert report["options"]["max_iter"] == 3
+    history = report["matrices"]["model.layers.0.q_proj"]["history"]
+    errors = [entry["relative_error"] for entry in history]
+    assert len(errors) >= 2
+    assert errors == sorted(errors, reverse=True)

@@ -1,0 +1,109 @@
+"""Budget: which number of atoms and nonzeros (or which rank) meets a ratio, in bytes of the file.
+
+`ratio` is the fraction of bytes removed from a matrix that costs ``2 * d_in * d_out`` bytes in bfloat16. The
+count includes dictionary, values and support exactly as `codecs` stores them, so the file keeps the promise.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from cospadi.codecs import VALUE_CODECS, support_nbytes
+from cospadi.errors import ConfigError
+
+
+def dense_nbytes(d_in: int, d_out: int) -> int:
+    """Bytes of the dense matrix in bfloat16."""
+    return 2 * d_in * d_out
+
+
+def factors_nbytes(
+    d_in: int,
+    d_out: int,
+    n_atoms: int,
+    n_nonzero: int,
+    *,
+    support: str,
+    value_codec: str,
+    dictionary_codec: str = "bf16",
+) -> int:
+    """Bytes of dictionary (d_in, n_atoms) and codes (n_atoms, d_out) with `n_nonzero` stored values in all."""
+    return (
+        VALUE_CODECS[dictionary_codec].nbytes(d_in * n_atoms)
+        + VALUE_CODECS[value_codec].nbytes(n_nonzero)
+        + support_nbytes(support, n_atoms, d_out)
+    )
+
+
+@dataclass(frozen=True)
+class SparseShape:
+    """Shape of a dictionary and its column-sparse codes."""
+
+    n_atoms: int
+    n_nonzero_coefs: int
+
+
+def sparse_shape(
+    d_in: int, d_out: int, *, ratio: float, rho: float, value_codec: str = "bf16", dictionary_codec: str = "bf16"
+) -> SparseShape:
+    """Largest dictionary with ``n_nonzero_coefs = n_atoms / rho`` within the bytes that `ratio` leaves.
+
+    With bfloat16 values and a 1-bit mask this is
+    ``k = (1 - ratio) d_in d_out / (d_in + d_out / rho + d_out / 16)``; with 14-bit values and ``rho = 2`` it is the
+    paper's Eq. 11, ``k = (1 - ratio) d_in d_out / (d_in + d_out / rho)``. Rounding to whole atoms and bytes is exact: the
+    atoms are maximal, then the nonzeros are raised while a whole one more a column still fits.
+
+    Raises
+    ------
+    ConfigError
+        If not even one atom with one nonzero fits.
+    """
+    allowed = (1 - ratio) * dense_nbytes(d_in, d_out)
+
+    def nbytes(n_atoms: int, n_nonzero_coefs: int) -> int:
+        return factors_nbytes(
+            d_in,
+            d_out,
+            n_atoms,
+            n_nonzero_coefs * d_out,
+            support="bitmask",
+            value_codec=value_codec,
+            dictionary_codec=dictionary_codec,
+        )
+
+    def coefs(n_atoms: int) -> int:
+        return max(1, math.floor(n_atoms / rho))
+
+    value_bytes = VALUE_CODECS[value_codec].bits / 8
+    atom_bytes = VALUE_CODECS[dictionary_codec].bits / 8
+    n_atoms = math.ceil(allowed / (atom_bytes * d_in + value_bytes * d_out / rho + d_out / 8)) + 2
+    while n_atoms > 0 and nbytes(n_atoms, coefs(n_atoms)) > allowed:
+        n_atoms -= 1
+    if n_atoms == 0:
+        raise ConfigError([f"ratio {ratio} leaves {allowed:.0f} bytes of a {d_in}x{d_out} matrix: not one atom fits"])
+    n_nonzero_coefs = coefs(n_atoms)
+    while n_nonzero_coefs < n_atoms and nbytes(n_atoms, n_nonzero_coefs + 1) <= allowed:
+        n_nonzero_coefs += 1
+    return SparseShape(n_atoms, n_nonzero_coefs)
+
+
+def low_rank(d_in: int, d_out: int, *, ratio: float, value_codec: str = "bf16", dictionary_codec: str = "bf16") -> int:
+    """Largest rank r with ``r (d_in + d_out)`` stored numbers within the bytes that `ratio` leaves (SVD-LLM).
+
+    Raises
+    ------
+    ConfigError
+        If not even rank 1 fits.
+    """
+    allowed = (1 - ratio) * dense_nbytes(d_in, d_out)
+    rank = min(d_in, d_out)
+    while rank > 0 and allowed < factors_nbytes(
+        d_in, d_out, rank, rank * d_out, support="dense", value_codec=value_codec, dictionary_codec=dictionary_codec
+    ):
+        rank -= 1
+    if rank == 0:
+        raise ConfigError(
+            [f"ratio {ratio} leaves {allowed:.0f} bytes of a {d_in}x{d_out} matrix: not even rank 1 fits"]
+        )
+    return rank

@@ -1,0 +1,80 @@
+"""What every method provides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cospadi.factorization import Factorization
+
+WHITENING_OPTIONS: dict[str, dict[str, Any]] = {
+    "whiten": {
+        "type": "boolean",
+        "default": True,
+        "description": "Measure the error on the calibration activations; false: on the weights alone (data-free).",
+    },
+    "eta": {
+        "type": "number",
+        "minimum": 0,
+        "maximum": 1,
+        "default": 0.0,
+        "description": "Relative ridge on the Gram: G + eta * mean(diag G) * I. Guards against fitting the calibration set.",
+    },
+}
+
+SHARING_OPTIONS: dict[str, dict[str, Any]] = {
+    "group_size": {
+        "type": "integer",
+        "minimum": 1,
+        "default": 1,
+        "description": "Consecutive layers that one job learns together and that may share dictionaries.",
+    },
+    "share": {
+        "type": "array",
+        "items": {"type": "string"},
+        "default": [],
+        "description": "Projections (q_proj, up_proj ...) whose matrices share one dictionary across the layers of a group.",
+    },
+    "share_within": {
+        "type": "array",
+        "items": {"type": "array", "items": {"type": "string"}},
+        "default": [],
+        "description": "Projections that share one dictionary inside a layer, as lists: [[q_proj, k_proj, v_proj]].",
+    },
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One line of the registry.
+
+    Attributes
+    ----------
+    name : str
+        The config's ``method``.
+    summary : str
+        One sentence for documentation and report.
+    options : mapping
+        JSON schema of each option, with default and description.
+    factorize : callable
+        ``factorize(weight, whitening, *, ratio, value_codec, device, log, **options) -> Factorization`` with weight
+        (d_in, d_out) float32 and a `gram.Whitening`, which `whiten` and `eta` have shaped already: they are not passed.
+    modules : callable
+        ``modules(options) -> list[str]``: the modules whose code decides the result, for rerun triggers.
+    """
+
+    name: str
+    summary: str
+    options: Mapping[str, Mapping[str, Any]]
+    factorize: Callable[..., Factorization]
+    modules: Callable[[Mapping[str, Any]], list[str]]
+
+    def defaults(self) -> dict[str, Any]:
+        """Option name to default value."""
+        return {name: schema["default"] for name, schema in self.options.items()}
+
+    def own(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options that `factorize` takes: all but those of whitening and sharing, which are settled before it."""
+        settled = {**WHITENING_OPTIONS, **SHARING_OPTIONS}
+        return {name: value for name, value in options.items() if name not in settled}
