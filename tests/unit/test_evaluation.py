@@ -1,0 +1,368 @@
+"""Scores against direct computations on tiny random models."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import socket
+from pathlib import Path
+
+import lm_eval
+import numpy as np
+import pytest
+import torch
+from lm_eval.tasks import TaskManager
+from safetensors.numpy import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cospadi import factorize
+from cospadi.checkpoint import assemble, densify
+from cospadi.errors import ArtifactError, ConfigError, CospadiError, NumericalError
+from cospadi.evaluation import TASKS, evaluate, generate, heldout_pieces
+from cospadi.files import ModelFolder, write_tensors
+
+PERPLEXITY = {"perplexity": {"max_tokens": 300, "window": 64}}
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    attempts = []
+
+    def refuse(_, address):
+        attempts.append(address)
+        raise OSError("no network in tests")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    yield
+    assert attempts == []  # also where a library swallowed the error
+
+
+@pytest.fixture(scope="module")
+def llama(tiny_model) -> Path:
+    return tiny_model("llama", dtype="float32")
+
+
+def changed(folder: Path, destination: Path, change) -> Path:
+    """A copy of a model folder whose tensors went through `change`."""
+    shutil.copytree(folder, destination)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, destination / "model.safetensors", {"format": "pt"})
+    return destination
+
+
+def read_articles(folder: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in (folder / "heldout.jsonl").read_text().splitlines()]
+
+
+def direct_loglikelihood(folder: Path, text: str, window: int) -> tuple[float, int]:
+    """Sum of log p(token | its window) in float64, one forward pass a window; windows overlap by nothing."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    ids = [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]
+    total, predicted = 0.0, 0
+    while predicted < len(ids) - 1:
+        stop = min(len(ids) - 1, predicted + window)
+        start = max(0, stop - window)  # as lm-eval: the last window is full too, its known part is context only
+        logits = model(torch.tensor([ids[start:stop]])).logits[0].log_softmax(-1)
+        for position in range(predicted, stop):
+            total += logits[position - start, ids[position + 1]].item()
+        predicted = stop
+    return total, len(ids) - 1
+
+
+def test_perplexity_equals_direct_computation(llama, tiny_text, tmp_path):
+    result = evaluate(llama, PERPLEXITY, heldout=tiny_text / "heldout.jsonl", output=tmp_path / "eval.json")
+    articles = read_articles(tiny_text)
+    pieces = heldout_pieces(articles, max_tokens=300, window=64)
+    total, tokens = np.sum([direct_loglikelihood(llama, piece, 64) for piece in pieces], axis=0)
+    words = sum(len(piece.split()) for piece in pieces)
+    scores = result["perplexity"]
+    assert (scores["tokens"], scores["words"], scores["pieces"]) == (tokens, words, len(pieces))
+    assert scores["token"] == pytest.approx(math.exp(-total / tokens), rel=1e-4)
+    assert scores["word"] == pytest.approx(math.exp(-total / words), rel=1e-4)
+    n_bytes = sum(len(piece.encode()) for piece in pieces)
+    assert scores["bits_per_byte"] == pytest.approx(-total / n_bytes / math.log(2), rel=1e-5)
+    assert json.loads((tmp_path / "eval.json").read_text()) == result
+
+
+def test_plain_lm_eval_gives_the_same_given_the_path(llama, tiny_text, tmp_path):
+    heldout = tiny_text / "heldout.jsonl"
+    expected = evaluate(llama, PERPLEXITY, heldout=heldout, output=tmp_path / "eval.json")["perplexity"]
+    metadata = {"heldout": str(heldout), "max_tokens": 300, "window": 64}
+    scores = lm_eval.simple_evaluate(
+        "hf",
+        {"pretrained": str(llama), "max_length": 64, "add_bos_token": False, "device": "cpu"},
+        tasks=["heldout"],
+        task_manager=TaskManager(include_path=str(TASKS), include_defaults=False, metadata=metadata),
+        bootstrap_iters=0,
+    )["results"]["heldout"]
+    assert scores["word_perplexity,none"] == pytest.approx(expected["word"], rel=1e-6)
+    assert scores["bits_per_byte,none"] == pytest.approx(expected["bits_per_byte"], rel=1e-6)
+
+
+def test_packed_checkpoint_scores_like_its_dense_copy(llama, tiny_text, tmp_path):
+    weights, tensors, specs = ModelFolder(llama), {}, {}
+    for name in ("model.layers.0.mlp.up_proj", "model.layers.2.self_attn.q_proj"):
+        packed, specs[name] = factorize(weights.read_weight(name), method="svd_llm", ratio=0.5).pack(name)
+        tensors |= packed
+    write_tensors(tmp_path / "codes.safetensors", tensors, {"format_version": 1, "matrices": specs})
+    assemble(llama, [tmp_path / "codes.safetensors"], tmp_path / "packed", variant={"method": "svd_llm"})
+    densify(tmp_path / "packed", tmp_path / "dense")
+    dense, packed, original = (
+        evaluate(folder, PERPLEXITY, heldout=tiny_text / "heldout.jsonl", output=tmp_path / "eval.json")
+        for folder in (tmp_path / "dense", tmp_path / "packed", llama)
+    )
+    assert packed["perplexity"]["token"] == pytest.approx(dense["perplexity"]["token"], rel=1e-4)
+    assert packed["perplexity"]["token"] != pytest.approx(original["perplexity"]["token"], rel=1e-3)
+
+
+def test_pieces_longer_than_the_window_roll(llama, tmp_path):
+    # digits are a token each here, so 3.5 bytes a token of the window is far too many
+    text = " ".join("7391" * 3 for _ in range(60))
+    heldout = tmp_path / "heldout.jsonl"
+    heldout.write_text(json.dumps({"title": "digits", "text": text}) + "\n")
+    evaluation = {"perplexity": {"max_tokens": 100, "window": 40}}
+    result = evaluate(llama, evaluation, heldout=heldout, output=tmp_path / "eval.json")
+    pieces = heldout_pieces([text], max_tokens=100, window=40)
+    total, tokens = np.sum([direct_loglikelihood(llama, piece, 40) for piece in pieces], axis=0)
+    assert tokens > 40 * len(pieces)
+    assert result["perplexity"]["tokens"] == tokens
+    assert result["perplexity"]["token"] == pytest.approx(math.exp(-total / tokens), rel=1e-4)
+
+
+def test_batches_of_windows_change_nothing(llama, tiny_text, tmp_path):
+    scores = [
+        evaluate(
+            llama,
+            PERPLEXITY | {"batch_size": size},
+            heldout=tiny_text / "heldout.jsonl",
+            output=tmp_path / "eval.json",
+        )["perplexity"]["token"]
+        for size in (1, 4)
+    ]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-5)
+
+
+def test_uniform_model_has_the_perplexity_of_its_vocabulary(llama, tiny_text, tmp_path):
+    def zero(tensors):
+        tensors["model.norm.weight"][:] = 0
+
+    folder = changed(llama, tmp_path / "uniform", zero)
+    result = evaluate(folder, PERPLEXITY, heldout=tiny_text / "heldout.jsonl", output=tmp_path / "eval.json")
+    assert result["perplexity"]["token"] == pytest.approx(400, rel=1e-5)
+
+
+def test_what_is_recorded(tiny_model, tiny_text, tmp_path):
+    lines = []
+    result = evaluate(
+        tiny_model("qwen3"),
+        PERPLEXITY | {"generate": {"prompts": ["The old river", "A"], "max_new_tokens": 5}},
+        heldout=tiny_text / "heldout.jsonl",
+        output=tmp_path / "eval.json",
+        threads=1,
+        log=lines.append,
+    )
+    assert (result["dtype"], result["device"], result["threads"]) == ("bfloat16", "cpu", 1)
+    assert result["seconds"]["total"] >= result["seconds"]["perplexity"] >= result["seconds"]["perplexity_model"] > 0
+    assert result["peak_rss_bytes"] > 50e6
+    assert set(result["versions"]) == {"lm_eval", "python", "torch", "transformers"}
+    assert [sample["n_tokens"] <= 5 for sample in result["samples"]] == [True, True]
+    assert any("token perplexity" in line for line in lines)
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "gemma3_text"])
+def test_families(family, tiny_model, tiny_text, tmp_path):
+    folder = tiny_model(family)
+    evaluation = {"perplexity": {"max_tokens": 100, "window": 32}}
+    result = evaluate(folder, evaluation, heldout=tiny_text / "heldout.jsonl", output=tmp_path / "eval.json")
+    articles = read_articles(tiny_text)
+    pieces = heldout_pieces(articles, max_tokens=100, window=32)
+    total, tokens = np.sum([direct_loglikelihood(folder, piece, 32) for piece in pieces], axis=0)
+    assert math.log(result["perplexity"]["token"]) == pytest.approx(-total / tokens, rel=0.01)  # bfloat16
+
+
+def test_generation_is_greedy_and_unchanged_by_its_batch(llama):
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    prompts = ["The old river crosses the village and", "A"]
+    expected = []
+    for prompt in prompts:
+        ids = tokenizer.encode(prompt)
+        for _ in range(6):
+            ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+        expected.append(tokenizer.decode(ids[-6:], skip_special_tokens=True))
+    samples = generate(model, tokenizer, prompts=prompts, max_new_tokens=6, chat=True)
+    assert [sample["text"] for sample in samples] == expected
+    assert not any(sample["chat"] for sample in samples)  # this tokenizer has no template
+
+
+def test_chat_template_is_used(llama):
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    prompt = "The old river"
+    plain = generate(model, tokenizer, prompts=[f"<s>Ask: {prompt} Answer:"], max_new_tokens=6)
+    tokenizer.chat_template = "<s>Ask: {{ messages[0]['content'] }} Answer:"
+    (sample,) = generate(model, tokenizer, prompts=[prompt], max_new_tokens=6, chat=True)
+    assert (sample["chat"], sample["text"]) == (True, plain[0]["text"])
+
+
+def test_local_multiple_choice_task(llama, tmp_path):
+    questions = [
+        {"query": "The old river", "choices": ["crosses the village", "7 7 7 7"], "gold": 0},
+        {"query": "A famous poem", "choices": ["the", "describes the long winter"], "gold": 1},
+        {"query": "Every ship", "choices": ["carries a library", "became green"], "gold": 1},
+    ]
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    (folder / "questions.yaml").write_text(f"""
+task: tiny_questions
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/questions.jsonl}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{query}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: gold
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+  - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
+""")
+    result = evaluate(llama, {"tasks": ["tiny_questions"], "task_path": str(folder)}, output=tmp_path / "eval.json")
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    correct = {"acc": 0, "acc_norm": 0}
+    for question in questions:
+        sums = []
+        for choice in question["choices"]:
+            context = tokenizer.encode(question["query"])
+            ids = tokenizer.encode(f"{question['query']} {choice}")
+            logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            sums.append(sum(logits[i - 1, ids[i]].item() for i in range(len(context), len(ids))))
+        lengths = [len(choice) for choice in question["choices"]]
+        correct["acc"] += int(np.argmax(sums)) == question["gold"]
+        correct["acc_norm"] += int(np.argmax(np.divide(sums, lengths))) == question["gold"]
+    scores = result["tasks"]["tiny_questions"]
+    assert scores["metrics"] == pytest.approx({name: count / 3 for name, count in correct.items()})
+    assert (scores["primary"], scores["documents"], scores["num_fewshot"]) == ("acc_norm", 3, 0)
+    limited = evaluate(
+        llama,
+        {"tasks": ["tiny_questions"], "task_path": str(folder), "limit": 2},
+        output=tmp_path / "eval.json",
+    )
+    assert limited["tasks"]["tiny_questions"]["documents"] == 2
+
+
+def test_pieces_are_spread_over_all_articles():
+    articles = [f"{name} " * 2000 for name in ("alpha", "beta", "gamma", "delta")]
+    pieces = heldout_pieces(articles, max_tokens=1000, window=100)
+    first_words = [piece.split()[0] for piece in pieces]
+    counts = {word: first_words.count(word) for word in ("alpha", "beta", "gamma", "delta")}
+    assert min(counts.values()) >= 3 and max(counts.values()) <= 4
+    assert sum(len(piece) for piece in pieces) == pytest.approx(4500, rel=0.1)
+    assert max(len(piece.encode()) for piece in pieces) <= 350
+
+
+def test_pieces_of_more_articles_than_fit_are_evenly_spaced():
+    articles = [f"article{i} " * 100 for i in range(100)]
+    pieces = heldout_pieces(articles, max_tokens=400, window=100)
+    chosen = [int(piece.split()[0].removeprefix("article")) for piece in pieces]
+    assert chosen == [10, 30, 50, 70, 90]
+
+
+def test_all_of_the_text():
+    articles = ["one two three " * 40, "four five " * 90]
+    pieces = heldout_pieces(articles, max_tokens=None, window=50)
+    assert sum(len(piece.split()) for piece in pieces) == 300
+
+
+def test_pieces_lose_no_word_and_split_no_character():
+    article = "żółć 東京都 naïve\n\n" * 50 + "x" * 1000
+    pieces = heldout_pieces([article], max_tokens=10**6, window=20)
+    assert "".join("".join(pieces).split()) == "".join(article.split())
+    assert all(len(piece.encode()) <= 70 for piece in pieces)
+
+
+@pytest.mark.parametrize("content", ["", '{"title": "a", "text": "  "}\n'])
+def test_empty_heldout_text(content, llama, tmp_path):
+    heldout = tmp_path / "heldout.jsonl"
+    heldout.write_text(content)
+    with pytest.raises(ArtifactError, match=r"heldout\.jsonl: holds no text"):
+        evaluate(llama, PERPLEXITY, heldout=heldout, output=tmp_path / "eval.json")
+
+
+def test_damaged_heldout_text(llama, tmp_path):
+    heldout = tmp_path / "heldout.jsonl"
+    heldout.write_text('{"title": "a", "text": "b"}\n{"title": "a", "te')
+    with pytest.raises(ArtifactError, match=r"line 2 is not an article"):
+        evaluate(llama, PERPLEXITY, heldout=heldout, output=tmp_path / "eval.json")
+
+
+def test_window_longer_than_the_positions(llama, tiny_text, tmp_path):
+    with pytest.raises(ConfigError, match=r"evaluation\.perplexity\.window: 513, .* has 512 positions"):
+        evaluate(
+            llama,
+            {"perplexity": {"max_tokens": 1000, "window": 513}},
+            heldout=tiny_text / "heldout.jsonl",
+            output=tmp_path / "eval.json",
+        )
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_broken_weights_are_no_score(value, llama, tiny_text, tmp_path):
+    def spoil(tensors):
+        tensors["model.layers.1.mlp.down_proj.weight"][3, 5] = value
+
+    folder = changed(llama, tmp_path / "broken", spoil)
+    with pytest.raises(NumericalError, match=r"broken: \d+ of \d+ log-likelihoods are not finite"):
+        evaluate(folder, PERPLEXITY, heldout=tiny_text / "heldout.jsonl", output=tmp_path / "eval.json")
+    assert not (tmp_path / "eval.json").exists()
+
+
+def test_perplexity_beyond_float(llama, tiny_text, tmp_path):
+    def blow_up(tensors):
+        tensors["model.norm.weight"][:] *= 1e4
+
+    folder = changed(llama, tmp_path / "huge", blow_up)
+    with pytest.raises(NumericalError, match="larger than any float"):
+        evaluate(folder, PERPLEXITY, heldout=tiny_text / "heldout.jsonl", output=tmp_path / "eval.json")
+
+
+def test_missing_tensor_is_not_drawn_at_random(llama, tiny_text, tmp_path):
+    folder = changed(llama, tmp_path / "lacking", lambda tensors: tensors.pop("model.layers.2.mlp.up_proj.weight"))
+    with pytest.raises(ArtifactError, match=r"lacks 1 tensors \(model\.layers\.2\.mlp\.up_proj\.weight"):
+        evaluate(folder, PERPLEXITY, heldout=tiny_text / "heldout.jsonl", output=tmp_path / "eval.json")
+
+
+def test_truncated_weights(llama, tiny_text, tmp_path):
+    folder = tmp_path / "truncated"
+    shutil.copytree(llama, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ArtifactError, match="cannot be loaded"):
+        evaluate(folder, PERPLEXITY, heldout=tiny_text / "heldout.jsonl", output=tmp_path / "eval.json")
+
+
+def test_tokenizer_of_another_model(llama, tiny_text, tiny_model, tmp_path):
+    small = tiny_model("llama", dtype="float32", vocab_size=100)
+    with pytest.raises(ArtifactError, match=r"gives token \d+, the model knows 100"):
+        evaluate(small, PERPLEXITY, heldout=tiny_text / "heldout.jsonl", output=tmp_path / "eval.json")
+
+
+def test_task_whose_data_is_missing(llama, tmp_path):
+    (tmp_path / "lost.yaml").write_text(
+        f"{{task: lost, dataset_path: json, dataset_kwargs: {{data_files: {tmp_path}/lost.jsonl}}, "
+        "test_split: train, output_type: loglikelihood_rolling, doc_to_text: '', doc_to_target: '{{text}}'}"
+    )
+    with pytest.raises(CospadiError, match=r"evaluation\.tasks: the data of a task cannot be loaded \(.*lost\.jsonl"):
+        evaluate(llama, {"tasks": ["lost"], "task_path": str(tmp_path)}, output=tmp_path / "eval.json")
+
+
+def test_unknown_task(llama, tmp_path, monkeypatch):
+    # the index of lm-eval's own tasks takes seconds to build
+    monkeypatch.setattr("cospadi.evaluation.TaskManager", lambda: TaskManager(include_defaults=False))
+    monkeypatch.setattr(TaskManager, "all_tasks", ["hellaswag", "piqa"])
+    with pytest.raises(ConfigError, match=r"evaluation\.tasks: 'helaswag' is not a task .* did you mean hellaswag\?"):
+        evaluate(llama, {"tasks": ["helaswag"]}, output=tmp_path / "eval.json")

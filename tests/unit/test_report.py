@@ -1,0 +1,278 @@
+"""The summary against numbers worked out by hand, and files a reader can open."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from cospadi.errors import ArtifactError
+from cospadi.report import closing_message, collect, summarize
+
+RUN = {
+    "variants": {
+        "cospadi-20": {"method": "cospadi", "ratio": 0.2, "solver": "htp"},
+        "svd_llm-20": {"method": "svd_llm", "ratio": 0.2},
+    },
+    "evaluation": {"tasks": ["piqa", "mmlu"]},
+}
+# bytes, dense bytes, relative error of q_proj and down_proj in each of two layers
+MATRICES = {
+    "cospadi-20": {
+        "self_attn.q_proj": [(80, 100, 0.1), (80, 100, 0.2)],
+        "mlp.down_proj": [(230 + 1 / 3, 300, 0.3), (250 - 1 / 3, 300, 0.4)],  # a shared dictionary is split
+    },
+    "svd_llm-20": {
+        "self_attn.q_proj": [(79, 100, 0.2), (79, 100, 0.3)],
+        "mlp.down_proj": [(240, 300, 0.4), (240, 300, 0.5)],
+    },
+}
+WORD_PERPLEXITY = {"dense": 30.0, "cospadi-20": 40.0, "svd_llm-20": 120.0}
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def write(path: Path, value) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+@pytest.fixture
+def results(tmp_path) -> Path:
+    return make_run(tmp_path)
+
+
+@pytest.fixture
+def dense_model(results) -> Path:
+    return results / "dense-model"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A run with its summary; only to be read."""
+    results = make_run(tmp_path_factory.mktemp("finished"))
+    summarize(RUN, results, dense_model=results / "dense-model")
+    return results
+
+
+def make_run(folder: Path) -> Path:
+    """A run of two layers, two matrices each, with two variants."""
+    results = folder / "results" / "tiny"
+    for variant, matrices in MATRICES.items():
+        for layer in range(2):
+            factors, codes = {}, {}
+            for name, numbers in matrices.items():
+                nbytes, dense_nbytes, error = numbers[layer]
+                history = [
+                    {"iteration": i, "relative_error": error * factor, "round_error": 1, "seconds": 0.1, "n_redrawn": 0}
+                    for i, factor in enumerate((1.5, 1.1, 0.99)[: 3 - layer])
+                ]
+                matrix = f"model.layers.{layer}.{name}"
+                factors[matrix] = {
+                    "shape": [10, 5],
+                    "n_atoms": 4,
+                    "n_nonzero_coefs": 2,
+                    "relative_error": error * 0.99,
+                    "shift": 0.0,
+                    "history": history if variant == "cospadi-20" else [],
+                    "seconds": 1.0,
+                    "solver": "htp" if variant == "cospadi-20" else "svd",
+                }
+                codes[matrix] = {"nbytes": nbytes, "dense_nbytes": dense_nbytes, "relative_error": error}
+            unit = f"layer_{layer:02d}"
+            learned = {"unit": unit, "method": RUN["variants"][variant]["method"], "seconds": 2.5, "matrices": factors}
+            write(results / variant / "factors" / f"{unit}.json", learned)
+            write(results / variant / "codes" / f"{unit}.json", {"unit": unit, "matrices": codes})
+        (results / variant / "model").mkdir()
+        (results / variant / "model" / "model-00001-of-00002.safetensors").write_bytes(b"x" * 700)
+        (results / variant / "model" / "model-00002-of-00002.safetensors").write_bytes(b"x" * 60)
+        (results / variant / "model" / "tokenizer.json").write_bytes(b"x" * 1000)
+    for number, (variant, perplexity) in enumerate(WORD_PERPLEXITY.items()):
+        tasks = {
+            "piqa": {"metrics": {"acc": 0.5, "acc_norm": 0.7 - number / 10}, "primary": "acc_norm"},
+            "mmlu": {"metrics": {"acc": 0.3}, "primary": "acc"},
+            "mmlu_anatomy": {"metrics": {"acc": 0.9}, "primary": "acc"},
+        }
+        evaluation = {
+            "perplexity": {"word": perplexity, "token": perplexity / 2, "bits_per_byte": 1.0, "tokens": 500},
+            "tasks": tasks,
+            "samples": [{"prompt": "A <b> & c", "text": f"{variant}\n| <script>", "n_tokens": 3, "chat": False}],
+            "seconds": {"total": 12.5},
+        }
+        write(results / variant / "eval.json", evaluation)
+    (results / "dense-model").mkdir()
+    (results / "dense-model" / "model.safetensors").write_bytes(b"x" * 900)
+    return results
+
+
+def rows(path: Path) -> dict[str, dict[str, str]]:
+    with open(path) as file:
+        return {row["variant"]: row for row in csv.DictReader(file, delimiter="\t")}
+
+
+def test_table(finished):
+    table = rows(finished / "summary.tsv")
+    assert list(table) == ["dense", "cospadi-20", "svd_llm-20"]
+    assert table["cospadi-20"] == {
+        "variant": "cospadi-20",
+        "method": "cospadi",
+        "ratio_asked": "0.2",
+        "target_bytes": "640",  # 80 + 80 + 230 + 250
+        "ratio_true": "0.2",  # 1 - 640 / 800
+        "model_bytes": "760",
+        "word_perplexity": "40",
+        "token_perplexity": "20",
+        "recovery": "0.75",  # 30 / 40
+        "mean_accuracy": "0.45",  # of 0.6 and 0.3; mmlu_anatomy is a part of mmlu
+        "mean_relative_error": "0.25",
+        "seconds_learning": "5",
+        "seconds_evaluating": "12.5",
+        "piqa": "0.6",
+        "mmlu": "0.3",
+    }
+    assert table["svd_llm-20"]["target_bytes"] == "638"
+    assert table["svd_llm-20"]["ratio_true"] == "0.2025"
+    assert table["svd_llm-20"]["recovery"] == "0.25"
+    dense = table["dense"]
+    assert (dense["target_bytes"], dense["model_bytes"], dense["ratio_true"], dense["recovery"]) == (
+        "800",
+        "900",
+        "0",
+        "1",
+    )
+
+
+def test_details(finished):
+    summary = collect(RUN, finished, dense_model=finished / "dense-model")
+    assert json.loads((finished / "summary.json").read_text()) == summary
+    matrix = summary["variants"]["cospadi-20"]["matrices"]["model.layers.0.mlp.down_proj"]
+    assert matrix["relative_error"] == 0.3
+    assert matrix["relative_error_learned"] == pytest.approx(0.297)
+    assert (matrix["dense_nbytes"], matrix["n_atoms"]) == (300, 4)
+    assert matrix["history"]["iteration"] == [0, 1, 2]
+    assert matrix["history"]["relative_error"] == pytest.approx([0.45, 0.33, 0.297])
+    assert summary["variants"]["dense"]["model"] == str(finished / "dense-model")
+
+
+def test_closing_message(finished, tmp_path):
+    assert closing_message(SimpleNamespace(results=str(tmp_path))) == ""
+    text = closing_message(SimpleNamespace(results=str(finished)))
+    cospadi = next(line for line in text.splitlines() if line.startswith("cospadi-20  cospadi"))
+    assert {"0.20", "0.2000", "40.00", "20.00", "0.750", "0.2500"} <= set(cospadi.split())
+    assert f"svd_llm-20  {finished}/svd_llm-20/model" in text
+    assert f'AutoModelForCausalLM.from_pretrained("{finished}/cospadi-20/model"' in text
+
+
+def test_pages_are_self_contained_and_escaped(finished):
+    page = (finished / "summary.html").read_text()
+    assert page.count("<tr>") == 4
+    assert "<td>cospadi-20</td><td>cospadi</td><td>0.20</td>" in page
+    samples = (finished / "samples.html").read_text()
+    assert "A &lt;b&gt; &amp; c" in samples and "<script>" not in samples
+    assert samples.index("dense") < samples.index("cospadi-20") < samples.index("svd_llm-20")
+    for text in (page, samples):
+        assert "http" not in text and len(text) < 20_000
+    markdown = (finished / "samples.md").read_text()
+    assert "**cospadi-20**\n\n    cospadi-20\n    | <script>\n" in markdown
+
+
+def test_plots_show_every_variant(finished):
+    texts = {}
+    for name in ("errors", "pareto", "convergence"):
+        assert (finished / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        drawing = ElementTree.parse(finished / "plots" / f"{name}.svg")
+        texts[name] = {"".join(text.itertext()).strip() for text in drawing.iter(f"{SVG}text")}
+    assert {"self_attn.q_proj", "mlp.down_proj", "layer", "cospadi-20", "svd_llm-20"} <= texts["errors"]
+    assert {"cospadi-20  40", "svd_llm-20  120", "dense  30"} <= texts["pareto"]
+    assert {"cospadi-20 (htp)", "learned without iterations: svd_llm-20"} <= texts["convergence"]
+
+
+def test_equal_numbers_give_equal_files(finished, tmp_path):
+    summarize(RUN, finished, dense_model=finished / "dense-model", output=tmp_path / "again")
+    for path in finished.glob("*.*"):
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+    for path in (finished / "plots").iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / "plots" / path.name).read_bytes()
+
+
+def test_run_without_iterations_perplexity_and_samples(results, dense_model):
+    for variant in WORD_PERPLEXITY:
+        write(results / variant / "eval.json", {"seconds": {"total": 1.0}})
+    run = {"variants": {"svd_llm-20": RUN["variants"]["svd_llm-20"]}}
+    summary = summarize(run, results, dense_model=dense_model)
+    assert summary["variants"]["svd_llm-20"]["recovery"] is None
+    assert rows(results / "summary.tsv")["svd_llm-20"]["word_perplexity"] == ""
+    assert "word ppl" not in closing_message(SimpleNamespace(results=results))
+    assert "None were asked for" in (results / "samples.html").read_text()
+    assert (results / "plots" / "pareto.png").exists()
+
+
+@pytest.mark.parametrize("missing", ["factors/layer_01.json", "codes/layer_00.json", "eval.json"])
+def test_missing_file_is_named(missing, results, dense_model):
+    (results / "svd_llm-20" / missing).unlink()
+    with pytest.raises(ArtifactError, match=f"svd_llm-20/{missing}: the file does not exist. Run snakemake again"):
+        summarize(RUN, results, dense_model=dense_model)
+    assert not (results / "summary.tsv").exists()
+
+
+def test_missing_variant_and_missing_unit(results, dense_model):
+    run = {"variants": {**RUN["variants"], "late": {"method": "cospadi"}}}
+    with pytest.raises(ArtifactError, match="late/codes: holds no unit of variant late"):
+        collect(run, results, dense_model=dense_model)
+    units = {"cospadi-20": ["layer_00", "layer_01", "layer_02"]}
+    with pytest.raises(ArtifactError, match=r"cospadi-20/factors/layer_02\.json: the file does not exist"):
+        collect(RUN, results, dense_model=dense_model, units=units)
+
+
+def test_missing_weights(results, dense_model):
+    for path in (results / "cospadi-20" / "model").glob("*.safetensors"):
+        path.unlink()
+    with pytest.raises(ArtifactError, match="cospadi-20/model: holds no safetensors file"):
+        collect(RUN, results, dense_model=dense_model)
+
+
+def test_unit_of_another_grouping_is_not_counted_twice(results, dense_model):
+    for stage in ("factors", "codes"):
+        folder = results / "cospadi-20" / stage
+        (folder / "layers_00-01.json").write_bytes((folder / "layer_00.json").read_bytes())
+    with pytest.raises(ArtifactError, match=r"layers_00-01\.json: holds .*q_proj, which layer_00\.json holds too"):
+        collect(RUN, results, dense_model=dense_model)
+    units = {variant: ["layer_00", "layer_01"] for variant in RUN["variants"]}
+    summary = collect(RUN, results, dense_model=dense_model, units=units)
+    assert summary["variants"]["cospadi-20"]["target_bytes"] == 640
+
+
+def test_factors_and_codes_that_do_not_fit(results, dense_model):
+    path = results / "cospadi-20" / "codes" / "layer_01.json"
+    codes = json.loads(path.read_text())
+    del codes["matrices"]["model.layers.1.mlp.down_proj"]
+    write(path, codes)
+    with pytest.raises(ArtifactError, match=r"codes/layer_01\.json: does not describe .*mlp\.down_proj"):
+        collect(RUN, results, dense_model=dense_model)
+
+
+def test_many_variants_have_styles_of_their_own():
+    from cospadi.report.plots import _styles
+
+    variants = {
+        f"{method}-{ratio}": {"config": {"method": method, "ratio": ratio}}
+        for method in ("cospadi", "svd_llm", "wanda")
+        for ratio in (0.2, 0.3, 0.4, 0.5)
+    }
+    styles = _styles(variants)
+    assert list(styles) == list(variants)
+    assert len(set(styles.values())) == 12
+    assert len({styles[f"cospadi-{ratio}"].color for ratio in (0.2, 0.3, 0.4, 0.5)}) == 1
+    alone = _styles({name: variant for name, variant in variants.items() if name.startswith("wanda")})
+    assert len({style.color for style in alone.values()}) == 4
+
+
+def test_import_is_light():
+    code = "import sys, cospadi.report; print(*{'torch', 'transformers', 'matplotlib', 'lm_eval'} & set(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert loaded.split() == []

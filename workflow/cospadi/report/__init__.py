@@ -1,0 +1,85 @@
+"""What came out of a run: one table, plots, and the generated texts side by side. No torch, no transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cospadi.files import read_json, write_json
+from cospadi.report.plots import plot_convergence, plot_errors, plot_pareto
+from cospadi.report.summary import collect
+from cospadi.report.tables import console_text, write_page, write_samples, write_table
+
+__all__ = ["closing_message", "collect", "summarize"]
+
+
+def summarize(
+    run: Mapping[str, Any],
+    results: Path,
+    *,
+    dense_model: Path,
+    units: Mapping[str, Sequence[str]] | None = None,
+    output: Path | None = None,
+    log: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Gather the artifacts of a run and write everything a reader looks at.
+
+    Writes into `output`: ``summary.tsv`` (one row a variant), ``summary.json`` (also every matrix), ``summary.html``,
+    ``samples.html``, ``samples.md`` and ``plots/{errors,pareto,convergence}.{png,svg}``.
+
+    Parameters
+    ----------
+    run : mapping
+        The run's config; of it ``variants`` (name to ``method``, ``ratio`` ...) and ``evaluation.tasks`` are read.
+        ``dense`` is added if it is not among the variants.
+    results : Path
+        ``results/<run>``: holds ``factors/<unit>.json``, ``codes/<unit>.json``, ``eval.json`` and ``model/`` of each
+        variant in a folder of its name, and ``dense/eval.json``.
+    dense_model : Path
+        Folder of the model that was compressed.
+    units : mapping, optional
+        Unit names of each compressed variant; by default those that have a file.
+    output : Path, optional
+        Folder; by default `results`.
+    log : callable
+        Takes one line of progress.
+
+    Returns
+    -------
+    dict
+        The content of ``summary.json``.
+
+    Raises
+    ------
+    ArtifactError
+        If a file of a variant is missing, damaged, or does not fit the others.
+    """
+    summary = collect(run, results, dense_model=dense_model, units=units)
+    output = output or results
+    write_json(output / "summary.json", summary)
+    write_table(summary, output / "summary.tsv")
+    write_page(summary, output / "summary.html")
+    write_samples(summary, output / "samples.html")
+    write_samples(summary, output / "samples.md")
+    for plot, name in ((plot_errors, "errors"), (plot_pareto, "pareto"), (plot_convergence, "convergence")):
+        plot(summary, [output / "plots" / f"{name}.{suffix}" for suffix in ("png", "svg")])
+        log(f"plotted {name}")
+    return summary
+
+
+def closing_message(plan: Any) -> str:
+    """What the console shows at the end of a run: the table, where each model lies, and how one is loaded.
+
+    Parameters
+    ----------
+    plan : Plan
+        Only its ``results`` is read.
+
+    Returns
+    -------
+    str
+        Empty if there is no summary, as after making a single file.
+    """
+    path = Path(plan.results) / "summary.json"
+    return console_text(read_json(path)) if path.exists() else ""

@@ -1,0 +1,258 @@
+"""Plots of a run. Each function takes the summary and the files to write (the suffix decides the format).
+
+Figures are made through matplotlib's objects and never through pyplot: no display, no global state.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from cospadi.files import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Okabe and Ito (2008): told apart with any colour vision; yellow is left out, it vanishes on white
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+_LINES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_ERROR = r"relative error  $\|X(W-DS)\|\,/\,\|XW\|$"
+_LAYOUT = {
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "cospadi",
+}
+
+
+class _Style(NamedTuple):
+    color: str
+    linestyle: Any
+    marker: str
+
+
+def plot_errors(summary: Mapping[str, Any], paths: Sequence[Path]) -> None:
+    """Relative error by layer: one panel a projection, one line a variant."""
+    variants = _compressed(summary)
+    styles = _styles(variants)
+    panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for name, variant in variants.items():
+        for matrix, numbers in variant["matrices"].items():
+            layer, projection = _place(matrix)
+            panels.setdefault(projection, {}).setdefault(name, []).append((layer, numbers["relative_error"]))
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = _figure(3.1 * columns + 0.6, 2.5 * rows + 1.1)
+    axes = figure.subplots(rows, columns, sharex=True, squeeze=False)
+    for axis, (projection, lines) in zip(axes.flat, panels.items(), strict=False):
+        for name, points in lines.items():
+            layers, errors = zip(*sorted(points), strict=True)
+            _line(axis, layers, errors, styles[name])
+        axis.set_title(projection, loc="left", fontweight="bold")
+        axis.set_ylim(bottom=0)
+    axes[0, 0].xaxis.get_major_locator().set_params(integer=True)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis in axes.flat[max(0, len(panels) - columns) : len(panels)]:
+        axis.tick_params(labelbottom=True)
+        axis.set_xlabel("layer")
+    figure.supylabel(_ERROR, fontsize=10)
+    figure.suptitle("Error of every compressed matrix on the calibration inputs (lower is better)", fontsize=12)
+    _legend(figure, styles)
+    _save(figure, paths)
+
+
+def plot_pareto(summary: Mapping[str, Any], paths: Sequence[Path]) -> None:
+    """Bytes of the compressed matrices against perplexity; the dense model as a line."""
+    variants = {name: v for name, v in _compressed(summary).items() if v["word_perplexity"] is not None}
+    dense = summary["variants"]["dense"]
+    styles = _styles(_compressed(summary))  # a variant looks the same in every plot
+    figure = _figure(8, 5.2)
+    axis = figure.subplots()
+    if not variants or dense["word_perplexity"] is None:
+        _say(axis, "Perplexity was not measured in this run")
+        _save(figure, paths)
+        return
+    points = {name: (v["target_bytes"] / 1e6, v["word_perplexity"]) for name, v in variants.items()}
+    full = dense["target_bytes"] / 1e6
+    for names in _groups(variants).values():
+        line = sorted(points[name] for name in names)
+        axis.plot(*zip(*line, strict=True), color=styles[names[0]].color, lw=1.2, alpha=0.5, zorder=1)
+    for name, point in points.items():
+        axis.plot(*point, marker=styles[name].marker, color=styles[name].color, markersize=9, linestyle="")
+    axis.axhline(dense["word_perplexity"], color="#666666", lw=1.2, linestyle=(0, (4, 2)))
+    axis.plot(full, dense["word_perplexity"], marker="*", color="#444444", markersize=14)
+    label = f"dense  {dense['word_perplexity']:.4g}"
+    axis.annotate(label, (full, dense["word_perplexity"]), xytext=(6, 9), textcoords="offset points", ha="right")
+    if max(y for _, y in points.values()) > 3 * dense["word_perplexity"]:
+        _logarithmic(axis)
+    lowest = min(x for x, _ in points.values())
+    axis.set_xlim(lowest - 0.12 * (full - lowest), full + 0.08 * (full - lowest))
+    axis.margins(y=0.12)
+    share = axis.secondary_xaxis(
+        "top",
+        functions=(lambda x: 100 * x * 1e6 / dense["target_bytes"], lambda p: p * dense["target_bytes"] / 1e8),
+    )
+    share.set_xlabel("percent of their dense bytes (bfloat16)")
+    axis.set_xlabel("bytes of the compressed matrices in the file, masks counted  [MB]")
+    axis.set_ylabel("word perplexity on held-out text  (lower is better)")
+    axis.set_title("Size against quality; lines join variants that differ only in the ratio", fontsize=12, pad=12)
+    _label(axis, {name: (f"{name}  {y:.4g}", x, y) for name, (x, y) in points.items()}, styles)
+    _save(figure, paths)
+
+
+def plot_convergence(summary: Mapping[str, Any], paths: Sequence[Path]) -> None:
+    """Relative error by iteration: median over all matrices and the band of the middle 80 %."""
+    variants = _compressed(summary)
+    curves = {}
+    for name, variant in variants.items():
+        histories = [m["history"]["relative_error"] for m in variant["matrices"].values() if m["history"]["iteration"]]
+        if histories:
+            length = max(map(len, histories))
+            # a matrix that stopped early keeps its last error
+            curves[name] = np.array([errors + errors[-1:] * (length - len(errors)) for errors in histories])
+    closed = [name for name in variants if name not in curves]
+    figure = _figure(10.5, 4.6)
+    if not curves:
+        _say(figure.subplots(), "No variant of this run was learned in iterations")
+        _save(figure, paths)
+        return
+    styles = {name: style for name, style in _styles(variants).items() if name in curves}
+    left, right = figure.subplots(1, 2)
+    banded = len(curves) <= 4  # more bands than that hide one another
+    for name, errors in curves.items():
+        style = styles[name]
+        iterations = np.arange(errors.shape[1])
+        final = np.where(errors[:, -1:] > 0, errors[:, -1:], 1)
+        for axis, values in ((left, errors), (right, 100 * (errors / final - 1))):
+            low, middle, high = np.quantile(values, [0.1, 0.5, 0.9], axis=0)
+            if banded:
+                axis.fill_between(iterations, low, high, color=style.color, alpha=0.13, lw=0)
+            _line(axis, iterations, middle, style)
+    left.set_ylim(bottom=0)
+    left.set_ylabel(_ERROR)
+    left.set_title("Error", loc="left", fontweight="bold")
+    right.set_yscale("symlog", linthresh=1, linscale=0.6)
+    right.set_ylim(bottom=0)
+    right.yaxis.set_major_formatter("{x:g}")
+    right.set_ylabel("error above its last value  [%]")
+    right.set_title("How much is still to gain", loc="left", fontweight="bold")
+    for axis in (left, right):
+        axis.set_xlabel("iteration (0 is the start)")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.margins(x=0.02)
+    title = "Convergence: median over the matrices" + (", band = the middle 80 % of them" if banded else "")
+    if closed:
+        title += "\n" + textwrap.fill(f"learned without iterations: {', '.join(closed)}", 120)
+    figure.suptitle(title, fontsize=11)
+    _legend(figure, styles, [variants[name] for name in curves])
+    _save(figure, paths)
+
+
+def _compressed(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    return {name: variant for name, variant in summary["variants"].items() if variant["matrices"]}
+
+
+def _place(matrix: str) -> tuple[int, str]:
+    """Layer and projection of a matrix: ``model.layers.3.self_attn.q_proj`` is (3, "self_attn.q_proj")."""
+    _, layer, projection = re.split(r"\.(\d+)\.", matrix, maxsplit=1)
+    return int(layer), projection
+
+
+def _groups(variants: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Names of the variants that differ only in the ratio."""
+    groups: dict[str, list[str]] = {}
+    for name, variant in variants.items():
+        rest = {key: value for key, value in variant["config"].items() if key != "ratio"}
+        groups.setdefault(json.dumps(rest, sort_keys=True), []).append(name)
+    return groups
+
+
+def _styles(variants: Mapping[str, Mapping[str, Any]]) -> dict[str, _Style]:
+    """One colour a group, one line and marker a ratio in it; if all are of one group, one colour a variant."""
+    groups = list(_groups(variants).values())
+    if len(groups) == 1:
+        groups = [[name] for name in variants]
+    styles = {}
+    for number, names in enumerate(groups):
+        for position, name in enumerate(names):
+            # colours come round again with another line
+            line = _LINES[(position + number // len(_COLOURS)) % len(_LINES)]
+            marker = _MARKERS[(number + 3 * position) % len(_MARKERS)]
+            styles[name] = _Style(_COLOURS[number % len(_COLOURS)], line, marker)
+    return {name: styles[name] for name in variants}
+
+
+def _figure(width: float, height: float) -> Figure:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams.update(_LAYOUT)
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _line(axis: Any, x: Sequence[float], y: Sequence[float], style: _Style) -> None:
+    axis.plot(x, y, **style._asdict(), markersize=4, markevery=max(1, len(x) // 8), lw=1.6)
+
+
+def _legend(figure: Figure, styles: Mapping[str, _Style], variants: Sequence[Mapping[str, Any]] = ()) -> None:
+    from matplotlib.lines import Line2D
+
+    solvers = [next(iter(v["matrices"].values())).get("solver") for v in variants] or [None] * len(styles)
+    handles = [
+        Line2D([], [], **style._asdict(), markersize=5, label=name if solver is None else f"{name} ({solver})")
+        for (name, style), solver in zip(styles.items(), solvers, strict=True)
+    ]
+    inches = 0.75 + 0.09 * max(len(handle.get_label()) for handle in handles)
+    columns = min(len(handles), max(1, int(figure.get_figwidth() / inches)))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, handlelength=3.2)
+
+
+def _label(axis: Any, labels: Mapping[str, tuple[str, float, float]], styles: Mapping[str, _Style]) -> None:
+    """Text to the right of each point in the point's colour, pushed up where two would overlap."""
+    figure = axis.figure
+    figure.draw_without_rendering()  # now data coordinates have a place on the page
+    point = figure.dpi / 72
+    placed: list[tuple[float, float]] = []
+    for name, (text, x, y) in sorted(labels.items(), key=lambda item: item[1][2]):
+        left, height = axis.transData.transform((x, y))
+        free = max([height, *(other + 13 * point for start, other in placed if abs(start - left) < 110 * point)])
+        placed.append((left, free))
+        offset = (10, (free - height) / point)
+        color = styles[name].color
+        axis.annotate(text, (x, y), xytext=offset, textcoords="offset points", va="center", fontsize=9, color=color)
+
+
+def _logarithmic(axis: Any) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _say(axis: Any, text: str) -> None:
+    axis.set_axis_off()
+    axis.text(0.5, 0.5, text, ha="center", va="center", transform=axis.transAxes)
+
+
+def _save(figure: Figure, paths: Sequence[Path]) -> None:
+    for path in paths:
+        with replacing(path) as temporary:
+            # no date inside: equal numbers give equal files
+            figure.savefig(temporary, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)

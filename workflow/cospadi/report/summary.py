@@ -1,0 +1,140 @@
+"""Read what the stages of a run wrote, and put it into one dictionary."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cospadi.errors import ArtifactError
+from cospadi.files import read_json
+
+FORMAT_VERSION = 1
+DENSE = "dense"
+_REMEDY = "Run snakemake again: it makes what is missing"
+_ACCURACIES = ("acc_norm", "acc", "exact_match")
+
+
+def collect(
+    run: Mapping[str, Any], results: Path, *, dense_model: Path, units: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, Any]:
+    """Everything known about each variant; parameters and errors as in `report.summarize`.
+
+    Returns
+    -------
+    dict
+        ``variants``: name to a dictionary with the columns of ``summary.tsv`` and
+
+        - ``model``: folder, ``config``: the variant as configured;
+        - ``matrices``: name to ``nbytes``, ``dense_nbytes``, ``relative_error`` (of what the file holds),
+          ``relative_error_learned`` (before rounding), and the learner's diagnostics;
+        - ``tasks``: task to score, ``samples``: generated texts, ``evaluation``: the rest of ``eval.json``.
+
+        ``dense`` comes first, then the variants in the order of the config.
+    """
+    variants: dict[str, dict[str, Any]] = {
+        name: _read_variant(name, dict(config), results / name, (units or {}).get(name))
+        for name, config in run["variants"].items()
+        if name != DENSE
+    }
+    dense_nbytes: dict[str, int] = {}
+    for variant in variants.values():
+        dense_nbytes |= {name: matrix["dense_nbytes"] for name, matrix in variant["matrices"].items()}
+    dense = {
+        "method": "none",
+        "ratio_asked": 0.0,
+        "target_bytes": sum(dense_nbytes.values()),
+        "ratio_true": 0.0,
+        "mean_relative_error": 0.0,
+        "seconds_learning": 0.0,
+        "model": str(dense_model),
+        "config": {},
+        "matrices": {},
+    }
+    variants = {DENSE: dense, **variants}
+    asked = (run.get("evaluation") or {}).get("tasks") or []
+    for name, variant in variants.items():
+        variant["model_bytes"] = _weight_bytes(Path(variant["model"]))
+        variant |= _read_scores(results / name / "eval.json", asked)
+    reference = variants[DENSE]["word_perplexity"]
+    for variant in variants.values():
+        perplexity = variant["word_perplexity"]
+        variant["recovery"] = reference / perplexity if reference and perplexity else None
+    return {"format_version": FORMAT_VERSION, "variants": variants}
+
+
+def _read_variant(name: str, config: dict[str, Any], folder: Path, units: Sequence[str] | None) -> dict[str, Any]:
+    if units is None:
+        units = sorted({path.stem for stage in ("factors", "codes") for path in (folder / stage).glob("*.json")})
+    if not units:
+        raise ArtifactError(folder / "codes", f"holds no unit of variant {name}", _REMEDY)
+    matrices: dict[str, dict[str, Any]] = {}
+    unit_of: dict[str, str] = {}
+    seconds = 0.0
+    for unit in units:
+        learned = read_json(folder / "factors" / f"{unit}.json", _REMEDY)
+        stored = read_json(folder / "codes" / f"{unit}.json", _REMEDY)
+        if learned["matrices"].keys() != stored["matrices"].keys():
+            differing = sorted(learned["matrices"].keys() ^ stored["matrices"].keys())
+            raise ArtifactError(
+                folder / "codes" / f"{unit}.json",
+                f"does not describe the matrices of factors/{unit}.json (differing: {', '.join(differing[:3])})",
+                "Delete it and run again",
+            )
+        seconds += learned["seconds"]
+        for matrix, numbers in stored["matrices"].items():
+            if matrix in matrices:
+                raise ArtifactError(
+                    folder / "codes" / f"{unit}.json",
+                    f"holds {matrix}, which {unit_of[matrix]}.json holds too",
+                    "Delete the one that the config no longer asks for",
+                )
+            unit_of[matrix] = unit
+            diagnostics = dict(learned["matrices"][matrix])
+            diagnostics["relative_error_learned"] = diagnostics.pop("relative_error")
+            history = diagnostics.get("history", [])
+            diagnostics["history"] = {key: [entry[key] for entry in history] for key in ("iteration", "relative_error")}
+            matrices[matrix] = {**diagnostics, **numbers}
+    # matrices that share a dictionary count a fraction of it each
+    target_bytes = round(sum(matrix["nbytes"] for matrix in matrices.values()))
+    return {
+        "method": config["method"],
+        "ratio_asked": config.get("ratio"),
+        "target_bytes": target_bytes,
+        "ratio_true": 1 - target_bytes / sum(matrix["dense_nbytes"] for matrix in matrices.values()),
+        "mean_relative_error": sum(matrix["relative_error"] for matrix in matrices.values()) / len(matrices),
+        "seconds_learning": seconds,
+        "model": str(folder / "model"),
+        "config": config,
+        "matrices": matrices,
+    }
+
+
+def _read_scores(path: Path, asked: Sequence[str]) -> dict[str, Any]:
+    evaluation = read_json(path, _REMEDY)
+    perplexity = evaluation.get("perplexity", {})
+    scores = {
+        name: scored["metrics"][scored["primary"]]
+        for name, scored in evaluation.get("tasks", {}).items()
+        if "primary" in scored
+    }
+    # a group such as mmlu also lists its members
+    tasks = {name: scores[name] for name in asked if name in scores} or scores
+    accuracies = [score for name, score in tasks.items() if evaluation["tasks"][name]["primary"] in _ACCURACIES]
+    return {
+        "word_perplexity": perplexity.get("word"),
+        "token_perplexity": perplexity.get("token"),
+        "bits_per_byte": perplexity.get("bits_per_byte"),
+        "mean_accuracy": sum(accuracies) / len(accuracies) if accuracies else None,
+        "tasks": tasks,
+        "seconds_evaluating": evaluation["seconds"]["total"],
+        "samples": evaluation.get("samples", []),
+        "evaluation": {key: value for key, value in evaluation.items() if key not in ("samples", "tasks")},
+    }
+
+
+def _weight_bytes(folder: Path) -> int:
+    files = list(folder.glob("*.safetensors"))
+    if not files:
+        raise ArtifactError(folder, "holds no safetensors file", _REMEDY)
+    return sum(file.stat().st_size for file in files)
