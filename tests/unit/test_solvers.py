@@ -1,0 +1,378 @@
+"""Solvers: the optimality each step claims, degenerate input, and agreement between NumPy and torch."""
+
+import itertools
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.linalg import hadamard
+
+from cospadi.errors import NumericalError
+from cospadi.solvers import SOLVERS, _arrays, least_squares, starts, svd
+from cospadi.solvers._rounds import redraw, ridge_dictionary
+
+LEARNED = ("htp", "ksvd")
+
+
+def correlated_target(d=48, n=80, seed=0):
+    """A target whose spectrum decays like that of a whitened weight."""
+    rng = np.random.default_rng(seed)
+    scale = np.arange(1, d + 1) ** -0.7
+    return ((rng.standard_normal((d, d)) * scale) @ rng.standard_normal((d, n))).astype(np.float32)
+
+
+def relative_error(target, solution):
+    return np.linalg.norm(target - solution.dictionary @ solution.codes) / np.linalg.norm(target)
+
+
+def planted(s, n, seed):
+    """Codes of `s` nonzeros over spikes and Walsh functions, 32 atoms in 16 dimensions of coherence 1/4."""
+    rng = np.random.default_rng(seed)
+    dictionary = np.hstack([np.eye(16), hadamard(16) / 4])
+    codes = np.zeros((32, n))
+    for column in range(n):
+        support = rng.choice(32, s, replace=False)
+        codes[support, column] = rng.choice([-1, 1], s) * rng.uniform(0.5, 1.5, s)
+    return dictionary, (dictionary @ codes).astype(np.float32)
+
+
+def modules_after(statement):
+    code = f"import sys; {statement}; print(' '.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize("solver", ["htp", "procrustes"])
+def test_the_default_path_loads_neither_numba_nor_torch(solver):
+    loaded = modules_after(
+        "import numpy as np; from cospadi.solvers import SOLVERS; "
+        f"SOLVERS['{solver}'](np.eye(6, dtype='f'), n_atoms=4, n_nonzero_coefs=2, max_iter=2)"
+    )
+    assert f"cospadi.solvers.{solver}" in loaded
+    assert not loaded & {"numba", "torch"}
+
+
+def test_the_registry_imports_nothing_until_a_solver_is_asked_for():
+    loaded = modules_after("from cospadi.solvers import SOLVERS; sorted(SOLVERS)")
+    assert not {name for name in loaded if name.startswith("cospadi.solvers.")}
+
+
+@pytest.mark.parametrize("solver", sorted(SOLVERS))
+def test_history_describes_the_solution(solver):
+    target = correlated_target()
+    lines = []
+    solution = SOLVERS[solver](target, n_atoms=24, n_nonzero_coefs=12, max_iter=6, tol=0, log=lines.append)
+    assert solution.dictionary.shape == (48, 24)
+    assert solution.codes.shape == (24, 80)
+    assert ((solution.codes != 0).sum(axis=0) == 12).all()
+    np.testing.assert_allclose(np.linalg.norm(solution.dictionary, axis=0), 1, atol=1e-5)
+    errors = [entry["relative_error"] for entry in solution.history]
+    assert all(after <= before for before, after in itertools.pairwise(errors))
+    assert errors[-1] == pytest.approx(relative_error(target, solution), rel=1e-5)
+    assert [entry["iteration"] for entry in solution.history] == list(range(7)) and len(lines) == 7
+    assert lines[-1].startswith("iter 6/6 rel_err 0.")
+
+
+@pytest.mark.parametrize("solver", sorted(SOLVERS))
+def test_the_same_seed_gives_the_same_bytes(solver):
+    target = correlated_target()
+    one, two = (SOLVERS[solver](target, n_atoms=24, n_nonzero_coefs=8, random_state=3, max_iter=4) for _ in range(2))
+    assert one.dictionary.tobytes() == two.dictionary.tobytes()
+    assert one.codes.tobytes() == two.codes.tobytes()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    solver=st.sampled_from(LEARNED),
+    d=st.integers(1, 9),
+    n=st.integers(1, 12),
+    n_atoms=st.integers(1, 14),
+    share=st.floats(0, 1),
+    fault=st.sampled_from(["none", "rank 1", "zero columns", "equal columns", "zero", "tiny", "huge", "integers"]),
+    seed=st.integers(0, 5),
+)
+def test_any_shape_rank_and_scale(solver, d, n, n_atoms, share, fault, seed):
+    rng = np.random.default_rng(seed)
+    target = rng.standard_normal((d, n)).astype(np.float32)
+    if fault == "rank 1":
+        target = np.outer(target[:, 0], target[0]).astype(np.float32)
+    elif fault == "zero columns":
+        target[:, ::2] = 0
+    elif fault == "equal columns":
+        target[:] = target[:, :1]
+    elif fault in ("zero", "tiny", "huge"):
+        target *= {"zero": 0, "tiny": 1e-12, "huge": 1e12}[fault]
+    elif fault == "integers":
+        target = np.round(2 * target)
+    s = 1 + int(share * (n_atoms - 1))
+    solution = SOLVERS[solver](target, n_atoms=n_atoms, n_nonzero_coefs=s, random_state=seed, max_iter=5)
+    assert np.isfinite(solution.dictionary).all() and np.isfinite(solution.codes).all()
+    assert ((solution.codes != 0).sum(axis=0) <= s).all()
+    assert not solution.codes[:, ~target.any(axis=0)].any() or solver == "htp"
+    errors = [entry["relative_error"] for entry in solution.history]
+    assert all(after <= before for before, after in itertools.pairwise(errors))
+    assert errors[-1] <= 1 + 1e-5
+    if target.any():
+        assert errors[-1] == pytest.approx(relative_error(target.astype(np.float64), solution), rel=1e-3, abs=1e-5)
+    else:
+        assert not solution.codes.any()
+
+
+@pytest.mark.parametrize("solver", LEARNED)
+def test_an_overcomplete_dictionary_is_used(solver):
+    target = correlated_target(d=16, n=200)
+    few = SOLVERS[solver](target, n_atoms=16, n_nonzero_coefs=4, max_iter=12, tol=0)
+    many = SOLVERS[solver](target, n_atoms=32, n_nonzero_coefs=4, max_iter=12, tol=0)
+    assert relative_error(target, many) < 0.85 * relative_error(target, few)
+
+
+def test_htp_beats_sixty_rounds_of_ksvd():
+    target = correlated_target(d=64, n=160)
+    paper = SOLVERS["ksvd"](target, n_atoms=40, n_nonzero_coefs=20, max_iter=60, tol=0)
+    ours = SOLVERS["htp"](target, n_atoms=40, n_nonzero_coefs=20)
+    assert relative_error(target, ours) < relative_error(target, paper)
+
+
+def test_annealing_ends_lower_than_the_plain_step():
+    target = correlated_target(d=64, n=160)
+    shape = {"n_atoms": 40, "n_nonzero_coefs": 20, "max_iter": 25, "tol": 0}
+    plain = SOLVERS["htp"](target, steps=(1.0, 1.0), **shape)
+    assert relative_error(target, SOLVERS["htp"](target, **shape)) < 0.97 * relative_error(target, plain)
+
+
+@pytest.mark.parametrize("solver", LEARNED)
+@pytest.mark.parametrize("noise", [0, 0.1])
+def test_a_planted_dictionary_is_recovered_from_a_rough_start(solver, noise):
+    truth, target = planted(s=2, n=900, seed=1)
+    rough = truth + noise * np.random.default_rng(0).standard_normal(truth.shape)
+    start = abs(np.sum(truth * rough, axis=0)) / np.linalg.norm(rough, axis=0)
+    solution = SOLVERS[solver](target, n_atoms=32, n_nonzero_coefs=2, max_iter=40, tol=0, dictionary_init=rough)
+    assert noise == 0 or start.mean() < 0.95
+    assert abs(truth.T @ solution.dictionary).max(axis=1).min() > 0.9999
+    assert relative_error(target, solution) < 1e-3
+
+
+def test_procrustes_equals_the_best_orthonormal_pair_of_an_exhaustive_search():
+    # two orthonormal atoms in the plane, one nonzero a column: one angle decides everything
+    target = correlated_target(d=2, n=9, seed=4)
+    angles = np.linspace(0, np.pi / 2, 20001)
+    atoms = np.stack([np.cos(angles), np.sin(angles)])
+    along = (target.T @ atoms) ** 2
+    across = (target**2).sum(axis=0)[:, None] - along
+    best = np.minimum(along, across).sum(axis=0).min() ** 0.5 / np.linalg.norm(target)
+    starts_tried = [np.array([[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]]) for a in (0.1, 0.5, 0.9, 1.3)]
+    found = min(
+        relative_error(target, SOLVERS["procrustes"](target, n_atoms=2, n_nonzero_coefs=1, dictionary_init=start))
+        for start in starts_tried
+    )
+    assert found == pytest.approx(best, rel=1e-5)
+
+
+def test_procrustes_keeps_orthonormal_atoms_and_refuses_more_than_fit():
+    target = correlated_target()
+    solution = SOLVERS["procrustes"](target, n_atoms=24, n_nonzero_coefs=12)
+    np.testing.assert_allclose(solution.dictionary.T @ solution.dictionary, np.eye(24), atol=1e-5)
+    with pytest.raises(ValueError, match="at most min"):
+        SOLVERS["procrustes"](target, n_atoms=49, n_nonzero_coefs=12)
+
+
+@pytest.mark.parametrize("update", ["power", "svd", "mod"])
+def test_ksvd_updates_lower_the_error_of_omp_alone(update):
+    target = correlated_target()
+    solution = SOLVERS["ksvd"](target, n_atoms=24, n_nonzero_coefs=8, max_iter=8, tol=0, atom_update=update)
+    errors = [entry["round_error"] for entry in solution.history]
+    assert errors[-1] < 0.85 * errors[1]
+
+
+def test_the_compiled_sweep_equals_a_plain_one():
+    from cospadi.solvers import _kernels
+
+    rng = np.random.default_rng(0)
+    atoms = rng.standard_normal((9, 13))
+    atoms /= np.linalg.norm(atoms, axis=1)[:, None]
+    codes = rng.standard_normal((31, 9)) * (rng.random((31, 9)) < 0.5)
+    codes[:, 4] = 0
+    rows = rng.standard_normal((31, 13))
+    residual, swept, swept_codes = rows - codes @ atoms, atoms.copy(), codes.copy()
+    _kernels.ksvd_sweep(residual, swept, swept_codes, 8)
+
+    plain, plain_codes = atoms.copy(), codes.copy()
+    for atom in range(9):
+        users = np.flatnonzero(plain_codes[:, atom])
+        if users.size == 0:
+            continue
+        plain_codes[users, atom] = 0
+        own = rows[users] - plain_codes[users] @ plain
+        u = plain[atom]
+        for _ in range(8):
+            u = own.T @ (own @ u)
+            u /= np.linalg.norm(u)
+        plain[atom], plain_codes[users, atom] = u, own @ u
+    np.testing.assert_allclose(swept, plain, atol=1e-9)
+    np.testing.assert_allclose(swept_codes, plain_codes, atol=1e-9)
+    np.testing.assert_allclose(residual, rows - plain_codes @ plain, atol=1e-9)
+
+
+def test_the_dictionary_step_is_least_squares():
+    rng = np.random.default_rng(0)
+    rows, codes = rng.standard_normal((40, 12)), rng.standard_normal((40, 6)) * [1, 1e3, 1e-3, 1, 0, 1]
+    atoms, scaled = ridge_dictionary(rows, codes)
+    best = codes @ np.linalg.lstsq(codes, rows, rcond=None)[0]
+    np.testing.assert_allclose(scaled @ atoms, best, atol=1e-9)
+    np.testing.assert_allclose(np.linalg.norm(atoms, axis=1), [1, 1, 1, 1, 0, 1], atol=1e-12)
+
+
+def test_dead_and_duplicate_atoms_are_redrawn_from_bad_columns_without_changing_the_fit():
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((20, 8))
+    atoms = np.linalg.qr(rng.standard_normal((8, 6)))[0].T.copy()
+    atoms[3] = -atoms[1]
+    atoms[4] = 0
+    atoms[5] = atoms[1]
+    codes = rng.standard_normal((20, 6))
+    before = codes @ atoms
+    residual = rows - before
+    new_atoms, new_codes, n_redrawn = redraw(atoms, codes, residual, np.random.default_rng(0))
+    assert n_redrawn == 3
+    np.testing.assert_allclose(new_codes @ new_atoms, before, atol=1e-12)
+    assert not new_codes[:, 3:].any()
+    worst = np.argsort(-np.linalg.norm(residual, axis=1))[:6]
+    directions = residual[worst] / np.linalg.norm(residual[worst], axis=1)[:, None]
+    for atom in (3, 4, 5):
+        assert np.isclose(directions @ new_atoms[atom], 1).any()
+
+
+def test_conjugate_gradients_and_the_exact_polish_agree_with_lstsq():
+    rng = np.random.default_rng(0)
+    rows, atoms = rng.standard_normal((6, 12)), rng.standard_normal((9, 12))
+    codes = rng.standard_normal((6, 9)) * (rng.random((6, 9)) < 0.6)
+    codes[5] = 0
+    gradient = (rows - codes @ atoms) @ atoms.T
+    by_steps = least_squares.conjugate_gradients(atoms @ atoms.T, codes, gradient, codes != 0, 20)
+    exact = least_squares.restricted(rows, atoms, codes)
+    for column in range(6):
+        support = np.flatnonzero(codes[column])
+        expected = np.linalg.lstsq(atoms[support].T, rows[column], rcond=None)[0]
+        np.testing.assert_allclose(by_steps[column, support], expected, atol=1e-8)
+        np.testing.assert_allclose(exact[column, support], expected, atol=1e-10)
+        assert not np.delete(exact[column], support).any()
+
+
+def test_polished_codes_are_the_least_squares_ones():
+    target = correlated_target()
+    solution = SOLVERS["htp"](target, n_atoms=24, n_nonzero_coefs=8, max_iter=4, polish=True)
+    residual = target - solution.dictionary @ solution.codes
+    left = abs(solution.dictionary.T @ residual) * (solution.codes != 0)
+    assert left.max() < 1e-5 * abs(solution.dictionary.T @ target).max()
+
+
+def test_truncated_svd_is_the_best_approximation_of_its_rank():
+    target = correlated_target()
+    solution = svd.truncated(target, 10)
+    u, s, vt = np.linalg.svd(target.astype(np.float64))
+    np.testing.assert_allclose(
+        solution.dictionary @ solution.codes, (u[:, :10] * s[:10]) @ vt[:10], atol=1e-5 * abs(target).max()
+    )
+    np.testing.assert_allclose(solution.dictionary.T @ solution.dictionary, np.eye(10), atol=1e-5)
+    assert solution.history[-1]["relative_error"] == pytest.approx(np.linalg.norm(s[10:]) / np.linalg.norm(s), rel=1e-4)
+    wide = svd.truncated(correlated_target(d=80, n=20), 20)
+    assert wide.history[-1]["relative_error"] < 1e-5
+    with pytest.raises(ValueError, match="rank must be at most"):
+        svd.truncated(target, 49)
+
+
+def test_starts():
+    target = correlated_target()
+    rng = np.random.default_rng(0)
+    rows = np.ascontiguousarray(target.T)
+    atoms = starts.random_columns(rows, 100, rng)
+    np.testing.assert_allclose(np.linalg.norm(atoms, axis=1), 1, atol=1e-6)
+    assert np.isclose(atoms[:80] @ (rows / np.linalg.norm(rows, axis=1)[:, None]).T, 1, atol=1e-5).any(axis=1).all()
+
+    whitening = np.triu(rng.standard_normal((48, 48))).astype(np.float32) + 8 * np.eye(48, dtype=np.float32)
+    start = starts.spectral_original(target, whitening, 12)
+    left = np.linalg.svd(target)[0][:, :12]
+    np.testing.assert_allclose(np.linalg.matrix_rank(np.hstack([start, whitening @ left]), tol=1e-2), 12)
+
+    learned = SOLVERS["htp"](target, n_atoms=24, n_nonzero_coefs=8, max_iter=6)
+    kept = starts.warm(learned.dictionary, learned.codes, 16)
+    cold = SOLVERS["htp"](target, n_atoms=16, n_nonzero_coefs=6, max_iter=2, tol=0)
+    warm = SOLVERS["htp"](target, n_atoms=16, n_nonzero_coefs=6, max_iter=2, tol=0, dictionary_init=kept)
+    assert kept.shape == (48, 16)
+    assert relative_error(target, warm) < 1.1 * relative_error(target, cold)
+
+
+def test_a_solution_is_a_start():
+    target = correlated_target()
+    for solver in LEARNED:
+        first = SOLVERS[solver](target, n_atoms=24, n_nonzero_coefs=8, max_iter=5, tol=0)
+        given = {"dictionary_init": first.dictionary, "codes_init": first.codes}
+        second = SOLVERS[solver](target, n_atoms=24, n_nonzero_coefs=8, max_iter=3, tol=0, **given)
+        assert second.history[0]["relative_error"] <= first.history[-1]["relative_error"] * 1.0001
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_nonzero_coefs": 25}, "between 1 and n_atoms = 24, got 25"),
+        ({"n_nonzero_coefs": 0}, "got 0"),
+        ({"n_atoms": 0}, "n_atoms must be at least 1"),
+        ({"dictionary_init": np.zeros((3, 3))}, r"dictionary_init must have shape \(48, 24\), got \(3, 3\)"),
+        ({"max_iter": -1}, "max_iter must not be negative"),
+    ],
+)
+@pytest.mark.parametrize("solver", sorted(SOLVERS))
+def test_wrong_arguments_are_named(solver, change, message):
+    with pytest.raises(ValueError, match=message):
+        SOLVERS[solver](correlated_target(), **{"n_atoms": 24, "n_nonzero_coefs": 8, **change})
+
+
+@pytest.mark.parametrize("solver", sorted(SOLVERS))
+def test_nan_is_refused(solver):
+    target = correlated_target()
+    target[3, 5] = np.nan
+    with pytest.raises(NumericalError, match="NaN"):
+        SOLVERS[solver](target, n_atoms=24, n_nonzero_coefs=8)
+
+
+@pytest.mark.parametrize("solver", sorted(SOLVERS))
+@pytest.mark.parametrize("shape", [(48, 80, 24, 8), (20, 60, 20, 5)])
+def test_torch_tensors_take_the_same_path(solver, shape):
+    torch = pytest.importorskip("torch")
+    d, n, k, s = shape
+    target = correlated_target(d, n)
+    shared = {"n_atoms": k, "n_nonzero_coefs": s, "max_iter": 5, "tol": 0}
+    ours = SOLVERS[solver](target.astype(np.float64), **shared)
+    theirs = SOLVERS[solver](torch.from_numpy(target).double(), **shared)
+    assert isinstance(theirs.codes, torch.Tensor)
+    np.testing.assert_allclose(theirs.codes.numpy(), ours.codes, atol=1e-6)
+    np.testing.assert_allclose(theirs.dictionary.numpy(), ours.dictionary, atol=1e-6)
+    single = SOLVERS[solver](torch.from_numpy(target), **shared)
+    assert single.codes.dtype == torch.float32
+    assert single.history[-1]["relative_error"] == pytest.approx(ours.history[-1]["relative_error"], rel=0.01)
+
+
+def test_polar_factors_agree():
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    matrix = (np.geomspace(1, 1e-5, 12)[:, None] * rng.standard_normal((12, 20))).astype(np.float64)
+    u, _, vt = np.linalg.svd(matrix, full_matrices=False)
+    np.testing.assert_allclose(_arrays.orthonormal_rows(matrix), u @ vt, atol=1e-10)
+    np.testing.assert_allclose(_arrays.orthonormal_rows(torch.from_numpy(matrix)).numpy(), u @ vt, atol=1e-8)
+    matrix[3] = matrix[5]
+    rows = _arrays.orthonormal_rows(torch.from_numpy(matrix).float())
+    np.testing.assert_allclose((rows @ rows.T).numpy(), np.eye(12), atol=1e-5)
+
+
+@pytest.mark.parametrize("update", ["svd", "mod"])
+def test_torch_takes_the_other_atom_updates(update):
+    torch = pytest.importorskip("torch")
+    target = correlated_target(20, 60).astype(np.float64)
+    shared = {"n_atoms": 16, "n_nonzero_coefs": 5, "max_iter": 3, "tol": 0, "atom_update": update, "polish": True}
+    ours = SOLVERS["ksvd"](target, **shared)
+    theirs = SOLVERS["ksvd"](torch.from_numpy(target), **shared)
+    np.testing.assert_allclose((theirs.dictionary @ theirs.codes).numpy(), ours.dictionary @ ours.codes, atol=1e-7)

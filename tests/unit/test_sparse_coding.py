@@ -1,0 +1,223 @@
+"""Sparse coding of columns against a fixed dictionary, and the public functions around it."""
+
+import itertools
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cospadi.solvers._arrays import top_mask
+from cospadi.solvers.omp import encode_rows
+
+torch = pytest.importorskip("torch")
+
+from cospadi.solvers.api import dict_learning, sparse_encode  # noqa: E402
+
+
+def problem(d=30, k=20, n=50, seed=0):
+    rng = np.random.default_rng(seed)
+    dictionary = rng.standard_normal((d, k))
+    return rng.standard_normal((d, n)), dictionary / np.linalg.norm(dictionary, axis=0)
+
+
+def errors(target, dictionary, codes):
+    return np.linalg.norm(target - dictionary @ np.asarray(codes), axis=0)
+
+
+def exhaustive(target, dictionary, s):
+    """Least error of every column over all supports of `s` atoms."""
+    best = np.full(target.shape[1], np.inf)
+    for support in itertools.combinations(range(dictionary.shape[1]), s):
+        part = dictionary[:, support]
+        best = np.minimum(best, np.linalg.norm(target - part @ np.linalg.lstsq(part, target, rcond=None)[0], axis=0))
+    return best
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("wrap", [np.asarray, torch.from_numpy], ids=["numpy", "torch"])
+@pytest.mark.parametrize(("d", "k", "s"), [(30, 20, 7), (30, 20, 20), (12, 25, 6), (30, 20, 1)])
+def test_omp_equals_scikit_learn(dtype, wrap, d, k, s):
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    target, dictionary = problem(d, k)
+    gram, correlations = dictionary.T @ dictionary, dictionary.T @ target
+    expected = linear_model.orthogonal_mp_gram(gram, correlations, n_nonzero_coefs=s)
+    codes = sparse_encode(wrap(target.astype(dtype)), wrap(dictionary.astype(dtype)), n_nonzero_coefs=s).numpy()
+    assert ((codes != 0) == (expected != 0)).all()
+    np.testing.assert_allclose(codes, expected, atol=1e-4 if dtype == np.float32 else 1e-10)
+
+
+@pytest.mark.parametrize("wrap", [np.asarray, torch.from_numpy], ids=["numpy", "torch"])
+def test_omp_on_degenerate_dictionaries(wrap):
+    target, dictionary = problem(d=8, k=6, n=10)
+    target[:, 3] = 0
+    target[:, 4] = 2 * dictionary[:, 1]
+    # duplicates, a negated copy, a combination, a zero atom: rank 6 of 11 atoms
+    combined = dictionary[:, [0]] + dictionary[:, [2]]
+    wide = np.hstack(
+        [dictionary, dictionary[:, [0]], -dictionary[:, [1]], dictionary[:, [2]], combined, np.zeros((8, 1))]
+    )
+    codes = sparse_encode(wrap(target), wrap(wide), n_nonzero_coefs=9).numpy()
+    used = (codes != 0).sum(axis=0)
+    assert used[3] == 0 and used[4] == 1
+    assert (np.delete(used, [3, 4]) == 6).all()
+    assert not codes[10].any()
+    best = np.linalg.norm(target - dictionary @ np.linalg.lstsq(dictionary, target, rcond=None)[0], axis=0)
+    np.testing.assert_allclose(errors(target, wide, codes), best, atol=1e-6)
+
+
+def test_columns_that_single_precision_cannot_solve_are_done_in_double():
+    rng = np.random.default_rng(0)
+    base = rng.standard_normal((12, 1))
+    close = (base + 2e-3 * rng.standard_normal((12, 6))).astype(np.float32)
+    target = rng.standard_normal((12, 5)).astype(np.float32)
+    codes = sparse_encode(target, close, n_nonzero_coefs=6).numpy()
+    assert ((codes != 0).sum(axis=0) == 6).all()
+    double = close.astype(np.float64)
+    best = np.linalg.norm(target - double @ np.linalg.lstsq(double, target, rcond=None)[0], axis=0)
+    np.testing.assert_allclose(errors(target, double, codes.astype(np.float64)), best, rtol=1e-3)
+
+
+@pytest.mark.parametrize("wrap", [np.asarray, torch.from_numpy], ids=["numpy", "torch"])
+def test_omp_takes_the_atoms_of_a_warm_start_first(wrap):
+    target, dictionary = problem()
+    cold = sparse_encode(wrap(target), wrap(dictionary), n_nonzero_coefs=8).numpy()
+    half = sparse_encode(wrap(target), wrap(dictionary), n_nonzero_coefs=4).numpy()
+    warm = sparse_encode(wrap(target), wrap(dictionary), n_nonzero_coefs=8, codes_init=wrap(half)).numpy()
+    np.testing.assert_allclose(warm, cold, atol=1e-10)
+    forced = np.zeros_like(cold)
+    forced[:3] = 1
+    warm = sparse_encode(wrap(target), wrap(dictionary), n_nonzero_coefs=5, codes_init=wrap(forced)).numpy()
+    assert (warm[:3] != 0).all() and ((warm != 0).sum(axis=0) == 5).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    d=st.integers(1, 8),
+    k=st.integers(1, 12),
+    n=st.integers(1, 20),
+    share=st.floats(0, 1),
+    rank=st.integers(1, 8),
+    dtype=st.sampled_from([np.float32, np.float64]),
+    seed=st.integers(0, 9),
+)
+def test_omp_is_least_squares_on_its_support_for_any_shape_and_rank(d, k, n, share, rank, dtype, seed):
+    rng = np.random.default_rng(seed)
+    dictionary = rng.standard_normal((d, min(rank, d))) @ rng.standard_normal((min(rank, d), k))
+    dictionary = (dictionary / np.linalg.norm(dictionary, axis=0)).astype(dtype)
+    target = rng.standard_normal((d, n)).astype(dtype)
+    s = 1 + int(share * (k - 1))
+    codes = sparse_encode(target, dictionary, n_nonzero_coefs=s).numpy()
+    assert np.isfinite(codes).all()
+    count = (codes != 0).sum(axis=0)
+    assert (count <= min(s, d)).all()
+    left = abs(dictionary.T @ (target - dictionary @ codes)) * (codes != 0)
+    assert left.max() <= 2e-3 * max(1, abs(codes).max())
+    ours, theirs = (errors(target, dictionary, c) for c in (codes, _torch_codes(target, dictionary, s)))
+    np.testing.assert_allclose(ours, theirs, atol=2e-3 if dtype == np.float32 else 1e-6)
+
+
+def _torch_codes(target, dictionary, s):
+    return sparse_encode(torch.from_numpy(target), torch.from_numpy(dictionary), n_nonzero_coefs=s).numpy()
+
+
+def test_omp_and_htp_find_the_exhaustive_optimum_where_atoms_are_incoherent():
+    rng = np.random.default_rng(0)
+    dictionary = np.linalg.qr(rng.standard_normal((8, 8)))[0] + 0.03 * rng.standard_normal((8, 8))
+    dictionary /= np.linalg.norm(dictionary, axis=0)
+    target = rng.standard_normal((8, 40))
+    best = exhaustive(target, dictionary, 3)
+    found = {
+        name: errors(target, dictionary, sparse_encode(target, dictionary, n_nonzero_coefs=3, algorithm=name))
+        for name in ("omp", "htp", "threshold")
+    }
+    assert all((found[name] >= best - 1e-9).all() for name in found)
+    # "threshold" does not solve for the coefficients; the pursuits miss the optimum only near ties
+    assert np.isclose(found["omp"], best, rtol=1e-6).mean() >= 0.85
+    assert np.isclose(found["htp"], best, rtol=1e-4).mean() >= 0.85
+    orthonormal = np.linalg.qr(rng.standard_normal((8, 8)))[0]
+    best = exhaustive(target, orthonormal, 3)
+    for name in ("omp", "htp", "threshold"):
+        codes = sparse_encode(target, orthonormal, n_nonzero_coefs=3, algorithm=name)
+        np.testing.assert_allclose(errors(target, orthonormal, codes), best, rtol=1e-6)
+
+
+def test_htp_codes_are_better_than_omp_codes_at_half_the_atoms():
+    target, dictionary = problem(d=60, k=50, n=200)
+    found = {
+        name: np.linalg.norm(
+            errors(target, dictionary, sparse_encode(target, dictionary, n_nonzero_coefs=25, algorithm=name))
+        )
+        for name in ("omp", "htp")
+    }
+    assert found["htp"] < found["omp"]
+
+
+def test_polish_makes_thresholded_codes_least_squares():
+    target, dictionary = problem()
+    codes = sparse_encode(target, dictionary, n_nonzero_coefs=6, algorithm="threshold", polish=True).numpy()
+    left = abs(dictionary.T @ (target - dictionary @ codes)) * (codes != 0)
+    assert left.max() < 1e-10
+
+
+@pytest.mark.parametrize("batch_columns", [1, 7, 50])
+@pytest.mark.parametrize("wrap", [np.asarray, torch.from_numpy], ids=["numpy", "torch"])
+def test_batches_do_not_change_the_codes(wrap, batch_columns):
+    target, dictionary = problem()
+    whole = sparse_encode(wrap(target), wrap(dictionary), n_nonzero_coefs=6)
+    parts = sparse_encode(wrap(target), wrap(dictionary), n_nonzero_coefs=6, batch_columns=batch_columns)
+    np.testing.assert_allclose(parts.numpy(), whole.numpy(), atol=1e-12)
+
+
+def test_thread_counts_do_not_change_a_byte():
+    code = (
+        "import sys, numpy as np; from cospadi.solvers.omp import encode_rows, n_threads; "
+        "rng = np.random.default_rng(0); a = rng.standard_normal((40, 30), dtype='f'); "
+        "r = rng.standard_normal((300, 30), dtype='f'); "
+        "print(n_threads(), hash(encode_rows(r, a, 12).tobytes()))"
+    )
+    out = {}
+    for threads in ("1", "2"):
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": threads, "PYTHONHASHSEED": "0"}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+        out[threads] = done.stdout.split()
+    assert out["1"][1] == out["2"][1]
+
+
+def test_masks_have_exactly_the_count_asked_for_even_with_ties():
+    values = np.array([[1.0, -1, 1, 1, 0], [0, 0, 0, 0, 0], [5, 4, -4, 4, 3]], np.float32)
+    expected = np.array([[1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 0, 0, 0]], bool)
+    assert (top_mask(values, 2) == expected).all()
+    assert (top_mask(torch.from_numpy(values), 2).numpy() == expected).all()
+    assert top_mask(values, 5).all() and top_mask(values, 9).all()
+    random = np.random.default_rng(0).standard_normal((40, 33)).astype(np.float32)
+    kept = top_mask(random, 11)
+    assert (kept.sum(axis=1) == 11).all()
+    assert (np.where(kept, abs(random), np.inf).min(axis=1) >= np.where(kept, 0, abs(random)).max(axis=1)).all()
+
+
+def test_arguments_are_checked():
+    target, dictionary = problem()
+    with pytest.raises(ValueError, match="algorithm must be one of omp, htp, threshold, got 'lasso'"):
+        sparse_encode(target, dictionary, n_nonzero_coefs=3, algorithm="lasso")
+    with pytest.raises(ValueError, match=r"dictionary must have shape \(29, 20\), got \(30, 20\)"):
+        sparse_encode(target[1:], dictionary, n_nonzero_coefs=3)
+    with pytest.raises(ValueError, match="between 1 and n_atoms = 20, got 21"):
+        sparse_encode(target, dictionary, n_nonzero_coefs=21)
+    with pytest.raises(ValueError, match="solver must be one of htp, ksvd, procrustes, got 'adam'"):
+        dict_learning(target, n_components=4, n_nonzero_coefs=2, solver="adam")
+
+
+def test_dict_learning_gives_torch_and_what_the_solver_gives():
+    target, _ = problem()
+    dictionary, codes, history = dict_learning(target, n_components=20, n_nonzero_coefs=6, solver="htp", max_iter=8)
+    assert dictionary.shape == (30, 20) and codes.shape == (20, 50) and dictionary.dtype == torch.float64
+    assert ((codes != 0).sum(0) == 6).all()
+    error = torch.linalg.norm(torch.from_numpy(target) - dictionary @ codes) / np.linalg.norm(target)
+    assert float(error) == pytest.approx(history[-1]["relative_error"], rel=1e-9)
+    same, _, _ = dict_learning(torch.from_numpy(target).half(), n_components=20, n_nonzero_coefs=6, max_iter=1)
+    assert same.dtype == torch.float32
+    assert encode_rows(target.T.copy(), dictionary.numpy().T.copy(), 6).shape == (50, 20)

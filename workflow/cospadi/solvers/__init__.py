@@ -1,0 +1,56 @@
+"""Ways to find a dictionary D and codes S with ``target ~ D S``: one module each, one signature.
+
+``SOLVERS[name](target, *, n_atoms, n_nonzero_coefs, random_state, ...)`` returns a :class:`Solution`. A module is
+imported when its solver is first asked for, so a job that runs ``htp`` never pays for numba.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["SOLVERS", "Solution"]
+
+
+@dataclass
+class Solution:
+    """Dictionary and codes of one target, and how they were found.
+
+    Attributes
+    ----------
+    dictionary : array (d, k)
+        Atoms as columns, of unit Euclidean norm in the space of the target.
+    codes : array (k, n)
+        Dense array with zeros; at most ``n_nonzero_coefs`` nonzeros a column.
+    history : list of dict
+        One entry a round: ``iteration`` (0 is the start), ``relative_error`` = ``||target - D S||_F / ||target||_F`` of
+        the best pair so far (which is the one returned; it never rises), ``seconds`` since the start, ``n_redrawn``
+        atoms redrawn in that round, and what the solver adds.
+    """
+
+    dictionary: Any
+    codes: Any
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+class _Registry(Mapping[str, Callable[..., Solution]]):
+    """Solver names to their ``learn`` functions; the module of a name is imported on first use."""
+
+    def __init__(self, modules: Mapping[str, str]) -> None:
+        self._modules = dict(modules)
+
+    def __getitem__(self, name: str) -> Callable[..., Solution]:
+        return importlib.import_module(self._modules[name]).learn
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+
+SOLVERS: Mapping[str, Callable[..., Solution]] = _Registry(
+    {name: f"cospadi.solvers.{name}" for name in ("htp", "ksvd", "procrustes")}
+)

@@ -1,0 +1,155 @@
+"""Primitives with two implementations: NumPy/SciPy on CPU, torch tensors on CUDA (or on CPU, in tests).
+
+The alternating solvers are written once over the array namespace; what the array API standard does not
+name, or names too slowly, is here. All solvers hold their arrays *transposed*, signals and codes as rows,
+so that one column of the problem is one contiguous run of memory:
+``Y (n, d) = target.T``, ``C (n, k) = codes.T``, ``D (k, d) = dictionary.T``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import scipy.linalg
+from array_api_compat import array_namespace, device, is_torch_array
+
+Array = Any
+
+# Enough for singular values a millionth of the largest: each step makes small ones half as large again.
+_NEWTON_SCHULZ_STEPS = 60
+
+__all__ = ["Array", "array_namespace", "is_torch_array"]
+
+
+def from_numpy(values: np.ndarray, like: Array) -> Array:
+    """Copy a NumPy array to the namespace, device and (if floating) dtype of `like`."""
+    if not is_torch_array(like):
+        return values.astype(like.dtype) if values.dtype.kind == "f" else values
+    import torch
+
+    tensor = torch.from_numpy(np.ascontiguousarray(values)).to(device(like))
+    return tensor.to(like.dtype) if values.dtype.kind == "f" else tensor
+
+
+def row_dots(a: Array, b: Array) -> Array:
+    """Inner products of the rows of two (n, k) arrays: (n,)."""
+    if is_torch_array(a):
+        return (a * b).sum(dim=1)
+    return np.vecdot(a, b)
+
+
+def diagonal_matrix(values: Array) -> Array:
+    """Square matrix with `values` on its diagonal."""
+    return values.diag() if is_torch_array(values) else np.diag(values)
+
+
+def top_mask(values: Array, count: int) -> Array:
+    """Mask of the `count` entries of largest magnitude in every row, exactly `count` of them.
+
+    Ties are broken towards the lower index, so that the result does not depend on the machine.
+    """
+    n_columns = values.shape[1]
+    if count >= n_columns:
+        return abs(values) >= 0
+    magnitude = abs(values)
+    if is_torch_array(values):
+        threshold = magnitude.kthvalue(n_columns - count + 1, dim=1, keepdim=True).values
+    else:
+        threshold = np.partition(magnitude, n_columns - count, axis=1)[:, n_columns - count, None]
+    mask = magnitude >= threshold
+    excess = mask.sum(1) - count
+    if not bool((excess > 0).any()):
+        return mask
+    rows = excess.nonzero()[0] if not is_torch_array(values) else excess.nonzero()[:, 0]
+    above = magnitude[rows] > threshold[rows]
+    tied = magnitude[rows] == threshold[rows]
+    room = count - above.sum(1)
+    mask[rows] = above | (tied & (tied.cumsum(1) <= room[:, None]))
+    return mask
+
+
+def solve_spd(matrix: Array, rhs: Array) -> Array:
+    """Solve ``matrix x = rhs`` for a symmetric positive definite matrix, in double precision if single fails."""
+    if is_torch_array(matrix):
+        import torch
+
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        if int(info) == 0:
+            return torch.cholesky_solve(rhs, factor)
+        return torch.linalg.solve(matrix.double(), rhs.double()).to(rhs.dtype)
+    try:
+        factor = scipy.linalg.cho_factor(matrix, lower=True, check_finite=False)
+        return scipy.linalg.cho_solve(factor, rhs, check_finite=False)
+    except scipy.linalg.LinAlgError:
+        return np.linalg.solve(matrix.astype(np.float64), rhs.astype(np.float64)).astype(rhs.dtype)
+
+
+def inverse_spd(matrix: Array) -> Array:
+    """Inverse of a symmetric positive definite matrix."""
+    if is_torch_array(matrix):
+        import torch
+
+        return torch.cholesky_inverse(torch.linalg.cholesky(matrix))
+    return solve_spd(matrix, np.eye(len(matrix), dtype=matrix.dtype))
+
+
+def svd(matrix: Array) -> tuple[Array, Array, Array]:
+    """Thin singular value decomposition ``u, s, vt``."""
+    if is_torch_array(matrix):
+        import torch
+
+        return tuple(torch.linalg.svd(matrix, full_matrices=False))
+    return scipy.linalg.svd(matrix, full_matrices=False, check_finite=False)
+
+
+def leading_rows(matrix: Array, count: int) -> Array:
+    """Leading right singular vectors of an (n, d) matrix as orthonormal rows: (min(count, n, d), d).
+
+    They come from the eigenvectors of the smaller Gram in double precision: several times cheaper than an
+    SVD, and as good for a start or a truncation, whose leading directions are well separated from the rounding.
+    """
+    n, d = matrix.shape
+    count = min(count, n, d)
+    xp = array_namespace(matrix)
+    double = xp.astype(matrix, xp.float64)
+    if d <= n:
+        return xp.astype(_leading_eigenvectors(double.T @ double, count), matrix.dtype)
+    left = _leading_eigenvectors(double @ double.T, count)
+    return orthonormal_rows(xp.astype(left @ double, matrix.dtype))
+
+
+def _leading_eigenvectors(gram: Array, count: int) -> Array:
+    """Eigenvectors of the `count` largest eigenvalues, as rows, largest first, their sum not negative."""
+    if is_torch_array(gram):
+        import torch
+
+        rows = torch.linalg.eigh(gram).eigenvectors[:, -count:].T.flip(0)
+        return rows * torch.where(rows.sum(1) < 0, -1.0, 1.0).to(rows.dtype)[:, None]
+    size = len(gram)
+    vectors = scipy.linalg.eigh(gram, subset_by_index=(size - count, size - 1), check_finite=False)[1]
+    rows = np.ascontiguousarray(vectors.T[::-1])
+    return rows * np.where(rows.sum(1) < 0, -1.0, 1.0)[:, None]
+
+
+def orthonormal_rows(matrix: Array) -> Array:
+    """The matrix with orthonormal rows nearest to a (k, d) matrix, k <= d (its polar factor).
+
+    On CPU by SVD. For torch by Newton-Schulz iterations, matrix products only, because an SVD on a GPU takes seconds;
+    by SVD if they do not settle, as for a matrix of deficient rank.
+    """
+    if is_torch_array(matrix):
+        import torch
+
+        gram = matrix @ matrix.T
+        identity = torch.eye(gram.shape[0], dtype=matrix.dtype, device=matrix.device)
+        # the Frobenius norm of the Gram bounds the largest singular value, squared
+        rows = matrix / torch.linalg.matrix_norm(gram).sqrt().clamp_min(torch.finfo(matrix.dtype).tiny)
+        tolerance = 32 * torch.finfo(matrix.dtype).eps
+        for _ in range(_NEWTON_SCHULZ_STEPS):
+            gram = rows @ rows.T
+            if bool((gram - identity).abs().max() < tolerance):
+                return rows
+            rows = 1.5 * rows - 0.5 * (gram @ rows)
+    u, _, vt = svd(matrix)
+    return u @ vt

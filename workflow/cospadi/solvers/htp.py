@@ -1,0 +1,155 @@
+"""Hard-thresholding pursuit with a closed-form dictionary: the default solver.
+
+A round is: one gradient step on all codes, the ``s`` largest entries of every column as its support, a few conjugate
+gradient steps on that support, then the best dictionary for these codes. All of it is matrix products.
+
+The plain step ``1 / ||D^T D||`` hardly ever changes a support once the codes fit it, and the error stalls 10 to 15 %
+above what is possible. So the step starts several times longer, which lets atoms compete for every column, and shrinks
+from round to round (annealing): the error rises at first and ends far lower. The best pair is kept throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from cospadi.solvers import Solution
+from cospadi.solvers._arrays import Array, array_namespace, row_dots, top_mask
+from cospadi.solvers._rounds import Rounds, as_rows, finish, generator, initial, redraw, ridge_dictionary, total_norm
+from cospadi.solvers.least_squares import conjugate_gradients
+from cospadi.solvers.starts import procrustes
+
+
+def learn(
+    target: Array,
+    *,
+    n_atoms: int,
+    n_nonzero_coefs: int,
+    random_state: int | np.random.Generator = 42,
+    dictionary_init: Array | None = None,
+    codes_init: Array | None = None,
+    max_iter: int = 25,
+    tol: float = 1e-4,
+    log: Callable[[str], None] | None = None,
+    steps: tuple[float, float] = (6.0, 3.0),
+    anneal: float = 0.8,
+    cg_steps: int = 3,
+    polish: bool = False,
+) -> Solution:
+    """Learn a dictionary and codes with ``target ~ D S``, exactly `n_nonzero_coefs` nonzeros a column.
+
+    Parameters
+    ----------
+    target : array (d, n), float32 or float64
+        Whitened weight ``L W``; NumPy, or a torch tensor on any device.
+    n_atoms, n_nonzero_coefs : int
+        k and s.
+    random_state : int or Generator
+        For atoms that have to be redrawn.
+    dictionary_init : array (d, n_atoms), optional
+        Default: three rounds of :func:`cospadi.solvers.starts.procrustes`.
+    codes_init : array (n_atoms, n), optional
+        With them the rounds start at the last, short step.
+    max_iter : int
+        Rounds.
+    tol : float
+        After the annealing, stop when a round changes the relative error by less than this share of it.
+    log : callable, optional
+        Called with one line a round.
+    steps : (float, float)
+        Length of the gradient step in the first round and after the annealing, in units of ``1 / ||D^T D||_2``.
+    anneal : float
+        Share of `max_iter` in which the step shrinks, geometrically.
+    cg_steps : int
+        Conjugate gradient steps a round.
+    polish : bool
+        Solve the codes exactly on their final supports, in double precision; else ten more conjugate gradient steps
+        bring them within 0.1 % of that at a tenth of the cost.
+
+    Returns
+    -------
+    Solution
+    """
+    rows, scale = as_rows(target, n_atoms, n_nonzero_coefs)
+    n, d = rows.shape
+    xp = array_namespace(rows)
+    rng = generator(random_state)
+    rounds = Rounds(max_iter, tol, log)
+    norm = total_norm(rows)
+    if min(steps) <= 0:
+        raise ValueError(f"steps must be positive, got {steps}")
+
+    atoms = initial(dictionary_init, rows, (d, n_atoms), "dictionary_init")
+    codes = initial(codes_init, rows, (n_atoms, n), "codes_init", scale)
+    if codes is not None:
+        atoms, codes = ridge_dictionary(rows, codes * top_mask(codes, n_nonzero_coefs))
+        steps = (steps[1], steps[1])
+    elif atoms is not None:
+        codes = xp.zeros((n, n_atoms), dtype=rows.dtype, device=rows.device)
+    else:
+        atoms, codes = procrustes(rows, n_atoms, n_nonzero_coefs, rng)
+
+    residual = rows - codes @ atoms
+    rounds.record(total_norm(residual) / norm if norm else 0.0)
+    best = atoms, codes
+    annealed = max(1, round(anneal * max_iter))
+    for iteration in range(max_iter):
+        if norm == 0 or (iteration > annealed and rounds.settled):
+            break
+        gram = atoms @ atoms.T
+        atoms, codes, n_redrawn = redraw(atoms, codes, residual, rng, gram)
+        if n_redrawn:
+            gram = atoms @ atoms.T
+            residual = rows - codes @ atoms
+        progress = min(1.0, iteration / annealed)
+        step = steps[0] * (steps[1] / steps[0]) ** progress / largest_eigenvalue(gram)
+        codes = pursue(gram, codes, residual @ atoms.T, n_nonzero_coefs, step, cg_steps)
+        atoms, codes = ridge_dictionary(rows, codes)
+        residual = rows - codes @ atoms
+        if rounds.record(total_norm(residual) / norm, n_redrawn=n_redrawn):
+            best = atoms, codes
+    atoms, codes = best
+    if norm:
+        gradient = (rows - codes @ atoms) @ atoms.T
+        codes = conjugate_gradients(atoms @ atoms.T, codes, gradient, codes != 0, 10)
+    return finish(rows, scale, atoms, codes, rounds, polish=polish)
+
+
+def pursue(gram: Array, codes: Array, gradient: Array, n_nonzero_coefs: int, step: float, cg_steps: int) -> Array:
+    """One hard-thresholding pursuit step (Foucart 2011): new supports, then restricted least squares on them.
+
+    Parameters
+    ----------
+    gram : array (k, k)
+        ``D^T D``.
+    codes : array (n, k)
+    gradient : array (n, k)
+        ``D^T (y - D c)`` of every row.
+    n_nonzero_coefs : int
+    step : float
+        Length of the gradient step.
+    cg_steps : int
+
+    Returns
+    -------
+    codes : array (n, k)
+        `n_nonzero_coefs` nonzeros a row.
+    """
+    mask = top_mask(codes + step * gradient, n_nonzero_coefs)
+    dropped = codes * ~mask
+    codes = codes - dropped
+    # the gradient at the codes that are left follows from the old one, without touching the signals
+    return conjugate_gradients(gram, codes, gradient + dropped @ gram, mask, cg_steps)
+
+
+def largest_eigenvalue(gram: Array, n_steps: int = 12) -> float:
+    """Largest eigenvalue of a Gram, from below, by power iterations from its longest row, which it cannot annul."""
+    xp = array_namespace(gram)
+    vector = gram[int(xp.argmax(row_dots(gram, gram)))]
+    for _ in range(n_steps):
+        length = xp.sqrt(xp.sum(vector**2))
+        if not float(length) > 0:
+            return 0.0
+        vector = gram @ (vector / length)
+    return float(xp.sqrt(xp.sum(vector**2)))

@@ -1,0 +1,137 @@
+"""K-SVD as CoSpaDi runs it (arXiv 2509.22075, Algorithm 1): OMP codes, then every atom in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from cospadi.solvers import Solution
+from cospadi.solvers._arrays import Array, array_namespace, is_torch_array, leading_rows
+from cospadi.solvers._rounds import (
+    Rounds,
+    as_rows,
+    finish,
+    generator,
+    initial,
+    redraw,
+    ridge_dictionary,
+    total_norm,
+    unit_rows,
+)
+from cospadi.solvers.omp import encode_rows
+from cospadi.solvers.starts import random_columns
+
+ATOM_UPDATES = ("power", "svd", "mod")
+
+
+def learn(
+    target: Array,
+    *,
+    n_atoms: int,
+    n_nonzero_coefs: int,
+    random_state: int | np.random.Generator = 42,
+    dictionary_init: Array | None = None,
+    codes_init: Array | None = None,
+    max_iter: int = 60,
+    tol: float = 1e-4,
+    log: Callable[[str], None] | None = None,
+    atom_update: str = "power",
+    n_power_iterations: int = 8,
+    polish: bool = False,
+    batch_columns: int = 8192,
+) -> Solution:
+    """Alternate orthogonal matching pursuit and a sweep of rank-1 updates over the atoms.
+
+    Parameters
+    ----------
+    target : array (d, n), float32 or float64
+        Whitened weight ``L W``.
+    n_atoms, n_nonzero_coefs : int
+        k and s; OMP gives every column exactly s nonzeros.
+    random_state : int or Generator
+        For the start and for atoms that have to be redrawn.
+    dictionary_init : array (d, n_atoms), optional
+        Scaled to unit columns. Default: random columns of the target (columns of the original weight, whitened).
+    codes_init : array (n_atoms, n), optional
+        Gives the first dictionary in closed form (and then `dictionary_init` is not used).
+    max_iter : int
+        Rounds; 60 in the paper.
+    tol : float
+        Stop when a round changes the relative error by less than this share of it.
+    log : callable, optional
+    atom_update : {"power", "svd", "mod"}
+        Rank-1 fit of an atom's residual by power iterations (the paper's choice) or exactly, atom by atom, codes
+        included; or all atoms at once in closed form, codes kept (method of optimal directions).
+    n_power_iterations : int
+        8 in the paper.
+    polish : bool
+        Solve the codes exactly on their final supports, in double precision (the paper does not).
+    batch_columns : int
+        Columns coded at once; bounds the memory of the pursuit on CUDA.
+
+    Returns
+    -------
+    Solution
+    """
+    if atom_update not in ATOM_UPDATES:
+        raise ValueError(f"atom_update must be one of {', '.join(ATOM_UPDATES)}, got {atom_update!r}")
+    rows, scale = as_rows(target, n_atoms, n_nonzero_coefs)
+    n, d = rows.shape
+    xp = array_namespace(rows)
+    rng = generator(random_state)
+    rounds = Rounds(max_iter, tol, log)
+    norm = total_norm(rows)
+
+    atoms = initial(dictionary_init, rows, (d, n_atoms), "dictionary_init")
+    codes = initial(codes_init, rows, (n_atoms, n), "codes_init", scale)
+    if codes is not None:
+        atoms, codes = ridge_dictionary(rows, codes)
+    else:
+        atoms = random_columns(rows, n_atoms, rng) if atoms is None else unit_rows(atoms)[0]
+        codes = xp.zeros((n, n_atoms), dtype=rows.dtype, device=rows.device)
+
+    residual = rows - codes @ atoms
+    rounds.record(total_norm(residual) / norm if norm else 0.0)
+    best = atoms, codes
+    for _ in range(max_iter):
+        if norm == 0 or rounds.settled:
+            break
+        atoms, codes, n_redrawn = redraw(atoms, codes, residual, rng)
+        codes = encode_rows(rows, atoms, n_nonzero_coefs, batch_columns=batch_columns)
+        if atom_update == "mod":
+            atoms, codes = ridge_dictionary(rows, codes)
+        else:
+            residual = rows - codes @ atoms
+            atoms = xp.asarray(atoms, copy=True)
+            _sweep(residual, atoms, codes, atom_update, n_power_iterations)
+        residual = rows - codes @ atoms
+        if rounds.record(total_norm(residual) / norm, n_redrawn=n_redrawn):
+            best = atoms, codes
+    return finish(rows, scale, *best, rounds, polish=polish)
+
+
+def _sweep(residual: Array, atoms: Array, codes: Array, atom_update: str, n_power_iterations: int) -> None:
+    """Update every atom and its codes in place; `residual` follows."""
+    if atom_update == "power" and not is_torch_array(residual):
+        from cospadi.solvers import _kernels
+
+        _kernels.ksvd_sweep(residual, atoms, codes, n_power_iterations)
+        return
+    for atom in range(atoms.shape[0]):
+        old, code = atoms[atom], codes[:, atom]
+        used = code != 0
+        # rows that do not use the atom are zero here, so shapes stay the same and a GPU never waits for the host
+        own = (residual + code[:, None] * old[None, :]) * used[:, None]
+        if atom_update == "svd":
+            new = leading_rows(own, 1)[0]
+        else:
+            new = old
+            for _ in range(n_power_iterations):
+                new = unit_rows(((own @ new) @ own)[None, :])[0][0]
+        new_code = own @ new
+        keep = (new_code**2).sum() > 0
+        new = array_namespace(residual).where(keep, new, old)
+        residual += code[:, None] * old[None, :] - new_code[:, None] * new[None, :]
+        atoms[atom] = new
+        codes[:, atom] = new_code
