@@ -1,0 +1,138 @@
+"""Codes files made by hand: the layout of docs/format.md, written without the package's codecs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors.numpy
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+# every codec and support, shared dictionaries, several shards, matrices left dense
+PACKINGS = {
+    "llama": {"codec": "bf16", "support": "bitmask"},
+    "mistral": {"codec": "int4", "support": "dense", "dictionary": "int8"},
+    "qwen2": {"codec": "bf14", "support": "bitmask"},
+    "qwen3": {"codec": "int8", "support": "bitmask", "dictionary": "int4", "shared": True},
+    "gemma3_text": {"codec": "bf14", "support": "2:4", "dictionary": "identity"},
+}
+GROUP_SIZE = 16
+
+
+def matrices_of(model_folder: Path) -> dict[str, tuple[int, int]]:
+    """Name and shape (d_in, d_out) of every projection of a model folder."""
+    names: dict[str, tuple[int, int]] = {}
+    for path in model_folder.glob("*.safetensors"):
+        for name, tensor in safetensors.numpy.load_file(path).items():
+            if name.endswith("_proj.weight"):
+                names[name.removesuffix(".weight")] = tensor.T.shape
+    return dict(sorted(names.items()))
+
+
+def write_codes(
+    path: Path,
+    shapes: dict[str, tuple[int, int]],
+    *,
+    codec: str = "bf16",
+    support: str = "bitmask",
+    dictionary: str = "bf16",
+    shared: bool = False,
+    n_atoms: int | None = None,
+) -> None:
+    """Random factors for matrices of these shapes, ragged in every way, in one codes file.
+
+    With a bitmask column 0 of every matrix has no nonzero and column 1 has all. With `shared`, q, k and v (gate and up)
+    of a layer share a dictionary.
+    """
+    draw = np.random.default_rng(len(shapes))
+    tensors: dict[str, np.ndarray] = {}
+    specs: dict[str, Any] = {}
+    owners: dict[tuple[str, str], str] = {}
+    for name, (d_in, d_out) in shapes.items():
+        site = "down" if "down" in name else "o" if "o_proj" in name else "mlp" if "mlp" in name else "qkv"
+        owner = owners.setdefault((name.rpartition("_proj")[0].rsplit(".", 2)[0], site), name) if shared else name
+        parts, specs[name] = random_matrix(
+            draw, d_in, d_out, n_atoms or (27 if support == "bitmask" else 16), codec, support, dictionary, name, owner
+        )
+        tensors.update(parts)
+    header = {"cospadi": json.dumps({"format_version": 1, "matrices": specs})}
+    safetensors.numpy.save_file(tensors, path, header)
+
+
+def random_matrix(
+    draw: np.random.Generator,
+    d_in: int,
+    d_out: int,
+    k: int,
+    codec: str = "bf16",
+    support: str = "bitmask",
+    dictionary: str = "bf16",
+    name: str = "m",
+    owner: str | None = None,
+    group_size: int | None = GROUP_SIZE,
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Tensors and spec of one matrix; the dictionary is written only if `owner` is the matrix itself (or None)."""
+    tensors: dict[str, np.ndarray] = {}
+    k = d_in if dictionary == "identity" else k
+    spec: dict[str, Any] = {"shape": [d_in, d_out], "dictionary": {"codec": dictionary, "n_atoms": k}}
+    if dictionary != "identity":
+        tensor = f"{owner or name}.dictionary"
+        spec["dictionary"]["tensor"] = tensor
+        if dictionary in ("int8", "int4"):
+            spec["dictionary"]["group_size"] = group_size
+        if owner in (None, name):
+            tensors[tensor] = random_numbers(draw, (d_in, k), dictionary)
+            if dictionary in ("int8", "int4"):
+                n_groups = -(-d_in // (group_size or d_in))
+                tensors[f"{tensor}_scales"] = random_scales(draw, (n_groups, k), dictionary)
+    mask = np.ones((d_out, k), bool)
+    if support == "bitmask":
+        mask = draw.random((d_out, k)) < 0.5
+        mask[0], mask[min(1, d_out - 1)] = False, True
+        tensors[f"{name}.support"] = np.packbits(mask, axis=1, bitorder="little")
+    elif support == "2:4":
+        first, second = np.array(list(itertools.combinations(range(4), 2)))[draw.integers(0, 6, (d_out, k // 4))].T
+        pairs = (first | second << 2).T.astype(np.uint8)
+        pairs = np.concatenate([pairs, np.zeros((d_out, pairs.shape[1] % 2), np.uint8)], axis=1)
+        tensors[f"{name}.support"] = pairs[:, ::2] | pairs[:, 1::2] << 4
+        mask = np.stack([(first == atom) | (second == atom) for atom in range(4)]).T.reshape(d_out, k)
+    counts = mask.sum(1)
+    spec["codes"] = {"codec": codec, "support": support, "n_nonzero": int(mask.sum())}
+    shape = (d_out, k) if support == "dense" else (int(mask.sum()),)
+    tensors[f"{name}.values"] = random_numbers(draw, shape, codec)
+    if codec in ("int8", "int4"):
+        n_scales = int((-(-counts // (group_size or k))).sum())
+        spec["codes"] |= {"group_size": group_size, "n_scales": n_scales}
+        tensors[f"{name}.scales"] = random_scales(draw, (n_scales,), codec)
+    return tensors, spec
+
+
+def random_numbers(draw: np.random.Generator, shape: tuple[int, ...], codec: str) -> np.ndarray:
+    """Random stored numbers, around 0.2 large if they have no scale."""
+    n = int(np.prod(shape))
+    if codec == "int8":
+        return draw.integers(-128, 128, shape).astype(np.int8)
+    if codec == "int4":
+        nibbles = np.append(draw.integers(0, 16, n).astype(np.uint8), np.zeros(n % 2, np.uint8))
+        return nibbles[::2] | nibbles[1::2] << 4
+    values = (draw.standard_normal(shape) / 5).astype(BFLOAT16)
+    return pack14(values.ravel()) if codec == "bf14" else values
+
+
+def random_scales(draw: np.random.Generator, shape: tuple[int, ...], codec: str) -> np.ndarray:
+    """Random scales of either sign that make numbers around 0.2 large."""
+    sign = draw.choice([-1, 1], shape)
+    return (sign * (0.5 + draw.random(shape)) / {"int8": 400, "int4": 25}[codec]).astype(BFLOAT16)
+
+
+def pack14(values: np.ndarray) -> np.ndarray:
+    """Upper 14 bits of every bfloat16, as one little-endian bit stream padded to a whole byte."""
+    stream = 0
+    for i, word in enumerate(values.view(np.uint16)):
+        stream |= (int(word) >> 2) << (14 * i)
+    return np.frombuffer(stream.to_bytes(-(-14 * len(values) // 8), "little"), np.uint8)

@@ -1,0 +1,336 @@
+"""The packed linear layer: decoding bit for bit, products against float64, and what a Module must survive."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import logging
+import pickle
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+from format_reader import numbers, read_matrix
+from format_writer import BFLOAT16, pack14, random_matrix
+
+from cospadi.runtime import cospadi_cpu, cospadi_linear
+from cospadi.runtime.cospadi_codecs import VALUE_CODECS, decode_codes, encode_codes, encode_dictionary
+from cospadi.runtime.cospadi_cpu import Kernel
+from cospadi.runtime.cospadi_linear import (
+    KERNEL_ROWS,
+    PARTS,
+    PackedLinear,
+    SharedProjection,
+    pack_,
+    packed_layers,
+    unpack_,
+)
+
+SHAPES = [(48, 40, 27), (5, 3, 1), (16, 24, 8), (33, 17, 9), (64, 96, 40)]  # (d_in, d_out, k)
+CODECS = ("bf16", "bf14", "int8", "int4")
+# every codec of the codes with every support, every codec of the dictionary
+KINDS = [(codec, support, "bf16") for codec, support in itertools.product(CODECS, ("bitmask", "dense", "2:4"))]
+KINDS += [("bf16", "bitmask", dictionary) for dictionary in ("bf14", "int8", "int4", "identity")]
+KINDS += [("int4", "2:4", "identity"), ("int8", "dense", "int8")]
+
+
+def make(shape=(48, 40, 27), *, codec="bf16", support="bitmask", dictionary="bf16", bias=False, seed=0, group_size=16):
+    """A layer, and its weight (d_in, d_out) by the independent reader."""
+    d_in, d_out, k = shape
+    if support == "2:4":
+        k = -(-k // 4) * 4
+        d_in = -(-d_in // 4) * 4 if dictionary == "identity" else d_in
+    tensors, spec = random_matrix(
+        np.random.default_rng(seed), d_in, d_out, k, codec, support, dictionary, group_size=group_size
+    )
+    generator = torch.Generator().manual_seed(seed)
+    layer = PackedLinear(spec, torch.nn.Parameter(torch.randn(d_out, generator=generator)) if bias else None)
+    for name, array in tensors.items():
+        stored = torch.from_numpy(array.view(np.int16) if array.dtype == BFLOAT16 else array.copy())
+        part = getattr(layer, name.removeprefix("m."))
+        assert part.shape == stored.shape
+        part.data = stored.view(part.dtype)
+    assert {name.removeprefix("m.") for name in tensors} == {part for part in PARTS if getattr(layer, part) is not None}
+    return layer, torch.from_numpy(read_matrix(tensors, "m", spec))
+
+
+@functools.cache
+def compiled(choice: str) -> Kernel:
+    """The kernel for one kind of machine, skipped where this one is not of that kind."""
+    if choice == "avx2" and "avx2" not in cospadi_cpu._processor().split():
+        pytest.skip("this processor has no AVX2")
+    return Kernel(cospadi_cpu._load(choice))
+
+
+@pytest.fixture(params=["auto", "avx2", "generic", "torch"])
+def machine(request, monkeypatch) -> str:
+    """Compute as on another kind of machine; ``torch``: as on one without a compiler."""
+    found = None if request.param == "torch" else compiled(request.param)
+    monkeypatch.setattr(cospadi_linear, "kernel", lambda: found)
+    return request.param
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 4, 5, 7, 8, 1001])
+def test_14_bit_stream_decodes_bit_for_bit(n):
+    words = np.random.default_rng(n).integers(0, 2**16, n, dtype=np.uint16)
+    stored = pack14(words.view(BFLOAT16))
+    decoded = VALUE_CODECS["bf14"].decode(torch.from_numpy(stored.copy()), (n,))
+    assert decoded.dtype == torch.bfloat16 and len(stored) == VALUE_CODECS["bf14"].shape((n,))[0]
+    assert (decoded.view(torch.int16).numpy().view(np.uint16) == words & 0xFFFC).all()
+    if n:
+        finite = np.isfinite(numbers(stored, "bf14", n))
+        assert (numbers(stored, "bf14", n)[finite] == decoded.float().numpy()[finite]).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_product_is_that_of_the_reader(machine, shape):
+    for (codec, support, dictionary), group_size in itertools.product(KINDS, (16, None)):
+        layer, weight = make(
+            shape, codec=codec, support=support, dictionary=dictionary, group_size=group_size, bias=True
+        )
+        # a few rows go through the kernel, many through unpacked factors
+        for rows in (1, 2, 3, KERNEL_ROWS, KERNEL_ROWS + 1):
+            x = torch.randn(1, rows, weight.shape[0], generator=torch.Generator().manual_seed(rows))
+            expected = x.double() @ weight.double() + layer.bias.double()
+            size = x.double().abs() @ weight.double().abs() + 1
+            y = layer(x)
+            assert y.shape == expected.shape
+            assert ((y.double() - expected).abs() / size).max() < 1e-5, (codec, support, dictionary, rows)
+            assert torch.equal(y, layer(x)), "equal calls give equal bits"
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 8, 64])
+def test_bfloat16_error_is_within_twice_that_of_the_dense_product(machine, rows):
+    for codec, support, dictionary in KINDS:
+        layer, weight = make((96, 112, 60), codec=codec, support=support, dictionary=dictionary)
+        x = torch.randn(rows, weight.shape[0], generator=torch.Generator().manual_seed(rows)).bfloat16()
+        exact = x.double() @ weight.double()
+
+        def error(y, exact=exact):
+            return (y.double() - exact).square().mean().sqrt()
+
+        packed = layer(x)
+        assert packed.dtype == torch.bfloat16
+        assert error(packed) <= 2 * error(x @ weight.bfloat16()), (codec, support, dictionary)
+        if rows <= KERNEL_ROWS and machine != "torch":
+            # z = x D is not rounded on the way: only y is
+            assert error(packed) <= error(x @ weight.bfloat16()), (codec, support, dictionary)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads_split_the_work_whatever_their_number(threads):
+    kernel = compiled("auto")
+    if threads > 1 and not kernel.parallel:
+        pytest.skip("torch's OpenMP was not found")
+    layer, weight = make((96, 700, 60), codec="int4")
+    kernel._threads, threads_of_the_machine = lambda matrix: threads, kernel._threads
+    try:
+        x = torch.randn(3, 96)
+        matrix = cospadi_linear.bind(layer.spec, layer.parts())
+        y = kernel.product(matrix, x)
+        torch.testing.assert_close(y, x @ weight, rtol=1e-4, atol=1e-4)
+        assert all(torch.equal(y, kernel.product(matrix, x)) for _ in range(5))
+        assert torch.equal(kernel.unpack(matrix, torch.float32), layer.factors(torch.float32)[1])
+    finally:
+        kernel._threads = threads_of_the_machine
+
+
+def test_a_support_that_does_not_fit_the_values_is_an_error():
+    compiled("auto")
+    layer, _ = make()
+    layer(torch.randn(1, 48))
+    with torch.no_grad():
+        layer.support[0, 0] = 1
+    with pytest.raises(ValueError, match=r"positions for .* values: the file is damaged"):
+        layer(torch.randn(1, 48))
+
+
+def test_without_a_compiler_plain_torch_computes_and_the_log_says_why(monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for compiler, reason in (("no-such-compiler", "no C compiler was found"), ("false", "false failed")):
+        cospadi_cpu.kernel.cache_clear()
+        monkeypatch.setenv("CC", compiler)
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "cospadi.runtime"):
+            layer, weight = make()
+            x = torch.randn(2, 48)
+            torch.testing.assert_close(layer(x), x @ weight, rtol=1e-5, atol=1e-5)
+            layer(x)
+        assert len(caplog.records) == 1 and caplog.records[0].levelname == "WARNING"
+        assert f"plain torch operations, which are slower, because {reason}" in caplog.text
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("COSPADI_CPU", "fast")
+    cospadi_cpu.kernel.cache_clear()
+    with pytest.raises(ValueError, match="COSPADI_CPU is 'fast'; allowed: auto, avx2, generic, torch"):
+        cospadi_cpu.kernel()
+    monkeypatch.undo()
+    cospadi_cpu.kernel.cache_clear()
+
+
+def test_the_kernel_is_compiled_once_and_found_again(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    Kernel(cospadi_cpu._load("generic"))
+    (library,) = (tmp_path / "cospadi").iterdir()
+    monkeypatch.setattr(subprocess, "run", None)
+    assert Kernel(cospadi_cpu._load("generic")).kind == "generic"
+    assert library.suffix == ".so"
+
+
+def test_casting_moves_the_bias_and_leaves_the_packed_tensors():
+    layer, _ = make(bias=True)
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    for cast in (lambda m: m.to(torch.float16), lambda m: m.float(), lambda m: m.double(), lambda m: m.to("cpu")):
+        cast(layer)
+        for part in ("dictionary", "values", "support"):
+            assert getattr(layer, part).dtype == before[part].dtype
+            assert torch.equal(getattr(layer, part).view(torch.uint8), before[part].view(torch.uint8))
+        assert not layer.dictionary.requires_grad
+    assert layer.bias.dtype == torch.float64
+    meta = copy.deepcopy(layer).to("meta")
+    assert meta.dictionary.is_meta and meta.dictionary.dtype == torch.bfloat16
+
+
+def test_gradient_reaches_the_input_and_the_bias():
+    layer, weight = make(bias=True)
+    x = torch.randn(4, 48, requires_grad=True)
+    layer(x).square().sum().backward()
+    reference = x.detach().clone().requires_grad_()
+    (reference @ weight + layer.bias.detach()).square().sum().backward()
+    torch.testing.assert_close(x.grad, reference.grad, rtol=1e-4, atol=1e-4)
+    assert layer.bias.grad is not None and layer.dictionary.grad is None
+
+
+@pytest.mark.parametrize(("codec", "support", "dictionary"), KINDS)
+def test_compiles_without_a_graph_break(codec, support, dictionary):
+    layer, weight = make(codec=codec, support=support, dictionary=dictionary)
+    torch._dynamo.reset()
+    compiled_layer = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for rows in (3, KERNEL_ROWS + 3):
+        x = torch.randn(rows, weight.shape[0])
+        torch.testing.assert_close(compiled_layer(x), layer(x), rtol=1e-5, atol=1e-5)
+
+
+def test_the_operator_passes_the_checks_of_torch():
+    for codec, dictionary in (("bf16", "bf16"), ("int8", "int4"), ("int4", "identity")):
+        layer, _ = make(codec=codec, dictionary=dictionary)
+        x = torch.randn(3, 48, requires_grad=True)
+        torch.library.opcheck(cospadi_linear.packed_linear, (x, *layer.parts(), layer._spec_text))
+
+
+def test_layers_with_one_dictionary_project_an_input_once(monkeypatch):
+    first, first_weight = make((48, 40, 27))
+    second, _ = make((48, 24, 27), seed=1)
+    second.dictionary = first.dictionary
+    expected = [first_weight, (second.factors(torch.float32)[0] @ second.factors(torch.float32)[1].T)]
+    first.projection = second.projection = SharedProjection()
+    calls = []
+    kernel = compiled("auto")
+    project = kernel.project
+    monkeypatch.setattr(kernel, "project", lambda *arguments: calls.append(1) or project(*arguments))
+    monkeypatch.setattr(cospadi_linear, "kernel", lambda: kernel)
+    x = torch.randn(2, 48)
+    for rows in (x, torch.randn(20, 48)):
+        for layer, weight in zip((first, second), expected, strict=True):
+            torch.testing.assert_close(layer(rows), rows @ weight, rtol=1e-5, atol=1e-5)
+    assert len(calls) == 1
+    first(x)
+    x.mul_(2)  # the same tensor, but no longer the same input
+    torch.testing.assert_close(second(x), x @ expected[1], rtol=1e-5, atol=1e-5)
+    del x, rows
+    assert first.projection._last is None, "nothing outlives the input"
+    with torch.inference_mode():
+        x = torch.randn(2, 48)
+        first(x)
+        x.mul_(2)
+        torch.testing.assert_close(second(x), x @ expected[1], rtol=1e-5, atol=1e-5)
+    copied = pickle.loads(pickle.dumps(torch.nn.ModuleList([first, second])))
+    assert copied[0].projection is copied[1].projection is not None
+
+
+def test_changed_tensors_are_noticed():
+    layer, _ = make()
+    other, weight = make(seed=5)
+    x = torch.randn(2, 48)
+    layer(x)
+    spec_other = other.spec["codes"]["n_nonzero"]
+    layer.spec = copy.deepcopy(other.spec)
+    for part in ("dictionary", "values", "support"):
+        setattr(layer, part, getattr(other, part))
+    assert layer.spec["codes"]["n_nonzero"] == spec_other
+    torch.testing.assert_close(layer(x), x @ weight, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        layer.support.copy_(layer.support.flip(0))
+        layer.values.copy_(layer.values)
+    again = copy.deepcopy(layer)
+    torch.testing.assert_close(layer(x), again(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("codec", "support", "dictionary"), KINDS)
+def test_storing_unpacked_factors_gives_the_same_bytes(codec, support, dictionary):
+    layer, _ = make(codec=codec, support=support, dictionary=dictionary)
+    atoms, codes = layer.factors(torch.float32)
+    assert torch.equal(encode_codes(layer.spec, codes, layer.scales, layer.support), layer.values)
+    if atoms is not None:
+        assert torch.equal(encode_dictionary(layer.spec, atoms, layer.dictionary_scales), layer.dictionary)
+
+
+@pytest.mark.parametrize(("codec", "dictionary"), [("bf16", "bf16"), ("int8", "int8"), ("bf14", "identity")])
+def test_unpacked_factors_can_be_trained_on_their_support(codec, dictionary):
+    layer, weight = make(codec=codec, dictionary=dictionary)
+    model = torch.nn.ModuleDict({"layer": layer})
+    x = torch.randn(64, 48, generator=torch.Generator().manual_seed(1))
+    target = x @ (weight + 0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(2)))
+
+    def loss():
+        return (layer(x) - target).square().mean()
+
+    before = float(loss())
+    zeros = layer.factors(torch.float32)[1] == 0
+    unpack_(model, torch.float32, trainable=True)
+    names = set(model.state_dict())
+    assert names == {f"layer.{part}" for part in PARTS if getattr(layer, part) is not None}
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    assert not layer.unpacked_codes[zeros].any()
+    trained = float(loss())
+    assert trained < 0.9 * before
+    saved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    pack_(model)
+    assert not any(p.requires_grad for p in model.parameters())
+    assert float(loss()) < 0.5 * (trained + before), "what was trained is stored, rounded"
+    assert all(torch.equal(saved[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_unpacked_layers_compute_the_same_and_pack_again():
+    first, _ = make()
+    second, _ = make(codec="bf14", seed=1)
+    second.dictionary = first.dictionary
+    model = torch.nn.ModuleDict({"first": first, "second": second})
+    x = torch.randn(3, 48)
+    packed = [layer(x) for layer in model.values()]
+    names = set(model.state_dict())
+    unpack_(model, torch.float32)
+    assert first.unpacked_dictionary is second.unpacked_dictionary
+    assert torch.equal(first.unpacked_codes, decode_codes(first.spec, first.values, None, first.support, torch.float32))
+    assert set(model.state_dict()) == names
+    for layer, y in zip(model.values(), packed, strict=True):
+        torch.testing.assert_close(layer(x), y, rtol=1e-5, atol=1e-5)
+    pack_(model)
+    assert all(layer.unpacked_codes is None for layer in packed_layers(model).values())
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"), [("codes", "codec", "int3"), ("codes", "support", "1:3"), ("dictionary", "codec", "fp8")]
+)
+def test_an_unknown_codec_is_refused_by_name(part, key, value):
+    layer, _ = make()
+    spec = copy.deepcopy(layer.spec)
+    spec[part][key] = value
+    with pytest.raises(ValueError, match=f"{value}.* is not known; this code reads"):
+        PackedLinear(spec)

@@ -1,0 +1,481 @@
+"""Checkpoint: put packed matrices into a Hugging Face folder, count its bytes, write it dense again.
+
+Tensors are read and written a shard at a time, without torch. The format is described in docs/format.md.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from safetensors import SafetensorError
+
+from cospadi.budget import dense_nbytes
+from cospadi.codecs import (
+    IDENTITY,
+    INTEGER_CODECS,
+    VALUE_CODECS,
+    groups_of_columns,
+    scales_nbytes,
+    stored_nbytes,
+    support_nbytes,
+    unpack_pairs,
+    unpack_support,
+)
+from cospadi.errors import ArtifactError
+from cospadi.factorization import dictionary_names, tensor_names, unpack
+from cospadi.files import BFLOAT16, ModelFolder, TensorFile, replacing, write_json
+from cospadi.runtime.cospadi_format import AUTO_MAP, FORMAT_VERSION, LOAD_HINT, MODEL_TYPE
+
+MAX_SHARD_BYTES = 5 * 2**30
+
+_RUNTIME = Path(__file__).parent / "runtime"
+_COPIED = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "tekken.json",
+    "chat_template*",
+    "LICEN[SC]E*",
+    "COPYING*",
+    "NOTICE*",
+    "USE_POLICY*",
+    "ORIGIN.md",
+)
+_WEIGHT_DTYPES = {
+    "BF16": BFLOAT16,
+    "F16": np.dtype(np.float16),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+}
+_REMEDY = "Run quantize_codes for this unit again"
+
+
+def assemble(
+    model_folder: str | Path,
+    codes_files: Iterable[str | Path],
+    output: str | Path,
+    *,
+    variant: Mapping[str, Any],
+    card: Mapping[str, Any] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write the model of `model_folder` with the matrices of `codes_files` packed, as a Hugging Face folder.
+
+    Everything else, biases and tied heads included, is copied as it is. The folder holds the code that loads it.
+
+    Parameters
+    ----------
+    model_folder : path-like
+        Hugging Face folder of the dense model.
+    codes_files : iterable of path-like
+        Safetensors written by `quantization.quantize_unit`: packed tensors, specs in the header's ``matrices``.
+    output : path-like
+        Folder to write; whole or not at all.
+    variant : mapping
+        Method and options the codes were made with; kept in ``config.json``.
+    card : mapping, optional
+        Measured figures for the model card, label to value.
+    max_shard_bytes : int
+        Largest size of a weight file; a single larger tensor gets a file of its own.
+
+    Raises
+    ------
+    ArtifactError
+        If tensors are missing, of a wrong size, or do not fit the dense model.
+    """
+    base = ModelFolder(model_folder)
+    if "quantization_config" in base.config:
+        raise ArtifactError(
+            base.path / "config.json", "the model is quantized already", "Start from the model's unquantized weights"
+        )
+    specs, sources = _read_codes(codes_files)
+    dtypes = {_check_target(base, name, spec) for name, spec in specs.items()}
+    packed_into = _placement(specs)
+
+    tensors = []
+    for name in base.weight_map:
+        if name in packed_into:
+            tensors += [StoredTensor.of(sources[part], part) for part in packed_into[name]]
+        else:
+            tensors.append(StoredTensor.of(base.file_of(name), name))
+
+    config = {key: value for key, value in base.config.items() if key != "transformers_version"}
+    config |= {
+        "model_type": MODEL_TYPE,
+        "base_model_type": base.config["model_type"],
+        "architectures": ["CospadiForCausalLM"],
+        "base_architectures": base.config.get("architectures"),
+        "auto_map": AUTO_MAP,
+        "transformers_weights": LOAD_HINT,
+        "quantization_config": {
+            "quant_method": MODEL_TYPE,
+            "format_version": FORMAT_VERSION,
+            # where the dense weights had several dtypes, the dense folder gets the one that holds all
+            "weight_dtype": dtypes.pop() if len(dtypes) == 1 else "F32",
+            "variant": dict(variant),
+            "matrices": specs,
+        },
+    }
+    with replacing(output) as folder:
+        folder.mkdir()
+        _write_shards(folder, tensors, max_shard_bytes)
+        write_json(folder / "config.json", config)
+        _copy_files(base.path, folder)
+        for file in sorted(_RUNTIME.glob("*.py")):
+            if file.name != "__init__.py":
+                shutil.copyfile(file, folder / file.name)
+        (folder / "README.md").write_text(_model_card(base, folder, Path(output).resolve(), card))
+
+
+def target_bytes(folder: str | Path) -> dict[str, Any]:
+    """Bytes of the packed matrices, from the headers of the weight files.
+
+    Parameters
+    ----------
+    folder : path-like
+        As written by `assemble`.
+
+    Returns
+    -------
+    dict
+        ``nbytes`` and ``dense_nbytes`` (bfloat16) of all matrices, ``ratio`` removed, and ``matrices``: the same for
+        each, where a matrix counts its part of a shared dictionary.
+    """
+    model, packing = _open_packed(folder)
+    specs = packing["matrices"]
+    sharers = Counter(part for spec in specs.values() for part in dictionary_names(spec))
+    matrices = {}
+    for name, spec in specs.items():
+        nbytes = sum(model.file_of(part).nbytes(part) / sharers.get(part, 1) for part in tensor_names(name, spec))
+        matrices[name] = _byte_count(nbytes, dense_nbytes(*spec["shape"]))
+    parts = {part for name, spec in specs.items() for part in tensor_names(name, spec)}
+    total = _byte_count(
+        sum(model.file_of(part).nbytes(part) for part in parts), sum(m["dense_nbytes"] for m in matrices.values())
+    )
+    return {**total, "matrices": matrices}
+
+
+def densify(packed_folder: str | Path, output: str | Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Write a packed checkpoint as an ordinary dense folder of its base family.
+
+    ``W = D S`` is computed in float32 and rounded once, to the dtype of the base model's weights.
+
+    Parameters
+    ----------
+    packed_folder : path-like
+        As written by `assemble`, or by ``save_pretrained`` of a model loaded from there.
+    output : path-like
+        Folder to write; whole or not at all.
+    max_shard_bytes : int
+        Largest size of a weight file.
+    """
+    model, packing = _open_packed(packed_folder)
+    specs = packing["matrices"]
+    dtype_name = packing["weight_dtype"]
+    packed_into = _placement(specs)
+    matrix_of = {part: matrix for matrix, parts in packed_into.items() for part in parts}
+
+    tensors: dict[str, StoredTensor] = {}
+    for name in model.weight_map:
+        if name not in matrix_of:
+            tensors[name] = StoredTensor.of(model.file_of(name), name)
+    for weight in packed_into:
+        matrix = weight.removesuffix(".weight")
+        d_in, d_out = specs[matrix]["shape"]
+        tensors[weight] = StoredTensor(
+            weight,
+            d_in * d_out * _WEIGHT_DTYPES[dtype_name].itemsize,
+            functools.partial(_dense_weight, model, matrix, specs[matrix], _WEIGHT_DTYPES[dtype_name]),
+        )
+
+    config = dict(model.config)
+    config["model_type"] = config.pop("base_model_type")
+    config["architectures"] = config.pop("base_architectures")
+    for key in ("auto_map", "transformers_weights", "quantization_config", "transformers_version"):
+        config.pop(key, None)
+    write_folder(output, config, list(tensors.values()), base=model.path, max_shard_bytes=max_shard_bytes)
+
+
+def write_folder(
+    output: str | Path,
+    config: Mapping[str, Any],
+    tensors: Sequence[StoredTensor],
+    *,
+    base: Path,
+    texts: Mapping[str, str] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a Hugging Face folder that needs no code of ours; whole or not at all.
+
+    Parameters
+    ----------
+    output : path-like
+    config : mapping
+        Content of ``config.json``.
+    tensors : sequence of StoredTensor
+        In the order of the files.
+    base : Path
+        Folder that tokenizer, generation settings and licences are copied from.
+    texts : mapping, optional
+        Name and content of other text files.
+    max_shard_bytes : int
+        Largest size of a weight file.
+    """
+    with replacing(output) as folder:
+        folder.mkdir()
+        _write_shards(folder, tensors, max_shard_bytes)
+        write_json(folder / "config.json", config)
+        _copy_files(base, folder)
+        for name, text in (texts or {}).items():
+            (folder / name).write_text(text)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor to be written: its array is made when its shard is."""
+
+    name: str
+    nbytes: int
+    read: Callable[[], np.ndarray]
+
+    @classmethod
+    def of(cls, file: TensorFile, name: str) -> StoredTensor:
+        return cls(name, file.nbytes(name), functools.partial(file.read, name))
+
+
+def _read_codes(codes_files: Iterable[str | Path]) -> tuple[dict[str, Any], dict[str, TensorFile]]:
+    """Specs of all matrices, and the file every packed tensor is in."""
+    specs: dict[str, Any] = {}
+    sources: dict[str, TensorFile] = {}
+    for path in codes_files:
+        file = TensorFile(path, _REMEDY)
+        found = file.metadata.get("matrices")
+        if not isinstance(found, dict):
+            raise ArtifactError(path, "the header describes no matrices", _REMEDY)
+        for name in found.keys() & specs.keys():
+            raise ArtifactError(path, f"{name} is in another codes file too", "Remove codes of an earlier grouping")
+        for name, spec in found.items():
+            for part in tensor_names(name, spec):
+                if part not in file:
+                    raise ArtifactError(path, f"tensor {part} is missing", _REMEDY)
+                sources[part] = file
+            _check_parts(file, name, spec)
+        specs |= found
+    for name, spec in specs.items():
+        if (
+            spec["dictionary"]["codec"] != IDENTITY
+            and spec["dictionary"]["tensor"].removesuffix(".dictionary") not in specs
+        ):
+            raise ArtifactError(
+                sources[f"{name}.values"].path,
+                f"the dictionary of {name} is {spec['dictionary']['tensor']}, which belongs to no packed matrix",
+                "Name a shared dictionary after one of the matrices that share it",
+            )
+    if not specs:
+        raise ArtifactError("codes", "no codes file was given", "Name at least one")
+    return specs, sources
+
+
+def _check_parts(file: TensorFile, name: str, spec: Mapping[str, Any]) -> None:
+    (d_in, d_out), dictionary, codes = spec["shape"], spec["dictionary"], spec["codes"]
+    k, support = dictionary["n_atoms"], codes["support"]
+    for codec in (dictionary["codec"], codes["codec"]):
+        known = codec in INTEGER_CODECS or codec in VALUE_CODECS or (codec == IDENTITY and codec is dictionary["codec"])
+        if not known or codec == "float32":
+            raise ArtifactError(file.path, f"{name} has codec {codec!r}, which a checkpoint cannot hold", _REMEDY)
+    sizes = {f"{name}.values": stored_nbytes(codes["codec"], codes["n_nonzero"])}
+    if dictionary["codec"] != IDENTITY:
+        n_groups = -(-d_in // (dictionary.get("group_size") or d_in)) * k
+        sizes[dictionary["tensor"]] = stored_nbytes(dictionary["codec"], d_in * k)
+        sizes[f"{dictionary['tensor']}_scales"] = scales_nbytes(dictionary["codec"], n_groups)
+    elif k != d_in:
+        raise ArtifactError(file.path, f"{name} has {k} atoms in an identity dictionary of {d_in} inputs", _REMEDY)
+    if codes["codec"] in INTEGER_CODECS:
+        sizes[f"{name}.scales"] = scales_nbytes(codes["codec"], codes["n_scales"])
+    if support != "dense":
+        sizes[f"{name}.support"] = support_nbytes(support, k, d_out)
+    for part in tensor_names(name, spec):
+        if file.nbytes(part) != sizes[part]:
+            raise ArtifactError(
+                file.path, f"{part} takes {file.nbytes(part)} bytes, its spec says {sizes[part]}", _REMEDY
+            )
+    counts = np.full(d_out, k)
+    if support != "dense":
+        counts = (unpack_pairs if support == "2:4" else unpack_support)(file.read(f"{name}.support"), k).sum(0)
+    n_positions = int(counts.sum())
+    if n_positions != codes["n_nonzero"]:
+        raise ArtifactError(file.path, f"{name} has {n_positions} positions for {codes['n_nonzero']} values", _REMEDY)
+    if codes["codec"] in INTEGER_CODECS:
+        n_scales = int(groups_of_columns(counts, codes["group_size"]).max(initial=-1)) + 1
+        if n_scales != codes["n_scales"]:
+            raise ArtifactError(file.path, f"{name} has {codes['n_scales']} scales, its support {n_scales}", _REMEDY)
+
+
+def _check_target(base: ModelFolder, name: str, spec: Mapping[str, Any]) -> str:
+    """Dtype of the dense weight that a packed matrix replaces."""
+    weight = f"{name}.weight"
+    entry = base.file_of(weight).entries[weight]
+    if entry["shape"] != spec["shape"][::-1]:
+        raise ArtifactError(
+            base.path,
+            f"{weight} has shape {entry['shape']}, the codes are for {spec['shape'][::-1]}",
+            "The codes belong to another model: delete them and run again",
+        )
+    return entry["dtype"]
+
+
+def _placement(specs: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Packed tensors in the place of each dense weight; a shared dictionary comes with the first that uses it."""
+    placed: set[str] = set()
+    placement = {}
+    for name, spec in specs.items():
+        placement[f"{name}.weight"] = [part for part in tensor_names(name, spec) if part not in placed]
+        placed.update(placement[f"{name}.weight"])
+    return placement
+
+
+def _open_packed(folder: str | Path) -> tuple[ModelFolder, dict[str, Any]]:
+    model = ModelFolder(folder)
+    packing = model.config.get("quantization_config", {})
+    if packing.get("quant_method") != MODEL_TYPE or packing.get("format_version") != FORMAT_VERSION:
+        raise ArtifactError(
+            model.path / "config.json",
+            f"quant_method {packing.get('quant_method')!r}, format_version {packing.get('format_version')!r}; "
+            f"this code reads {MODEL_TYPE!r}, {FORMAT_VERSION}",
+            "Name a folder written by assemble_model, or use a newer cospadi",
+        )
+    return model, packing
+
+
+def _dense_weight(model: ModelFolder, matrix: str, spec: Mapping[str, Any], dtype: np.dtype) -> np.ndarray:
+    parts = {part: model.read(part) for part in tensor_names(matrix, spec)}
+    return np.ascontiguousarray(unpack(parts, spec, matrix).reconstruct().T.astype(dtype))
+
+
+def _byte_count(nbytes: float, dense: int) -> dict[str, float]:
+    return {"nbytes": nbytes, "dense_nbytes": dense, "ratio": 1 - nbytes / dense}
+
+
+def _write_shards(folder: Path, tensors: Sequence[StoredTensor], max_shard_bytes: int) -> None:
+    shards = list(_shards(tensors, max_shard_bytes))
+    names = (
+        ["model.safetensors"]
+        if len(shards) == 1
+        else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    )
+    for file_name, shard in zip(names, shards, strict=True):
+        arrays = {tensor.name: np.ascontiguousarray(tensor.read()) for tensor in shard}
+        (folder / file_name).touch()
+        mode = (folder / file_name).stat().st_mode  # safetensors makes files that only their owner reads
+        try:
+            # loaders of other tools look for the format in the header
+            safetensors.numpy.save_file(arrays, folder / file_name, {"format": "pt"})
+        except SafetensorError as error:
+            if "No space left" in str(error):
+                raise OSError(errno.ENOSPC, "No space left on device", str(folder / file_name)) from error
+            raise
+        (folder / file_name).chmod(mode)
+    if len(shards) > 1:
+        weight_map = {t.name: file_name for file_name, shard in zip(names, shards, strict=True) for t in shard}
+        total = sum(tensor.nbytes for tensor in tensors)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def _shards(tensors: Sequence[StoredTensor], max_shard_bytes: int) -> Iterator[list[StoredTensor]]:
+    shard: list[StoredTensor] = []
+    for tensor in tensors:
+        if shard and sum(t.nbytes for t in shard) + tensor.nbytes > max_shard_bytes:
+            yield shard
+            shard = []
+        shard.append(tensor)
+    yield shard
+
+
+def _copy_files(source: Path, folder: Path) -> None:
+    for pattern in _COPIED:
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
+
+
+def _model_card(base: ModelFolder, folder: Path, path: Path, card: Mapping[str, Any] | None) -> str:
+    """README.md of the checkpoint in `folder`, whose final place is `path`."""
+    count = target_bytes(folder)
+    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    packing = json.loads((folder / "config.json").read_text())["quantization_config"]
+    origin = origin_of(base)
+    header = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [cospadi, compression]"]
+    header += [f"{key}: {json.dumps(value)}" for key, value in origin.items()] + ["---"]
+    lines = [
+        *header,
+        f"# {origin['base_model']}, packed by CoSpaDi Workflow",
+        "",
+        f"{len(packing['matrices'])} weight matrices are stored as dictionary times codes, `W = D S`. "
+        "All other tensors are the base model's.",
+        "",
+        f"- Base model: {origin['base_model']}",
+        f"- Licence of the base model: {origin.get('license', 'not found, see the base model')}",
+        f"- Variant: `{json.dumps(packing['variant'], sort_keys=True)}`",
+        "",
+        "| | bytes |",
+        "|---|---:|",
+        f"| packed matrices in the files | {count['nbytes']:,} |",
+        f"| the same matrices dense in bfloat16 | {count['dense_nbytes']:,} |",
+        f"| removed | {100 * count['ratio']:.2f} % |",
+        f"| all weight files | {weights:,} |",
+        "",
+    ]
+    if card:
+        lines += ["| measured | |", "|---|---:|", *(f"| {label} | {value} |" for label, value in card.items()), ""]
+    lines += [
+        "Load it with transformers alone (the folder holds the code):",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("{path.name}", trust_remote_code=True)',
+        f'tokenizer = AutoTokenizer.from_pretrained("{path.name}", trust_remote_code=True)',
+        "```",
+        "",
+        "With `import cospadi` first, the flag is not needed.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def origin_of(base: ModelFolder) -> dict[str, str]:
+    """Name and licence of the base model, from what its folder says about itself."""
+    said: dict[str, str] = {}
+    origin = base.path / "ORIGIN.md"
+    if origin.exists():
+        for line in origin.read_text().splitlines():
+            label, colon, value = line.removeprefix("- ").partition(": ")
+            if colon:
+                said[label] = value
+    card = base.path / "README.md"
+    if card.exists():
+        _, _, rest = card.read_text(errors="replace").partition("---\n")
+        for line in rest.partition("\n---")[0].splitlines():
+            label, colon, value = line.partition(": ")
+            if colon and label == "license":
+                said["license"] = value.strip().strip("\"'")
+    known = {
+        "base_model": said.get("Base model") or base.config.get("_name_or_path") or base.path.resolve().name,
+        "license": said.get("license") or said.get("Model licence") or said.get("Licence"),
+    }
+    return {key: value for key, value in known.items() if value}

@@ -1,0 +1,248 @@
+"""How the tensors of a packed matrix become numbers again, in torch (docs/format.md of CoSpaDi Workflow).
+
+A codec is one line of `VALUE_CODECS`: dtype and shape of the stored tensor, and its decoding. The functions are
+made of plain tensor operations, so they run on every device and `torch.compile` traces through them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class ValueCodec:
+    """A way to store numbers.
+
+    Attributes
+    ----------
+    dtype : torch.dtype
+        Of the stored tensor.
+    shape : callable
+        ``shape(numbers) -> tuple``: shape of the stored tensor for numbers of that shape.
+    decode : callable
+        ``decode(stored, shape) -> Tensor``: bfloat16 numbers of that shape, before scaling.
+    scaled : bool
+        Whether a group of numbers has a scale.
+    """
+
+    dtype: torch.dtype
+    shape: Callable[[Sequence[int]], tuple[int, ...]]
+    decode: Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
+    scaled: bool = False
+
+
+def _decode_bf14(stored: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Stream of 14-bit words, least significant bit first: 7 bytes hold 4 values."""
+    n = math.prod(shape)
+    groups = -(-n // 4)
+    b = F.pad(stored, (0, 7 * groups - stored.numel())).view(groups, 7).to(torch.int32).unbind(1)
+    words = torch.stack(
+        [
+            b[0] | (b[1] & 0x3F) << 8,
+            b[1] >> 6 | b[2] << 2 | (b[3] & 0x0F) << 10,
+            b[3] >> 4 | b[4] << 4 | (b[5] & 0x03) << 12,
+            b[5] >> 2 | b[6] << 6,
+        ],
+        dim=1,
+    )  # (groups, 4)
+    # a word is the upper 14 bits of a bfloat16; int16 takes the upper half as negative numbers
+    bits = words << 2
+    bits = torch.where(bits >= 1 << 15, bits - (1 << 16), bits)
+    return bits.to(torch.int16).view(torch.bfloat16).flatten()[:n].view(*shape)
+
+
+def _decode_int4(stored: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Two's complement, two a byte, the first in the low half."""
+    nibbles = torch.stack([stored & 15, stored >> 4], dim=1).flatten()[: math.prod(shape)]
+    return ((nibbles ^ 8).to(torch.int8) - 8).to(torch.bfloat16).view(*shape)
+
+
+VALUE_CODECS: dict[str, ValueCodec] = {
+    "bf16": ValueCodec(
+        dtype=torch.bfloat16,
+        shape=tuple,
+        decode=lambda stored, shape: stored.view(*shape),
+    ),
+    "bf14": ValueCodec(
+        dtype=torch.uint8,
+        shape=lambda numbers: ((14 * math.prod(numbers) + 7) // 8,),
+        decode=_decode_bf14,
+    ),
+    "int8": ValueCodec(
+        dtype=torch.int8,
+        shape=tuple,
+        decode=lambda stored, shape: stored.view(*shape).to(torch.bfloat16),
+        scaled=True,
+    ),
+    "int4": ValueCodec(
+        dtype=torch.uint8,
+        shape=lambda numbers: ((math.prod(numbers) + 1) // 2,),
+        decode=_decode_int4,
+        scaled=True,
+    ),
+}
+
+# the dictionary that is not there: the atoms are the inputs
+IDENTITY = "identity"
+
+SUPPORTS = ("bitmask", "dense", "2:4")
+
+
+def tensor_shapes(spec: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every tensor a matrix is stored as.
+
+    Parameters
+    ----------
+    spec : dict
+        One entry of ``quantization_config.matrices``.
+
+    Returns
+    -------
+    dict
+        Those of ``dictionary``, ``dictionary_scales``, ``values``, ``scales`` and ``support`` that the matrix has, to
+        ``(shape, dtype)``.
+
+    Raises
+    ------
+    ValueError
+        If the spec names a codec or support that this code does not know.
+    """
+    (d_in, d_out), dictionary, codes = spec["shape"], spec["dictionary"], spec["codes"]
+    k, support = dictionary["n_atoms"], codes["support"]
+    unknown = sorted(spec.keys() - {"shape", "dictionary", "codes"})
+    if unknown:
+        raise ValueError(f"its spec has {', '.join(unknown)}, which is not known")
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    if dictionary["codec"] != IDENTITY:
+        atoms = _codec(dictionary["codec"])
+        shapes["dictionary"] = (atoms.shape((d_in, k)), atoms.dtype)
+        if atoms.scaled:
+            shapes["dictionary_scales"] = ((-(-d_in // (dictionary["group_size"] or d_in)), k), torch.bfloat16)
+    elif k != d_in:
+        raise ValueError(f"an identity dictionary of {k} atoms does not fit {d_in} inputs")
+    if support not in SUPPORTS:
+        raise ValueError(f"support {support!r} is not known; this code reads {', '.join(SUPPORTS)}")
+    if support == "2:4" and k % 4:
+        raise ValueError(f"support '2:4' needs a multiple of 4 atoms, not {k}")
+    values = _codec(codes["codec"])
+    shapes["values"] = (values.shape((d_out, k) if support == "dense" else (codes["n_nonzero"],)), values.dtype)
+    if values.scaled:
+        shapes["scales"] = ((codes["n_scales"],), torch.bfloat16)
+    if support != "dense":
+        shapes["support"] = ((d_out, -(-k // 8)), torch.uint8)
+    return shapes
+
+
+def decode_dictionary(
+    spec: dict[str, Any], stored: torch.Tensor | None, scales: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor | None:
+    """Dictionary (d_in, k) in `dtype`; None where it is the identity."""
+    if stored is None:
+        return None
+    (d_in, _), k = spec["shape"], spec["dictionary"]["n_atoms"]
+    numbers = _codec(spec["dictionary"]["codec"]).decode(stored, (d_in, k))
+    if scales is None:
+        return numbers.to(dtype)
+    size = spec["dictionary"]["group_size"] or d_in
+    return (numbers.float() * scales.float().repeat_interleave(size, 0)[:d_in]).to(dtype)
+
+
+def decode_codes(
+    spec: dict[str, Any],
+    values: torch.Tensor,
+    scales: torch.Tensor | None,
+    support: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Codes S transposed, (d_out, k) with zeros, in `dtype`: one output neuron is one row."""
+    d_out, k = spec["shape"][1], spec["dictionary"]["n_atoms"]
+    codec = _codec(spec["codes"]["codec"])
+    if support is None:
+        mask = None
+        codes = codec.decode(values, (d_out, k))
+    else:
+        mask = decode_support(spec, support)
+        numbers = codec.decode(values, (spec["codes"]["n_nonzero"],))
+        codes = torch.zeros(d_out, k, dtype=numbers.dtype, device=values.device).masked_scatter(mask, numbers)
+    if scales is None or not len(scales):
+        return codes.to(dtype)
+    if mask is None:
+        mask = torch.ones(d_out, k, dtype=torch.bool, device=values.device)
+    group = _group_of(mask, spec["codes"]["group_size"], len(scales))
+    return (codes.float() * scales.float()[group]).to(dtype)
+
+
+def _group_of(mask: torch.Tensor, group_size: int | None, n_scales: int) -> torch.Tensor:
+    """Which scale each code of a (d_out, k) mask has: a column's stored values have one each `group_size`, in order."""
+    size = group_size or mask.shape[1]
+    rank = mask.cumsum(1, dtype=torch.int32)  # from 1 at the first stored value of a column
+    groups = (rank[:, -1:] + (size - 1)) // size
+    group = groups.cumsum(0) - groups + (rank - 1).clamp(min=0) // size
+    # codes that are not stored are zero, whichever scale they get
+    return group.clamp(max=n_scales - 1)
+
+
+def decode_support(spec: dict[str, Any], support: torch.Tensor) -> torch.Tensor:
+    """Mask (d_out, k) of the stored codes, from either kind of stored support."""
+    k = spec["dictionary"]["n_atoms"]
+    if spec["codes"]["support"] == "bitmask":
+        return unpack_support(support, k)
+    pairs = torch.stack([support & 15, support >> 4], dim=2).flatten(1)[:, : k // 4].unsqueeze(2)  # (d_out, k / 4, 1)
+    atoms = torch.arange(4, dtype=torch.uint8, device=support.device)
+    return ((pairs & 3) == atoms).logical_or((pairs >> 2) == atoms).flatten(1)
+
+
+def unpack_support(support: torch.Tensor, k: int) -> torch.Tensor:
+    """Bits (d_out, ceil(k / 8)) uint8 to a boolean mask (d_out, k); bit i % 8 of byte i // 8 is atom i."""
+    bits = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=support.device)
+    return (support.unsqueeze(-1) & bits).ne(0).flatten(1)[:, :k]
+
+
+def _codec(name: str) -> ValueCodec:
+    if name not in VALUE_CODECS:
+        raise ValueError(f"codec {name!r} is not known; this code reads {', '.join(VALUE_CODECS)}")
+    return VALUE_CODECS[name]
+
+
+def encode_dictionary(spec: dict[str, Any], dictionary: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+    """Store a dictionary (d_in, k) with the codec and the scales it had: inverse of `decode_dictionary`."""
+    if scales is not None:
+        size = spec["dictionary"]["group_size"] or len(dictionary)
+        scales = scales.float().repeat_interleave(size, 0)[: len(dictionary)]
+    return _encode(spec["dictionary"]["codec"], dictionary, scales)
+
+
+def encode_codes(
+    spec: dict[str, Any], codes: torch.Tensor, scales: torch.Tensor | None, support: torch.Tensor | None
+) -> torch.Tensor:
+    """Store transposed codes (d_out, k) on the support and with the scales they had: inverse of `decode_codes`."""
+    mask = torch.ones_like(codes, dtype=torch.bool) if support is None else decode_support(spec, support)
+    numbers = codes if support is None else codes[mask]
+    if scales is not None:
+        scales = scales.float()[_group_of(mask, spec["codes"]["group_size"], len(scales))]
+        scales = scales if support is None else scales[mask]
+    return _encode(spec["codes"]["codec"], numbers, scales)
+
+
+def _encode(codec: str, numbers: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+    """Stored tensor of `numbers`, rounded to nearest."""
+    if codec == "bf16":
+        return numbers.to(torch.bfloat16)
+    if codec == "bf14":
+        words = numbers.float().flatten().view(torch.int32).long() & 0xFFFFFFFF
+        words = (words + 0x1FFFF + (words >> 18 & 1)) >> 18
+        bits = words.unsqueeze(1) >> torch.arange(14, device=words.device) & 1
+        bits = F.pad(bits.flatten(), (0, -14 * len(words) % 8)).view(-1, 8)
+        return (bits << torch.arange(8, device=words.device)).sum(1).to(torch.uint8)
+    limit = 128 if codec == "int8" else 8
+    integers = (numbers.float() / scales).nan_to_num(0, 0, 0).round().clamp(-limit, limit - 1).to(torch.int16)
+    if codec == "int8":
+        return integers.to(torch.int8)
+    nibbles = F.pad(integers.flatten() & 15, (0, integers.numel() % 2))
+    return (nibbles[::2] | nibbles[1::2] << 4).to(torch.uint8)

@@ -1,0 +1,287 @@
+"""The CPU kernel: compiled once on the machine that runs it, then ``y = (x D) S`` straight from the packed tensors.
+
+Where no C compiler is found, nothing is lost but speed: `kernel` says so in one log line and returns None, and
+`cospadi_linear` computes with plain torch operations. The environment variable ``COSPADI_CPU`` chooses:
+
+``auto`` (default)
+    the best code for this processor (AVX-512 with VBMI, AVX2, or plain C);
+``avx2``, ``generic``
+    that code;
+``torch``
+    plain torch operations.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .cospadi_cpu_source import SOURCE
+
+logger = logging.getLogger("cospadi.runtime")
+
+CODECS = {"bf16": 0, "bf14": 1, "int8": 2, "int4": 3, "identity": 4}
+SUPPORTS = {"dense": 0, "bitmask": 1, "2:4": 2}
+DTYPES = (torch.bfloat16, torch.float32)
+
+_FLAGS = {"auto": ["-march=native"], "avx2": ["-mavx2", "-mfma", "-mpopcnt"], "generic": []}
+_BLOCK = 16  # columns between two entries of `starts`, as in the source
+_BYTES_PER_THREAD = 2**15  # a thread for less costs more than it gives
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("d_in", "d_out", "k", "n_nonzero", "dictionary_codec")),
+        *((name, ctypes.c_int64) for name in ("dictionary_group", "codec", "support", "group")),
+        *((name, ctypes.c_void_p) for name in ("dictionary", "values", "positions", "dictionary_scales", "scales")),
+        ("starts", ctypes.c_void_p),
+    ]
+
+
+class _OpenMP(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("parallel", "barrier", "thread", "threads")]
+
+
+class BoundMatrix:
+    """One packed matrix as the kernel sees it: where its tensors are, and where in them each column starts.
+
+    Parameters
+    ----------
+    spec : dict
+        One entry of ``quantization_config.matrices``.
+    tensors : dict
+        Tensor names of `cospadi_codecs.tensor_shapes` to contiguous CPU tensors; kept alive as long as this.
+    """
+
+    def __init__(self, compiled: Kernel, spec: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        (d_in, d_out), dictionary, codes = spec["shape"], spec["dictionary"], spec["codes"]
+        self._tensors = tensors
+        self.n_atoms, self.d_out = dictionary["n_atoms"], d_out
+        self.stride = -(-self.n_atoms // 16) * 16  # floats a row of z takes
+        self.has_dictionary = dictionary["codec"] != "identity"
+        self.nbytes = sum(tensor.nbytes for tensor in tensors.values())
+        self._starts = torch.empty(-(-d_out // _BLOCK) + 1, 2, dtype=torch.int64)
+        address = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+        self._matrix = _Matrix(
+            d_in=d_in,
+            d_out=d_out,
+            k=self.n_atoms,
+            n_nonzero=codes["n_nonzero"],
+            dictionary_codec=CODECS[dictionary["codec"]],
+            dictionary_group=dictionary.get("group_size") or d_in,
+            codec=CODECS[codes["codec"]],
+            support=SUPPORTS[codes["support"]],
+            group=codes.get("group_size") or self.n_atoms,
+            dictionary=address.get("dictionary"),
+            values=address["values"],
+            positions=address.get("support"),
+            dictionary_scales=address.get("dictionary_scales"),
+            scales=address.get("scales"),
+            starts=self._starts.data_ptr(),
+        )
+        self.address = ctypes.addressof(self._matrix)
+        compiled.library.cospadi_starts(self.address, self._starts.data_ptr())
+        if self._starts[-1, 0] != codes["n_nonzero"]:
+            # the kernel would read past the values
+            raise ValueError(
+                f"the support has {int(self._starts[-1, 0])} positions for {codes['n_nonzero']} values: the file is "
+                "damaged. Fetch or assemble the folder again"
+            )
+
+
+class Kernel:
+    """The compiled library. Products take contiguous CPU tensors of bfloat16 or float32 and sum in float32."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        pointer, integer = ctypes.c_void_p, ctypes.c_int64
+        library.cospadi_kind.restype = ctypes.c_char_p
+        library.cospadi_starts.argtypes = [pointer, pointer]
+        library.cospadi_product.argtypes = [pointer, pointer, integer, *[pointer] * 4, integer, integer]
+        library.cospadi_unpack.argtypes = [pointer, pointer, integer, pointer, integer]
+        for function in (library.cospadi_starts, library.cospadi_product, library.cospadi_unpack):
+            function.restype = None
+        self.library = library
+        self.kind = library.cospadi_kind().decode()
+        self._openmp = _torch_openmp()
+        self._openmp_address = None if self._openmp is None else ctypes.addressof(self._openmp)
+        self._scratch = threading.local()
+
+    @property
+    def parallel(self) -> bool:
+        """Whether the kernel works in torch's threads, or in one."""
+        return self._openmp is not None
+
+    def project(self, matrix: BoundMatrix, x: torch.Tensor) -> torch.Tensor:
+        """``z = x D``: rows (n, d_in) to float32 (n, stride), zero from n_atoms on."""
+        rows = x.shape[0]
+        if not matrix.has_dictionary:
+            z = torch.zeros(rows, matrix.stride)
+            z[:, : matrix.n_atoms] = x
+            return z
+        z = torch.empty(rows, matrix.stride)
+        threads = self._threads(matrix)
+        scratch = self._room(threads * z.numel())
+        self.library.cospadi_product(
+            matrix.address,
+            self._openmp_address,
+            threads,
+            x.data_ptr(),
+            z.data_ptr(),
+            None,
+            scratch,
+            rows,
+            x.dtype == torch.bfloat16,
+        )
+        return z
+
+    def apply_codes(self, matrix: BoundMatrix, z: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """``y = z S`` for z from `project`: (n, d_out) in `dtype`."""
+        y = torch.empty(z.shape[0], matrix.d_out, dtype=dtype)
+        self.library.cospadi_product(
+            matrix.address,
+            self._openmp_address,
+            self._threads(matrix),
+            None,
+            z.data_ptr(),
+            y.data_ptr(),
+            None,
+            z.shape[0],
+            dtype == torch.bfloat16,
+        )
+        return y
+
+    def product(self, matrix: BoundMatrix, x: torch.Tensor) -> torch.Tensor:
+        """``y = (x D) S``: rows (n, d_in) to (n, d_out), in the dtype of `x`."""
+        if not matrix.has_dictionary:
+            return self.apply_codes(matrix, self.project(matrix, x), x.dtype)
+        rows = x.shape[0]
+        y = torch.empty(rows, matrix.d_out, dtype=x.dtype)
+        threads = self._threads(matrix)
+        size = rows * matrix.stride
+        z = self._room((threads + 1) * size)
+        self.library.cospadi_product(
+            matrix.address,
+            self._openmp_address,
+            threads,
+            x.data_ptr(),
+            z,
+            y.data_ptr(),
+            z + 4 * size,
+            rows,
+            x.dtype == torch.bfloat16,
+        )
+        return y
+
+    def unpack(self, matrix: BoundMatrix, dtype: torch.dtype) -> torch.Tensor:
+        """Codes transposed, (d_out, k) with zeros, in `dtype`."""
+        codes = torch.empty(matrix.d_out, matrix.stride, dtype=dtype)
+        self.library.cospadi_unpack(
+            matrix.address, self._openmp_address, self._threads(matrix), codes.data_ptr(), dtype == torch.bfloat16
+        )
+        return codes[:, : matrix.n_atoms]
+
+    def _threads(self, matrix: BoundMatrix) -> int:
+        if self._openmp is None:
+            return 1
+        return min(torch.get_num_threads(), 1 + matrix.nbytes // _BYTES_PER_THREAD)
+
+    def _room(self, floats: int) -> int:
+        """Address of so many floats, kept from call to call; each thread of Python has its own."""
+        room = getattr(self._scratch, "room", None)
+        if room is None or room.numel() < floats:
+            room = self._scratch.room = torch.empty(floats)
+        return room.data_ptr()
+
+
+@functools.cache
+def kernel() -> Kernel | None:
+    """The kernel of this machine; None where plain torch has to do. Compiled at the first call, then cached on disk."""
+    choice = os.environ.get("COSPADI_CPU", "auto")
+    if choice == "torch":
+        logger.info("packed products: plain torch operations, because COSPADI_CPU=torch")
+        return None
+    if choice not in _FLAGS:
+        raise ValueError(f"COSPADI_CPU is {choice!r}; allowed: {', '.join([*_FLAGS, 'torch'])}")
+    if sys.byteorder != "little":
+        logger.warning("packed products: plain torch operations, because the kernel is for little-endian machines")
+        return None
+    try:
+        compiled = Kernel(_load(choice))
+    except (OSError, subprocess.SubprocessError) as error:
+        logger.warning("packed products: plain torch operations, which are slower, because %s", _reason(error))
+        return None
+    threads = "torch's threads" if compiled.parallel else "one thread, because torch's OpenMP was not found"
+    logger.info("packed products: compiled %s kernel in %s", compiled.kind, threads)
+    return compiled
+
+
+def _load(choice: str) -> ctypes.CDLL:
+    """The library from the cache, compiled if it is not there."""
+    flags = ["-O3" if choice != "generic" else "-O2", "-shared", "-fPIC", *_FLAGS[choice]]
+    digest = hashlib.sha256("\0".join([SOURCE, *flags, _processor()]).encode()).hexdigest()[:20]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cospadi"
+    library = folder / f"cpu-{digest}.so"
+    if library.exists():
+        return ctypes.CDLL(str(library))
+    compiler = next((found for name in _compilers() if (found := shutil.which(name))), None)
+    if compiler is None:
+        raise FileNotFoundError(f"no C compiler was found ({', '.join(_compilers())})")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.TemporaryDirectory(dir=folder, prefix=".compile-")
+    except OSError:  # a home that cannot be written: compile for this process alone
+        temporary = tempfile.TemporaryDirectory(prefix="cospadi-")
+        library = Path(temporary.name) / "loaded.so"
+    with temporary as work:
+        source, made = Path(work) / "kernel.c", Path(work) / "kernel.so"
+        source.write_text(SOURCE)
+        command = [compiler, *flags, "-o", str(made), str(source)]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+        os.replace(made, library)
+        return ctypes.CDLL(str(library))
+
+
+def _compilers() -> list[str]:
+    return [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "cc", "clang"]
+
+
+def _processor() -> str:
+    """What a library for this machine depends on; a home folder may be shared by several kinds."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        flags = next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        flags = platform.processor()
+    return f"{platform.machine()} {flags}"
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, subprocess.CalledProcessError):
+        said = (error.stderr or "").strip().splitlines()
+        return f"{error.cmd[0]} failed: {said[0] if said else error.returncode}"
+    return str(error)
+
+
+def _torch_openmp() -> _OpenMP | None:
+    """The OpenMP that torch itself runs on: a second one would have threads that fight with torch's."""
+    names = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
+    for library in (None, *sorted(Path(torch.__file__).parent.glob("lib/lib*omp*"))):
+        try:
+            found = ctypes.CDLL(None if library is None else str(library))
+            return _OpenMP(*(ctypes.cast(getattr(found, name), ctypes.c_void_p).value for name in names))
+        except (OSError, AttributeError):
+            continue
+    return None

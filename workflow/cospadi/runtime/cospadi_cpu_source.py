@@ -1,0 +1,501 @@
+"""The C source of the CPU kernel: compiled by `cospadi_cpu` on the machine that runs it.
+
+It is a string because only Python files travel: transformers copies no other into its cache of remote code.
+"""
+
+SOURCE = r"""
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* y = (x D) S for a few rows of x, straight from the packed form of docs/format.md. Everything is summed in float32.
+ *
+ * One parallel region a call. First every thread takes some rows of D and sums its share of z = x D, so D is read in
+ * the order of memory; then the shares are added; then every thread takes some columns of S: decodes LANES stored
+ * values, spreads them over LANES atoms by the bits of the support, multiplies by z. The split depends on the number of
+ * threads alone, so equal calls give equal bits. */
+
+enum { BF16, BF14, INT8, INT4, IDENTITY };
+enum { DENSE, BITMASK, TWO_OF_FOUR };
+enum { FIRST = 1, LAST = 2, UNPACK = 4 };
+enum { BLOCK = 16 };  /* columns between two entries of `starts` */
+enum { MARGIN = 32 }; /* values before the end that are decoded from a padded copy */
+
+typedef struct {
+    int64_t d_in, d_out, k, n_nonzero;
+    int64_t dictionary_codec, dictionary_group;
+    int64_t codec, support, group;
+    const uint8_t *dictionary, *values, *positions;
+    const uint16_t *dictionary_scales, *scales;
+    const int64_t *starts; /* (blocks + 1, 2): first value and first scale of every block of columns */
+} Matrix;
+
+typedef struct {
+    void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
+    void (*barrier)(void);
+    int (*thread)(void);
+    int (*threads)(void);
+} OpenMP;
+
+typedef struct {
+    const Matrix *m;
+    const OpenMP *omp;
+    const void *x;
+    float *z; /* (batch, stride), zero from k on */
+    void *y;
+    float *shares;
+    int64_t batch, stride, is_bf16, stages;
+} Task;
+
+static inline float float_of(uint16_t word) {
+    uint32_t bits = (uint32_t)word << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+static inline uint16_t word_of(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)(bits >> 16 | 64);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+/* ---- a vector of floats, for three kinds of machines ---- */
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VBMI__)
+#include <immintrin.h>
+#define KIND "avx512"
+#define LANES 16
+#define ROWS 8
+typedef __m512 V;
+static inline V zero(void) { return _mm512_setzero_ps(); }
+static inline V splat(float a) { return _mm512_set1_ps(a); }
+static inline V load(const float *p) { return _mm512_loadu_ps(p); }
+static inline void store(float *p, V a) { _mm512_storeu_ps(p, a); }
+static inline V fma_(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+static inline V mul(V a, V b) { return _mm512_mul_ps(a, b); }
+static inline V add(V a, V b) { return _mm512_add_ps(a, b); }
+static inline float sum(V a) { return _mm512_reduce_add_ps(a); }
+static inline V expand(uint32_t mask, V a) { return _mm512_maskz_expand_ps((__mmask16)mask, a); }
+static inline V first_or(int n, V a, V b) { return _mm512_mask_blend_ps((__mmask16)((1u << n) - 1), b, a); }
+static inline V bf16(const uint8_t *p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
+}
+static inline void store_bf16(uint16_t *p, V a) {
+    __m512i bits = _mm512_castps_si512(a), even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    bits = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), even);
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
+}
+static inline V int8(const uint8_t *p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
+static inline V int4(uint64_t nibbles) {
+    const __m512i shift = _mm512_setr_epi32(28, 24, 20, 16, 12, 8, 4, 0, 28, 24, 20, 16, 12, 8, 4, 0);
+    __m512i low = _mm512_set1_epi32((int)nibbles);
+    __m512i both = _mm512_mask_set1_epi32(low, 0xff00, (int)(nibbles >> 32));
+    return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_sllv_epi32(both, shift), 28));
+}
+/* the 4 bytes that hold value i when the first starts at bit 0, 2, 4 or 6 of byte 0, and where in them it starts */
+#define BYTES(s, i) (s + 14 * i) / 8, (s + 14 * i) / 8 + 1, (s + 14 * i) / 8 + 2, (s + 14 * i) / 8 + 3
+#define ALL(f, s) f(s, 0), f(s, 1), f(s, 2), f(s, 3), f(s, 4), f(s, 5), f(s, 6), f(s, 7), \
+    f(s, 8), f(s, 9), f(s, 10), f(s, 11), f(s, 12), f(s, 13), f(s, 14), f(s, 15)
+#define OFFSET(s, i) (s + 14 * i) % 8
+static const uint8_t bytes14[4][64] __attribute__((aligned(64))) = {
+    {ALL(BYTES, 0)}, {ALL(BYTES, 2)}, {ALL(BYTES, 4)}, {ALL(BYTES, 6)}};
+static const uint32_t offsets14[4][16] __attribute__((aligned(64))) = {
+    {ALL(OFFSET, 0)}, {ALL(OFFSET, 2)}, {ALL(OFFSET, 4)}, {ALL(OFFSET, 6)}};
+static inline V bf14(const uint8_t *p, int shift) {
+    __m512i bytes = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)p));
+    __m512i words = _mm512_permutexvar_epi8(_mm512_load_si512(bytes14[shift / 2]), bytes);
+    words = _mm512_srlv_epi32(words, _mm512_load_si512(offsets14[shift / 2]));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(words, 18));
+}
+#else
+#if defined(__AVX2__) && defined(__FMA__)
+#include <immintrin.h>
+#define KIND "avx2"
+#define LANES 8
+#define ROWS 4
+typedef __m256 V;
+static uint64_t spread[256]; /* byte i: which of the next values goes to atom i */
+static inline V zero(void) { return _mm256_setzero_ps(); }
+static inline V splat(float a) { return _mm256_set1_ps(a); }
+static inline V load(const float *p) { return _mm256_loadu_ps(p); }
+static inline void store(float *p, V a) { _mm256_storeu_ps(p, a); }
+static inline V fma_(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+static inline V mul(V a, V b) { return _mm256_mul_ps(a, b); }
+static inline V add(V a, V b) { return _mm256_add_ps(a, b); }
+static inline float sum(V a) {
+    __m128 h = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    h = _mm_add_ps(h, _mm_movehl_ps(h, h));
+    return _mm_cvtss_f32(_mm_add_ss(h, _mm_movehdup_ps(h)));
+}
+static inline V lanes_of(uint32_t mask) {
+    const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32((int)mask), bit), bit));
+}
+static inline V expand(uint32_t mask, V a) {
+    __m256i from = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)&spread[mask]));
+    return _mm256_and_ps(_mm256_permutevar8x32_ps(a, from), lanes_of(mask));
+}
+static inline V first_or(int n, V a, V b) { return _mm256_blendv_ps(b, a, lanes_of((1u << n) - 1)); }
+static inline V bf16(const uint8_t *p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
+}
+static inline V int8(const uint8_t *p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+}
+static inline V int4(uint64_t nibbles) {
+    const __m256i shift = _mm256_setr_epi32(28, 24, 20, 16, 12, 8, 4, 0);
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_sllv_epi32(_mm256_set1_epi32((int)nibbles), shift), 28));
+}
+#else
+#define KIND "generic"
+#define LANES 8
+#define ROWS 4
+typedef struct { float f[LANES]; } V;
+#define EACH(expression) V r; for (int i = 0; i < LANES; i++) r.f[i] = expression; return r
+static inline V splat(float a) { EACH(a); }
+static inline V zero(void) { return splat(0); }
+static inline V load(const float *p) { EACH(p[i]); }
+static inline void store(float *p, V a) { for (int i = 0; i < LANES; i++) p[i] = a.f[i]; }
+static inline V fma_(V a, V b, V c) { EACH(a.f[i] * b.f[i] + c.f[i]); }
+static inline V mul(V a, V b) { EACH(a.f[i] * b.f[i]); }
+static inline V add(V a, V b) { EACH(a.f[i] + b.f[i]); }
+static inline float sum(V a) {
+    return ((a.f[0] + a.f[4]) + (a.f[1] + a.f[5])) + ((a.f[2] + a.f[6]) + (a.f[3] + a.f[7]));
+}
+static inline V expand(uint32_t mask, V a) {
+    int next = 0;
+    EACH((mask >> i & 1) ? a.f[next++] : 0);
+}
+static inline V first_or(int n, V a, V b) { EACH(i < n ? a.f[i] : b.f[i]); }
+static inline V bf16(const uint8_t *p) { EACH(float_of((uint16_t)(p[2 * i] | p[2 * i + 1] << 8))); }
+static inline V int8(const uint8_t *p) { EACH((int8_t)p[i]); }
+static inline V int4(uint64_t nibbles) { EACH((int32_t)((uint32_t)(nibbles >> (4 * i)) << 28) >> 28); }
+#endif
+static inline V bf14(const uint8_t *p, int shift) {
+    float values[LANES];
+    for (int i = 0; i < LANES; i += 4) { /* 4 values are 7 bytes */
+        uint64_t bits;
+        memcpy(&bits, p + 7 * (i / 4), 8);
+        bits >>= shift;
+        for (int j = 0; j < 4; j++) values[i + j] = float_of((uint16_t)((bits >> (14 * j)) << 2));
+    }
+    return load(values);
+}
+#endif
+
+#if LANES == 8
+static inline void store_bf16(uint16_t *p, V a) {
+    float values[LANES];
+    store(values, a);
+    for (int i = 0; i < LANES; i++) p[i] = word_of(values[i]);
+}
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+static uint8_t pair_bits[256]; /* two 4-bit pairs of 2:4 metadata to the 8 bits they stand for */
+
+__attribute__((constructor)) static void make_tables(void) {
+    for (int byte = 0; byte < 256; byte++)
+        for (int half = 0; half < 2; half++) {
+            int pair = byte >> (4 * half) & 15;
+            if (pair) pair_bits[byte] |= (uint8_t)((1 << (pair & 3) | 1 << (pair >> 2)) << (4 * half));
+        }
+#if LANES == 8 && defined(__AVX2__) && defined(__FMA__)
+    for (int mask = 0; mask < 256; mask++)
+        for (int i = 0, next = 0; i < 8; i++)
+            if (mask >> i & 1) spread[mask] |= (uint64_t)next++ << (8 * i);
+#endif
+}
+
+INLINE V decode(int codec, const uint8_t *stream, int64_t n) {
+    if (codec == BF16) return bf16(stream + 2 * n);
+    if (codec == INT8) return int8(stream + n);
+    if (codec == BF14) return bf14(stream + (14 * n >> 3), (int)(14 * n & 7));
+    uint64_t nibbles;
+    memcpy(&nibbles, stream + (n >> 1), 8);
+    if (n & 1) nibbles = nibbles >> 4 | (uint64_t)stream[(n >> 1) + 8] << 60;
+    return int4(nibbles);
+}
+
+static int64_t bytes_before(int codec, int64_t n) {
+    return codec == BF16 ? 2 * n : codec == INT8 ? n : codec == BF14 ? (14 * n + 7) >> 3 : (n + 1) >> 1;
+}
+
+/* near the end of a stream: from a copy with room behind it */
+static __attribute__((noinline)) V decode_end(int codec, const uint8_t *stream, int64_t n, int64_t total) {
+    uint8_t end[160] = {0};
+    int64_t first = n & ~(int64_t)3; /* 4 values are whole bytes in every codec */
+    int64_t skip = bytes_before(codec, first);
+    int64_t length = bytes_before(codec, total) - skip;
+    memcpy(end, stream + skip, (size_t)(length < 96 ? length : 96));
+    switch (codec) {
+    case BF16: return decode(BF16, end, n - first);
+    case BF14: return decode(BF14, end, n - first);
+    case INT8: return decode(INT8, end, n - first);
+    default: return decode(INT4, end, n - first);
+    }
+}
+
+INLINE V decode_safely(int codec, const uint8_t *stream, int64_t n, int64_t total) {
+    return __builtin_expect(n + MARGIN <= total, 1) ? decode(codec, stream, n) : decode_end(codec, stream, n, total);
+}
+
+INLINE uint32_t positions_at(int support, const uint8_t *row, int64_t i, int64_t row_bytes) {
+    if (support == DENSE) return (1u << LANES) - 1;
+    uint32_t mask = support == BITMASK ? row[i / 8] : pair_bits[row[i / 8]];
+    if (LANES == 16 && i / 8 + 1 < row_bytes)
+        mask |= (uint32_t)(support == BITMASK ? row[i / 8 + 1] : pair_bits[row[i / 8 + 1]]) << 8;
+    return mask;
+}
+
+/* ---- z = x D ---- */
+
+INLINE void add_rows(const Task *t, int codec, int rows, int64_t i, float *z) {
+    const Matrix *m = t->m;
+    const int64_t total = m->d_in * m->k;
+    const int64_t group = codec == INT8 || codec == INT4 ? i / m->dictionary_group : 0;
+    const uint8_t *scales = codec == INT8 || codec == INT4 ? (const uint8_t *)m->dictionary_scales : NULL;
+    const int64_t n_scales = scales ? ((m->d_in - 1) / m->dictionary_group + 1) * m->k : 0;
+    for (int64_t c = 0; c < m->k; c += LANES) {
+        V d[ROWS], scale = zero();
+        for (int r = 0; r < rows; r++) d[r] = decode_safely(codec, m->dictionary, (i + r) * m->k + c, total);
+        if (scales) scale = decode_safely(BF16, scales, group * m->k + c, n_scales);
+        for (int64_t b = 0; b < t->batch; b++) {
+            V part = scales ? zero() : load(z + b * t->stride + c);
+            for (int r = 0; r < rows; r++) {
+                float x = t->is_bf16 ? float_of(((const uint16_t *)t->x)[b * m->d_in + i + r])
+                                     : ((const float *)t->x)[b * m->d_in + i + r];
+                part = fma_(splat(x), d[r], part);
+            }
+            if (scales) part = fma_(part, scale, load(z + b * t->stride + c));
+            store(z + b * t->stride + c, part);
+        }
+    }
+}
+
+INLINE void project_with(const Task *t, int codec, int64_t first, int64_t last, float *z) {
+    const Matrix *m = t->m;
+    int64_t i = first;
+    while (i < last) {
+        int64_t end = last;
+        if ((codec == INT8 || codec == INT4) && (i / m->dictionary_group + 1) * m->dictionary_group < end)
+            end = (i / m->dictionary_group + 1) * m->dictionary_group;
+        for (; i + ROWS <= end; i += ROWS) add_rows(t, codec, ROWS, i, z);
+        for (; i < end; i++) add_rows(t, codec, 1, i, z);
+    }
+}
+
+static void project(const Task *t, int64_t first, int64_t last, float *z) {
+    switch (t->m->dictionary_codec) {
+    case BF16: project_with(t, BF16, first, last, z); break;
+    case BF14: project_with(t, BF14, first, last, z); break;
+    case INT8: project_with(t, INT8, first, last, z); break;
+    default: project_with(t, INT4, first, last, z);
+    }
+}
+
+/* ---- y = z S ---- */
+
+/* where the walk along the stored values of a column is */
+typedef struct {
+    int64_t n, left, group;
+    const uint16_t *scales;
+} Walk;
+
+INLINE Walk walk_from(const Matrix *m, int codec, int64_t n, int64_t n_scales) {
+    return (Walk){n, m->group, 0, codec == INT8 || codec == INT4 ? m->scales + n_scales : NULL};
+}
+
+/* the values of LANES atoms from atom i on */
+INLINE V step(const Matrix *m, int codec, int support, const uint8_t *row, int64_t i, Walk *w) {
+    uint32_t mask = positions_at(support, row, i, (m->k + 7) / 8);
+    int64_t count = support != DENSE ? __builtin_popcount(mask) : m->k - i < LANES ? m->k - i : LANES;
+    V value = decode_safely(codec, m->values, w->n, m->n_nonzero);
+    if ((codec == INT8 || codec == INT4) && count) {
+        V scale = splat(float_of(w->scales[w->group]));
+        if (count > w->left) scale = first_or((int)w->left, scale, splat(float_of(w->scales[w->group + 1])));
+        value = mul(value, scale);
+        w->left -= count;
+        if (w->left <= 0) w->left += m->group, w->group++;
+    }
+    w->n += count;
+    return support == DENSE ? value : expand(mask, value);
+}
+
+INLINE int64_t scales_behind(const Matrix *m, const Walk *w) { return w->group + (w->left < m->group); }
+
+INLINE void column(const Task *t, int codec, int support, int batch, int64_t b0, int64_t j, int64_t *n,
+                   int64_t *n_scales) {
+    const Matrix *m = t->m;
+    const uint8_t *row = m->positions + j * ((m->k + 7) / 8);
+    const float *z = t->z + b0 * t->stride;
+    Walk w = walk_from(m, codec, *n, *n_scales);
+    V even[4], odd[4];
+    for (int b = 0; b < batch; b++) even[b] = odd[b] = zero();
+    for (int64_t i = 0; i < m->k; i += 2 * LANES) {
+        V value = step(m, codec, support, row, i, &w);
+        for (int b = 0; b < batch; b++) even[b] = fma_(value, load(z + b * t->stride + i), even[b]);
+        if (i + LANES >= m->k) break;
+        value = step(m, codec, support, row, i + LANES, &w);
+        for (int b = 0; b < batch; b++) odd[b] = fma_(value, load(z + b * t->stride + i + LANES), odd[b]);
+    }
+    for (int b = 0; b < batch; b++) {
+        float y = sum(add(even[b], odd[b]));
+        if (t->is_bf16) ((uint16_t *)t->y)[(b0 + b) * m->d_out + j] = word_of(y);
+        else ((float *)t->y)[(b0 + b) * m->d_out + j] = y;
+    }
+    *n = w.n;
+    *n_scales += scales_behind(m, &w);
+}
+
+INLINE void columns_with(const Task *t, int codec, int support, int64_t first, int64_t last) {
+    const Matrix *m = t->m;
+    for (int64_t block = first; block < last; block++) {
+        int64_t end = (block + 1) * BLOCK < m->d_out ? (block + 1) * BLOCK : m->d_out;
+        int64_t b = 0;
+#define ROWS_OF_X(count) { \
+        int64_t n = m->starts[2 * block], n_scales = m->starts[2 * block + 1]; \
+        for (int64_t j = block * BLOCK; j < end; j++) column(t, codec, support, count, b, j, &n, &n_scales); \
+        b += count; }
+        while (b + 4 <= t->batch) ROWS_OF_X(4)
+        while (b + 2 <= t->batch) ROWS_OF_X(2)
+        while (b < t->batch) ROWS_OF_X(1)
+    }
+}
+
+#define EVERY_CASE \
+    CASE(BF16, DENSE) CASE(BF16, BITMASK) CASE(BF16, TWO_OF_FOUR) \
+    CASE(BF14, DENSE) CASE(BF14, BITMASK) CASE(BF14, TWO_OF_FOUR) \
+    CASE(INT8, DENSE) CASE(INT8, BITMASK) CASE(INT8, TWO_OF_FOUR) \
+    CASE(INT4, DENSE) CASE(INT4, BITMASK) CASE(INT4, TWO_OF_FOUR)
+
+static void columns(const Task *t, int64_t first, int64_t last) {
+#define CASE(codec, support) case 4 * codec + support: columns_with(t, codec, support, first, last); break;
+    switch (4 * t->m->codec + t->m->support) { EVERY_CASE }
+#undef CASE
+}
+
+/* ---- S itself ---- */
+
+INLINE void unpack_with(const Task *t, int codec, int support, int64_t first, int64_t last) {
+    const Matrix *m = t->m;
+    int64_t n = m->starts[2 * first], n_scales = m->starts[2 * first + 1];
+    int64_t end = last * BLOCK < m->d_out ? last * BLOCK : m->d_out;
+    for (int64_t j = first * BLOCK; j < end; j++) {
+        Walk w = walk_from(m, codec, n, n_scales);
+        for (int64_t i = 0; i < m->k; i += LANES) {
+            V value = step(m, codec, support, m->positions + j * ((m->k + 7) / 8), i, &w);
+            if (t->is_bf16) store_bf16((uint16_t *)t->y + j * t->stride + i, value);
+            else store((float *)t->y + j * t->stride + i, value);
+        }
+        n = w.n;
+        n_scales += scales_behind(m, &w);
+    }
+}
+
+static void unpack(const Task *t, int64_t first, int64_t last) {
+#define CASE(codec, support) case 4 * codec + support: unpack_with(t, codec, support, first, last); break;
+    switch (4 * t->m->codec + t->m->support) { EVERY_CASE }
+#undef CASE
+}
+
+/* first block of thread `index`: equal shares of the stored values, and of the support's bits */
+static int64_t share(const Matrix *m, int64_t index, int64_t count) {
+    int64_t blocks = (m->d_out + BLOCK - 1) / BLOCK, low = 0, high = blocks;
+    if (index == count) return blocks;
+    double goal = (double)(m->n_nonzero + blocks * m->k) * (double)index / (double)count;
+    while (low < high) {
+        int64_t middle = (low + high) / 2;
+        if ((double)(m->starts[2 * middle] + middle * m->k) < goal) low = middle + 1;
+        else high = middle;
+    }
+    return low;
+}
+
+static void work(void *argument) {
+    const Task *t = argument;
+    const Matrix *m = t->m;
+    const int64_t me = t->omp ? t->omp->thread() : 0, team = t->omp ? t->omp->threads() : 1;
+    const int64_t size = t->batch * t->stride;
+    if (t->stages & FIRST) {
+        float *mine = team == 1 ? t->z : t->shares + me * size;
+        int64_t steps = (m->d_in + ROWS - 1) / ROWS;
+        int64_t first = steps * me / team * ROWS, last = steps * (me + 1) / team * ROWS;
+        memset(mine, 0, (size_t)size * sizeof(float));
+        project(t, first, last < m->d_in ? last : m->d_in, mine);
+        for (int64_t b = 0; b < t->batch; b++) /* what was read behind the last atom is not part of z */
+            memset(mine + b * t->stride + m->k, 0, (size_t)(t->stride - m->k) * sizeof(float));
+        if (team > 1) {
+            t->omp->barrier();
+            int64_t parts = size / LANES;
+            for (int64_t i = parts * me / team; i < parts * (me + 1) / team; i++) {
+                V total = load(t->shares + i * LANES);
+                for (int64_t other = 1; other < team; other++)
+                    total = add(total, load(t->shares + other * size + i * LANES));
+                store(t->z + i * LANES, total);
+            }
+            t->omp->barrier();
+        }
+    }
+    if (t->stages & LAST) columns(t, share(m, me, team), share(m, me + 1, team));
+    if (t->stages & UNPACK) unpack(t, share(m, me, team), share(m, me + 1, team));
+}
+
+static void run(Task *t, unsigned threads) {
+    if (t->omp && threads > 1) t->omp->parallel(work, t, threads, 0);
+    else {
+        t->omp = NULL;
+        work(t);
+    }
+}
+
+/* ---- what Python calls ---- */
+
+const char *cospadi_kind(void) { return KIND; }
+
+/* floats a row of z takes */
+int64_t cospadi_stride(int64_t k) { return (k + 15) / 16 * 16; }
+
+/* first value and first scale of every block of columns; the number of values in the last line */
+void cospadi_starts(const Matrix *m, int64_t *starts) {
+    const int64_t row_bytes = (m->k + 7) / 8;
+    int64_t n = 0, n_scales = 0;
+    for (int64_t j = 0; j < m->d_out; j++) {
+        if (j % BLOCK == 0) {
+            starts[2 * (j / BLOCK)] = n;
+            starts[2 * (j / BLOCK) + 1] = n_scales;
+        }
+        int64_t count = 0;
+        if (m->support == BITMASK)
+            for (int64_t i = 0; i < row_bytes; i += 8) {
+                uint64_t bits = 0;
+                memcpy(&bits, m->positions + j * row_bytes + i, (size_t)(row_bytes - i < 8 ? row_bytes - i : 8));
+                count += __builtin_popcountll(bits);
+            }
+        else count = m->support == DENSE ? m->k : m->k / 2;
+        n += count;
+        if (m->group) n_scales += (count + m->group - 1) / m->group;
+    }
+    starts[2 * ((m->d_out + BLOCK - 1) / BLOCK)] = n;
+    starts[2 * ((m->d_out + BLOCK - 1) / BLOCK) + 1] = n_scales;
+}
+
+/* z = x D where `x` is given, then y = z S where `y` is; z is (batch, stride), scratch threads times as large */
+void cospadi_product(const Matrix *m, const OpenMP *omp, int64_t threads, const void *x, float *z, void *y,
+                     float *scratch, int64_t batch, int64_t is_bf16) {
+    Task t = {m, omp, x, z, y, scratch, batch, cospadi_stride(m->k), is_bf16, (x ? FIRST : 0) | (y ? LAST : 0)};
+    run(&t, (unsigned)threads);
+}
+
+/* S transposed, (d_out, stride) in bfloat16 or float32, for blocks of columns `first` to `last` */
+void cospadi_unpack(const Matrix *m, const OpenMP *omp, int64_t threads, void *codes, int64_t is_bf16) {
+    Task t = {m, omp, NULL, NULL, codes, NULL, 0, cospadi_stride(m->k), is_bf16, UNPACK};
+    run(&t, (unsigned)threads);
+}
+"""

@@ -1,0 +1,345 @@
+"""The linear layer of a packed checkpoint: ``y = (x D) S + bias``."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .cospadi_codecs import (
+    decode_codes,
+    decode_dictionary,
+    decode_support,
+    encode_codes,
+    encode_dictionary,
+    tensor_shapes,
+)
+from .cospadi_cpu import DTYPES, BoundMatrix, Kernel, kernel
+
+PARTS = ("dictionary", "dictionary_scales", "values", "scales", "support")
+
+# Rows of x up to which reading the packed form is faster than unpacking S for a matrix product (docs/runtime.md)
+KERNEL_ROWS = 8
+
+# Several copies of this module can be loaded in one process, each checkpoint's own; an operator has one name in torch
+_NAMESPACE = f"cospadi_{hashlib.sha256(__name__.encode()).hexdigest()[:12]}"
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer whose weight is kept as packed dictionary and codes.
+
+    The packed tensors keep the dtype of the file whatever the model is cast to, so memory stays the file's and saving
+    gives back the same bytes. A product is computed in the dtype of its input. Adapters take it for the `nn.Linear` it
+    stands for, but it has no ``weight``: nothing can be merged into it.
+
+    Parameters
+    ----------
+    spec : dict
+        One entry of ``quantization_config.matrices``.
+    bias : Parameter (d_out,), optional
+    device : torch.device, optional
+    """
+
+    def __init__(self, spec: dict[str, Any], bias: nn.Parameter | None = None, device: Any = None) -> None:
+        nn.Module.__init__(self)
+        self.spec = spec
+        self.in_features, self.out_features = spec["shape"]
+        self.n_atoms = spec["dictionary"]["n_atoms"]
+        shapes = tensor_shapes(spec)
+        # parameters and not buffers: transformers ties, places and offloads parameters
+        for part in PARTS:
+            stored = None
+            if part in shapes:
+                shape, dtype = shapes[part]
+                stored = nn.Parameter(torch.zeros(shape, dtype=dtype, device=device), requires_grad=False)
+            self.register_parameter(part, stored)
+        self.register_parameter("bias", bias)
+        # filled by `unpack`, never saved
+        self.unpacked_dictionary: nn.Parameter | None = None
+        self.unpacked_codes: nn.Parameter | None = None
+        # set where other layers have the same dictionary
+        self.projection: SharedProjection | None = None
+        self._spec_text = json.dumps(spec)
+        self._binding: _Binding | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Inputs (..., d_in) to outputs (..., d_out), in the dtype of the input."""
+        if self.unpacked_codes is not None:
+            z = x if self.unpacked_dictionary is None else x @ self.unpacked_dictionary
+            return F.linear(z, self.unpacked_codes, self.bias)
+        if (
+            torch.compiler.is_compiling()
+            or type(x) is not torch.Tensor
+            or x.device.type != "cpu"
+            or x.dtype not in DTYPES
+            or (x.requires_grad and torch.is_grad_enabled())
+            or (compiled := kernel()) is None
+        ):
+            y = packed_linear(x, *self.parts(), self._spec_text)
+        else:
+            y = self._product(compiled, x)
+        return y if self.bias is None else y + self.bias
+
+    def parts(self) -> list[nn.Parameter | None]:
+        """The packed tensors in the order of `PARTS`; None for those that this matrix does not have."""
+        return [self._parameters[part] for part in PARTS]
+
+    def factors(self, dtype: torch.dtype) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Dictionary (d_in, k), None if it is the identity, and transposed codes (d_out, k) with zeros, in `dtype`."""
+        return _factors(self.spec, dtype, *self.parts())
+
+    def unpack(self, dtype: torch.dtype, *, trainable: bool = False) -> None:
+        """Keep both factors unpacked beside the packed ones; `unpack_` is for whole models."""
+        dictionary, codes = self.factors(dtype)
+        if dictionary is not None:
+            self.unpacked_dictionary = nn.Parameter(dictionary.clone(), requires_grad=trainable)
+        self.unpacked_codes = nn.Parameter(codes.contiguous(), requires_grad=trainable)
+        if trainable and self.support is not None:
+            mask = decode_support(self.spec, self.support)
+            self.unpacked_codes.register_hook(lambda gradient: gradient * mask)
+
+    def store(self) -> None:
+        """Write trained unpacked factors into the packed tensors, rounded to their codecs; scales stay as they are."""
+        with torch.no_grad():
+            if self.unpacked_dictionary is not None:
+                self.dictionary.copy_(encode_dictionary(self.spec, self.unpacked_dictionary, self.dictionary_scales))
+            codes = self.unpacked_codes
+            self.values.copy_(encode_codes(self.spec, codes, self.scales, self.support))
+
+    def pack(self) -> None:
+        """Drop what `unpack` keeps; what was trained is stored."""
+        if self.unpacked_codes is not None and self.unpacked_codes.requires_grad:
+            self.store()
+        self.unpacked_dictionary = self.unpacked_codes = None
+
+    def freeze_packed(self) -> None:
+        """Packed tensors are no leaves to train; loading makes every floating-point parameter one."""
+        for packed in self._packed():
+            packed.requires_grad_(False)
+
+    def extra_repr(self) -> str:
+        codes = self.spec["codes"]
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, n_atoms={self.n_atoms}, "
+            f"n_nonzero={codes['n_nonzero']}, codec={codes['codec']}, support={codes['support']}, "
+            f"bias={self.bias is not None}"
+        )
+
+    def _product(self, compiled: Kernel, x: torch.Tensor) -> torch.Tensor:
+        """As `packed_linear`, without an operator's overhead, and with what is worth keeping from call to call."""
+        if self._binding is None or not self._binding.holds(self):
+            self._binding = _Binding(self)
+        matrix = self._binding.matrix
+        rows = x.reshape(-1, self.in_features).contiguous()
+        few = rows.shape[0] <= KERNEL_ROWS
+        if few and self.projection is None:
+            y = compiled.product(matrix, rows)
+        else:
+            project = functools.partial(compiled.project, matrix) if few else self._project_many
+            z = project(rows) if self.projection is None else self.projection.of(x, self.dictionary, project, rows)
+            y = compiled.apply_codes(matrix, z, x.dtype) if few else F.linear(z, compiled.unpack(matrix, x.dtype))
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _project_many(self, rows: torch.Tensor) -> torch.Tensor:
+        dictionary = decode_dictionary(self.spec, self.dictionary, self.dictionary_scales, rows.dtype)
+        return rows if dictionary is None else rows @ dictionary
+
+    def _packed(self) -> list[nn.Parameter]:
+        return [part for part in self.parts() if part is not None]
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedLinear:
+        packed = {id(part) for part in self._packed()}
+
+        def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
+            if id(tensor) not in packed or not tensor.is_floating_point():
+                return fn(tensor)
+            # `fn` moves and casts; integers it only moves
+            return fn(tensor.view(torch.int16)).view(tensor.dtype)
+
+        self._binding = None
+        return super()._apply(keep_dtype, recurse)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if self.unpacked_codes is not None and self.unpacked_codes.requires_grad:
+            self.store()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in ("unpacked_dictionary", "unpacked_codes"):
+            destination.pop(prefix + name, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_binding": None}  # addresses
+
+
+class SharedProjection:
+    """``z = x D`` of the last input, for the layers that share ``D``: q, k and v ask for the same one in turn."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Any, ...] | None = None
+
+    def of(
+        self,
+        x: torch.Tensor,
+        dictionary: torch.Tensor,
+        project: Callable[[torch.Tensor], torch.Tensor],
+        rows: torch.Tensor,
+    ) -> torch.Tensor:
+        """``project(rows)``, or what it gave for this very `x` and `dictionary` before."""
+        if x.is_inference():  # changes of such a tensor are not counted
+            return project(rows)
+        last = self._last
+        if last is not None and last[0]() is x and last[1:3] == (x._version, dictionary.data_ptr()):
+            return last[3]
+        z = project(rows)
+        # nothing is kept longer than the input itself
+        self._last = (weakref.ref(x, self._forget), x._version, dictionary.data_ptr(), z)
+        return z
+
+    def _forget(self, x: Any) -> None:
+        if self._last is not None and self._last[0] is x:
+            self._last = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_last": None}
+
+
+class _Binding:
+    """The kernel's view of a layer's tensors, as long as they are the same and unchanged."""
+
+    def __init__(self, layer: PackedLinear) -> None:
+        self._parts = [(None if part is None else weakref.ref(part)) for part in layer.parts()]
+        self._state = self._state_of(layer)
+        self.matrix = bind(layer.spec, layer.parts())
+
+    def holds(self, layer: PackedLinear) -> bool:
+        return self._state == self._state_of(layer) and all(
+            part is reference if reference is None else part is reference()
+            for part, reference in zip(layer.parts(), self._parts, strict=True)
+        )
+
+    @staticmethod
+    def _state_of(layer: PackedLinear) -> list[tuple[int, int]]:
+        return [
+            (part.data_ptr(), 0 if part.is_inference() else part._version)
+            for part in layer._parameters.values()
+            if part is not None
+        ]
+
+
+def bind(spec: dict[str, Any], parts: list[torch.Tensor | None]) -> BoundMatrix:
+    """What the kernel needs of a matrix whose packed tensors, in the order of `PARTS`, are on the CPU."""
+    tensors = {name: part for name, part in zip(PARTS, parts, strict=True) if part is not None}
+    return BoundMatrix(kernel(), spec, tensors)
+
+
+@functools.lru_cache(maxsize=4096)
+def _parsed(spec: str) -> dict[str, Any]:
+    return json.loads(spec)
+
+
+def _factors(
+    spec: dict[str, Any],
+    dtype: torch.dtype,
+    dictionary: Any,
+    dictionary_scales: Any,
+    values: Any,
+    scales: Any,
+    support: Any,
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    atoms = decode_dictionary(spec, dictionary, dictionary_scales, dtype)
+    return atoms, decode_codes(spec, values, scales, support, dtype)
+
+
+@torch.library.custom_op(
+    f"{_NAMESPACE}::packed_linear",
+    mutates_args=(),
+    schema="(Tensor x, Tensor? dictionary, Tensor? dictionary_scales, Tensor values, Tensor? scales, "
+    "Tensor? support, str spec) -> Tensor",
+)
+def packed_linear(
+    x: torch.Tensor,
+    dictionary: torch.Tensor | None,
+    dictionary_scales: torch.Tensor | None,
+    values: torch.Tensor,
+    scales: torch.Tensor | None,
+    support: torch.Tensor | None,
+    spec: str,
+) -> torch.Tensor:
+    """``y = (x D) S``: inputs (..., d_in) to outputs (..., d_out), differentiable in `x`; `spec` is JSON.
+
+    On the CPU a few rows go through the compiled kernel, and many through products with unpacked factors. Other devices
+    and dtypes always take the latter.
+    """
+    matrix_spec = _parsed(spec)
+    parts = [dictionary, dictionary_scales, values, scales, support]
+    rows = x.reshape(-1, x.shape[-1])
+    on_cpu = x.device.type == "cpu" and x.dtype in DTYPES and kernel() is not None
+    if on_cpu and rows.shape[0] <= KERNEL_ROWS:
+        y = kernel().product(bind(matrix_spec, parts), rows.contiguous())
+    else:
+        if on_cpu:
+            atoms = decode_dictionary(matrix_spec, dictionary, dictionary_scales, x.dtype)
+            codes = kernel().unpack(bind(matrix_spec, parts), x.dtype)
+        else:
+            atoms, codes = _factors(matrix_spec, x.dtype, *parts)
+        y = F.linear(rows if atoms is None else rows @ atoms, codes)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+@packed_linear.register_fake
+def _(x: torch.Tensor, *parts_and_spec: Any) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], _parsed(parts_and_spec[-1])["shape"][1])
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, *parts, ctx.spec = inputs
+    ctx.save_for_backward(*parts)
+
+
+def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+    dictionary, codes = _factors(_parsed(ctx.spec), gradient.dtype, *ctx.saved_tensors)
+    gradient = gradient @ codes
+    return (gradient if dictionary is None else gradient @ dictionary.T, *[None] * (len(PARTS) + 1))
+
+
+packed_linear.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def unpack_(model: nn.Module, dtype: torch.dtype | None = None, *, trainable: bool = False) -> nn.Module:
+    """Unpack every `PackedLinear` of `model` in place; undone by `pack_`.
+
+    Parameters
+    ----------
+    model : Module
+    dtype : torch.dtype, optional
+        Dtype the model computes in; default: that of its first floating-point parameter.
+    trainable : bool
+        Whether the unpacked factors are parameters to train, the zeros of the codes staying zero. `pack_` and
+        ``save_pretrained`` round what was trained to the codecs of the file.
+    """
+    if dtype is None:
+        dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    shared: dict[nn.Parameter, nn.Parameter] = {}
+    for layer in packed_layers(model).values():
+        layer.unpack(dtype, trainable=trainable)
+        if layer.dictionary is not None:
+            layer.unpacked_dictionary = shared.setdefault(layer.dictionary, layer.unpacked_dictionary)
+    return model
+
+
+def pack_(model: nn.Module) -> nn.Module:
+    """Drop the unpacked factors that `unpack_` left in `model`, after storing what was trained."""
+    for layer in packed_layers(model).values():
+        layer.pack()
+    return model
+
+
+def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
+    """Name and module of every `PackedLinear` of `model`."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}

@@ -1,0 +1,178 @@
+"""Causal language models loaded from a packed checkpoint: any family of transformers, its linears packed."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+
+from .configuration_cospadi import CospadiConfig, check_packing, family_config, register
+from .cospadi_linear import PackedLinear, SharedProjection, pack_, packed_layers, unpack_
+
+__all__ = ["CospadiForCausalLM", "PackedLinear", "pack_", "packed_layers", "register", "unpack_"]
+
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+class CospadiForCausalLM:
+    """Part of the model that is about packing; comes before the family's causal language model class.
+
+    Building the model replaces the linears named in the config by `PackedLinear`. `from_pretrained` does so before any
+    memory is taken, then loads as usual, and fails where an ordinary model would be given random weights.
+    """
+
+    config_class = CospadiConfig
+    _auto_class = "AutoModelForCausalLM"
+    shared_dictionaries: dict[str, str] = {}  # noqa: RUF012 (replaced, never changed)
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        source = config.name_or_path or "config"
+        check_packing(config.packing, source)
+        super().__init__(config, *args, **kwargs)
+        matrices = config.packing["matrices"]
+        for name, spec in matrices.items():
+            _replace_linear(self, name, spec, source)
+        self.shared_dictionaries = {}
+        for name, spec in matrices.items():
+            owner = spec["dictionary"].get("tensor")
+            if owner not in (None, f"{name}.dictionary"):
+                self._share_dictionary(name, owner.removesuffix(".dictionary"))
+        self.all_tied_weights_keys.update(self.shared_dictionaries)
+
+    def _share_dictionary(self, name: str, owner_name: str) -> None:
+        layer, owner = self.get_submodule(name), self.get_submodule(owner_name)
+        if owner.projection is None:
+            owner.projection = SharedProjection()
+        layer.projection = owner.projection
+        # tells `save_pretrained` which of the shared names to leave out
+        layer._tied_weights_keys = {}
+        for part in ("dictionary", "dictionary_scales"):
+            if getattr(owner, part) is not None:
+                setattr(layer, part, getattr(owner, part))
+                layer._tied_weights_keys[part] = f"{owner_name}.{part}"
+                self.shared_dictionaries[f"{name}.{part}"] = f"{owner_name}.{part}"
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """Names tied to others: the base model's, and shared dictionaries."""
+        return super().get_expanded_tied_weights_keys(all_submodels) | self.shared_dictionaries
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        """As `PreTrainedModel.from_pretrained`.
+
+        Raises
+        ------
+        OSError
+            If a weight file is cut short, or tensors are missing, left over or of the wrong shape.
+        ValueError
+            If the config names a format version, codec or layer that is not known.
+        """
+        path = pretrained_model_name_or_path
+        if cls is CospadiForCausalLM:
+            config = kwargs.pop("config", None)
+            if config is None:
+                hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+                config = CospadiConfig.from_pretrained(path, **hub_arguments)
+            model_class = family_model(config.base_model_type)
+            return model_class.from_pretrained(path, *model_args, config=config, **kwargs)
+
+        wants_info = kwargs.pop("output_loading_info", False)
+        # mismatched sizes are reported, and refused below by name
+        kwargs["ignore_mismatched_sizes"] = True
+        try:
+            model, info = super().from_pretrained(path, *model_args, output_loading_info=True, **kwargs)
+        except SafetensorError as error:
+            damaged = ", ".join(_damaged_files(path)) or "a weight file"
+            raise OSError(f"{path}: {damaged} is damaged or cut short ({error}). Fetch it again") from error
+        _check_loaded(path, model, info)
+        for layer in packed_layers(model).values():
+            layer.freeze_packed()
+        return (model, info) if wants_info else model
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # pickle finds a class by its name, which all families share
+        return _new_model, (self.config.base_model_type,), self.__dict__
+
+    @classmethod
+    def _from_config(cls, config: Any, **kwargs: Any) -> Any:
+        if cls is CospadiForCausalLM:
+            return family_model(config.base_model_type)._from_config(config, **kwargs)
+        return super()._from_config(config, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModelForCausalLM") -> None:
+        """Nothing to do: the class says itself that it is saved with its code."""
+
+
+@functools.cache
+def family_model(base_model_type: str) -> type[PreTrainedModel]:
+    """Class of packed models of one family, such as ``"llama"``.
+
+    Raises
+    ------
+    ValueError
+        If the family is not known, or has no causal language model.
+    """
+    config_class = family_config(base_model_type)
+    base_config = CONFIG_MAPPING[base_model_type]
+    if base_config not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"the family {base_model_type!r} has no causal language model in the installed transformers")
+    bases = (CospadiForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING[base_config])
+    # the name is the one in config.json's auto_map, where transformers looks it up again
+    return type("CospadiForCausalLM", bases, {"__module__": __name__, "config_class": config_class})
+
+
+def _new_model(base_model_type: str) -> PreTrainedModel:
+    family = family_model(base_model_type)
+    return family.__new__(family)
+
+
+def _replace_linear(model: PreTrainedModel, name: str, spec: dict[str, Any], source: str) -> None:
+    parent_name, _, child = name.rpartition(".")
+    try:
+        linear = model.get_submodule(name)
+    except AttributeError as error:
+        family = type(model).__bases__[1].__name__
+        raise ValueError(f"{source}: config.json packs {name}, which {family} does not have. Fetch it again") from error
+    shape = list(linear.weight.T.shape) if isinstance(linear, nn.Linear) else None
+    if shape != list(spec["shape"]):
+        raise ValueError(
+            f"{source}: config.json packs {name} with shape {spec['shape']}, the model's linear has {shape}"
+        )
+    try:
+        packed = PackedLinear(spec, linear.bias, device=linear.weight.device)
+    except ValueError as error:
+        raise ValueError(f"{source}: {name}: {error}. Load it with the code that came with it") from error
+    setattr(model.get_submodule(parent_name), child, packed)
+
+
+def _damaged_files(path: Any) -> list[str]:
+    damaged = []
+    for file in sorted(Path(path).glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError:
+            damaged.append(file.name)
+    return damaged
+
+
+def _check_loaded(path: Any, model: PreTrainedModel, info: dict[str, Any]) -> None:
+    layers = packed_layers(model)
+    faults = [f"{name} is missing" for name in sorted(info["missing_keys"])]
+    faults += [
+        f"{name} has shape {tuple(found)}, expected {tuple(expected)}"
+        for name, found, expected in sorted(info["mismatched_keys"])
+    ]
+    faults += [
+        f"{name} belongs to a packed matrix but is none of its tensors"
+        for name in sorted(info["unexpected_keys"])
+        if name.rpartition(".")[0] in layers
+    ]
+    if faults:
+        shown = "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
+        raise OSError(f"{path}: the weight files do not fit config.json: {shown}. Fetch or assemble the folder again")
