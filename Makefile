@@ -1,0 +1,68 @@
+# `make help` lists what there is. Everything runs in .venv, which is set up from envs/lock.txt when it is missing or old.
+
+CONFIG :=
+CORES := all
+RUN := demo
+VARIANT := cospadi-20
+PYTHON := python3
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# remembered, so that TORCH=system is said once
+TORCH := $(or $(shell cat $(VENV)/.torch 2>/dev/null),lock)
+
+SNAKEMAKE := $(BIN)/snakemake --cores $(CORES)
+RULES := Snakefile workflow/rules
+
+.DEFAULT_GOAL := help
+.PHONY: help env run densify test lint format bench bench-runtime clean
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 20
+	@echo
+	@echo "  CONFIG=my.yaml   another run; it says what differs from config.yaml (default: the demo)"
+	@echo "  CORES=8          CPU cores to use (default: all)"
+	@echo "  RUN= VARIANT=    of densify (default: $(RUN), $(VARIANT))"
+	@echo "  PYTHON=python3.11, TORCH=system   for the set-up: another Python; the torch that this Python already has"
+
+run: env ## Run the workflow: compress, evaluate, report
+	$(SNAKEMAKE) $(if $(CONFIG),--configfile $(CONFIG))
+
+densify: env ## Write results/RUN/VARIANT/dense, an ordinary model folder
+	$(SNAKEMAKE) --configfile results/$(RUN)/config.yaml -- results/$(RUN)/$(VARIANT)/dense
+
+test: lint ## Lint, then all tests but the slow ones
+	$(BIN)/pytest -q -n 2 --dist loadfile -m "not slow"
+
+bench: env ## Run the benchmarks, with a table
+	$(BIN)/python benchmarks/solvers.py
+
+bench-runtime: env ## Time packed checkpoints beside dense ones
+	$(BIN)/python benchmarks/runtime.py
+
+lint: env ## Check style: ruff, snakefmt, snakemake --lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/snakefmt --check $(RULES)
+	$(BIN)/snakemake --lint
+
+format: env ## Format Python and Snakemake files
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/snakefmt $(RULES)
+
+clean: ## Remove results and caches; keeps .venv and resources/
+	rm -rf results .snakemake .pytest_cache .ruff_cache .hypothesis
+
+env: $(READY) ## Set up .venv
+
+$(READY): envs/lock.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; say which: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(if $(filter system,$(TORCH)),--system-site-packages) $(VENV)
+	grep -v $(if $(filter system,$(TORCH)),'^torch==','^#') envs/lock.txt > $(VENV)/lock.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -r $(VENV)/lock.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	$(BIN)/python -c 'import torch'
+	echo $(TORCH) > $(VENV)/.torch
+	touch $@

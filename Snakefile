@@ -1,0 +1,67 @@
+from snakemake.utils import min_version
+
+from cospadi.config import check_config
+from cospadi.plan import Plan, code_digest, layers_of, modules_of, one_of
+from cospadi.report import closing_message
+
+min_version("9.27")
+
+
+configfile: "config.yaml"
+
+
+config = check_config(
+    config,
+    overrides=workflow.config_settings.overwrite_config,
+    source=", ".join(map(str, workflow.configfiles)),
+)
+plan = Plan(config)
+
+
+report: "workflow/report/workflow.rst"
+
+
+pathvars:
+    results=plan.results,
+    logs=f"{plan.results}/logs",
+    benchmarks=f"{plan.results}/benchmarks",
+
+
+wildcard_constraints:
+    variant=one_of(plan.variants),
+    name=one_of(plan.models),
+    base=one_of(["", *plan.pruned_bases]),
+    unit=r"layers?_[\d-]+",
+    layer=r"\d+",
+    first=r"\d+",
+    last=r"\d+",
+
+
+include: "workflow/rules/fetch.smk"
+include: "workflow/rules/inspect.smk"
+include: "workflow/rules/prepare.smk"
+include: "workflow/rules/prune.smk"
+include: "workflow/rules/collect.smk"
+include: "workflow/rules/gram.smk"
+include: "workflow/rules/learn.smk"
+include: "workflow/rules/quantize.smk"
+include: "workflow/rules/assemble.smk"
+include: "workflow/rules/evaluate.smk"
+include: "workflow/rules/report.smk"
+
+
+rule all:
+    default_target: True
+    input:
+        expand(rules.assemble_model.output, variant=plan.variants),
+        expand(rules.evaluate_model.output, name=plan.models),
+        rules.summarize.output,
+        rules.report.output,
+    localrule: True
+    message:
+        "Everything is in {plan.results}"
+
+
+onsuccess:
+    if plan.has_written("summary.json"):
+        print(closing_message(plan))

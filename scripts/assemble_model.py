@@ -1,0 +1,23 @@
+"""Write a compressed model as a Hugging Face folder."""
+
+from cospadi.stage import script
+
+
+def main(snakemake, log):
+    from cospadi.checkpoint import assemble
+    from cospadi.files import read_json
+
+    reports = [matrix for file in snakemake.input.diagnostics for matrix in read_json(file)["matrices"].values()]
+    mean_error = sum(report["relative_error"] for report in reports) / len(reports)
+    assemble(
+        snakemake.input.model,
+        snakemake.input.codes,
+        snakemake.output[0],
+        variant=snakemake.params.variant,
+        card={"Mean relative error of the matrices": f"{mean_error:.4f}"},
+    )
+    log(f"{len(reports)} matrices in {snakemake.output[0]}")
+
+
+if __name__ == "__main__":
+    script(main, snakemake)

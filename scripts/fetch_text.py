@@ -1,0 +1,15 @@
+"""Fetch the text, split into calibration and held-out articles."""
+
+from pathlib import Path
+
+from cospadi.stage import script
+
+
+def main(snakemake, log):
+    from cospadi.sources import fetch_text
+
+    fetch_text(snakemake.params.text, Path(snakemake.output.calibration).parent, log=log)
+
+
+if __name__ == "__main__":
+    script(main, snakemake)

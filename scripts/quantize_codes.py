@@ -1,0 +1,26 @@
+"""Pack the factors of a unit as they go into the checkpoint."""
+
+from pathlib import Path
+
+from cospadi.stage import script
+
+
+def main(snakemake, log):
+    from cospadi.files import read_json
+    from cospadi.quantization import quantize_unit
+
+    quantize_unit(
+        Path(snakemake.input.model),
+        read_json(snakemake.input.structure),
+        [Path(file) for file in snakemake.input.gram],
+        Path(snakemake.input.factors),
+        snakemake.params.layers,
+        {"codes": snakemake.params.codes},
+        output=Path(snakemake.output.codes),
+        diagnostics=Path(snakemake.output.diagnostics),
+        log=log,
+    )
+
+
+if __name__ == "__main__":
+    script(main, snakemake)

@@ -1,0 +1,292 @@
+"""Plan: chunks, units, files, digests of code, resources."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shutil
+from types import SimpleNamespace
+
+import pytest
+
+from cospadi import plan as plan_module
+from cospadi.config import check_config
+from cospadi.errors import ConfigError, UnsupportedModelError
+from cospadi.plan import Plan, code_digest, layers_of, modules_of, one_of
+
+MODEL = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}
+
+
+def make_plan(model=MODEL, **sections) -> Plan:
+    config = {
+        "run": "r",
+        "model": {"name": "m", "source": "hub", "repo": "owner/m"},
+        "calibration": {"source": "self"},
+        "variants": {"a": {"method": "cospadi", "ratio": 0.2}, "b": {"method": "svd_llm", "ratio": 0.4}},
+        "evaluation": {"perplexity": None},
+        "device": "cpu",
+    }
+    return Plan(check_config({**config, **sections}), model)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "expected"),
+    [(0, [(0, 29)]), (10, [(0, 9), (10, 19), (20, 29)]), (16, [(0, 15), (16, 29)]), (64, [(0, 29)])],
+)
+def test_chunks_cover_the_layers_in_order(blocks, expected):
+    plan = make_plan(calibration={"source": "self", "blocks_per_job": blocks})
+    assert [(chunk[0], chunk[-1]) for chunk in plan.chunks] == expected
+    assert plan.hidden_before(0) == []
+    for before, after in itertools.pairwise(expected):
+        assert plan.hidden_before(after[0]) == [f"results/r/activations/hidden_{before[0]:02d}-{before[1]:02d}.h5"]
+
+
+def test_activations_of_a_layer_are_those_of_its_chunk():
+    plan = make_plan(calibration={"source": "self", "blocks_per_job": 16})
+    assert plan.activations_of(15) == "results/r/activations/layers_00-15.h5"
+    assert plan.activations_of(16) == "results/r/activations/layers_16-29.h5"
+
+
+def test_units_are_layers_or_groups_of_them():
+    variants = {
+        "one": {"method": "cospadi", "ratio": 0.2},
+        "four": {"method": "cospadi", "ratio": 0.2, "group_size": 4, "share": ["q_proj"]},
+    }
+    plan = make_plan(variants=variants)
+    assert plan.units("one")[:2] == ["layer_00", "layer_01"] and len(plan.units("one")) == 30
+    assert plan.units("four")[0] == "layers_00-03" and plan.units("four")[-1] == "layers_28-29"
+    for variant in variants:
+        assert [layer for unit in plan.units(variant) for layer in layers_of(unit)] == list(range(30))
+    assert plan.grams_of("layers_28-29") == ["results/r/gram/layer_28.h5", "results/r/gram/layer_29.h5"]
+    assert len(plan.of_all_units("x/{variant}/{unit}.json")) == 30 + 8
+
+
+def test_more_than_a_hundred_layers():
+    plan = make_plan({**MODEL, "num_hidden_layers": 126})
+    assert layers_of(plan.units("a")[-1]) == [125]
+    assert plan.units("a")[-1] == "layer_125"
+
+
+def test_model_and_text_files():
+    plan = make_plan()
+    assert plan.model_of("dense") == "resources/models/m"
+    assert plan.model_of("a") == "results/r/a/model"
+    assert plan.text_file("calibration") == [] and plan.text_file("heldout") == []
+
+
+def test_a_local_model_is_used_where_it_lies(tmp_path):
+    local = {"name": "m", "source": "local", "path": str(tmp_path)}
+    text = {"name": "t", "source": "hub", "dataset": "d"}
+    config = {"run": "r", "model": local, "text": text, "variants": {"a": {"method": "svd_llm", "ratio": 0.2}}}
+    plan = Plan(check_config(config), MODEL)
+    assert plan.model_of("dense") == str(tmp_path)
+    assert plan.text_file("calibration") == ["resources/text/t/calibration.jsonl"]
+    assert plan.text_file("heldout") == ["resources/text/t/heldout.jsonl"]
+
+
+def test_unsupported_architecture_is_refused():
+    with pytest.raises(UnsupportedModelError, match="BloomForCausalLM"):
+        make_plan({**MODEL, "architectures": ["BloomForCausalLM"]})
+
+
+def test_rounding_is_no_part_of_learning_but_bits_are():
+    codes = {"value_bits": 14, "rounding": "truncate"}
+    plan = make_plan(variants={"a": {"method": "cospadi", "ratio": 0.2, "codes": codes}})
+    assert plan.learning("a")["codes"]["value_bits"] == 14
+    assert "rounding" not in plan.learning("a")["codes"]
+    assert plan.learning("a")["solver"] == "htp"
+
+
+# --- blocks removed --------------------------------------------------------------------------------------------------
+
+PRUNED = {
+    "both": {"steps": [{"method": "replaceme", "blocks": 4}, {"method": "cospadi", "ratio": 0.2}]},
+    "again": {"steps": [{"method": "replaceme", "blocks": 4}, {"method": "svd_llm", "ratio": 0.2}]},
+    "other": {"steps": [{"method": "uidl", "blocks": [3, 7]}, {"method": "cospadi", "ratio": 0.2, "group_size": 4}]},
+    "plain": {"method": "cospadi", "ratio": 0.2},
+}
+
+
+def test_variants_are_learned_from_the_base_their_first_step_makes():
+    plan = make_plan(variants=PRUNED)
+    assert plan.factorized == list(PRUNED) and plan.pruned == []
+    # equal first steps are made once
+    assert [plan.base_of(name) for name in PRUNED] == ["both/pruned/", "both/pruned/", "other/pruned/", ""]
+    assert list(plan.pruned_bases) == ["both/pruned/", "other/pruned/"]
+    assert plan.fits("both/pruned/") and not plan.fits("other/pruned/")
+    assert plan.base_model("both/pruned/") == "results/r/both/pruned/model"
+    assert plan.base_model("") == plan.model_of("dense") and plan.model_of("both") == "results/r/both/model"
+    assert plan.grams_of("layer_03", "both/pruned/") == ["results/r/both/pruned/gram/layer_03.h5"]
+    assert len(plan.units("both")) == 26 and len(plan.units("plain")) == 30
+    assert plan.units("other")[-1] == "layers_24-27"
+    assert plan.learning("both")["method"] == "cospadi" and "steps" not in plan.learning("both")
+
+
+def test_a_variant_that_only_loses_blocks_is_the_base_of_those_that_go_on_from_it():
+    plan = make_plan(variants={**PRUNED, "cut": {"method": "replaceme", "blocks": 4}})
+    assert plan.pruned == ["cut"]
+    assert [plan.base_of(name) for name in (*PRUNED, "cut")] == ["cut/", "cut/", "other/pruned/", "", "cut/"]
+    assert plan.base_model("cut/") == plan.model_of("cut") == "results/r/cut/model"
+    assert plan.units("cut") == [] and len(plan.of_all_units("{variant}{unit}")) == 26 + 26 + 7 + 30
+    assert plan.pruning_files("results/r/{base}x") == {
+        "both": "results/r/cut/x",
+        "again": "results/r/cut/x",
+        "other": "results/r/other/pruned/x",
+        "cut": "results/r/cut/x",
+    }
+
+
+def test_chunks_of_a_pruned_model_end_where_it_ends():
+    plan = make_plan(variants=PRUNED, calibration={"source": "self", "blocks_per_job": 10})
+    base = "both/pruned/"
+    assert [(chunk[0], chunk[-1]) for chunk in plan.chunks_of(base)] == [(0, 9), (10, 19), (20, 25)]
+    assert plan.hidden_before(20, base) == ["results/r/both/pruned/activations/hidden_10-19.h5"]
+    assert plan.activations_of(25, base) == "results/r/both/pruned/activations/layers_20-25.h5"
+
+
+def test_more_blocks_than_there_are_cannot_go():
+    variants = {
+        "all": {"method": "uidl", "blocks": 30},
+        "far": {"method": "replaceme", "blocks": [29, 30]},
+        "ok": {"method": "shortgpt", "blocks": 29},
+    }
+    with pytest.raises(ConfigError) as caught:
+        make_plan(variants=variants)
+    assert [fault.partition(":")[0] for fault in caught.value.faults] == ["variants.all", "variants.far"]
+    assert "30; the model has 30 blocks" in caught.value.faults[0]
+
+
+def test_a_family_that_cannot_be_folded_into_is_refused_before_any_work():
+    gemma = {**MODEL, "architectures": ["Gemma3ForCausalLM"]}
+    with pytest.raises(UnsupportedModelError, match=r"variants.cut: .*Gemma3ForCausalLM has a norm behind it"):
+        make_plan(gemma, variants={"cut": {"method": "replaceme", "blocks": 4}})
+    assert make_plan(gemma, variants={"cut": {"method": "uidl", "blocks": 4}}).pruned == ["cut"]
+
+
+@pytest.mark.parametrize(
+    ("names", "matched", "refused"),
+    [
+        (["a", "b.c"], ["a", "b.c"], ["", "bxc", "ab", "a|b.c"]),
+        (["", "pruned/"], ["", "pruned/"], ["x", "pruned"]),
+        ([""], [""], ["x"]),
+        ([], [], ["", "x"]),
+    ],
+)
+def test_one_of_matches_these_names_alone(names, matched, refused):
+    assert one_of(names)  # Snakemake takes an empty constraint for "anything"
+    assert all(re.fullmatch(one_of(names), name) for name in matched)
+    assert not any(re.fullmatch(one_of(names), name) for name in refused)
+
+
+# --- digests ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A copy of the package that may be edited."""
+    copy = tmp_path / "cospadi"
+    shutil.copytree(plan_module.PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(plan_module, "PACKAGE", copy)
+    forget()
+    yield copy
+    forget()
+
+
+def forget():
+    code_digest.cache_clear()
+    plan_module._read.cache_clear()
+
+
+def edit(path):
+    with open(path, "a") as file:
+        file.write("\n# edited\n")
+    forget()
+
+
+def digests(plan) -> dict[str, str]:
+    return {
+        "windows": code_digest("cospadi.calibration.windows"),
+        "collect": code_digest("cospadi.calibration.collect"),
+        "gram": code_digest("cospadi.gram", "cospadi.calibration.collect"),
+        "htp": plan.learning_code("a"),
+        "ksvd": plan.learning_code("k"),
+        "svd": plan.learning_code("b"),
+        "quantize": code_digest("cospadi.quantization"),
+        "assemble": code_digest("cospadi.checkpoint", *modules_of("cospadi.runtime")),
+        "evaluate": code_digest("cospadi.evaluation"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("file", "changed"),
+    [
+        ("solvers/htp.py", {"htp"}),
+        ("solvers/ksvd.py", {"ksvd"}),
+        ("solvers/svd.py", {"svd"}),
+        ("methods/svd_llm.py", {"svd"}),
+        ("calibration/collect.py", {"collect", "gram"}),
+        ("evaluation.py", {"evaluate"}),
+        ("runtime/modeling_cospadi.py", {"assemble"}),
+    ],
+)
+def test_an_edit_changes_the_digests_of_the_stages_that_use_the_file(package, file, changed):
+    variants = {
+        "a": {"method": "cospadi", "ratio": 0.2},
+        "k": {"method": "cospadi", "ratio": 0.2, "solver": "ksvd"},
+        "b": {"method": "svd_llm", "ratio": 0.2},
+    }
+    plan = make_plan(variants=variants)
+    before = digests(plan)
+    edit(package / file)
+    after = digests(plan)
+    assert {stage for stage in before if before[stage] != after[stage]} == changed
+
+
+def test_imports_are_found_wherever_they_stand(package):
+    (package / "one.py").write_text("def f():\n    from cospadi import two\n")
+    (package / "two.py").write_text("from .pack import three\nimport os\n")
+    (package / "pack").mkdir()
+    (package / "pack" / "__init__.py").write_text("")
+    (package / "pack" / "three.py").write_text("from . import four\n")
+    (package / "pack" / "four.py").write_text("import cospadi.five\n")
+    (package / "five.py").write_text("")
+    (package / "six.py").write_text("")
+    before = code_digest("cospadi.one")
+    for name, reached in (("two", True), ("pack/three", True), ("pack/four", True), ("five", True), ("six", False)):
+        edit(package / f"{name}.py")
+        after = code_digest("cospadi.one")
+        assert (after != before) == reached, name
+        before = after
+
+
+# --- resources -------------------------------------------------------------------------------------------------------
+
+
+def test_resources_grow_with_shapes_and_attempts():
+    big = {**MODEL, "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_hidden_layers": 32}
+    small_plan, big_plan = make_plan(), make_plan(big)
+    wildcards = SimpleNamespace(first="00", last="09", layer="03", unit="layer_03", variant="a", name="a", base="")
+    for stage in ("fetch", "prepare", "collect", "prune", "gram", "learn", "quantize", "assemble", "evaluate"):
+        small, large = small_plan.mem_mb(stage)(wildcards, attempt=1), big_plan.mem_mb(stage)(wildcards, attempt=1)
+        assert 400 < small < large or stage == "fetch"
+        assert small_plan.mem_mb(stage)(wildcards, attempt=2) == 2 * small
+        minutes = small_plan.runtime(stage)(wildcards, attempt=1, threads=1)
+        assert 10 <= minutes < 24 * 60
+        assert small_plan.runtime(stage)(wildcards, attempt=3, threads=1) == 3 * minutes
+    # a layer of an 8B model: 218 million weights in float32 and Grams of 3 x 4096^2 + 14336^2 in float64
+    assert 5_000 < big_plan.mem_mb("learn")(wildcards, attempt=1) < 16_000
+
+
+def test_more_threads_take_less_time():
+    wildcards = SimpleNamespace(unit="layer_03")
+    runtime = make_plan({**MODEL, "hidden_size": 8192, "intermediate_size": 28672}).runtime("learn")
+    assert runtime(wildcards, attempt=1, threads=8) < runtime(wildcards, attempt=1, threads=1) / 4

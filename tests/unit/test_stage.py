@@ -1,0 +1,107 @@
+"""What all scripts share: threads, log file, console, errors."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from types import SimpleNamespace
+
+import pytest
+
+from cospadi import stage
+from cospadi.errors import ArtifactError
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    for variable in stage._THREAD_VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    return SimpleNamespace(
+        rule="learn", wildcards=["a", "layer_03"], threads=3, log=[str(tmp_path / "logs" / "learn.log")]
+    )
+
+
+def log_of(job) -> str:
+    with open(job.log[0]) as file:
+        return file.read()
+
+
+@pytest.fixture
+def console(monkeypatch, tmp_path):
+    """What reaches the console, whatever the script redirects."""
+    path = tmp_path / "console"
+    with open(path, "w") as file:
+        monkeypatch.setattr(sys, "__stderr__", file)
+        yield path.read_text
+
+
+def test_threads_are_set_before_main_runs(job):
+    seen = {}
+    stage.script(lambda _job, _log: seen.update(os.environ), job)
+    assert {seen[variable] for variable in stage._THREAD_VARIABLES} == {"3"}
+    assert "OPENBLAS_NUM_THREADS" in stage._THREAD_VARIABLES and "NUMBA_NUM_THREADS" in stage._THREAD_VARIABLES
+
+
+def test_log_file_has_every_line_and_the_console_some(job, console):
+    def main(_job, log):
+        for number in range(50):
+            log(f"iter {number}/50")
+
+    stage.script(main, job)
+    assert log_of(job).count("iter ") == 50
+    assert console().splitlines() == ["[learn a layer_03] iter 0/50"]
+    assert "done in" in log_of(job)
+
+
+def test_what_libraries_print_goes_to_the_log(job, console, capfd):
+    def main(_job, _log):
+        print("from print")
+        print("from stderr", file=sys.stderr)
+        warnings.warn("from a warning", stacklevel=1)
+
+    stage.script(main, job)
+    for line in ("from print", "from stderr", "from a warning"):
+        assert line in log_of(job)
+    assert console() == ""
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_error_is_one_message_on_the_console_and_whole_in_the_log(job, console):
+    def main(_job, _log):
+        raise ArtifactError("gram/layer_03.h5", "truncated", "Delete it and run again")
+
+    with pytest.raises(SystemExit) as stop:
+        stage.script(main, job)
+    assert stop.value.code == 1
+    assert console() == (
+        "[learn a layer_03] ArtifactError: gram/layer_03.h5: truncated. Delete it and run again\n"
+        f"  full traceback: {job.log[0]}\n"
+    )
+    assert "Traceback (most recent call last)" in log_of(job)
+    assert "in main" in log_of(job)
+
+
+def test_a_rule_without_a_log_file(job, console):
+    job.log = []
+    stage.script(lambda _job, log: log("hello"), job)
+    assert console() == "[learn a layer_03] hello\n"
+
+
+def test_device_is_chosen_without_torch_where_there_is_no_driver(monkeypatch):
+    monkeypatch.setattr(stage, "has_gpu", lambda: False)
+    monkeypatch.setitem(sys.modules, "torch", None)  # importing it would fail
+    assert stage.choose_device("auto") == "cpu"
+    assert stage.choose_device("cuda") == "cuda"
+
+
+@pytest.mark.parametrize("module", ["cospadi.stage", "cospadi.learning", "cospadi.gram", "cospadi.quantization"])
+def test_jobs_of_one_layer_start_without_torch(module):
+    program = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'matplotlib') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_stage_itself_imports_no_numerical_library():
+    program = "import sys, cospadi.stage; print([m for m in ('numpy', 'scipy', 'h5py') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "[]\n"

@@ -1,0 +1,87 @@
+"""Runs that remove blocks, alone and before a factorization."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from cospadi.files import TensorFile, read_json
+
+from .test_pipeline import rows
+
+pytestmark = pytest.mark.xdist_group("pruning")
+
+
+@pytest.fixture(scope="module")
+def pruned(new_run: Callable):
+    """A run with a variant of each kind, on a model of four blocks."""
+    run = new_run("llama")
+    cut = {"method": "replaceme", "blocks": 1}
+    run.config["variants"] = {
+        "cospadi-20": run.config["variants"]["cospadi-20"],
+        "ls-1": cut,
+        "ls-1_cospadi-20": {"steps": [cut, {"method": "cospadi", "ratio": 0.2, "max_iter": 3}]},
+        "short-1_svd-40": {"steps": [{"method": "shortgpt", "blocks": 1}, {"method": "svd_llm", "ratio": 0.4}]},
+    }
+    run.config["evaluation"]["tasks"] = ["last_word"]
+    run.config["evaluation"]["generate"] = None
+    run.snakemake()
+    return run
+
+
+def test_table(pruned):
+    table = rows(pruned.results / "summary.tsv")
+    assert list(table) == ["dense", *pruned.config["variants"]]
+    assert table["ls-1"]["method"] == "replaceme" and table["ls-1"]["ratio_true"] == "0.25"
+    assert table["ls-1"]["target_parameters_removed"] == "0.25"
+    assert 0 < float(table["ls-1"]["parameters_removed"]) < 0.25
+    assert int(table["ls-1"]["target_bytes"]) == 0.75 * int(table["dense"]["target_bytes"])
+    assert table["ls-1_cospadi-20"]["method"] == "replaceme + cospadi"
+    # of all blocks: a quarter went, and a fifth of what was left
+    assert table["ls-1_cospadi-20"]["ratio_asked"] == "0.4"
+    assert 0.4 <= float(table["ls-1_cospadi-20"]["ratio_true"]) < 0.5
+    assert table["ls-1_cospadi-20"]["removed_blocks"] == table["ls-1"]["removed_blocks"]
+    assert table["cospadi-20"]["removed_blocks"] == ""
+    assert 0.2 <= float(table["cospadi-20"]["ratio_true"]) < 0.3
+    assert all(0 <= float(row["last_word"]) <= 1 for row in table.values())
+
+
+def test_models(pruned):
+    results = pruned.results
+    config = read_json(results / "ls-1/model/config.json")
+    assert config["num_hidden_layers"] == 3 and config["architectures"] == ["LlamaForCausalLM"]
+    assert "quantization_config" not in config
+    packed = read_json(results / "ls-1_cospadi-20/model/config.json")
+    assert packed["num_hidden_layers"] == 3 and len(packed["quantization_config"]["matrices"]) == 21
+    # what both have in common was made once
+    assert (results / "ls-1/gram/layer_02.h5").exists() and not (results / "ls-1/gram/layer_03.h5").exists()
+    assert not (results / "ls-1_cospadi-20/pruned").exists()
+    assert (results / "short-1_svd-40/pruned/model/config.json").exists()
+    assert (results / "gram/layer_03.h5").exists()
+    (transform,) = TensorFile(results / "ls-1/pruning/transforms.safetensors").names()
+    folded = int(transform.removeprefix("layer_"))
+    assert read_json(results / "ls-1/pruning/selection.json")["removed"] == [folded + 1]
+    assert not list(results.glob("**/activations/*.h5"))
+
+
+def test_targets_and_reruns(pruned, tmp_path):
+    assert pruned.planned() == {}
+    run = pruned.copy(tmp_path / "run")
+    target = "results/tiny/ls-1_cospadi-20/factors/layer_02.safetensors"
+    (run.folder / target).unlink()
+    assert run.planned(target) == {"learn_dictionary": 1, "total": 1}
+    assert run.planned("results/tiny/short-1_svd-40/dense") == {"densify": 1, "total": 1}
+    run.config["variants"]["ls-1"]["ridge"] = 0.5  # now the two differ, and the second gets a base of its own
+    planned = run.planned()
+    assert planned["fit_transforms"] == 2 and planned["select_blocks"] == 1 and "measure_distances" not in planned
+    # the first two bases keep what they have
+    assert planned["compute_gram"] == 3
+
+
+def test_report_shows_the_distances(pruned):
+    import zipfile
+
+    with zipfile.ZipFile(pruned.results / "report.zip") as archive:
+        assert any("distances" in name for name in archive.namelist())
+    assert (pruned.results / "plots/distances.png").stat().st_size > 10_000

@@ -1,0 +1,182 @@
+"""One run of the whole workflow, from a model folder and a text to the report; then what runs again, and what does not.
+
+All tests share one finished run, so they are in one file: ``--dist loadfile`` gives a file to one worker.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+
+import pytest
+
+from cospadi.files import TensorFile
+
+from .conftest import check_finished, copy_project
+
+MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LEARNED_AND_AFTER = {"learn_dictionary", "quantize_codes", "assemble_model", "evaluate_model", "summarize", "report"}
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    return finished.copy(tmp_path / "run")
+
+
+@pytest.fixture
+def project(snapshot, tmp_path):
+    """A copy of the project whose source may be edited."""
+    return copy_project(snapshot, tmp_path / "project")
+
+
+def rules(planned: dict[str, int]) -> set[str]:
+    return set(planned) - {"all", "total"}
+
+
+def test_llama_from_start_to_report(finished):
+    check_finished(finished, ["cospadi-20", "svd_llm-40"])
+    factors = TensorFile(finished.results / "cospadi-20/factors/layer_03.safetensors")
+    assert {name.rpartition(".")[0].rpartition(".")[2] for name in factors.names()} == set(MATRICES)
+    assert all(name.startswith("model.layers.3.") for name in factors.names())
+    console = (finished.folder / "console.txt").read_text()
+    assert "svd_llm-40" in console.split("Everything is in")[1]  # the table
+    assert 'from_pretrained("results/tiny/cospadi-20/model"' in console
+    assert "steps (100%) done" in console
+
+
+def test_second_run_has_nothing_to_do(finished):
+    assert "Nothing to be done" in finished.snakemake()
+
+
+def test_densify_target(finished, tmp_path):
+    run = finished.copy(tmp_path / "run")
+    assert run.planned("results/tiny/cospadi-20/dense") == {"densify": 1, "total": 1}
+    run.snakemake("results/tiny/cospadi-20/dense")
+    config = json.loads((run.results / "cospadi-20/dense/config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert "quantization_config" not in config
+
+
+def test_a_deleted_model_is_made_again(finished, tmp_path):
+    run = finished.copy(tmp_path / "run")
+    shutil.rmtree(run.results / "cospadi-20/model")
+    planned = run.planned()
+    assert planned["assemble_model"] == 1 and "learn_dictionary" not in planned
+
+
+def test_streamed_grams_equal_those_of_stored_rows(finished, tmp_path):
+    import h5py
+    import numpy as np
+
+    run = finished.copy(tmp_path / "run")
+    run.config["calibration"] |= {"mode": "stream", "blocks_per_job": 4}
+    shutil.rmtree(run.results / "gram")
+    run.snakemake("results/tiny/gram/layer_02.h5")
+    with (
+        h5py.File(finished.results / "gram/layer_02.h5") as stored,
+        h5py.File(run.results / "gram/layer_02.h5") as streamed,
+    ):
+        assert set(stored) == set(streamed)
+        for site in stored:
+            np.testing.assert_allclose(streamed[site]["gram"][:], stored[site]["gram"][:], rtol=1e-5, atol=1e-4)
+
+
+def test_calibration_on_the_models_own_text_needs_no_data(finished, tmp_path):
+    run = finished.copy(tmp_path / "run")
+    run.config["text"] = None
+    run.config["calibration"]["source"] = "self"
+    run.config["evaluation"]["perplexity"] = None
+    planned = run.planned()
+    assert "fetch_text" not in planned
+    run.snakemake("results/tiny/calibration.h5")
+    assert (run.results / "calibration.h5").stat().st_mtime > (finished.results / "calibration.h5").stat().st_mtime
+
+
+def test_one_lost_factor_file_is_one_job(run):
+    target = "results/tiny/cospadi-20/factors/layer_03.safetensors"
+    (run.folder / target).unlink()
+    assert run.planned(target) == {"learn_dictionary": 1, "total": 1}
+    run.snakemake(target)
+    assert (run.folder / target).exists()
+
+
+def test_single_layer_recomputes_nothing_else(run):
+    before = (run.results / "cospadi-20/factors/layer_00.safetensors").stat().st_mtime_ns
+    target = run.results / "cospadi-20/factors/layer_03.safetensors"
+    content = target.read_bytes()
+    target.unlink()
+    output = run.snakemake(str(target.relative_to(run.folder)))
+    assert "1 of 1 steps" in output
+    assert target.read_bytes() == content  # same config, same machine, same threads: the same bytes
+    assert (run.results / "cospadi-20/factors/layer_00.safetensors").stat().st_mtime_ns == before
+    assert "Load a model" not in output  # the table belongs to whole runs
+
+
+def test_editing_a_solver_reruns_what_it_learned_and_what_follows(run, project):
+    run.project = project
+    run.snakemake("--touch")  # the project moved: only the edit below is to be seen
+    assert rules(run.planned("--rerun-triggers", "mtime", "params", "input")) <= {"report"}
+    with open(project / "workflow/cospadi/solvers/htp.py", "a") as file:
+        file.write("\n# edited\n")
+    planned = run.planned()
+    assert rules(planned) == LEARNED_AND_AFTER
+    assert planned["learn_dictionary"] == 4  # cospadi-20 alone: svd_llm does not use this solver
+    assert planned["assemble_model"] == 1
+    assert run.planned("results/tiny/svd_llm-40/eval.json") == {}
+
+
+def test_editing_collection_reruns_it_though_its_output_is_temporary(run, project):
+    run.project = project
+    with open(project / "workflow/cospadi/calibration/collect.py", "a") as file:
+        file.write("\n# edited\n")
+    planned = run.planned()
+    assert planned["collect_activations"] == 2
+    assert planned["compute_gram"] == 4
+    assert planned["learn_dictionary"] == 8
+    assert not {"fetch_text", "inspect_model", "prepare_calibration"} & set(planned)
+
+
+@pytest.mark.parametrize(
+    ("edit", "expected", "jobs"),
+    [
+        (lambda c: c["variants"]["cospadi-20"].update(ratio=0.3), LEARNED_AND_AFTER, 4),
+        (
+            lambda c: c["variants"]["svd_llm-40"]["codes"].update(rounding="nearest"),
+            LEARNED_AND_AFTER - {"learn_dictionary"},
+            0,
+        ),
+        (lambda c: c["evaluation"]["perplexity"].update(window=32), {"evaluate_model", "summarize", "report"}, 0),
+        (lambda c: c["threads"].update(learn=2), {"report"}, 0),
+    ],
+    ids=["ratio", "rounding", "window", "threads"],
+)
+def test_editing_the_config_reruns_what_depends_on_it(run, edit, expected, jobs):
+    edit(run.config)
+    planned = run.planned()
+    assert rules(planned) == expected
+    assert planned.get("learn_dictionary", 0) == jobs
+
+
+def test_killed_in_the_middle_of_learning_it_goes_on(run):
+    learned = run.results / "cospadi-20/factors"
+    shutil.rmtree(learned.parent)
+    process = run.start("--cores", "1")
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline and len(list(learned.glob("layer_*.json"))) < 2:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    before = {path: path.stat().st_mtime_ns for path in learned.glob("layer_*.json")}
+    assert 2 <= len(before) < 4
+
+    output = run.snakemake()
+
+    assert "Everything is in results/tiny" in output
+    assert len(list(learned.glob("layer_*.safetensors"))) == 4
+    # the job that was cut off may have written its file, but Snakemake had not seen it end
+    repeated = [path for path, modified in before.items() if path.stat().st_mtime_ns != modified]
+    assert len(repeated) <= 1
+    assert "Nothing to be done" in run.snakemake()

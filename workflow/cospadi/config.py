@@ -1,0 +1,377 @@
+"""Config: is it right, and what does it say once the defaults are filled in.
+
+The schema (``workflow/schemas/config.schema.yaml`` and the options every method brings) is the only description of a
+config: this module checks against it, fills in defaults from it and writes ``docs/configuration.md`` from it
+(``python -m cospadi.config docs/configuration.md``).
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import math
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonschema import Draft202012Validator, ValidationError, validators
+
+from cospadi.errors import ConfigError
+from cospadi.methods import METHODS
+from cospadi.pruning import PRUNERS
+
+SCHEMA_FILE = Path(__file__).resolve().parents[1] / "schemas" / "config.schema.yaml"
+# a config file that names one of these means it instead of the base config's, not besides it
+REPLACED = ("model", "text", "variants")
+
+_MISSING = object()
+
+Schema = dict[str, Any]
+
+
+@cache
+def schema() -> Schema:
+    """The JSON schema of a config; ``$defs.variant`` has one alternative a method, and one for several steps."""
+    whole = yaml.safe_load(SCHEMA_FILE.read_text())
+    common = whole["$defs"].pop("variant")
+    alternatives = []
+    for name, method in METHODS.items():
+        variant = copy.deepcopy(common)
+        variant["title"], variant["description"] = name, method.summary
+        variant["properties"]["method"] = {"const": name, "description": common["properties"]["method"]["description"]}
+        variant["properties"] |= copy.deepcopy(dict(method.options))
+        alternatives.append(variant)
+    for name, pruner in PRUNERS.items():
+        options = copy.deepcopy(dict(pruner.options))
+        alternatives.append(
+            {
+                "title": name,
+                "description": pruner.summary,
+                "type": "object",
+                "additionalProperties": False,
+                "required": ["method", *(option for option, part in options.items() if "default" not in part)],
+                "properties": {"method": {"const": name, "description": "How blocks are removed."}, **options},
+            }
+        )
+    steps = whole["$defs"].pop("steps")
+    steps["properties"]["steps"]["items"] = {"oneOf": alternatives}
+    whole["$defs"]["variant"] = {"oneOf": [*alternatives, steps]}
+    Draft202012Validator.check_schema(whole)
+    return whole
+
+
+def check_config(
+    config: Mapping[str, Any], *, overrides: Mapping[str, Any] | None = None, source: str = "config"
+) -> dict[str, Any]:
+    """Check a config and fill in the defaults.
+
+    Parameters
+    ----------
+    config : mapping
+        As Snakemake merged it from the files.
+    overrides : mapping, optional
+        What the command line's ``--configfile`` and ``--config`` say. ``model``, `text` and `variants` are taken from
+        there whole when named there; Snakemake would merge them into the base config's.
+    source : str
+        Named in the error message.
+
+    Returns
+    -------
+    dict
+        A complete config; `config` is left as it was.
+
+    Raises
+    ------
+    ConfigError
+        With all faults: config path, value, what is allowed.
+    """
+    result = copy.deepcopy(dict(config))
+    for section in REPLACED:
+        if overrides and section in overrides:
+            result[section] = copy.deepcopy(overrides[section])
+    faults: list[str] = []
+    concrete = _resolve(schema(), result, (), faults)
+    for error in _Validator(concrete).iter_errors(result):
+        faults += _describe(error)
+    if not faults:
+        _fill_defaults(concrete, result)
+        faults += _cross_checks(result)
+    if faults:
+        raise ConfigError(sorted(set(faults)), source)
+    return result
+
+
+def _finite(_checker: Any, value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _whole(_checker: Any, value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+_Validator = validators.extend(
+    Draft202012Validator,
+    type_checker=Draft202012Validator.TYPE_CHECKER.redefine_many({"number": _finite, "integer": _whole}),
+)
+
+
+def _reference(part: Schema) -> Schema:
+    """Follow a ``$ref``; keys beside it (a description) add to what it names."""
+    while "$ref" in part:
+        target = schema()["$defs"][part["$ref"].rsplit("/", 1)[1]]
+        part = {**target, **{key: value for key, value in part.items() if key != "$ref"}}
+    return part
+
+
+def _resolve(part: Schema, value: Any, path: tuple[str, ...], faults: list[str]) -> Schema:
+    """The schema that holds for `value`: every reference followed, every ``oneOf`` decided.
+
+    With one alternative left, the validator's messages name the fault itself instead of "matches none of".
+    """
+    part = _reference(part)
+    if "oneOf" in part:
+        alternatives = [_reference(alternative) for alternative in part["oneOf"]]
+        chosen = _alternative(alternatives, value, path, faults)
+        kept = {key: part[key] for key in ("default", "description") if key in part}
+        part = {**chosen, **kept} if chosen is not None else kept
+    if part.get("type") == "object":
+        given = value if isinstance(value, Mapping) else {}
+        part = {**part, "properties": dict(part.get("properties", {}))}
+        for key, child in part["properties"].items():
+            default = child.get("default", _MISSING)
+            part["properties"][key] = _resolve(child, given.get(key, default), (*path, key), faults)
+        if isinstance(part.get("additionalProperties"), dict):
+            extra = part["additionalProperties"]
+            names = [key for key in given if isinstance(key, str) and key not in part["properties"]]
+            part["properties"] |= {key: _resolve(extra, given[key], (*path, key), faults) for key in names}
+            part["additionalProperties"] = False
+    if part.get("type") == "array" and "oneOf" in part.get("items", {}) and isinstance(value, list):
+        entries = [_resolve(part["items"], entry, (*path, str(i)), faults) for i, entry in enumerate(value)]
+        part = {**part, "prefixItems": entries, "items": False}
+    part.pop("$defs", None)
+    return part
+
+
+def _alternative(alternatives: list[Schema], value: Any, path: tuple[str, ...], faults: list[str]) -> Schema | None:
+    """The alternative of a ``oneOf`` that `value` means; None if it is missing, or means none (a fault is noted)."""
+    where = ".".join(path)
+    null = next((alternative for alternative in alternatives if alternative.get("type") == "null"), None)
+    objects = [alternative for alternative in alternatives if alternative.get("type") == "object"]
+    if value is _MISSING:
+        return None
+    if value is None and null is not None:
+        return null
+    if not isinstance(value, Mapping):
+        faults.append(f"{where}: {_show(value)} is not allowed; expected {_KINDS['object']}")
+        return None
+    if len(objects) == 1:
+        return objects[0]
+    for alternative in list(objects):
+        if not any("const" in child for child in alternative["properties"].values()):
+            if any(key in value for key in alternative["required"]):
+                return alternative
+            objects.remove(alternative)
+    key = next(name for name, child in objects[0]["properties"].items() if "const" in child)
+    kinds = {alternative["properties"][key]["const"]: alternative for alternative in objects}
+    if value.get(key) in kinds:
+        return kinds[value[key]]
+    found = f"{_show(value[key])} is not known{_meant(value[key], kinds)}" if key in value else "missing"
+    faults.append(f"{where}.{key}: {found}; one of {', '.join(sorted(kinds))}")
+    return None
+
+
+def _fill_defaults(part: Schema, value: Any) -> None:
+    if isinstance(value, list):
+        for child, entry in zip(part.get("prefixItems", []), value, strict=False):
+            _fill_defaults(child, entry)
+    if not isinstance(value, dict):
+        return
+    for key, child in part.get("properties", {}).items():
+        if key not in value and "default" in child:
+            value[key] = copy.deepcopy(child["default"])
+        if key in value:
+            _fill_defaults(child, value[key])
+
+
+def _meant(name: Any, known: Iterable[Any]) -> str:
+    close = difflib.get_close_matches(str(name), [str(value) for value in known], n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _show(value: Any) -> str:
+    """A value as YAML would have it, shortened."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("\n").removesuffix("\n...")
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _describe(error: ValidationError) -> list[str]:
+    """A fault in one line (several of them where keys are unknown or missing)."""
+    steps = [str(step) for step in error.absolute_path]
+    where = ".".join(steps)
+    value, limit, part = error.instance, error.validator_value, error.schema
+    match error.validator:
+        case "additionalProperties":
+            known = part["properties"]
+            unknown = [key for key in value if key not in known]
+            names = ", ".join(known)
+            return [
+                f"{'.'.join([*steps, str(key)])}: unknown key{_meant(key, known)}; known: {names}" for key in unknown
+            ]
+        case "required":
+            return [f"{'.'.join([*steps, key])}: missing" for key in limit if key not in value]
+        case "type":
+            kinds = [limit] if isinstance(limit, str) else limit
+            expected = " or ".join(_KINDS[kind] for kind in kinds)
+            return [f"{where}: {_show(value)} is not allowed; expected {expected}{_text_number(value, kinds)}"]
+        case "enum":
+            return [
+                f"{where}: {_show(value)} is not allowed{_meant(value, limit)}; one of {', '.join(map(_show, limit))}"
+            ]
+        case "minimum" | "maximum":
+            return [f"{where}: {_show(value)} is not allowed; {_interval(part)}"]
+        case "pattern":
+            return [f"{where}: {_show(value)} is not allowed; it has to match {limit}"]
+        case "not":
+            return [f"{where}: {_show(value)} is a reserved name; choose another"]
+        case "uniqueItems":
+            return [f"{where}: {_show(value)} names something twice"]
+        case "minItems" | "minLength" | "minProperties":
+            found = "is empty" if len(value) == 0 else f"has {len(value)}"
+            return [f"{where}: {_show(value)} {found}; at least {limit} expected"]
+        case "maxItems":
+            return [f"{where}: {len(value)} entries; at most {limit} expected"]
+    return [f"{where}: {error.message}"]
+
+
+_KINDS = {
+    "integer": "a whole number",
+    "number": "a number",
+    "string": "text",
+    "boolean": "true or false",
+    "object": "a mapping of keys to values",
+    "array": "a list",
+    "null": "null",
+}
+
+
+def _text_number(value: Any, kinds: list[str]) -> str:
+    """YAML reads 1e-4 as text; say so."""
+    if not isinstance(value, str) or not {"number", "integer"} & set(kinds):
+        return ""
+    try:
+        number = float(value)
+    except ValueError:
+        return ""
+    return f" (YAML reads this as text: write {number:.1e})" if "e" in value.lower() else " (remove the quotes)"
+
+
+def _interval(part: Schema) -> str:
+    low, high = part.get("minimum"), part.get("maximum")
+    if low is not None and high is not None:
+        return f"from {low} to {high}"
+    return f"at least {low}" if low is not None else f"at most {high}"
+
+
+def _cross_checks(config: dict[str, Any]) -> Iterator[str]:
+    """What no schema can say: keys that depend on each other, and files that have to be there."""
+    if config["text"] is None:
+        if config["calibration"]["source"] == "text":
+            yield "calibration.source: 'text' needs the section text; add it, or set calibration.source to self"
+        if config["evaluation"]["perplexity"] is not None:
+            yield "evaluation.perplexity: needs the section text; add it, or set evaluation.perplexity to null"
+        if "last_word" in config["evaluation"]["tasks"]:
+            yield "evaluation.tasks: last_word needs the section text; add it, or leave the task out"
+    for name, variant in config["variants"].items():
+        yield from _step_faults(f"variants.{name}", variant)
+    for section, key in (("model", "config"), ("model", "path"), ("text", "path"), ("evaluation", "task_path")):
+        path = (config[section] or {}).get(key)
+        if path is not None and not Path(path).exists():
+            yield f"{section}.{key}: {path!r} does not exist (looked in {Path.cwd()})"
+
+
+def _step_faults(where: str, variant: dict[str, Any]) -> Iterator[str]:
+    steps = variant.get("steps")
+    if steps is None:
+        if variant["method"] in PRUNERS:
+            yield from (f"{where}.{fault}" for fault in PRUNERS[variant["method"]].faults(variant))
+        return
+    first, second = (step["method"] for step in steps)
+    if first not in PRUNERS or second not in METHODS:
+        yield (
+            f"{where}.steps: {first}, then {second}; expected one of {', '.join(PRUNERS)}, "
+            f"then one of {', '.join(METHODS)}"
+        )
+    for index, step in enumerate(steps):
+        yield from _step_faults(f"{where}.steps.{index}", step)
+
+
+def documentation() -> str:
+    """``docs/configuration.md``, from the schema."""
+    replaced = ", ".join(f"`{section}`" for section in REPLACED)
+    lines = [
+        "# Configuration",
+        "",
+        "<!-- Written by `python -m cospadi.config docs/configuration.md` from the schema; do not edit. -->",
+        "",
+        "`config.yaml` is the demo. Another run is another file, given as `make run CONFIG=my.yaml` or",
+        "`snakemake --cores all --configfile my.yaml`. It says what differs from `config.yaml`, key by key; only",
+        f"{replaced} replace those of `config.yaml` as a whole where they are given.",
+        "Write small numbers as `1.0e-4`: YAML reads `1e-4` as text.",
+        "",
+        "Unknown keys and values out of range are refused before any work, all of them in one message.",
+    ]
+    whole = schema()
+    lines += ["", *_table(whole)]
+    for key, child in whole["properties"].items():
+        lines += _section(f"`{key}`", child, 2)
+    return "\n".join(lines) + "\n"
+
+
+def _section(title: str, part: Schema, level: int) -> list[str]:
+    part = _reference(part)
+    if isinstance(part.get("additionalProperties"), dict):
+        return _section(title, {**part["additionalProperties"], "description": part["description"]}, level)
+    if "oneOf" in part:
+        lines = ["", f"{'#' * level} {title}", "", part["description"]] if "description" in part else []
+        for alternative in map(_reference, part["oneOf"]):
+            if alternative.get("type") == "object":
+                lines += _section(f"{title}: {alternative['title']}", alternative, level + 1)
+        return lines
+    if part.get("type") != "object":
+        return []
+    lines = ["", f"{'#' * level} {title}", "", part["description"], "", *_table(part)]
+    for key, child in part["properties"].items():
+        lines += _section(f"{title} `{key}`".replace("` `", "."), child, level + 1)
+    return lines
+
+
+def _table(part: Schema) -> list[str]:
+    required = part.get("required", [])
+    lines = ["| key | value | default | meaning |", "|---|---|---|---|"]
+    for key, child in part["properties"].items():
+        child = _reference(child)
+        default = "required" if key in required else f"`{_show(child['default'])}`" if "default" in child else ""
+        if child.get("default") == {}:
+            default = "see below"
+        description = child.get("description", "").replace("|", "\\|")
+        lines.append(f"| `{key}` | {_values(child)} | {default} | {description} |")
+    return lines
+
+
+def _values(part: Schema) -> str:
+    if "const" in part:
+        return f"`{part['const']}`"
+    if "enum" in part:
+        return ", ".join(f"`{_show(value)}`" for value in part["enum"])
+    if "oneOf" in part or part.get("type") == "object":
+        return "section"
+    kinds = part["type"] if isinstance(part["type"], list) else [part["type"]]
+    text = " or ".join(_KINDS[kind] for kind in kinds)
+    return f"{text}, {_interval(part)}" if "minimum" in part or "maximum" in part else text
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(documentation())

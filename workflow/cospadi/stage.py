@@ -1,0 +1,124 @@
+"""What every script under ``scripts/`` shares: threads, log file, progress on the console, errors.
+
+Nothing heavy is imported here, and a script imports its own needs inside ``main``: thread counts have to be in the
+environment before NumPy, numba or torch are loaded, and a job that packs one layer should not pay for torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+Log = Callable[[str], None]
+
+# every library that would otherwise start a thread on each core
+_THREAD_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+    "NUMBA_NUM_THREADS",
+    "RAYON_NUM_THREADS",
+)
+# the log file has every line; the console one a job in this many seconds
+_CONSOLE_SECONDS = 2.0
+
+
+def script(main: Callable[[Any, Log], None], snakemake: Any) -> None:
+    """Run a script's ``main(snakemake, log)`` with its threads and log file.
+
+    Parameters
+    ----------
+    main : callable
+        The stage's adapter. It can be called by itself with any object that has what it reads (`input`, `output`,
+        `params`, ...), so tests need no Snakemake.
+    snakemake : object
+        What Snakemake gives a script.
+
+    Raises
+    ------
+    SystemExit
+        With status 1 if `main` fails. The console shows the message, the rule's log file the whole traceback.
+    """
+    set_threads(snakemake.threads)
+    name = " ".join([snakemake.rule, *filter(None, map(str, snakemake.wildcards))])
+    with _log_file(snakemake.log) as file:
+        log = _logger(name, file)
+        started = time.perf_counter()
+        try:
+            main(snakemake, log)
+        except Exception as error:
+            print(traceback.format_exc(), file=file)
+            where = f"\n  full traceback: {snakemake.log[0]}" if snakemake.log else ""
+            print(f"[{name}] {type(error).__name__}: {error}{where}", file=sys.__stderr__, flush=True)
+            raise SystemExit(1) from None
+        print(f"{time.strftime('%H:%M:%S')} done in {time.perf_counter() - started:.1f} s", file=file)
+
+
+def set_threads(count: int) -> None:
+    """Let every numerical library use `count` threads; call before they are imported."""
+    os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(count)))
+    # threads that wait for each other in a busy loop steal the cores of a shared machine: measured 3 to 4 times slower
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
+def choose_device(device: str) -> str:
+    """``cpu`` or ``cuda`` for the config's `device`; torch is imported only where there is an NVIDIA driver."""
+    if device != "auto":
+        return device
+    if not has_gpu():
+        return "cpu"
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def has_gpu() -> bool:
+    """Whether the NVIDIA driver sees a device (``CUDA_VISIBLE_DEVICES`` counts)."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_int(0)
+    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+
+
+@contextlib.contextmanager
+def _log_file(paths: Any) -> Iterator[TextIO]:
+    """Open the rule's log file; what libraries print, warn or draw as progress bars goes there too."""
+    path = Path(paths[0] if paths else os.devnull)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", buffering=1) as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        handler = logging.StreamHandler(file)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
+        logging.getLogger().addHandler(handler)
+        logging.captureWarnings(True)
+        faulthandler.enable(file)
+        try:
+            yield file
+        finally:
+            faulthandler.disable()
+            logging.captureWarnings(False)
+            logging.getLogger().removeHandler(handler)
+
+
+def _logger(name: str, file: TextIO) -> Log:
+    shown = 0.0
+
+    def log(line: str) -> None:
+        nonlocal shown
+        print(f"{time.strftime('%H:%M:%S')} {line}", file=file)
+        if time.monotonic() - shown >= _CONSOLE_SECONDS:
+            shown = time.monotonic()
+            print(f"[{name}] {line}", file=sys.__stderr__, flush=True)
+
+    return log

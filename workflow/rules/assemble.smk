@@ -1,0 +1,59 @@
+rule assemble_model:
+    input:
+        model=lambda wildcards: plan.base_model(plan.base_of(wildcards.variant)),
+        codes=lambda wildcards: expand(
+            rules.quantize_codes.output.codes,
+            unit=plan.units(wildcards.variant),
+            allow_missing=True,
+        ),
+        diagnostics=lambda wildcards: expand(
+            rules.quantize_codes.output.diagnostics,
+            unit=plan.units(wildcards.variant),
+            allow_missing=True,
+        ),
+    output:
+        directory("<results>/{variant}/model"),
+    log:
+        "<logs>/assemble_model/{variant}.log",
+    benchmark:
+        "<benchmarks>/assemble_model/{variant}.tsv"
+    wildcard_constraints:
+        variant=one_of(plan.factorized),
+    conda:
+        "../../envs/cospadi.yaml"
+    threads: config["threads"]["assemble"]
+    resources:
+        mem_mb=plan.mem_mb("assemble"),
+        runtime=plan.runtime("assemble"),
+    params:
+        variant=lambda wildcards: config["variants"][wildcards.variant],
+        code=code_digest("cospadi.checkpoint", *modules_of("cospadi.runtime")),
+    message:
+        "Assembling the checkpoint of {wildcards.variant}"
+    script:
+        "../../scripts/assemble_model.py"
+
+
+rule densify:
+    input:
+        rules.assemble_model.output[0],
+    output:
+        directory("<results>/{variant}/dense"),
+    log:
+        "<logs>/densify/{variant}.log",
+    benchmark:
+        "<benchmarks>/densify/{variant}.tsv"
+    wildcard_constraints:
+        variant=one_of(plan.factorized),
+    conda:
+        "../../envs/cospadi.yaml"
+    threads: config["threads"]["assemble"]
+    resources:
+        mem_mb=plan.mem_mb("assemble"),
+        runtime=plan.runtime("assemble"),
+    params:
+        code=code_digest("cospadi.checkpoint"),
+    message:
+        "Writing {wildcards.variant} as an ordinary dense model"
+    script:
+        "../../scripts/densify.py"

@@ -1,0 +1,28 @@
+rule collect_activations:
+    input:
+        model=lambda wildcards: plan.base_model(wildcards.base),
+        structure=rules.inspect_model.output[0],
+        windows=rules.prepare_calibration.output[0],
+        hidden=lambda wildcards: plan.hidden_before(int(wildcards.first), wildcards.base),
+    output:
+        rows=temp("<results>/{base}activations/layers_{first}-{last}.h5"),
+        hidden=temp("<results>/{base}activations/hidden_{first}-{last}.h5"),
+    log:
+        "<logs>/{base}collect_activations/layers_{first}-{last}.log",
+    benchmark:
+        "<benchmarks>/{base}collect_activations/layers_{first}-{last}.tsv"
+    conda:
+        "../../envs/cospadi.yaml"
+    threads: config["threads"]["collect"]
+    resources:
+        mem_mb=plan.mem_mb("collect"),
+        runtime=plan.runtime("collect"),
+        gpu=plan.gpus(),
+    params:
+        collection=plan.collection(),
+        device=config["device"],
+        code=code_digest("cospadi.calibration.collect"),
+    message:
+        "Collecting what enters the matrices of layers {wildcards.first} to {wildcards.last}"
+    script:
+        "../../scripts/collect_activations.py"

@@ -1,0 +1,27 @@
+# The activations are temporary: once they are gone, Snakemake cannot see that their rule changed. So what they
+# depend on (windows, settings, code) is repeated here.
+rule compute_gram:
+    input:
+        structure=rules.inspect_model.output[0],
+        windows=rules.prepare_calibration.output[0],
+        activations=lambda wildcards: plan.activations_of(int(wildcards.layer), wildcards.base),
+    output:
+        "<results>/{base}gram/layer_{layer}.h5",
+    log:
+        "<logs>/{base}compute_gram/layer_{layer}.log",
+    benchmark:
+        "<benchmarks>/{base}compute_gram/layer_{layer}.tsv"
+    conda:
+        "../../envs/cospadi.yaml"
+    threads: config["threads"]["gram"]
+    resources:
+        mem_mb=plan.mem_mb("gram"),
+        runtime=plan.runtime("gram"),
+    params:
+        gram=config["gram"],
+        collection=plan.collection(),
+        code=code_digest("cospadi.gram", "cospadi.calibration.collect"),
+    message:
+        "Computing the Grams of layer {wildcards.layer}"
+    script:
+        "../../scripts/compute_gram.py"

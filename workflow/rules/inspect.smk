@@ -1,0 +1,20 @@
+rule inspect_model:
+    input:
+        model=lambda wildcards: plan.base_model(wildcards.base),
+    output:
+        "<results>/{base}structure.json",
+    log:
+        "<logs>/{base}inspect_model.log",
+    benchmark:
+        "<benchmarks>/{base}inspect_model.tsv"
+    conda:
+        "../../envs/cospadi.yaml"
+    resources:
+        mem_mb=lambda wildcards, attempt: 3000 * attempt,
+        runtime=lambda wildcards, attempt: 10 * attempt,
+    params:
+        code=code_digest("cospadi.structure"),
+    message:
+        "Finding the matrices of {input.model}"
+    script:
+        "../../scripts/inspect_model.py"

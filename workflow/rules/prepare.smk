@@ -1,0 +1,23 @@
+rule prepare_calibration:
+    input:
+        model=plan.model_folder,
+        text=plan.text_file("calibration"),
+    output:
+        "<results>/calibration.h5",
+    log:
+        "<logs>/prepare_calibration.log",
+    benchmark:
+        "<benchmarks>/prepare_calibration.tsv"
+    conda:
+        "../../envs/cospadi.yaml"
+    threads: config["threads"]["prepare"]
+    resources:
+        mem_mb=plan.mem_mb("prepare"),
+        runtime=plan.runtime("prepare"),
+    params:
+        windows=plan.windows(),
+        code=code_digest("cospadi.calibration.windows"),
+    message:
+        "Cutting {params.windows[samples]} calibration windows of {params.windows[length]} tokens"
+    script:
+        "../../scripts/prepare_calibration.py"

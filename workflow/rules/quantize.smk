@@ -1,0 +1,27 @@
+rule quantize_codes:
+    input:
+        model=lambda wildcards: plan.base_model(plan.base_of(wildcards.variant)),
+        structure=lambda wildcards: plan.structure_of(plan.base_of(wildcards.variant)),
+        gram=lambda wildcards: plan.grams_of(wildcards.unit, plan.base_of(wildcards.variant)),
+        factors=rules.learn_dictionary.output.factors,
+    output:
+        codes="<results>/{variant}/codes/{unit}.safetensors",
+        diagnostics="<results>/{variant}/codes/{unit}.json",
+    log:
+        "<logs>/quantize_codes/{variant}/{unit}.log",
+    benchmark:
+        "<benchmarks>/quantize_codes/{variant}/{unit}.tsv"
+    conda:
+        "../../envs/cospadi.yaml"
+    threads: config["threads"]["quantize"]
+    resources:
+        mem_mb=plan.mem_mb("quantize"),
+        runtime=plan.runtime("quantize"),
+    params:
+        layers=lambda wildcards: layers_of(wildcards.unit),
+        codes=lambda wildcards: plan.factorizing(wildcards.variant)["codes"],
+        code=code_digest("cospadi.quantization"),
+    message:
+        "Packing {wildcards.variant}, {wildcards.unit}"
+    script:
+        "../../scripts/quantize_codes.py"
