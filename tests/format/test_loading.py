@@ -258,3 +258,5 @@ def test_adapters_train_on_a_packed_model_and_come_back(packed_model, tmp_path):
         torch.testing.assert_close(loaded(ids).logits, adapted.eval()(ids).logits, rtol=1e-4, atol=1e-4)
         with loaded.disable_adapter():
             torch.testing.assert_close(loaded(ids).logits, before, rtol=1e-4, atol=1e-4)
+    with pytest.raises(TypeError, match="nothing can be merged into it"):
+        loaded.merge_and_unload()

@@ -1,10 +1,11 @@
 """Budget: the file keeps the promised ratio."""
 
 import pytest
-from cospadi.budget import dense_nbytes, factors_nbytes, low_rank, sparse_shape
-from cospadi.errors import ConfigError
 from hypothesis import given
 from hypothesis import strategies as st
+
+from cospadi.budget import dense_nbytes, factors_nbytes, low_rank, sparse_shape
+from cospadi.errors import ConfigError
 
 SHAPES = [(576, 576), (576, 192), (576, 1536), (1536, 576), (2048, 8192), (8192, 2048)]
 

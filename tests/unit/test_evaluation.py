@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cospadi import factorize
 from cospadi.checkpoint import assemble, densify
 from cospadi.errors import ArtifactError, ConfigError, CospadiError, NumericalError
-from cospadi.evaluation import TASKS, evaluate, generate, heldout_pieces
+from cospadi.evaluation import TASKS, evaluate, generate, heldout_pieces, last_word_passages
 from cospadi.files import ModelFolder, write_tensors
 
 PERPLEXITY = {"perplexity": {"max_tokens": 300, "window": 64}}
@@ -253,6 +253,48 @@ metric_list:
         output=tmp_path / "eval.json",
     )
     assert limited["tasks"]["tiny_questions"]["documents"] == 2
+
+
+def test_last_words_equal_a_direct_computation(llama, tiny_text, tmp_path):
+    heldout = tiny_text / "heldout.jsonl"
+    result = evaluate(llama, {"tasks": ["last_word"], "limit": 20}, heldout=heldout, output=tmp_path / "eval.json")
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    total, right = 0.0, 0
+    passages = last_word_passages(read_articles(tiny_text))[:20]
+    for passage in passages:
+        context, _, word = passage.rpartition(" ")
+        ids = tokenizer.encode(context, add_special_tokens=False)
+        answer = tokenizer.encode(f"{context} {word}", add_special_tokens=False)[len(ids) :]
+        with torch.no_grad():
+            logits = model(torch.tensor([ids + answer])).logits[0, len(ids) - 1 : -1].log_softmax(-1)
+        total += logits[range(len(answer)), answer].sum().item()
+        right += logits.argmax(-1).tolist() == answer
+    scores = result["tasks"]["last_word"]
+    assert scores["primary"] == "acc" and scores["documents"] == len(passages) == 20
+    assert scores["metrics"]["acc"] == right / 20
+    assert scores["metrics"]["perplexity"] == pytest.approx(math.exp(-total / 20), rel=1e-4)
+
+
+def test_last_words_stand_in_the_passage_before_them():
+    filler = " ".join(["word"] * 16)
+    first = f"A ship of that kind {filler}."
+    article = f"{first} Then {filler} and so on to the ship! Then {filler} it was a boat. In all {filler} it is gone."
+    assert last_word_passages([f"Heading\n{article}"]) == [
+        f"{first} Then {filler} and so on to the ship",  # boat and gone stand nowhere before
+    ]
+    many = " ".join(f"Sentence {i} {filler}." for i in range(9))
+    passages = last_word_passages([many, many])
+    assert passages[0] == passages[1] == f"Sentence 0 {filler}. Sentence 1 {filler}"  # of all articles in turn
+    assert passages[-1].startswith("Sentence 4 ") and len(passages) == 16
+
+
+def test_last_words_need_text(llama, tiny_text, tmp_path):
+    with pytest.raises(ConfigError, match="last_word needs a held-out text"):
+        evaluate(llama, {"tasks": ["last_word"]}, output=tmp_path / "eval.json")
+    (tmp_path / "short.jsonl").write_text(json.dumps({"title": "", "text": "Too short. For that."}) + "\n")
+    with pytest.raises(ArtifactError, match="no passage for the task last_word"):
+        evaluate(llama, {"tasks": ["last_word"]}, heldout=tmp_path / "short.jsonl", output=tmp_path / "eval.json")
 
 
 def test_pieces_are_spread_over_all_articles():

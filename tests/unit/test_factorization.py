@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from cospadi import Factorization, factorize
 from cospadi.errors import ConfigError, NumericalError
 from cospadi.factorization import unpack
@@ -68,7 +69,9 @@ def test_pack_holds_the_counted_bytes_and_unpacks(method, value_bits):
     again, _ = stored.pack("layer")
     for name, tensor in tensors.items():
         np.testing.assert_array_equal(np.asarray(tensor), np.asarray(again[name]))
-    assert stored.relative_error(WEIGHT, GRAM) < factors.relative_error(WEIGHT, GRAM) + (0.02 if value_bits == 14 else 0.005)
+    assert stored.relative_error(WEIGHT, GRAM) < factors.relative_error(WEIGHT, GRAM) + (
+        0.02 if value_bits == 14 else 0.005
+    )
 
 
 def test_14_bits_buy_more_atoms():

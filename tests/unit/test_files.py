@@ -8,10 +8,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from cospadi.errors import ArtifactError
-from cospadi.files import ModelFolder, TensorFile, read_json, replacing, write_json, write_tensors
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from cospadi.errors import ArtifactError
+from cospadi.files import ModelFolder, TensorFile, read_json, replacing, write_json, write_tensors
 
 
 def test_tensors_round_trip_bit_for_bit_and_agree_with_torch(tmp_path):
@@ -67,7 +68,10 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
 
 
 def test_a_full_disk_is_said_and_leaves_nothing(tmp_path):
-    with pytest.raises(ArtifactError, match=r"a\.json: the disk is full \(\d+ MiB left\)"), replacing(tmp_path / "a.json"):
+    with (
+        pytest.raises(ArtifactError, match=r"a\.json: the disk is full \(\d+ MiB left\)"),
+        replacing(tmp_path / "a.json"),
+    ):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert not list(tmp_path.iterdir())
 

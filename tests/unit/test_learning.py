@@ -5,6 +5,7 @@ import json
 import h5py
 import numpy as np
 import pytest
+
 from cospadi.errors import ConfigError, NumericalError
 from cospadi.factorization import tensor_names, unpack
 from cospadi.files import BFLOAT16, TensorFile, read_json, write_json, write_tensors
@@ -30,7 +31,8 @@ def unit(tmp_path_factory):
         layers.append(
             {
                 "sites": [
-                    {"name": site, "matrices": [{"name": f"{prefix}.{name}"} for name in names]} for site, names in SITES
+                    {"name": site, "matrices": [{"name": f"{prefix}.{name}"} for name in names]}
+                    for site, names in SITES
                 ]
             }
         )
@@ -68,7 +70,11 @@ def run(unit, tmp_path, layers, **variant):
         diagnostics=tmp_path / "codes.json",
         log=lambda line: None,
     )
-    return TensorFile(tmp_path / "codes.safetensors"), read_json(tmp_path / "factors.json"), read_json(tmp_path / "codes.json")
+    return (
+        TensorFile(tmp_path / "codes.safetensors"),
+        read_json(tmp_path / "factors.json"),
+        read_json(tmp_path / "codes.json"),
+    )
 
 
 def read(file, name):
@@ -81,7 +87,9 @@ def test_one_layer_from_files_to_files(unit, tmp_path, method):
     codes, learned, quantized = run(unit, tmp_path, [1], method=method)
     names = [f"model.layers.1.{name}" for name in SHAPES]
     assert sorted(learned["matrices"]) == sorted(quantized["matrices"]) == sorted(names)
-    assert sum(codes.nbytes(tensor) for tensor in codes.names()) == sum(m["nbytes"] for m in quantized["matrices"].values())
+    assert sum(codes.nbytes(tensor) for tensor in codes.names()) == sum(
+        m["nbytes"] for m in quantized["matrices"].values()
+    )
     for name in names:
         report, stored = learned["matrices"][name], quantized["matrices"][name]
         assert report["shape"] == list(SHAPES[name.rsplit(".", 1)[1]])
@@ -138,7 +146,9 @@ def test_problems_of_both_kinds_of_sharing(unit):
     _, structure, grams = unit
     matrices = list(matrices_of(structure, [0, 1], grams))
     options = {"share": ["q_proj", "k_proj"], "share_within": [["q_proj", "k_proj"]]}
-    problems = [[m.name.removeprefix("model.layers.") for m in problem] for problem in shared_problems(matrices, options)]
+    problems = [
+        [m.name.removeprefix("model.layers.") for m in problem] for problem in shared_problems(matrices, options)
+    ]
     assert problems[0] == ["0.q_proj", "0.k_proj", "1.q_proj", "1.k_proj"]
     assert problems[1:] == [[f"{layer}.{name}"] for layer in (0, 1) for name in ("gate_proj", "up_proj", "down_proj")]
 
@@ -150,7 +160,10 @@ def test_matrices_of_different_width_cannot_share(unit, tmp_path):
 
 def test_a_broken_weight_stops_the_unit_and_leaves_nothing(unit, tmp_path):
     folder, structure, grams = unit
-    tensors = {name: TensorFile(folder / "model.safetensors").read(name) for name in TensorFile(folder / "model.safetensors").names()}
+    tensors = {
+        name: TensorFile(folder / "model.safetensors").read(name)
+        for name in TensorFile(folder / "model.safetensors").names()
+    }
     broken = tensors["model.layers.0.down_proj.weight"].copy()
     broken[2, 3] = np.inf
     model = tmp_path / "broken"

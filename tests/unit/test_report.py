@@ -124,6 +124,9 @@ def test_table(finished):
         "ratio_asked": "0.2",
         "target_bytes": "640",  # 80 + 80 + 230 + 250
         "ratio_true": "0.2",  # 1 - 640 / 800
+        "removed_blocks": "",
+        "parameters_removed": "",
+        "target_parameters_removed": "",
         "model_bytes": "760",
         "word_perplexity": "40",
         "token_perplexity": "20",
@@ -276,3 +279,56 @@ def test_import_is_light():
     code = "import sys, cospadi.report; print(*{'torch', 'transformers', 'matplotlib', 'lm_eval'} & set(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert loaded.split() == []
+
+
+def test_variants_that_lose_blocks(results, dense_model):
+    run = {
+        "variants": {
+            "svd_llm-20": RUN["variants"]["svd_llm-20"],
+            "uidl-2": {"method": "uidl", "blocks": 2},
+            "both": {"steps": [{"method": "uidl", "blocks": 2}, {"method": "cospadi", "ratio": 0.2}]},
+        }
+    }
+    # four layers of 400 bytes, of which the first two went; 80 parameters are in no matrix of a block
+    counts = {
+        "dense": {"parameters": 880, "target_parameters": 800},
+        "pruned": {"parameters": 480, "target_parameters": 400},
+    }
+    pruning = {**counts, "removed": [5, 0, 1, 3, 4], "seconds": 7.0, "fits": []}
+    write(results / "uidl-2/pruning/pruned.json", pruning)
+    (results / "cospadi-20").rename(results / "both")
+    (results / "uidl-2" / "model").mkdir()
+    (results / "uidl-2" / "model" / "model.safetensors").write_bytes(b"x" * 500)
+    for name in ("uidl-2", "both"):
+        write(results / name / "eval.json", json.loads((results / "svd_llm-20/eval.json").read_text()))
+    path = results / "uidl-2/pruning/pruned.json"
+    summary = summarize(run, results, dense_model=dense_model, pruned={"uidl-2": path, "both": str(path)})
+    table = rows(results / "summary.tsv")
+    assert table["dense"]["target_bytes"] == "1600"  # of all layers, not only of those that are left
+    assert table["uidl-2"]["target_bytes"] == "800" and table["uidl-2"]["ratio_true"] == "0.5"
+    assert table["uidl-2"]["ratio_asked"] == table["uidl-2"]["mean_relative_error"] == ""
+    assert table["uidl-2"]["removed_blocks"] == "0-1 3-5"
+    assert table["uidl-2"]["parameters_removed"] == "0.454545"  # 400 / 880
+    assert table["both"]["method"] == "uidl + cospadi"
+    assert table["both"]["target_bytes"] == "640" and table["both"]["ratio_true"] == "0.6"  # 1 - 640 / 1600
+    assert table["both"]["ratio_asked"] == "0.6"  # 1 - 0.5 * 0.8
+    assert table["both"]["seconds_learning"] == "12"
+    assert (results / "plots/pareto.svg").read_text().count("uidl-2") >= 1
+    # and nothing but those
+    summary = summarize(
+        {"variants": {"uidl-2": run["variants"]["uidl-2"]}}, results, dense_model=dense_model, pruned={"uidl-2": path}
+    )
+    assert "No variant of this run factorizes" in (results / "plots/errors.svg").read_text()
+    assert summary["variants"]["dense"]["target_bytes"] == 1600
+
+
+def test_plot_of_distances(tmp_path):
+    from cospadi.report.plots import plot_distances
+
+    rows = [[0.1 * (start + length) for length in range(1, 6 - start)] for start in range(5)]
+    distances = {"n_layers": 5, "metrics": dict.fromkeys(("angular", "angular_last", "cosine", "l2"), rows)}
+    plot_distances(distances, [tmp_path / "a.svg", tmp_path / "a.png"])
+    plot_distances(distances, [tmp_path / "b.svg"])
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    assert "blocks in the cut" in (tmp_path / "a.svg").read_text()
+    assert (tmp_path / "a.png").stat().st_size > 10_000

@@ -181,9 +181,10 @@ def test_thread_counts_do_not_change_a_byte():
     )
     out = {}
     for threads in ("1", "2"):
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": threads, "PYTHONHASHSEED": "0"}
+        env = {**os.environ, "OMP_NUM_THREADS": threads, "NUMBA_NUM_THREADS": threads, "PYTHONHASHSEED": "0"}
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
         out[threads] = done.stdout.split()
+    assert [out["1"][0], out["2"][0]] == ["1", "2"]
     assert out["1"][1] == out["2"][1]
 
 

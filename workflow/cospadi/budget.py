@@ -1,7 +1,7 @@
 """Budget: which number of atoms and nonzeros (or which rank) meets a ratio, in bytes of the file.
 
 `ratio` is the fraction of bytes removed from a matrix that costs ``2 * d_in * d_out`` bytes in bfloat16. The
-count includes dictionary, values and support exactly as `codecs` stores them, so the file keeps the promise.
+count includes dictionary, values, scales and support exactly as `codecs` stores them, so the file keeps the promise.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from cospadi.codecs import VALUE_CODECS, support_nbytes
+from cospadi.codecs import GROUP_SIZE, IDENTITY, codec_bits, scales_nbytes, stored_nbytes, support_nbytes
 from cospadi.errors import ConfigError
 
 
@@ -27,13 +27,26 @@ def factors_nbytes(
     support: str,
     value_codec: str,
     dictionary_codec: str = "bf16",
+    group_size: int | None = GROUP_SIZE,
+    n_scales: int | None = None,
 ) -> int:
-    """Bytes of dictionary (d_in, n_atoms) and codes (n_atoms, d_out) with `n_nonzero` stored values in all."""
-    return (
-        VALUE_CODECS[dictionary_codec].nbytes(d_in * n_atoms)
-        + VALUE_CODECS[value_codec].nbytes(n_nonzero)
-        + support_nbytes(support, n_atoms, d_out)
-    )
+    """Bytes of dictionary (d_in, n_atoms) and codes (n_atoms, d_out) with `n_nonzero` stored values in all.
+
+    Parameters
+    ----------
+    group_size : int or None
+        Numbers a scale covers where a codec has scales: stored values of a column, rows of an atom; None, all of them.
+    n_scales : int, optional
+        Scales of the values; default: what columns of equal length have.
+    """
+    if n_scales is None:
+        column = -(-n_nonzero // d_out)
+        n_scales = d_out * -(-column // (group_size or max(column, 1)))
+    nbytes = stored_nbytes(value_codec, n_nonzero) + scales_nbytes(value_codec, n_scales)
+    if dictionary_codec != IDENTITY:
+        nbytes += stored_nbytes(dictionary_codec, d_in * n_atoms)
+        nbytes += scales_nbytes(dictionary_codec, -(-d_in // (group_size or d_in)) * n_atoms)
+    return nbytes + support_nbytes(support, n_atoms, d_out)
 
 
 @dataclass(frozen=True)
@@ -45,14 +58,21 @@ class SparseShape:
 
 
 def sparse_shape(
-    d_in: int, d_out: int, *, ratio: float, rho: float, value_codec: str = "bf16", dictionary_codec: str = "bf16"
+    d_in: int,
+    d_out: int,
+    *,
+    ratio: float,
+    rho: float,
+    value_codec: str = "bf16",
+    dictionary_codec: str = "bf16",
+    group_size: int | None = GROUP_SIZE,
 ) -> SparseShape:
     """Largest dictionary with ``n_nonzero_coefs = n_atoms / rho`` within the bytes that `ratio` leaves.
 
     With bfloat16 values and a 1-bit mask this is
     ``k = (1 - ratio) d_in d_out / (d_in + d_out / rho + d_out / 16)``; with 14-bit values and ``rho = 2`` it is the
-    paper's Eq. 11, ``k = (1 - ratio) d_in d_out / (d_in + d_out / rho)``. Rounding to whole atoms and bytes is exact: the
-    atoms are maximal, then the nonzeros are raised while a whole one more a column still fits.
+    paper's Eq. 11, ``k = (1 - ratio) d_in d_out / (d_in + d_out / rho)``. Rounding to whole atoms and bytes is exact:
+    the atoms are maximal, then the nonzeros are raised while a whole one more a column still fits.
 
     Raises
     ------
@@ -70,13 +90,14 @@ def sparse_shape(
             support="bitmask",
             value_codec=value_codec,
             dictionary_codec=dictionary_codec,
+            group_size=group_size,
         )
 
     def coefs(n_atoms: int) -> int:
         return max(1, math.floor(n_atoms / rho))
 
-    value_bytes = VALUE_CODECS[value_codec].bits / 8
-    atom_bytes = VALUE_CODECS[dictionary_codec].bits / 8
+    value_bytes = codec_bits(value_codec) / 8
+    atom_bytes = codec_bits(dictionary_codec) / 8
     n_atoms = math.ceil(allowed / (atom_bytes * d_in + value_bytes * d_out / rho + d_out / 8)) + 2
     while n_atoms > 0 and nbytes(n_atoms, coefs(n_atoms)) > allowed:
         n_atoms -= 1
@@ -88,7 +109,15 @@ def sparse_shape(
     return SparseShape(n_atoms, n_nonzero_coefs)
 
 
-def low_rank(d_in: int, d_out: int, *, ratio: float, value_codec: str = "bf16", dictionary_codec: str = "bf16") -> int:
+def low_rank(
+    d_in: int,
+    d_out: int,
+    *,
+    ratio: float,
+    value_codec: str = "bf16",
+    dictionary_codec: str = "bf16",
+    group_size: int | None = GROUP_SIZE,
+) -> int:
     """Largest rank r with ``r (d_in + d_out)`` stored numbers within the bytes that `ratio` leaves (SVD-LLM).
 
     Raises
@@ -99,7 +128,14 @@ def low_rank(d_in: int, d_out: int, *, ratio: float, value_codec: str = "bf16", 
     allowed = (1 - ratio) * dense_nbytes(d_in, d_out)
     rank = min(d_in, d_out)
     while rank > 0 and allowed < factors_nbytes(
-        d_in, d_out, rank, rank * d_out, support="dense", value_codec=value_codec, dictionary_codec=dictionary_codec
+        d_in,
+        d_out,
+        rank,
+        rank * d_out,
+        support="dense",
+        value_codec=value_codec,
+        dictionary_codec=dictionary_codec,
+        group_size=group_size,
     ):
         rank -= 1
     if rank == 0:

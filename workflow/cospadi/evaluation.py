@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import platform
+import re
 import resource
 import sys
 import tempfile
@@ -38,12 +39,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TASKS = Path(__file__).parent / "tasks"
+_LAST_WORD = "last_word"
 FORMAT_VERSION = 1
 
 # English has 4.4 to 4.7 bytes a token under the tokenizers of today, a twentieth of it less than 3.7: a piece of
 # 3.5 bytes for each token of the window fits it almost always. A piece that does not costs a second full window.
 BYTES_PER_TOKEN = 4.5
 PIECE_BYTES_PER_TOKEN = 3.5
+
+# passages of the task last_word: long enough to tell what its last word is
+_PASSAGE_CONTEXT = 4  # sentences before the last
+_PASSAGE_WORDS = (30, 150)
 
 # what is reported of a task that has several of these
 _PRIMARY_METRICS = ("acc_norm", "acc", "exact_match", "word_perplexity", "perplexity")
@@ -70,12 +76,12 @@ def evaluate(
 
         - ``perplexity``: ``max_tokens`` (about how many are scored; None: all) and ``window`` (tokens of context);
         - ``tasks``: names of lm-eval tasks, its own or those of YAML files under ``task_path``, with ``num_fewshot``
-          (0), ``limit`` (documents a task) and ``task_path``;
+          (0), ``limit`` (documents a task) and ``task_path``; ``last_word`` is made of the held-out text;
         - ``generate``: ``prompts``, ``max_new_tokens`` (40) and ``chat`` (false): greedy text, through the chat
           template of the tokenizer where there is one;
         - ``batch_size`` (1): windows, or documents of a task, that go through the model together.
     heldout : Path, optional
-        JSONL file, one article ``{"title", "text"}`` a line; needed for ``perplexity``.
+        JSONL file, one article ``{"title", "text"}`` a line; needed for ``perplexity`` and the task ``last_word``.
     output : Path
         JSON file to write.
     device : str
@@ -136,7 +142,7 @@ def evaluate(
     if "tasks" in evaluation:
         lm = _ScoringLM(model, tokenizer, folder=model_folder, log=log, batch_size=batch_size)
         with _timed(seconds, "tasks"):
-            result["tasks"] = _tasks(lm, evaluation)
+            result["tasks"] = _tasks(lm, evaluation, heldout)
         seconds["tasks_model"] = lm.seconds
         for name, scores in result["tasks"].items():
             if "primary" in scores:
@@ -196,6 +202,45 @@ def heldout_dataset(heldout: str, max_tokens: int | None, window: int, **_: Any)
     """The documents of the lm-eval task ``heldout``, made from the task manager's metadata."""
     pieces = _read_pieces(Path(heldout), {"max_tokens": max_tokens, "window": window})
     return {"test": datasets.Dataset.from_dict({"text": pieces})}
+
+
+def last_word_passages(articles: Sequence[str]) -> list[str]:
+    """Passages whose last word can be guessed: it stands in them before, as most answers of LAMBADA do.
+
+    A passage is a sentence and the up to four before it in its paragraph, 30 to 150 words without the end mark; its
+    last word is of at least four letters. Unlike LAMBADA's, nobody checked that people guess them.
+
+    Parameters
+    ----------
+    articles : sequence of str
+
+    Returns
+    -------
+    list of str
+        Every passage is ``"context word"``; the order is by rank in the article, so that a limit takes from all.
+    """
+    found: list[tuple[int, str]] = []
+    for article in articles:
+        rank = 0
+        for paragraph in article.split("\n"):
+            sentences = re.split(r"(?<=[.!?])\s+(?=[A-Z])", paragraph.strip())
+            for last in range(1, len(sentences)):
+                together = sentences[max(0, last - _PASSAGE_CONTEXT) : last + 1]
+                passage = " ".join(" ".join(together).split()).rstrip(".!?")
+                context, _, word = passage.rpartition(" ")
+                fits = _PASSAGE_WORDS[0] <= len(passage.split()) <= _PASSAGE_WORDS[1]
+                if fits and re.fullmatch(r"[A-Za-z]{4,}", word) and re.search(rf"\b{word}\b", context):
+                    found.append((rank, passage))
+                    rank += 1
+    return [passage for _, passage in sorted(found, key=lambda entry: entry[0])]
+
+
+def last_word_dataset(heldout: str, **_: Any) -> dict[str, datasets.Dataset]:
+    """The documents of the lm-eval task ``last_word``, made from the task manager's metadata."""
+    passages = last_word_passages(_read_articles(Path(heldout)))
+    if not passages:
+        raise ArtifactError(heldout, "holds no passage for the task last_word", "Give more text, or leave the task out")
+    return {"test": datasets.Dataset.from_dict({"text": passages})}
 
 
 def generate(
@@ -355,7 +400,7 @@ def _perplexity(lm: _ScoringLM, heldout: Path, options: Mapping[str, Any], piece
     }
 
 
-def _tasks(lm: _ScoringLM, evaluation: Mapping[str, Any]) -> dict[str, Any]:
+def _tasks(lm: _ScoringLM, evaluation: Mapping[str, Any], heldout: Path | None) -> dict[str, Any]:
     names, folder = evaluation["tasks"], evaluation.get("task_path")
     managers = []
     if folder is not None:
@@ -363,6 +408,14 @@ def _tasks(lm: _ScoringLM, evaluation: Mapping[str, Any]) -> dict[str, Any]:
     known = set(managers[0].all_tasks) if managers else set()
     local, public = [name for name in names if name in known], [name for name in names if name not in known]
     scores: dict[str, Any] = {}
+    if _LAST_WORD in public:
+        if heldout is None:
+            raise ConfigError([f"evaluation.tasks: {_LAST_WORD} needs a held-out text"])
+        public.remove(_LAST_WORD)
+        with _offline():
+            metadata = {"heldout": str(heldout)}
+            manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata=metadata)
+            scores |= _run_tasks(lm, manager, [_LAST_WORD], evaluation)
     if public:
         manager = TaskManager()
         unknown = [name for name in public if name not in manager.all_tasks]
@@ -455,6 +508,14 @@ def _load(model_folder: Path, device: str, *, window: int) -> tuple[PreTrainedMo
 def _read_pieces(heldout: Path | None, options: Mapping[str, Any]) -> list[str]:
     if heldout is None:
         raise ConfigError(["evaluation.perplexity: needs a held-out text"])
+    articles = _read_articles(heldout)
+    pieces = heldout_pieces(articles, max_tokens=options["max_tokens"], window=options["window"])
+    if not pieces:
+        raise ArtifactError(heldout, f"holds no text ({len(articles)} articles)", "Fetch the text again")
+    return pieces
+
+
+def _read_articles(heldout: Path) -> list[str]:
     remedy = 'Fetch the text again; one JSON object {"title", "text"} a line is expected'
     articles = []
     try:
@@ -466,10 +527,7 @@ def _read_pieces(heldout: Path | None, options: Mapping[str, Any]) -> list[str]:
                     raise ArtifactError(heldout, f"line {number} is not an article ({error!r})", remedy) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ArtifactError(heldout, f"cannot be read ({error})", remedy) from error
-    pieces = heldout_pieces(articles, max_tokens=options["max_tokens"], window=options["window"])
-    if not pieces:
-        raise ArtifactError(heldout, f"holds no text ({len(articles)} articles)", remedy)
-    return pieces
+    return articles
 
 
 def _cut(article: str, size: int) -> list[str]:

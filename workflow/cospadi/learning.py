@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -135,13 +136,14 @@ def learn_unit(
             whitening = whitening_of(mean_gram(problem), options, weights[0].shape[0])
             measured = inputs
         names = [m.name for m in problem]
+        label = " + ".join(names)
         factorization = method.factorize(
             np.concatenate(weights, axis=1),
             whitening,
             ratio=variant["ratio"],
             value_codec=CODEC_OF_BITS[variant["codes"]["value_bits"]],
             device=device,
-            log=lambda line, name=" + ".join(names): log(f"{name}: {line}"),
+            log=lambda line, label=label: log(f"{label}: {line}"),
             **method.own(options),
         )
         seconds = time.perf_counter() - problem_started
@@ -183,7 +185,7 @@ def learn_unit(
 
 
 def mean_gram(problem: Sequence[Matrix]) -> np.ndarray:
-    """Mean Gram of the distinct sites of a problem, the paper's metric of a group; one Gram in memory beside the sum."""
+    """Mean Gram of the distinct sites of a problem, the paper's metric of a group."""
     distinct = {(matrix.gram_file, matrix.site): matrix for matrix in problem}
     total: np.ndarray | None = None
     for matrix in distinct.values():
@@ -201,8 +203,7 @@ def split_codes(factorization: Factorization, widths: Sequence[int]) -> list[Fac
     """Factors of the matrices whose weights stood side by side: one dictionary, each its columns of the codes."""
     edges = np.cumsum([0, *widths])
     return [
-        replace(factorization, codes=factorization.codes[:, first:last])
-        for first, last in zip(edges[:-1], edges[1:], strict=True)
+        replace(factorization, codes=factorization.codes[:, first:last]) for first, last in itertools.pairwise(edges)
     ]
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from cospadi.budget import dense_nbytes
-from cospadi.codecs import CODEC_OF_BITS
-from cospadi.factorization import tensor_names, unpack
+from cospadi.codecs import CODEC_OF_BITS, GROUP_SIZE
+from cospadi.factorization import Factorization, dictionary_names, tensor_names, unpack
 from cospadi.files import ModelFolder, TensorFile, write_json, write_tensors
 from cospadi.gram import relative_error
 from cospadi.learning import FORMAT_VERSION, matrices_of
@@ -30,39 +30,66 @@ def quantize_unit(
     diagnostics: Path,
     log: Callable[[str], None] = print,
 ) -> None:
-    """Store the codes of a unit with ``codes.value_bits`` and the dictionary in bfloat16.
+    """Store the codes of a unit with ``codes.value_bits`` and the dictionary with ``codes.dictionary_bits``.
 
     Writes the packed tensors exactly as they go into the checkpoint, and per matrix its bytes and the relative
     error of what the file holds.
     """
-    codec = CODEC_OF_BITS[variant["codes"]["value_bits"]]
-    rounding = variant["codes"]["rounding"]
+    codes = variant["codes"]
     folder = ModelFolder(model_folder)
     learned = TensorFile(factors)
     learned_specs = learned.metadata["matrices"]
-    sharers = Counter(spec["dictionary"]["tensor"] for spec in learned_specs.values())
+    sharers = Counter(part for spec in learned_specs.values() for part in dictionary_names(spec))
     tensors: dict[str, np.ndarray] = {}
     specs: dict[str, Any] = {}
     reports: dict[str, Any] = {}
     for matrix in matrices_of(structure, layers, gram_files):
         name = matrix.name
         spec = learned_specs[name]
-        dictionary = spec["dictionary"]["tensor"]
         parts = {tensor: learned.read(tensor) for tensor in tensor_names(name, spec)}
-        factorization = replace(
-            unpack(parts, spec, name), value_codec=codec, dictionary_codec="bf16", rounding=rounding
-        )
+        weight = folder.read_weight(name)
+        gram = matrix.gram()
+        factorization = round_factors(unpack(parts, spec, name), codes, weight, gram)
+        dictionary = spec["dictionary"].get("tensor")
         packed, specs[name] = factorization.pack(name, dictionary=dictionary)
         tensors.update(packed)
-        weight = folder.read_weight(name)
         stored = unpack(packed, specs[name], name)
-        codes_nbytes = sum(tensor.nbytes for key, tensor in packed.items() if key != dictionary)
         reports[name] = {
             # a shared dictionary is in the file once: each matrix counts its part of it
-            "nbytes": codes_nbytes + packed[dictionary].nbytes / sharers[dictionary],
+            "nbytes": sum(
+                tensor.nbytes / (sharers[dictionary] if part in dictionary_names(specs[name]) else 1)
+                for part, tensor in packed.items()
+            ),
             "dense_nbytes": dense_nbytes(*weight.shape),
-            "relative_error": relative_error(weight, stored.reconstruct(), matrix.gram()),
+            "relative_error": relative_error(weight, stored.reconstruct(), gram),
         }
         log(f"{name}: {reports[name]['nbytes']:.0f} bytes, relative error {reports[name]['relative_error']:.4f}")
     write_tensors(output, tensors, {"format_version": FORMAT_VERSION, "matrices": specs})
     write_json(diagnostics, {"format_version": FORMAT_VERSION, "unit": output.stem, "matrices": reports})
+
+
+def round_factors(
+    factorization: Factorization, codes: Mapping[str, Any], weight: np.ndarray, gram: np.ndarray
+) -> Factorization:
+    """Learned float32 factors with the codecs, scales and rounding that the config's section ``codes`` asks for.
+
+    With ``rounding: optimal`` the dictionary is rounded first, then the codes against it (`rounding.round_codes`).
+    """
+    optimal = codes["rounding"] == "optimal"
+    chosen = replace(
+        factorization,
+        value_codec=CODEC_OF_BITS[codes["value_bits"]],
+        dictionary_codec=CODEC_OF_BITS[codes.get("dictionary_bits", 16)],
+        group_size=codes.get("group_size", GROUP_SIZE),
+        rounding="nearest" if optimal else codes["rounding"],
+    )
+    if not optimal:
+        return chosen
+    from cospadi.rounding import round_codes  # numba, which the other roundings do without
+
+    held = chosen.quantized()
+    mask = np.ones(chosen.codes.shape, bool) if held.mask is None else held.mask
+    rounded, scales = round_codes(
+        chosen.codes, mask, held.dictionary, weight, gram, codec=chosen.value_codec, group_size=chosen.group_size
+    )
+    return replace(chosen, codes=rounded, mask=held.mask, scales=scales)

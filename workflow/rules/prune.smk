@@ -76,7 +76,7 @@ rule select_blocks:
         settings=lambda wildcards: plan.pruned_bases[wildcards.base],
         code=code_digest("cospadi.pruning.selection"),
     message:
-        "Choosing the blocks of {wildcards.base}"
+        "Choosing the blocks that go ({wildcards.base})"
     script:
         "../../scripts/select_blocks.py"
 
@@ -109,7 +109,7 @@ rule fit_transforms:
         device=config["device"],
         code=code_digest("cospadi.pruning.fitting"),
     message:
-        "Fitting what makes up for the removed blocks of {wildcards.base}"
+        "Fitting what makes up for the blocks that go ({wildcards.base})"
     script:
         "../../scripts/fit_transforms.py"
 
@@ -143,6 +143,6 @@ rule prune_model:
         settings=lambda wildcards: plan.pruned_bases[wildcards.base],
         code=code_digest("cospadi.pruning.folding"),
     message:
-        "Writing the model without blocks, {wildcards.base}"
+        "Writing {output.model}, without the blocks that go"
     script:
         "../../scripts/prune_model.py"

@@ -93,7 +93,7 @@ def collect(
         raise ValueError(f"{layers} is no range of consecutive layers of a model of {structure['n_layers']} layers")
     if (hidden_in is None) != (layers.start == 0):
         raise ValueError("hidden_in is needed by every chunk but the one that starts at layer 0")
-    input_ids, attention_mask, seed = _read_windows(windows, structure["vocab_size"])
+    input_ids, attention_mask, seed = read_windows(windows, structure["vocab_size"])
     samples, length = input_ids.shape
     hidden_shape = (samples, length, structure["hidden_size"])
     if hidden_in is not None:
@@ -276,7 +276,7 @@ def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy()
 
 
-def _read_windows(path: str | Path, vocab_size: int) -> tuple[np.ndarray, np.ndarray, int]:
+def read_windows(path: str | Path, vocab_size: int) -> tuple[np.ndarray, np.ndarray, int]:
     """Token ids (int64) and mask (int64), both (samples, length), and the seed they were drawn with."""
     with reading(path, _WINDOWS_REMEDY) as file:
         input_ids = file["input_ids"][:].astype(np.int64)

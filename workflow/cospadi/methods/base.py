@@ -19,7 +19,7 @@ WHITENING_OPTIONS: dict[str, dict[str, Any]] = {
         "minimum": 0,
         "maximum": 1,
         "default": 0.0,
-        "description": "Relative ridge on the Gram: G + eta * mean(diag G) * I. Guards against fitting the calibration set.",
+        "description": "Relative ridge on the Gram, G + eta * mean(diag G) * I, against fitting the calibration set.",
     },
 }
 
@@ -34,7 +34,7 @@ SHARING_OPTIONS: dict[str, dict[str, Any]] = {
         "type": "array",
         "items": {"type": "string"},
         "default": [],
-        "description": "Projections (q_proj, up_proj ...) whose matrices share one dictionary across the layers of a group.",
+        "description": "Projections (q_proj, up_proj ...) that share one dictionary across the layers of a group.",
     },
     "share_within": {
         "type": "array",

@@ -37,7 +37,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "type": ["number", "null"],
         "minimum": 0,
         "default": None,
-        "description": "Stop when an iteration lowers the relative error by less than this fraction; null: the solver's own.",
+        "description": "Stop when an iteration lowers the error by less than this share of it; null: the solver's own.",
     },
     "random_state": {
         "type": "integer",

@@ -20,6 +20,7 @@ def summarize(
     *,
     dense_model: Path,
     units: Mapping[str, Sequence[str]] | None = None,
+    pruned: Mapping[str, str | Path] | None = None,
     output: Path | None = None,
     log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
@@ -40,6 +41,8 @@ def summarize(
         Folder of the model that was compressed.
     units : mapping, optional
         Unit names of each compressed variant; by default those that have a file.
+    pruned : mapping, optional
+        Variants that lose blocks, to the ``pruned.json`` of that step.
     output : Path, optional
         Folder; by default `results`.
     log : callable
@@ -55,7 +58,7 @@ def summarize(
     ArtifactError
         If a file of a variant is missing, damaged, or does not fit the others.
     """
-    summary = collect(run, results, dense_model=dense_model, units=units)
+    summary = collect(run, results, dense_model=dense_model, units=units, pruned=pruned)
     output = output or results
     write_json(output / "summary.json", summary)
     write_table(summary, output / "summary.tsv")

@@ -47,8 +47,14 @@ class _Style(NamedTuple):
 
 def plot_errors(summary: Mapping[str, Any], paths: Sequence[Path]) -> None:
     """Relative error by layer: one panel a projection, one line a variant."""
-    variants = _compressed(summary)
-    styles = _styles(variants)
+    variants = _factorized(summary)
+    if not variants:
+        figure = _figure(8, 3)
+        _say(figure.subplots(), "No variant of this run factorizes matrices")
+        _save(figure, paths)
+        return
+    styles = _styles(_compressed(summary))  # a variant looks the same in every plot
+    styles = {name: styles[name] for name in variants}
     panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for name, variant in variants.items():
         for matrix, numbers in variant["matrices"].items():
@@ -80,7 +86,7 @@ def plot_pareto(summary: Mapping[str, Any], paths: Sequence[Path]) -> None:
     """Bytes of the compressed matrices against perplexity; the dense model as a line."""
     variants = {name: v for name, v in _compressed(summary).items() if v["word_perplexity"] is not None}
     dense = summary["variants"]["dense"]
-    styles = _styles(_compressed(summary))  # a variant looks the same in every plot
+    styles = _styles(_compressed(summary))
     figure = _figure(8, 5.2)
     axis = figure.subplots()
     if not variants or dense["word_perplexity"] is None:
@@ -110,14 +116,16 @@ def plot_pareto(summary: Mapping[str, Any], paths: Sequence[Path]) -> None:
     share.set_xlabel("percent of their dense bytes (bfloat16)")
     axis.set_xlabel("bytes of the compressed matrices in the file, masks counted  [MB]")
     axis.set_ylabel("word perplexity on held-out text  (lower is better)")
-    axis.set_title("Size against quality; lines join variants that differ only in the ratio", fontsize=12, pad=12)
+    axis.set_title(
+        "Size against quality; lines join variants that differ only in how much they remove", fontsize=12, pad=12
+    )
     _label(axis, {name: (f"{name}  {y:.4g}", x, y) for name, (x, y) in points.items()}, styles)
     _save(figure, paths)
 
 
 def plot_convergence(summary: Mapping[str, Any], paths: Sequence[Path]) -> None:
     """Relative error by iteration: median over all matrices and the band of the middle 80 %."""
-    variants = _compressed(summary)
+    variants = _factorized(summary)
     curves = {}
     for name, variant in variants.items():
         histories = [m["history"]["relative_error"] for m in variant["matrices"].values() if m["history"]["iteration"]]
@@ -131,7 +139,7 @@ def plot_convergence(summary: Mapping[str, Any], paths: Sequence[Path]) -> None:
         _say(figure.subplots(), "No variant of this run was learned in iterations")
         _save(figure, paths)
         return
-    styles = {name: style for name, style in _styles(variants).items() if name in curves}
+    styles = {name: style for name, style in _styles(_compressed(summary)).items() if name in curves}
     left, right = figure.subplots(1, 2)
     banded = len(curves) <= 4  # more bands than that hide one another
     for name, errors in curves.items():
@@ -163,7 +171,48 @@ def plot_convergence(summary: Mapping[str, Any], paths: Sequence[Path]) -> None:
     _save(figure, paths)
 
 
+def plot_distances(distances: Mapping[str, Any], paths: Sequence[Path]) -> None:
+    """Distance over every cut by start and length, one panel a metric; the smallest of each length is marked.
+
+    `distances` is what `pruning.distances.measure` wrote.
+    """
+    from matplotlib.colors import LogNorm
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    titles = {
+        "angular": "angle over $\\pi$, mean over all tokens",
+        "angular_last": "angle over $\\pi$, last token of each window",
+        "cosine": "1 - cosine",
+        "l2": "relative L2",
+    }
+    n_layers = distances["n_layers"]
+    figure = _figure(11.5, 8.2)
+    for axis, (name, title) in zip(figure.subplots(2, 2).flat, titles.items(), strict=True):
+        values = np.full((n_layers, n_layers), np.nan)  # (length - 1, start)
+        for start, row in enumerate(distances["metrics"][name]):
+            values[: len(row), start] = row
+        values[values <= 0] = np.nan
+        edges = np.arange(n_layers + 1) - 0.5
+        mesh = axis.pcolormesh(edges, edges + 1, values, norm=LogNorm(), cmap="viridis", rasterized=False)
+        best = [int(np.nanargmin(row[1:])) + 1 for row in values[:-1] if np.isfinite(row[1:]).any()]
+        axis.plot(best, range(1, len(best) + 1), "o", color="white", markeredgecolor="black", markersize=4)
+        axis.set_title(title, loc="left", fontweight="bold")
+        axis.set_xlabel("first block of the cut")
+        axis.set_ylabel("blocks in the cut")
+        axis.grid(False)
+        bar = figure.colorbar(mesh, ax=axis)
+        bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        bar.ax.yaxis.set_major_formatter("{x:g}")
+        bar.ax.yaxis.set_minor_formatter(NullFormatter())
+    figure.suptitle("How far the hidden states move over a cut (less is better); dots: the best cut of each length")
+    _save(figure, paths)
+
+
 def _compressed(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    return {name: variant for name, variant in summary["variants"].items() if name != "dense"}
+
+
+def _factorized(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: variant for name, variant in summary["variants"].items() if variant["matrices"]}
 
 
@@ -174,10 +223,12 @@ def _place(matrix: str) -> tuple[int, str]:
 
 
 def _groups(variants: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Names of the variants that differ only in the ratio."""
+    """Names of the variants that differ only in how much they remove."""
     groups: dict[str, list[str]] = {}
     for name, variant in variants.items():
-        rest = {key: value for key, value in variant["config"].items() if key != "ratio"}
+        config = variant["config"]
+        steps = config.get("steps", [config])
+        rest = [{key: value for key, value in step.items() if key not in ("ratio", "blocks")} for step in steps]
         groups.setdefault(json.dumps(rest, sort_keys=True), []).append(name)
     return groups
 

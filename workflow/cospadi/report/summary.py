@@ -16,7 +16,12 @@ _ACCURACIES = ("acc_norm", "acc", "exact_match")
 
 
 def collect(
-    run: Mapping[str, Any], results: Path, *, dense_model: Path, units: Mapping[str, Sequence[str]] | None = None
+    run: Mapping[str, Any],
+    results: Path,
+    *,
+    dense_model: Path,
+    units: Mapping[str, Sequence[str]] | None = None,
+    pruned: Mapping[str, str | Path] | None = None,
 ) -> dict[str, Any]:
     """Everything known about each variant; parameters and errors as in `report.summarize`.
 
@@ -32,24 +37,28 @@ def collect(
 
         ``dense`` comes first, then the variants in the order of the config.
     """
+    prunings = {name: read_json(path, _REMEDY) for name, path in (pruned or {}).items()}
     variants: dict[str, dict[str, Any]] = {
-        name: _read_variant(name, dict(config), results / name, (units or {}).get(name))
+        name: _read_variant(name, dict(config), results / name, (units or {}).get(name), prunings.get(name))
         for name, config in run["variants"].items()
         if name != DENSE
     }
     dense_nbytes: dict[str, int] = {}
-    for variant in variants.values():
-        dense_nbytes |= {name: matrix["dense_nbytes"] for name, matrix in variant["matrices"].items()}
+    for name, variant in variants.items():
+        if name not in prunings:  # the layers of a pruned model have other numbers
+            dense_nbytes |= {matrix: numbers["dense_nbytes"] for matrix, numbers in variant["matrices"].items()}
+    dense_targets = [2 * pruning["dense"]["target_parameters"] for pruning in prunings.values()]
     dense = {
         "method": "none",
         "ratio_asked": 0.0,
-        "target_bytes": sum(dense_nbytes.values()),
+        "target_bytes": max([sum(dense_nbytes.values()), *dense_targets]),
         "ratio_true": 0.0,
         "mean_relative_error": 0.0,
         "seconds_learning": 0.0,
         "model": str(dense_model),
         "config": {},
         "matrices": {},
+        **_pruned_columns(None),
     }
     variants = {DENSE: dense, **variants}
     asked = (run.get("evaluation") or {}).get("tasks") or []
@@ -63,7 +72,23 @@ def collect(
     return {"format_version": FORMAT_VERSION, "variants": variants}
 
 
-def _read_variant(name: str, config: dict[str, Any], folder: Path, units: Sequence[str] | None) -> dict[str, Any]:
+def _read_variant(
+    name: str, config: dict[str, Any], folder: Path, units: Sequence[str] | None, pruning: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    columns = _pruned_columns(pruning)
+    if pruning is not None and "steps" not in config:
+        return {
+            "method": config["method"],
+            "ratio_asked": None,
+            "target_bytes": 2 * pruning["pruned"]["target_parameters"],
+            "ratio_true": columns["target_parameters_removed"],
+            "mean_relative_error": None,
+            "seconds_learning": pruning["seconds"],
+            "model": str(folder / "model"),
+            "config": config,
+            "matrices": {},
+            **columns,
+        }
     if units is None:
         units = sorted({path.stem for stage in ("factors", "codes") for path in (folder / stage).glob("*.json")})
     if not units:
@@ -97,17 +122,48 @@ def _read_variant(name: str, config: dict[str, Any], folder: Path, units: Sequen
             matrices[matrix] = {**diagnostics, **numbers}
     # matrices that share a dictionary count a fraction of it each
     target_bytes = round(sum(matrix["nbytes"] for matrix in matrices.values()))
+    method, asked = config.get("method"), config.get("ratio")
+    dense_nbytes = sum(matrix["dense_nbytes"] for matrix in matrices.values())
+    if pruning is not None:  # of all blocks, also those that went in the first step
+        method = " + ".join(step["method"] for step in config["steps"])
+        asked = 1 - (1 - columns["target_parameters_removed"]) * (1 - config["steps"][-1]["ratio"])
+        dense_nbytes = 2 * pruning["dense"]["target_parameters"]
+        seconds += pruning["seconds"]
     return {
-        "method": config["method"],
-        "ratio_asked": config.get("ratio"),
+        "method": method,
+        "ratio_asked": asked,
         "target_bytes": target_bytes,
-        "ratio_true": 1 - target_bytes / sum(matrix["dense_nbytes"] for matrix in matrices.values()),
+        "ratio_true": 1 - target_bytes / dense_nbytes,
         "mean_relative_error": sum(matrix["relative_error"] for matrix in matrices.values()) / len(matrices),
         "seconds_learning": seconds,
         "model": str(folder / "model"),
         "config": config,
         "matrices": matrices,
+        **columns,
     }
+
+
+def _pruned_columns(pruning: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a pruning step removed: blocks, and its share of the parameters of the model and of the matrices."""
+    if pruning is None:
+        return dict.fromkeys(("removed_blocks", "parameters_removed", "target_parameters_removed"))
+    shares = {key: 1 - pruning["pruned"][key] / pruning["dense"][key] for key in ("parameters", "target_parameters")}
+    return {
+        "removed_blocks": _ranges(pruning["removed"]),
+        "parameters_removed": shares["parameters"],
+        "target_parameters_removed": shares["target_parameters"],
+    }
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """``3-5 9`` for 3, 4, 5 and 9."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return " ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _read_scores(path: Path, asked: Sequence[str]) -> dict[str, Any]:

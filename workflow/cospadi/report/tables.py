@@ -31,6 +31,14 @@ COLUMNS = (
     Column("ratio_asked", "ratio asked", "{:.2f}".format, "share of the target matrices' bytes to remove"),
     Column("target_bytes", "target MB", _megabytes, "bytes in the file of the compressed matrices, masks counted"),
     Column("ratio_true", "ratio true", "{:.4f}".format, "share of those bytes that is gone, counted in the file"),
+    Column("removed_blocks", "blocks removed", str, "blocks that went, numbered from 0"),
+    Column("parameters_removed", "params removed", "{:.4f}".format, "share of the model's parameters in those blocks"),
+    Column(
+        "target_parameters_removed",
+        "of targets",
+        "{:.4f}".format,
+        "share of the target matrices' parameters in those blocks",
+    ),
     Column("model_bytes", "model MB", _megabytes, "all safetensors files of the model"),
     Column("word_perplexity", "word ppl", "{:.2f}".format, "perplexity a word on held-out text; lower is better"),
     Column("token_perplexity", "token ppl", "{:.2f}".format, "perplexity a token of the model's tokenizer"),
@@ -58,7 +66,7 @@ def console_text(summary: Mapping[str, Any]) -> str:
     """The table, the folder of every model, and the line that loads one."""
     headings, rows = _cells(summary)
     folders = [[name, variant["model"]] for name, variant in summary["variants"].items()]
-    example = next((v["model"] for v in summary["variants"].values() if v["matrices"]), folders[0][1])
+    example = folders[min(1, len(folders) - 1)][1]
     return "\n".join(
         [
             "",

@@ -37,7 +37,7 @@ class PackedLinear(nn.Linear):
 
     The packed tensors keep the dtype of the file whatever the model is cast to, so memory stays the file's and saving
     gives back the same bytes. A product is computed in the dtype of its input. Adapters take it for the `nn.Linear` it
-    stands for, but it has no ``weight``: nothing can be merged into it.
+    stands for; its ``weight`` has a shape and no numbers, so nothing can be merged into it.
 
     Parameters
     ----------
@@ -86,6 +86,11 @@ class PackedLinear(nn.Linear):
         else:
             y = self._product(compiled, x)
         return y if self.bias is None else y + self.bias
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Shape and device of the dense weight, for adapters; every other use is an error."""
+        return _AbsentWeight((self.out_features, self.in_features), self.values.device)
 
     def parts(self) -> list[nn.Parameter | None]:
         """The packed tensors in the order of `PARTS`; None for those that this matrix does not have."""
@@ -175,6 +180,34 @@ class PackedLinear(nn.Linear):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_binding": None}  # addresses
+
+
+class _AbsentWeight(torch.Tensor):
+    """Stands where a dense weight would be: what an adapter merged into it would be lost in silence."""
+
+    _ALLOWED = frozenset(
+        {
+            *(getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout")),
+            *(torch.Tensor.size, torch.Tensor.dim, torch.Tensor.is_floating_point, torch.Tensor.is_complex),
+        }
+    )
+
+    @staticmethod
+    def __new__(cls, shape: tuple[int, int], device: torch.device) -> _AbsentWeight:
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.float32, device=device)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in cls._ALLOWED:
+            return super().__torch_function__(func, types, args, kwargs or {})
+        return cls.__torch_dispatch__(func, types)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise TypeError(
+            "a packed linear has no dense weight, only its shape: nothing can be merged into it; "
+            "write the folder dense first (cospadi.checkpoint.densify)"
+        )
 
 
 class SharedProjection:

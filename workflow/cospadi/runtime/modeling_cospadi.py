@@ -147,6 +147,7 @@ def _replace_linear(model: PreTrainedModel, name: str, spec: dict[str, Any], sou
         packed = PackedLinear(spec, linear.bias, device=linear.weight.device)
     except ValueError as error:
         raise ValueError(f"{source}: {name}: {error}. Load it with the code that came with it") from error
+    packed._is_hf_initialized = True  # transformers has nothing to draw at random here
     setattr(model.get_submodule(parent_name), child, packed)
 
 

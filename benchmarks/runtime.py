@@ -1,0 +1,298 @@
+"""Speed and memory of packed checkpoints beside dense bfloat16, in the same process, step by step in turn.
+
+``make bench-runtime``, or ``python benchmarks/runtime.py [--threads N] [--rounds N] [--crossover]``. The packed models
+have the demo model's sizes and random factors of the shapes that the budget gives for each ratio: how fast a product is
+does not depend on what the numbers are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from tabulate import tabulate
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+import cospadi  # noqa: F401 (registers the packed classes)
+from cospadi.budget import dense_nbytes, sparse_shape
+from cospadi.checkpoint import assemble, target_bytes
+from cospadi.factorization import Factorization
+from cospadi.files import ModelFolder, write_tensors
+from cospadi.runtime import cospadi_linear
+from cospadi.runtime.cospadi_cpu import kernel
+from cospadi.runtime.cospadi_linear import PackedLinear
+
+PROJECT = Path(__file__).parents[1]
+CONFIG = PROJECT / "config" / "models" / "SmolLM2-135M-Instruct.json"
+RATIOS = (0.2, 0.4, 0.5)
+DECODE_GOALS = {0.2: 1.0, 0.4: 1.25, 0.5: 1.5}
+MATRIX = (4096, 11008)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
+    parser.add_argument("--rounds", type=int, default=40, help="how often each step is timed")
+    parser.add_argument(
+        "--crossover", action="store_true", help="time both paths of a product by the rows of its input"
+    )
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.set_grad_enabled(False)
+    transformers.utils.logging.disable_progress_bar()
+    compiled = kernel()
+    print(f"torch {torch.__version__}, {arguments.threads} threads, kernel: {compiled.kind if compiled else 'none'}\n")
+    if arguments.crossover:
+        if compiled is None:
+            raise SystemExit("there is no kernel here to compare with")
+        print(table(crossover(arguments.rounds), ["matrix", "rows", "kernel us", "unpacked us", "dense us"]))
+        return
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = make_models(Path(scratch))
+        rows += models(folders, arguments.rounds)
+        rows += one_matrix(arguments.rounds)
+        rows += fresh_processes(folders)
+    print(table(rows, ["measure", "ratio", "dense", "packed", "speed-up", "limit by bytes", "goal"]))
+    print(
+        "\nMedians; least times in brackets. A limit counts the bytes that are read; a speed-up above it means that the"
+    )
+    print("dense product does not reach the memory's speed. Memory is what a fresh process holds after loading.")
+    if not torch.cuda.is_available():
+        print("There is no GPU here: the rows for one are left out.")
+
+
+def table(rows: list[list], headers: list[str]) -> str:
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def make_models(scratch: Path) -> dict[str | float, Path]:
+    """The demo model with random weights, dense and packed at every ratio."""
+    config = json.loads(CONFIG.read_text())
+    model_type = config.pop("model_type")
+    dense = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **config), dtype=torch.bfloat16)
+    folders: dict[str | float, Path] = {"dense": scratch / "dense"}
+    dense.save_pretrained(folders["dense"])
+    del dense
+    base = ModelFolder(folders["dense"])
+    names = [name.removesuffix(".weight") for name in base.weight_map if name.endswith("_proj.weight")]
+    for ratio in RATIOS:
+        tensors, specs = {}, {}
+        for name in names:
+            d_out, d_in = base.read(f"{name}.weight").shape
+            packed, specs[name] = random_factors(d_in, d_out, ratio).pack(name)
+            tensors |= packed
+        codes = scratch / f"codes-{ratio}.safetensors"
+        write_tensors(codes, tensors, {"format_version": 1, "matrices": specs})
+        folders[ratio] = scratch / f"packed-{ratio}"
+        assemble(folders["dense"], [codes], folders[ratio], variant={"ratio": ratio})
+        codes.unlink()
+    return folders
+
+
+def random_factors(d_in: int, d_out: int, ratio: float) -> Factorization:
+    """Random dictionary and codes of the shape that the budget gives for `ratio`."""
+    draw = np.random.default_rng(0)
+    shape = sparse_shape(d_in, d_out, ratio=ratio, rho=2.0)
+    codes = draw.standard_normal((shape.n_atoms, d_out), np.float32) / shape.n_atoms**0.5
+    order = draw.random((shape.n_atoms, d_out), np.float32).argpartition(shape.n_nonzero_coefs, axis=0)
+    np.put_along_axis(codes, order[shape.n_nonzero_coefs :], 0, axis=0)
+    dictionary = draw.standard_normal((d_in, shape.n_atoms), np.float32) / d_in**0.5
+    return Factorization(dictionary, codes)
+
+
+def interleaved(steps: dict[str | float, Callable[[], object]], rounds: int) -> dict[str | float, tuple[float, float]]:
+    """Median and least seconds of every step; in turn, so that whatever else the machine does hits all alike."""
+    times: dict[str | float, list[float]] = {name: [] for name in steps}
+    for step in steps.values():
+        step()
+    for _ in range(rounds):
+        for name, step in steps.items():
+            started = time.perf_counter()
+            step()
+            times[name].append(time.perf_counter() - started)
+    return {name: (float(np.median(taken)), min(taken)) for name, taken in times.items()}
+
+
+def models(folders: dict[str | float, Path], rounds: int) -> list[list[str]]:
+    """Decoding and prefill of the whole model."""
+    loaded = {
+        name: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16) for name, folder in folders.items()
+    }
+    ids = torch.randint(3, 1000, (1, 512), generator=torch.Generator().manual_seed(0))
+    caches = {name: DynamicCache(config=model.config) for name, model in loaded.items()}
+    for name, model in loaded.items():
+        model(ids[:, :16], past_key_values=caches[name])
+    decode = interleaved(
+        {n: lambda m=m, n=n: m(ids[:, :1], past_key_values=caches[n], logits_to_keep=1) for n, m in loaded.items()},
+        rounds,
+    )
+    prefill = interleaved(
+        {n: lambda m=m: m(ids, logits_to_keep=1, use_cache=False) for n, m in loaded.items()}, max(5, rounds // 5)
+    )
+    rows = []
+    all_bytes = sum(file.stat().st_size for file in folders["dense"].glob("*.safetensors"))
+    for ratio in RATIOS:
+        count = target_bytes(folders[ratio])
+        limit = all_bytes / (all_bytes - count["dense_nbytes"] + count["nbytes"])
+        dense, packed = decode["dense"], decode[ratio]
+        rows.append(
+            [
+                "decode, tokens/s",
+                ratio,
+                shown(1 / t for t in dense),
+                shown(1 / t for t in packed),
+                speedup(dense, packed),
+                f"{limit:.2f} with head",
+                f"{DECODE_GOALS[ratio]:.2f}",
+            ]
+        )
+    for ratio in RATIOS:
+        dense, packed = prefill["dense"], prefill[ratio]
+        rows.append(
+            [
+                "prefill 512 tokens, ms",
+                ratio,
+                shown(1e3 * t for t in dense),
+                shown(1e3 * t for t in packed),
+                speedup(dense, packed),
+                "",
+                "1.00",
+            ]
+        )
+    loaded.clear()
+    caches.clear()
+    gc.collect()
+    return rows
+
+
+def packed_layer(factors: Factorization) -> tuple[PackedLinear, int]:
+    """A layer with these factors, and the bytes it takes."""
+    tensors, spec = factors.pack("m")
+    layer = PackedLinear(spec)
+    for name, array in tensors.items():
+        part = getattr(layer, name.removeprefix("m."))
+        part.data = torch.from_numpy(array.view(np.int16) if part.dtype == torch.bfloat16 else array).view(part.dtype)
+    return layer, factors.nbytes
+
+
+def one_matrix(rounds: int) -> list[list[str]]:
+    """One matrix too large for any cache."""
+    d_in, d_out = MATRIX
+    weight = torch.randn(d_out, d_in).bfloat16()
+    x = torch.randn(1, d_in).bfloat16()
+    rows = []
+    for ratio in RATIOS:
+        layer, nbytes = packed_layer(random_factors(d_in, d_out, ratio))
+        taken = interleaved(
+            {"dense": lambda: torch.nn.functional.linear(x, weight), "packed": lambda layer=layer: layer(x)}, rounds
+        )
+        limit = dense_nbytes(d_in, d_out) / nbytes
+        rows.append(
+            [f"{d_in}x{d_out}, one row, ms", ratio]
+            + [shown(1e3 * t for t in taken[name]) for name in ("dense", "packed")]
+            + [speedup(taken["dense"], taken["packed"]), f"{limit:.2f}", f"{0.8 * limit:.2f}"]
+        )
+    return rows
+
+
+def crossover(rounds: int) -> list[list[str]]:
+    """Both paths of a product, by the rows of its input: where `KERNEL_ROWS` comes from."""
+    rows = []
+    for d_in, d_out in ((576, 576), (576, 1536), (1536, 576), MATRIX):
+        layers = [packed_layer(random_factors(d_in, d_out, 0.4))[0] for _ in range(max(1, 2**24 // (d_in * d_out)))]
+        weights = [torch.randn(d_out, d_in).bfloat16() for _ in layers]
+        for n in (1, 2, 4, 8, 16, 32, 64):
+            x = torch.randn(n, d_in).bfloat16()
+
+            def through(kernel_rows: int, x: torch.Tensor = x, layers: list[PackedLinear] = layers) -> None:
+                cospadi_linear.KERNEL_ROWS = kernel_rows
+                for layer in layers:
+                    layer(x)
+
+            def dense(x: torch.Tensor = x, weights: list[torch.Tensor] = weights) -> None:
+                for weight in weights:
+                    torch.nn.functional.linear(x, weight)
+
+            taken = interleaved(
+                {
+                    "kernel": functools.partial(through, n),
+                    "unpacked": functools.partial(through, 0),
+                    "dense": dense,
+                },
+                max(3, rounds // 4),
+            )
+            rows.append([f"{d_in}x{d_out}", n] + [shown(1e6 * t / len(layers) for t in taken[name]) for name in taken])
+    return rows
+
+
+_FRESH = """
+import sys, time
+import torch, transformers, cospadi
+from transformers import AutoModelForCausalLM
+from pathlib import Path
+transformers.utils.logging.disable_progress_bar()
+torch.set_num_threads(1)
+AutoModelForCausalLM.from_config(transformers.LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+    num_attention_heads=1, vocab_size=8))
+def resident():
+    return int(next(l for l in Path("/proc/self/status").read_text().splitlines() if "VmRSS" in l).split()[1]) * 1024
+before = resident()
+started = time.perf_counter()
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+print(time.perf_counter() - started, resident() - before)
+"""
+
+
+def fresh_processes(folders: dict[str | float, Path]) -> list[list[str]]:
+    """Load time and resident memory, each in a process of its own."""
+    found: dict[str | float, list[tuple[float, float]]] = {name: [] for name in folders}
+    for _ in range(3):
+        for name, folder in folders.items():
+            done = subprocess.run(
+                [sys.executable, "-c", _FRESH, folder],
+                check=True,
+                capture_output=True,
+                text=True,
+                stdin=subprocess.DEVNULL,
+            )
+            seconds, nbytes = map(float, done.stdout.split())
+            found[name].append((seconds, nbytes))
+    rows = []
+    seconds = {name: sorted(s for s, _ in runs) for name, runs in found.items()}
+    for ratio in RATIOS:
+        dense, packed = ((seconds[name][1], seconds[name][0]) for name in ("dense", ratio))
+        rows.append(["load, s", ratio, shown(dense, 2), shown(packed, 2), speedup(dense, packed), "", "1.00"])
+    for ratio in RATIOS:
+        memory = {name: max(nbytes for _, nbytes in found[name]) for name in ("dense", ratio)}
+        size = sum(file.stat().st_size for file in folders[ratio].glob("*.safetensors"))
+        rows.append(
+            ["resident after loading, MB", ratio]
+            + [f"{memory[name] / 1e6:.0f}" for name in ("dense", ratio)]
+            + ["", f"file {size / 1e6:.0f}", f"at most {1.25 * size / 1e6:.0f}"]
+        )
+    return rows
+
+
+def shown(median_and_least, digits: int = 1) -> str:
+    median, least = median_and_least
+    return f"{median:.{digits}f} ({least:.{digits}f})"
+
+
+def speedup(dense: tuple[float, float], packed: tuple[float, float]) -> str:
+    return f"{dense[0] / packed[0]:.2f} ({dense[1] / packed[1]:.2f})"
+
+
+if __name__ == "__main__":
+    main()

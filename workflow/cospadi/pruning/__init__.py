@@ -1,0 +1,204 @@
+"""Depth pruning: what a variant of the config calls ``method`` when it removes whole blocks.
+
+A pruner says which blocks go (`selection`) and whether the block before each gap is fitted to make up for them
+(`fitting`). What is left is an ordinary dense model of fewer layers (`folding`), so a factorization may follow it.
+Adding one means one line in `PRUNERS`, and a way to choose in `selection.CHOICES`.
+
+This module is light: the config and the plan read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# families whose block adds the MLP's output to the residual as it is; Gemma 3 has a norm between the two
+FOLDABLE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+_RANDOM_STATE = {"type": "integer", "minimum": 0, "default": 42, "description": "Seed of every random choice."}
+_BLOCKS = {
+    "type": ["integer", "array"],
+    "minimum": 1,
+    "minItems": 1,
+    "items": {"type": "integer", "minimum": 0},
+    "uniqueItems": True,
+    "description": "How many blocks go; or which, as a list of their numbers from 0.",
+}
+_COUNT = {"type": "integer", "minimum": 1, "description": "How many blocks go."}
+_METRIC = {
+    "enum": ["angular", "angular_last", "cosine", "l2"],
+    "description": "Distance between what enters and what leaves a cut; the cut with the smallest goes. angular: angle "
+    "over pi, mean over all tokens; angular_last: of the last token of each window alone; cosine: 1 - cosine; "
+    "l2: norm of the difference over that of what enters.",
+}
+
+_ITERATED = {
+    "loss": {
+        "enum": ["exact", "practical"],
+        "default": "exact",
+        "description": "Cosine objective: exact compares M T + Y with the target L; practical M T with L - Y.",
+    },
+    "start": {
+        "enum": ["identity", "least_squares"],
+        "default": "identity",
+        "description": "Cosine objective: where Adam starts.",
+    },
+    "epochs": {
+        "type": "integer",
+        "minimum": 1,
+        "default": 10,
+        "description": "Cosine objective: passes over the tokens.",
+    },
+    "lr": {
+        "type": "number",
+        "minimum": 0,
+        "maximum": 1,
+        "default": 1.0e-4,
+        "description": "Cosine objective: step size of Adam.",
+    },
+    "batch_tokens": {
+        "type": "integer",
+        "minimum": 1,
+        "default": 1024,
+        "description": "Cosine objective: tokens a step.",
+    },
+    "l1": {
+        "type": "number",
+        "minimum": 0,
+        "default": 0.0,
+        "description": "Cosine objective: weight of the sum of |T| over the rows' number (the paper's 1e-4).",
+    },
+    "l2": {
+        "type": "number",
+        "minimum": 0,
+        "default": 0.0,
+        "description": "Cosine objective: weight of the sum of T^2 over the rows' number (the paper's 1e-2).",
+    },
+    "random_state": {**_RANDOM_STATE, "description": "Cosine objective: seed of the order of the tokens."},
+}
+_REPLACEME_OPTIONS: dict[str, dict[str, Any]] = {
+    "blocks": _BLOCKS,
+    "cuts": {
+        "type": "integer",
+        "minimum": 1,
+        "default": 1,
+        "description": "In how many cuts of about equal length the blocks go; each has a transform of its own.",
+    },
+    "merge": {
+        "type": "boolean",
+        "default": False,
+        "description": "Whether cuts may touch and become one; false: a block stays between any two.",
+    },
+    "metric": {**_METRIC, "default": "cosine"},
+    "objective": {
+        "enum": ["least_squares", "cosine"],
+        "default": "least_squares",
+        "description": "What the transform minimises. least_squares: in closed form; cosine: by Adam, rows on disk.",
+    },
+    "structure": {
+        "enum": ["full", "diagonal", "orthogonal"],
+        "default": "full",
+        "description": "What the transform may be; the last two are ablations.",
+    },
+    "normalize": {
+        "type": "boolean",
+        "default": True,
+        "description": "Least squares: divide each token by the norm of its target, so that the few tokens of massive "
+        "activations do not decide alone; false: as in the paper.",
+    },
+    "ridge": {
+        "type": "number",
+        "minimum": 0,
+        "default": 1.0e-3,
+        "description": "Least squares: ridge as a fraction of the mean diagonal of M^T M.",
+    },
+    "prefix": {
+        "enum": ["pruned", "original"],
+        "default": "pruned",
+        "description": "Activations that later cuts are fitted on: of the model with the earlier cuts made, or of the "
+        "original model (as in the paper's code).",
+    },
+    **_ITERATED,
+}
+
+
+@dataclass(frozen=True)
+class Pruner:
+    """One line of the registry.
+
+    Attributes
+    ----------
+    name : str
+        The config's ``method``.
+    summary : str
+        One sentence for documentation and report.
+    options : mapping
+        JSON schema of each option; ``blocks`` alone has no default.
+    fits : bool
+        Whether a transform is fitted and folded into the block before each cut.
+    faults : callable
+        ``faults(settings)`` yields what no schema can say against complete settings.
+    """
+
+    name: str
+    summary: str
+    options: Mapping[str, Mapping[str, Any]]
+    fits: bool = False
+    faults: Callable[[Mapping[str, Any]], Iterator[str]] = lambda settings: iter(())
+
+
+def _replaceme_faults(settings: Mapping[str, Any]) -> Iterator[str]:
+    if settings["objective"] != "cosine":
+        for name, option in _ITERATED.items():
+            if settings[name] != option["default"]:
+                yield f"{name}: {settings[name]} means nothing here; it is an option of objective: cosine"
+    if isinstance(settings["blocks"], list):
+        for name in ("cuts", "merge", "metric"):
+            if settings[name] != _REPLACEME_OPTIONS[name]["default"]:
+                yield f"{name}: {settings[name]} means nothing here; blocks lists which ones go"
+        if 0 in settings["blocks"]:
+            yield "blocks: block 0 has none before it that could be fitted; choose blocks from 1 on"
+    elif settings["cuts"] > settings["blocks"]:
+        yield f"cuts: {settings['cuts']} cuts need as many blocks; {settings['blocks']} go"
+
+
+def _uidl_faults(settings: Mapping[str, Any]) -> Iterator[str]:
+    if isinstance(settings["blocks"], list) and settings["metric"] != "angular_last":
+        yield f"metric: {settings['metric']} means nothing here; blocks lists which ones go"
+
+
+PRUNERS: dict[str, Pruner] = {
+    pruner.name: pruner
+    for pruner in (
+        Pruner(
+            "replaceme",
+            "Removes blocks and folds a fitted linear map into the one before (ReplaceMe).",
+            _REPLACEME_OPTIONS,
+            fits=True,
+            faults=_replaceme_faults,
+        ),
+        Pruner(
+            "uidl",
+            "Removes the consecutive blocks over which the activations turn least (UIDL), and nothing else.",
+            {"blocks": _BLOCKS, "metric": {**_METRIC, "default": "angular_last"}},
+            faults=_uidl_faults,
+        ),
+        Pruner(
+            "shortgpt",
+            "Removes the blocks of least influence, wherever they are (ShortGPT).",
+            {"blocks": _COUNT},
+        ),
+        Pruner(
+            "random_cut",
+            "Removes consecutive blocks at a random place, for comparison.",
+            {"blocks": _COUNT, "random_state": _RANDOM_STATE},
+        ),
+    )
+}
+
+
+def removed_count(settings: Mapping[str, Any]) -> int:
+    """Number of blocks that a pruning step removes."""
+    blocks = settings["blocks"]
+    return len(blocks) if isinstance(blocks, list) else blocks
