@@ -89,9 +89,10 @@ def make_models(scratch: Path) -> dict[str | float, Path]:
     names = [name.removesuffix(".weight") for name in base.weight_map if name.endswith("_proj.weight")]
     for ratio in RATIOS:
         tensors, specs = {}, {}
+        factors = functools.cache(functools.partial(random_factors, ratio=ratio))  # a few shapes, many matrices
         for name in names:
             d_out, d_in = base.read(f"{name}.weight").shape
-            packed, specs[name] = random_factors(d_in, d_out, ratio).pack(name)
+            packed, specs[name] = factors(d_in, d_out).pack(name)
             tensors |= packed
         codes = scratch / f"codes-{ratio}.safetensors"
         write_tensors(codes, tensors, {"format_version": 1, "matrices": specs})

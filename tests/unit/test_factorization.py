@@ -81,6 +81,16 @@ def test_14_bits_buy_more_atoms():
     assert fourteen.n_atoms >= sixteen.n_atoms
 
 
+@pytest.mark.parametrize("storage", [{"dictionary_bits": 8}, {"value_bits": 4, "dictionary_bits": 4, "group_size": 16}])
+@pytest.mark.parametrize("method", ["cospadi", "svd_llm"])
+def test_bytes_saved_on_numbers_buy_atoms_and_the_budget_holds(method, storage):
+    plain = factorize(WEIGHT, GRAM, method=method, ratio=0.5)
+    small = factorize(WEIGHT, GRAM, method=method, ratio=0.5, **storage)
+    assert small.n_atoms > plain.n_atoms
+    tensors, _ = small.pack("layer")
+    assert sum(tensor.nbytes for tensor in tensors.values()) == small.nbytes <= 0.5 * 2 * WEIGHT.size
+
+
 def test_torch_in_torch_out():
     weight, gram = torch.from_numpy(WEIGHT), torch.from_numpy(GRAM)
     factors = factorize(weight, gram, ratio=0.3)

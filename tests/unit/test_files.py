@@ -2,7 +2,10 @@
 
 import errno
 import os
+import signal
 import stat
+import subprocess
+import sys
 
 import ml_dtypes
 import numpy as np
@@ -65,6 +68,20 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         raise RuntimeError
     assert read_json(path) == {"old": 1}
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_what_a_killed_job_left_is_removed_and_a_living_one_is_not_disturbed(tmp_path):
+    path = tmp_path / "a.json"
+    code = "import sys, os; from cospadi.files import replacing\nwith replacing(sys.argv[1]): os.kill(os.getpid(), 9)"
+    assert subprocess.run([sys.executable, "-c", code, str(path)]).returncode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 1
+    with replacing(path) as first:
+        first.write_text("1")
+        with replacing(path) as second:  # another writer of the same file does not take the first one's away
+            second.write_text("2")
+        assert first.exists()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
+    assert path.read_text() == "1"
 
 
 def test_a_full_disk_is_said_and_leaves_nothing(tmp_path):

@@ -99,6 +99,17 @@ def test_one_layer_from_files_to_files(unit, tmp_path, method):
         assert report["shared_with"] == []
 
 
+def test_integers_with_small_groups_stay_within_the_bytes(unit, tmp_path):
+    storage = {"value_bits": 4, "dictionary_bits": 8, "group_size": 16, "rounding": "optimal"}
+    codes, learned, quantized = run(unit, tmp_path, [1], method="cospadi", codes=storage, max_iter=5)
+    stored = sum(codes.nbytes(tensor) for tensor in codes.names())
+    dense = sum(m["dense_nbytes"] for m in quantized["matrices"].values())
+    assert 0.63 < stored / dense <= 0.7  # small matrices have coarse steps
+    sixteen = run(unit, tmp_path, [1], method="cospadi", max_iter=5)[1]
+    name = "model.layers.1.gate_proj"
+    assert learned["matrices"][name]["n_atoms"] > sixteen["matrices"][name]["n_atoms"]
+
+
 def test_error_is_that_of_what_the_file_holds(unit, tmp_path):
     codes, _, quantized = run(unit, tmp_path, [0], method="cospadi", codes={"value_bits": 14, "rounding": "truncate"})
     folder, _, grams = unit

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cospadi.arrays import to_numpy
-from cospadi.codecs import CODEC_OF_BITS, ROUNDINGS
+from cospadi.codecs import CODEC_OF_BITS, GROUP_SIZE, ROUNDINGS, storage_of
 from cospadi.errors import ConfigError
 from cospadi.factorization import Factorization
 from cospadi.learning import check_weight, whitening_of
@@ -24,6 +24,8 @@ def factorize(
     method: str = "cospadi",
     ratio: float,
     value_bits: int = 16,
+    dictionary_bits: int = 16,
+    group_size: int | None = GROUP_SIZE,
     rounding: str = "nearest",
     device: str | None = None,
     log: Callable[[str], None] | None = None,
@@ -41,8 +43,12 @@ def factorize(
         Key of `cospadi.methods.METHODS`.
     ratio : float
         Fraction of the bfloat16 bytes to remove, in (0, 1).
-    value_bits : {16, 14}
+    value_bits : {16, 14, 8, 4}
         Bits a stored code value takes.
+    dictionary_bits : {16, 8, 4}
+        Bits a number of the dictionary takes.
+    group_size : int or None
+        Integers that share a scale, where values or dictionary are integers; None, all of a column or an atom.
     rounding : {"nearest", "truncate"}
         How values are cut to their bits; the paper truncates.
     device : str, optional
@@ -64,7 +70,9 @@ def factorize(
     NumericalError
         If weight or Gram hold NaN or infinity, or the Gram is zero.
     """
-    _check(weight, gram, method, ratio, value_bits, rounding, options)
+    _check(
+        weight, gram, method, ratio, {"value_bits": value_bits, "dictionary_bits": dictionary_bits}, rounding, options
+    )
     is_tensor = not isinstance(weight, np.ndarray)
     if device is None:
         device = str(weight.device) if is_tensor else "cpu"
@@ -75,7 +83,7 @@ def factorize(
         weight_array,
         whitening_of(gram_array, given, weight_array.shape[0]),
         ratio=ratio,
-        value_codec=CODEC_OF_BITS[value_bits],
+        storage=storage_of({"value_bits": value_bits, "dictionary_bits": dictionary_bits, "group_size": group_size}),
         device=device,
         log=log,
         **METHODS[method].own(given),
@@ -92,14 +100,16 @@ def factorize(
     return factorization
 
 
-def _check(weight: Any, gram: Any, method: str, ratio: float, value_bits: int, rounding: str, options: dict) -> None:
+def _check(weight: Any, gram: Any, method: str, ratio: float, bits: dict, rounding: str, options: dict) -> None:
     faults = []
     if method not in METHODS:
         faults.append(f"method is {method!r}; allowed: {', '.join(METHODS)}")
     if not 0 < ratio < 1:
         faults.append(f"ratio is {ratio}; allowed: more than 0, less than 1")
-    if value_bits not in CODEC_OF_BITS:
-        faults.append(f"value_bits is {value_bits}; allowed: {', '.join(map(str, CODEC_OF_BITS))}")
+    allowed_bits = {"value_bits": tuple(CODEC_OF_BITS), "dictionary_bits": (16, 8, 4)}
+    for name, value in bits.items():
+        if value not in allowed_bits[name]:
+            faults.append(f"{name} is {value}; allowed: {', '.join(map(str, allowed_bits[name]))}")
     if rounding not in ROUNDINGS:
         faults.append(f"rounding is {rounding!r}; allowed: {', '.join(ROUNDINGS)}")
     if weight.ndim != 2:

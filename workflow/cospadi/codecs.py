@@ -8,8 +8,9 @@ the tensors written to the file.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -142,6 +143,21 @@ CODEC_OF_BITS = {16: "bf16", 14: "bf14", 8: "int8", 4: "int4"}
 
 # The config's ``codes.group_size``, as a default where none is given
 GROUP_SIZE = 64
+
+
+def storage_of(codes: Mapping[str, Any]) -> dict[str, Any]:
+    """How factors are stored, by the config's section ``codes``; what is not said is as by default.
+
+    Returns
+    -------
+    dict
+        ``value_codec``, ``dictionary_codec`` and ``group_size``, as the budget and `Factorization` take them.
+    """
+    return {
+        "value_codec": CODEC_OF_BITS[codes.get("value_bits", 16)],
+        "dictionary_codec": CODEC_OF_BITS[codes.get("dictionary_bits", 16)],
+        "group_size": codes.get("group_size", GROUP_SIZE),
+    }
 
 
 def codec_bits(codec: str) -> int:

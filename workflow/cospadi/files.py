@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -48,7 +49,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """Give a temporary path in the folder of `path`; move it onto `path` if the block succeeds.
 
     On any exception (a killed job, a full disk) the temporary file or folder is removed and `path` is
-    left as it was, so a reader never sees a half-written artifact.
+    left as it was, so a reader never sees a half-written artifact. What a job left behind that had no chance to
+    clean up (``kill -9``) is removed when `path` is written again.
 
     Raises
     ------
@@ -57,7 +59,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.")) / path.name
+    _remove_leftovers(path)
+    prefix = f".{path.name}.{socket.gethostname()}.{os.getpid()}."
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=prefix)) / path.name
     try:
         yield temporary
         if path.is_dir() and temporary.is_dir():
@@ -74,6 +78,25 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(temporary.parent, ignore_errors=True)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove temporary folders of `path` whose process, one of this machine, is gone."""
+    start = f".{path.name}.{socket.gethostname()}."
+    for folder in path.parent.iterdir():
+        pid = folder.name.removeprefix(start).partition(".")[0]
+        if folder.name.startswith(start) and pid.isdigit() and not _is_alive(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def _is_disk_full(error: Exception) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cospadi.codecs import CODEC_OF_BITS
+from cospadi.codecs import storage_of
 from cospadi.errors import ConfigError, NumericalError
 from cospadi.factorization import Factorization
 from cospadi.files import ModelFolder, write_json, write_tensors
@@ -141,7 +141,7 @@ def learn_unit(
             np.concatenate(weights, axis=1),
             whitening,
             ratio=variant["ratio"],
-            value_codec=CODEC_OF_BITS[variant["codes"]["value_bits"]],
+            storage=storage_of(variant["codes"]),
             device=device,
             log=lambda line, label=label: log(f"{label}: {line}"),
             **method.own(options),

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from cospadi.budget import dense_nbytes
-from cospadi.codecs import CODEC_OF_BITS, GROUP_SIZE
+from cospadi.codecs import storage_of
 from cospadi.factorization import Factorization, dictionary_names, tensor_names, unpack
 from cospadi.files import ModelFolder, TensorFile, write_json, write_tensors
 from cospadi.gram import relative_error
@@ -78,9 +78,7 @@ def round_factors(
     optimal = codes["rounding"] == "optimal"
     chosen = replace(
         factorization,
-        value_codec=CODEC_OF_BITS[codes["value_bits"]],
-        dictionary_codec=CODEC_OF_BITS[codes.get("dictionary_bits", 16)],
-        group_size=codes.get("group_size", GROUP_SIZE),
+        **storage_of(codes),
         rounding="nearest" if optimal else codes["rounding"],
     )
     if not optimal:

@@ -11,6 +11,7 @@ import ctypes
 import faulthandler
 import logging
 import os
+import signal
 import sys
 import time
 import traceback
@@ -50,6 +51,8 @@ def script(main: Callable[[Any, Log], None], snakemake: Any) -> None:
         With status 1 if `main` fails. The console shows the message, the rule's log file the whole traceback.
     """
     set_threads(snakemake.threads)
+    # a job told to stop leaves through the exits that remove its unfinished files
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     name = " ".join([snakemake.rule, *filter(None, map(str, snakemake.wildcards))])
     with _log_file(snakemake.log) as file:
         log = _logger(name, file)

@@ -58,7 +58,7 @@ class Method:
     options : mapping
         JSON schema of each option, with default and description.
     factorize : callable
-        ``factorize(weight, whitening, *, ratio, value_codec, device, log, **options) -> Factorization`` with weight
+        ``factorize(weight, whitening, *, ratio, storage, device, log, **options) -> Factorization`` with weight
         (d_in, d_out) float32 and a `gram.Whitening`, which `whiten` and `eta` have shaped already: they are not passed.
     modules : callable
         ``modules(options) -> list[str]``: the modules whose code decides the result, for rerun triggers.

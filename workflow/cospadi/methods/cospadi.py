@@ -53,7 +53,7 @@ def factorize(
     whitening: Any,
     *,
     ratio: float,
-    value_codec: str = "bf16",
+    storage: Mapping[str, Any],
     device: str = "cpu",
     log: Callable[[str], None] | None = None,
     solver: str = "htp",
@@ -71,8 +71,10 @@ def factorize(
         Of the matrix's Gram, ``L^T L = G``.
     ratio : float
         Fraction of bytes to remove; k and s follow from it (`budget.sparse_shape`).
+    storage : mapping
+        How the factors will be stored (`codecs.storage_of`).
     """
-    shape = sparse_shape(*weight.shape, ratio=ratio, rho=rho, value_codec=value_codec)
+    shape = sparse_shape(*weight.shape, ratio=ratio, rho=rho, **storage)
     given = {name: value for name, value in (("max_iter", max_iter), ("tol", tol)) if value is not None}
     solution = SOLVERS[solver](
         on_device(whitening.whiten(weight), device),
@@ -85,7 +87,7 @@ def factorize(
     return Factorization(
         whitening.unwhiten(to_numpy(solution.dictionary)),
         to_numpy(solution.codes),
-        value_codec=value_codec,
+        **storage,
         diagnostics={
             "solver": solver,
             "n_atoms": shape.n_atoms,

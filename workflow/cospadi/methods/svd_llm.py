@@ -16,7 +16,7 @@ def factorize(
     whitening: Any,
     *,
     ratio: float,
-    value_codec: str = "bf16",
+    storage: Mapping[str, Any],
     device: str = "cpu",
     log: Callable[[str], None] | None = None,
 ) -> Factorization:
@@ -29,16 +29,18 @@ def factorize(
         Of the matrix's Gram; the identity's gives plain SVD.
     ratio : float
         Fraction of bytes to remove; the rank follows from it (`budget.low_rank`).
+    storage : mapping
+        How the factors will be stored (`codecs.storage_of`).
     """
     from cospadi.solvers import svd
 
-    rank = low_rank(*weight.shape, ratio=ratio, value_codec=value_codec)
+    rank = low_rank(*weight.shape, ratio=ratio, **storage)
     solution = svd.truncated(on_device(whitening.whiten(weight), device), rank)
     return Factorization(
         whitening.unwhiten(to_numpy(solution.dictionary)),
         to_numpy(solution.codes),
         support="dense",
-        value_codec=value_codec,
+        **storage,
         diagnostics={"solver": "svd", "n_atoms": rank, "n_nonzero_coefs": rank, "history": solution.history},
     )
 
