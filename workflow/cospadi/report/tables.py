@@ -133,6 +133,7 @@ _STYLE = """
  table.numbers td:nth-child(n+3), table.numbers th:nth-child(n+3) { text-align: right; }
  table.numbers td { font-variant-numeric: tabular-nums; white-space: nowrap; }
  td.text { white-space: pre-wrap; }
+ td:first-child { white-space: nowrap; }
  dt { font-weight: 600; float: left; clear: left; width: 8em; } dd { margin-left: 9em; }
 </style>
 """
