@@ -8,9 +8,7 @@ import pytest
 
 from cospadi.files import TensorFile, read_json
 
-from .test_pipeline import rows
-
-pytestmark = pytest.mark.xdist_group("pruning")
+from .conftest import rows
 
 
 @pytest.fixture(scope="module")
