@@ -174,7 +174,8 @@ def test_batches_do_not_change_the_codes(wrap, batch_columns):
 
 def test_thread_counts_do_not_change_a_byte():
     code = (
-        "import sys, numpy as np; from cospadi.solvers.omp import encode_rows, n_threads; "
+        "import sys, numpy as np; from cospadi.solvers._threads import n_threads; "
+        "from cospadi.solvers.omp import encode_rows; "
         "rng = np.random.default_rng(0); a = rng.standard_normal((40, 30), dtype='f'); "
         "r = rng.standard_normal((300, 30), dtype='f'); "
         "print(n_threads(), hash(encode_rows(r, a, 12).tobytes()))"

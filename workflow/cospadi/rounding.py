@@ -14,7 +14,7 @@ import numba
 import numpy as np
 
 from cospadi.codecs import INTEGER_CODECS, find_scales, groups_of_columns
-from cospadi.solvers.omp import n_threads
+from cospadi.solvers._threads import n_threads
 
 # Sweeps over the codes of a column at most; most columns stand still after four
 MAX_SWEEPS = 12

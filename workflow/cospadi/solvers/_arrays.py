@@ -8,6 +8,7 @@ so that one column of the problem is one contiguous run of memory:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -69,20 +70,46 @@ def top_mask(values: Array, count: int) -> Array:
     return mask
 
 
-def solve_spd(matrix: Array, rhs: Array) -> Array:
-    """Solve ``matrix x = rhs`` for a symmetric positive definite matrix, in double precision if single fails."""
+def support_mask(values: Array, count: int, support: str) -> Array:
+    """Support of codes by magnitude: the `count` largest entries of a row, or two of every four (``"2:4"``)."""
+    return two_of_four(values) if support == "2:4" else top_mask(values, count)
+
+
+def two_of_four(values: Array) -> Array:
+    """Mask of the two entries of largest magnitude in every four of a row, ties towards the lower index.
+
+    Parameters
+    ----------
+    values : array (n, k)
+        k a multiple of 4.
+    """
+    n, k = values.shape
+    quads = abs(values).reshape(n, k // 4, 4)
+    a, b, c, d = (quads[:, :, i] for i in range(4))
+    ab, ac, ad, bc, bd, cd = a >= b, a >= c, a >= d, b >= c, b >= d, c >= d
+    # an entry stays if at most one of the other three beats it, that is, if it beats two
+    beaten = (ab & ac | ab & ad | ac & ad), (~ab & bc | ~ab & bd | bc & bd), (~ac & ~bc | ~ac & cd | ~bc & cd)
+    last = ~ad & ~bd | ~ad & ~cd | ~bd & ~cd
+    return array_namespace(values).stack([*beaten, last], axis=2).reshape(n, k)
+
+
+def spd_solver(matrix: Array) -> Callable[[Array], Array]:
+    """Factor a symmetric positive definite matrix; returns ``rhs -> matrix^-1 rhs``.
+
+    In double precision where single fails.
+    """
     if is_torch_array(matrix):
         import torch
 
         factor, info = torch.linalg.cholesky_ex(matrix)
         if int(info) == 0:
-            return torch.cholesky_solve(rhs, factor)
-        return torch.linalg.solve(matrix.double(), rhs.double()).to(rhs.dtype)
+            return lambda rhs: torch.cholesky_solve(rhs, factor)
+        return lambda rhs: torch.linalg.solve(matrix.double(), rhs.double()).to(rhs.dtype)
     try:
-        factor = scipy.linalg.cho_factor(matrix, lower=True, check_finite=False)
-        return scipy.linalg.cho_solve(factor, rhs, check_finite=False)
+        factored = scipy.linalg.cho_factor(matrix, lower=True, check_finite=False)
     except scipy.linalg.LinAlgError:
-        return np.linalg.solve(matrix.astype(np.float64), rhs.astype(np.float64)).astype(rhs.dtype)
+        return lambda rhs: np.linalg.solve(matrix.astype(np.float64), rhs.astype(np.float64)).astype(rhs.dtype)
+    return lambda rhs: scipy.linalg.cho_solve(factored, rhs, check_finite=False)
 
 
 def inverse_spd(matrix: Array) -> Array:
@@ -91,7 +118,7 @@ def inverse_spd(matrix: Array) -> Array:
         import torch
 
         return torch.cholesky_inverse(torch.linalg.cholesky(matrix))
-    return solve_spd(matrix, np.eye(len(matrix), dtype=matrix.dtype))
+    return spd_solver(matrix)(np.eye(len(matrix), dtype=matrix.dtype))
 
 
 def svd(matrix: Array) -> tuple[Array, Array, Array]:

@@ -16,7 +16,7 @@ _FAST = {"reassoc", "contract"}
 
 # Atoms whose rows are prepared together, and how many such panels are kept.
 _PANEL = 4
-_PANELS_KEPT = 3
+_PANELS_KEPT = 4
 # A block of the panel product is three vector registers of 64 bytes wide: its 12 sums stay in registers.
 _VECTORS, _VECTOR_BYTES = 3, 64
 
@@ -183,6 +183,8 @@ def omp(gram, correlations, integers, n_nonzero_coefs, first, n_first, codes, sh
     atom_in = np.full(_PANELS_KEPT * _PANEL, -1, np.int64)
     n_applied = np.zeros(_PANELS_KEPT * _PANEL, np.int64)
     first_slot = 0
+    saved = np.empty((_PANELS_KEPT + 1) * _PANEL, gram.dtype)
+    position_of = np.empty(n_atoms, np.int64)
     alpha = np.empty(n_atoms, gram.dtype)
     alpha_bits = alpha.view(integers.dtype)
     weights = np.empty(n_nonzero_coefs, gram.dtype)
@@ -193,6 +195,7 @@ def omp(gram, correlations, integers, n_nonzero_coefs, first, n_first, codes, sh
         for c in range(n_atoms):
             alpha[c] = correlations[column, c]
             order[c] = c
+            position_of[c] = c
         slot_of[:] = -1
         atom_in[:] = -1
         scale = abs(alpha[_argmax_abs(alpha_bits)])
@@ -213,7 +216,7 @@ def omp(gram, correlations, integers, n_nonzero_coefs, first, n_first, codes, sh
                     break
             atom = order[pick]
             if slot_of[atom] < 0:
-                n_panel = _next_in_line(alpha, order, slot_of, pick, chosen, usable, panel)
+                n_panel = _next_in_line(alpha, alpha_bits, saved, position_of, atom_in, pick, chosen, usable, panel)
                 first_slot = (first_slot + _PANEL) % (_PANELS_KEPT * _PANEL)
                 rows = prepared[first_slot : first_slot + _PANEL]
                 _prepare(panel, n_panel, rows, factor, gram, order, chosen, usable, panel_weights)
@@ -238,9 +241,9 @@ def omp(gram, correlations, integers, n_nonzero_coefs, first, n_first, codes, sh
             if not remaining > 64 * eps * gram[atom, atom]:
                 # depends on the atoms chosen before: out of the race, at the end of the list
                 usable -= 1
-                _swap(factor, prepared, alpha, order, chosen, pick, usable)
+                _swap(factor, prepared, alpha, order, position_of, chosen, pick, usable)
                 continue
-            _swap(factor, prepared, alpha, order, chosen, pick, chosen)
+            _swap(factor, prepared, alpha, order, position_of, chosen, pick, chosen)
             root = np.sqrt(remaining)
             step = alpha[chosen] / root
             projections[chosen] = step
@@ -261,33 +264,47 @@ def omp(gram, correlations, integers, n_nonzero_coefs, first, n_first, codes, sh
 
 
 @numba.njit(cache=True, nogil=True)
-def _next_in_line(alpha, order, slot_of, pick, chosen, usable, panel):
-    """Fill `panel` with the pick and the unprepared atoms of next largest correlation; return how many there are."""
+def _next_in_line(alpha, alpha_bits, saved, position_of, atom_in, pick, chosen, usable, panel):
+    """Fill `panel` with the pick and the unprepared atoms of next largest correlation; return how many there are.
+
+    The correlations of prepared atoms are zero while this searches; they are `saved` and put back.
+    """
     panel[0] = pick
     count = 1
-    floor = alpha.dtype.type(-1)
-    for c in range(chosen, usable):
-        merit = abs(alpha[c])
-        if merit > floor and c != pick and slot_of[order[c]] < 0:
-            place = min(count, _PANEL - 1)
-            while place > 1 and abs(alpha[panel[place - 1]]) < merit:
-                panel[place] = panel[place - 1]
-                place -= 1
-            panel[place] = c
-            count = min(count + 1, _PANEL)
-            if count == _PANEL:
-                floor = abs(alpha[panel[_PANEL - 1]])
+    for slot in range(atom_in.shape[0]):
+        if atom_in[slot] >= 0:
+            place = position_of[atom_in[slot]]
+            saved[slot] = alpha[place]
+            alpha[place] = 0
+    saved[atom_in.shape[0]] = alpha[pick]
+    alpha[pick] = 0
+    left = alpha_bits[chosen:usable]
+    while count < _PANEL:
+        place = chosen + _argmax_abs(left)
+        if alpha[place] == 0:
+            break
+        panel[count] = place
+        saved[atom_in.shape[0] + count] = alpha[place]
+        alpha[place] = 0
+        count += 1
+    for r in range(count):
+        alpha[panel[r]] = saved[atom_in.shape[0] + r]
+    for slot in range(atom_in.shape[0]):
+        if atom_in[slot] >= 0:
+            alpha[position_of[atom_in[slot]]] = saved[slot]
     return count
 
 
 @numba.njit(cache=True, nogil=True)
-def _swap(factor, prepared, alpha, order, n_rows, a, b):
+def _swap(factor, prepared, alpha, order, position_of, n_rows, a, b):
     for j in range(n_rows):
         factor[j, a], factor[j, b] = factor[j, b], factor[j, a]
     for j in range(prepared.shape[0]):
         prepared[j, a], prepared[j, b] = prepared[j, b], prepared[j, a]
     alpha[a], alpha[b] = alpha[b], alpha[a]
     order[a], order[b] = order[b], order[a]
+    position_of[order[a]] = a
+    position_of[order[b]] = b
 
 
 @numba.njit(cache=True, nogil=True, fastmath=_FAST)

@@ -19,12 +19,16 @@ from cospadi.solvers._arrays import (
     from_numpy,
     is_torch_array,
     row_dots,
-    solve_spd,
+    spd_solver,
 )
+from cospadi.solvers._threads import transposed_product
 from cospadi.solvers.least_squares import restricted
 
 # Two unit atoms this close (|cosine|) are one atom to single precision: the later one is redrawn.
 DUPLICATE_COSINE = 0.99999
+
+# What the supports of sparse codes may be, by the names of the file format.
+SUPPORTS = ("bitmask", "2:4")
 
 
 def as_rows(target: Array, n_atoms: int, n_nonzero_coefs: int) -> tuple[Array, float]:
@@ -59,6 +63,21 @@ def as_rows(target: Array, n_atoms: int, n_nonzero_coefs: int) -> tuple[Array, f
     largest = float(xp.max(abs(rows)))
     scale = 2.0 ** math.frexp(largest)[1] if largest > 0 else 1.0
     return rows / scale, scale
+
+
+def check_support(support: str, n_atoms: int, n_nonzero_coefs: int) -> None:
+    """Refuse supports that do not exist, and numbers of atoms that a support cannot have.
+
+    Raises
+    ------
+    ValueError
+    """
+    if support not in SUPPORTS:
+        raise ValueError(f"support must be one of {', '.join(SUPPORTS)}, got {support!r}")
+    if support == "2:4" and (n_atoms % 4 or 2 * n_nonzero_coefs != n_atoms):
+        raise ValueError(
+            f"support 2:4 needs a multiple of 4 atoms and half as many nonzeros, got {n_atoms} and {n_nonzero_coefs}"
+        )
 
 
 def initial(values: Array | None, like: Array, shape: tuple[int, int], name: str, scale: float = 1.0) -> Array | None:
@@ -111,14 +130,14 @@ def ridge_dictionary(rows: Array, codes: Array) -> tuple[Array, Array]:
     codes : array (n, k)
     """
     xp = array_namespace(rows)
-    gram = codes.T @ codes
+    gram = transposed_product(codes, codes)
     energy = xp.linalg.diagonal(gram)
     scale = xp.where(energy > 0, energy, xp.ones_like(energy)) ** -0.5
     gram = gram * scale[:, None] * scale[None, :]
     # the row of an unused atom is zero: a one on its diagonal makes the solve return zero for it
     ridge = xp.where(energy > 0, xp.full_like(energy, 10 * float(xp.finfo(rows.dtype).eps)), xp.ones_like(energy))
     gram = gram + diagonal_matrix(ridge)
-    dictionary = solve_spd(gram, (codes.T @ rows) * scale[:, None]) * scale[:, None]
+    dictionary = spd_solver(gram)(transposed_product(codes, rows) * scale[:, None]) * scale[:, None]
     dictionary, norms = unit_rows(dictionary)
     return dictionary, codes * norms[None, :]
 
@@ -200,12 +219,19 @@ class Rounds:
         Stop when a round lowers the error by less than this share of it.
     log : callable, optional
         Called with one line a round.
+    max_seconds : float, optional
+        No round starts after so many seconds; the result then depends on the machine.
     """
 
-    def __init__(self, max_iter: int, tol: float, log: Callable[[str], None] | None) -> None:
+    def __init__(
+        self, max_iter: int, tol: float, log: Callable[[str], None] | None, max_seconds: float | None = None
+    ) -> None:
         if max_iter < 0:
             raise ValueError(f"max_iter must not be negative, got {max_iter}")
+        if max_seconds is not None and max_seconds <= 0:
+            raise ValueError(f"max_seconds must be positive, got {max_seconds}")
         self.max_iter = max_iter
+        self.max_seconds = max_seconds
         self.tol = tol
         self.history: list[dict[str, Any]] = []
         self._log = log
@@ -238,6 +264,11 @@ class Rounds:
                 f"iter {iteration}/{self.max_iter} rel_err {relative_error:.5f} redrawn {n_redrawn} {seconds:.1f}s"
             )
         return relative_error <= best
+
+    @property
+    def time_spent(self) -> float:
+        """Share of the seconds allowed that has passed; 0 where there is no limit."""
+        return 0.0 if self.max_seconds is None else (time.perf_counter() - self._started) / self.max_seconds
 
     @property
     def settled(self) -> bool:

@@ -12,7 +12,8 @@ import numpy as np
 
 from cospadi.solvers import SOLVERS
 from cospadi.solvers._arrays import Array, array_namespace, is_torch_array
-from cospadi.solvers._rounds import as_rows, initial
+from cospadi.solvers._rounds import as_rows, check_support, initial
+from cospadi.solvers._threads import one_blas_thread, over_rows
 from cospadi.solvers.htp import largest_eigenvalue, pursue
 from cospadi.solvers.least_squares import conjugate_gradients, restricted
 from cospadi.solvers.starts import threshold
@@ -20,6 +21,7 @@ from cospadi.solvers.starts import threshold
 ALGORITHMS = ("omp", "htp", "threshold")
 
 
+@one_blas_thread
 def sparse_encode(
     target: Array,
     dictionary: Array,
@@ -28,6 +30,7 @@ def sparse_encode(
     algorithm: str = "omp",
     gram: Array | None = None,
     codes_init: Array | None = None,
+    support: str = "bitmask",
     max_iter: int = 20,
     polish: bool = False,
     batch_columns: int = 8192,
@@ -49,6 +52,8 @@ def sparse_encode(
         ``dictionary.T @ dictionary`` where it is known.
     codes_init : array or tensor (k, n), optional
         Warm start. ``omp`` takes its atoms first; ``htp`` starts there; ``threshold`` has no use for it.
+    support : {"bitmask", "2:4"}
+        Any atoms, or two of every four in a row (``htp`` and ``threshold``).
     max_iter : int
         Rounds of ``htp``. A column keeps its codes of least error.
     polish : bool
@@ -73,6 +78,9 @@ def sparse_encode(
     if getattr(dictionary, "ndim", None) != 2:
         raise ValueError(f"dictionary must be a matrix (d, k), got shape {getattr(dictionary, 'shape', None)}")
     n_atoms = dictionary.shape[1]
+    check_support(support, n_atoms, n_nonzero_coefs)
+    if support != "bitmask" and algorithm == "omp":
+        raise ValueError(f"algorithm omp chooses any atoms; support {support} needs htp or threshold")
     rows, scale = as_rows(target, n_atoms, n_nonzero_coefs)
     n, d = rows.shape
     atoms = initial(dictionary, rows, (d, n_atoms), "dictionary")
@@ -84,24 +92,32 @@ def sparse_encode(
 
         codes = encode_rows(rows, atoms, n_nonzero_coefs, gram=gram, codes_init=codes, batch_columns=batch_columns)
     elif algorithm == "htp":
-        codes = _htp(rows, atoms, gram, codes, n_nonzero_coefs, max_iter)
+        if codes is None:
+            codes = array_namespace(rows).zeros((n, n_atoms), dtype=rows.dtype, device=rows.device)
+        codes = over_rows(lambda y, c: _htp(y, atoms, gram, c, n_nonzero_coefs, max_iter, support), rows, codes)
     else:
-        codes = threshold(rows, atoms, n_nonzero_coefs)
+        codes = threshold(rows, atoms, n_nonzero_coefs, support)
     if polish:
         codes = restricted(rows, atoms, codes)
     return as_torch(codes.T * scale)
 
 
-def _htp(rows: Array, atoms: Array, gram: Array, codes: Array | None, n_nonzero_coefs: int, max_iter: int) -> Array:
+def _htp(
+    rows: Array,
+    atoms: Array,
+    gram: Array,
+    codes: Array,
+    n_nonzero_coefs: int,
+    max_iter: int,
+    support: str,
+) -> Array:
     """Hard-thresholding pursuit with the step shrinking from 6 to 1 over ``||D^T D||``; the best codes of each row."""
     xp = array_namespace(rows)
-    if codes is None:
-        codes = xp.zeros((rows.shape[0], atoms.shape[0]), dtype=rows.dtype, device=rows.device)
     best, best_error = codes, None
     bound = largest_eigenvalue(gram)
     for iteration in range(max_iter if bound > 0 else 0):
         step = 6 ** (1 - iteration / max(1, max_iter - 1)) / bound
-        codes = pursue(gram, codes, (rows - codes @ atoms) @ atoms.T, n_nonzero_coefs, step, 3)
+        codes = pursue(gram, codes, (rows - codes @ atoms) @ atoms.T, n_nonzero_coefs, step, 3, support=support)
         residual = rows - codes @ atoms
         error = xp.sum(residual * residual, axis=1)
         if best_error is None:

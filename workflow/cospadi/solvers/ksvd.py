@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from cospadi.solvers import Solution
-from cospadi.solvers._arrays import Array, array_namespace, is_torch_array, leading_rows
+from cospadi.solvers._arrays import Array, array_namespace, is_torch_array, leading_rows, row_dots
 from cospadi.solvers._rounds import (
     Rounds,
     as_rows,
@@ -19,12 +19,17 @@ from cospadi.solvers._rounds import (
     total_norm,
     unit_rows,
 )
+from cospadi.solvers._threads import one_blas_thread
+from cospadi.solvers.least_squares import conjugate_gradients
 from cospadi.solvers.omp import encode_rows
 from cospadi.solvers.starts import random_columns
 
-ATOM_UPDATES = ("power", "svd", "mod")
+# Conjugate gradient steps on the codes of a block: they are few and start near.
+_BLOCK_STEPS = 4
+ATOM_UPDATES = ("power", "block", "svd", "mod")
 
 
+@one_blas_thread
 def learn(
     target: Array,
     *,
@@ -35,9 +40,11 @@ def learn(
     codes_init: Array | None = None,
     max_iter: int = 60,
     tol: float = 1e-4,
+    max_seconds: float | None = None,
     log: Callable[[str], None] | None = None,
     atom_update: str = "power",
     n_power_iterations: int = 8,
+    block_atoms: int = 16,
     polish: bool = False,
     batch_columns: int = 8192,
 ) -> Solution:
@@ -59,12 +66,16 @@ def learn(
         Rounds; 60 in the paper.
     tol : float
         Stop when a round changes the relative error by less than this share of it.
+    max_seconds : float, optional
+        No round starts after so many seconds.
     log : callable, optional
-    atom_update : {"power", "svd", "mod"}
+    atom_update : {"power", "block", "svd", "mod"}
         Rank-1 fit of an atom's residual by power iterations (the paper's choice) or exactly, atom by atom, codes
-        included; or all atoms at once in closed form, codes kept (method of optimal directions).
+        included; power iterations of `block_atoms` atoms at a time, which are matrix products and what a GPU
+        needs; or all atoms at once in closed form, codes kept (method of optimal directions).
     n_power_iterations : int
         8 in the paper.
+    block_atoms : int
     polish : bool
         Solve the codes exactly on their final supports, in double precision (the paper does not).
     batch_columns : int
@@ -80,7 +91,7 @@ def learn(
     n, d = rows.shape
     xp = array_namespace(rows)
     rng = generator(random_state)
-    rounds = Rounds(max_iter, tol, log)
+    rounds = Rounds(max_iter, tol, log, max_seconds)
     norm = total_norm(rows)
 
     atoms = initial(dictionary_init, rows, (d, n_atoms), "dictionary_init")
@@ -95,12 +106,14 @@ def learn(
     rounds.record(total_norm(residual) / norm if norm else 0.0)
     best = atoms, codes
     for _ in range(max_iter):
-        if norm == 0 or rounds.settled:
+        if norm == 0 or rounds.settled or rounds.time_spent >= 1:
             break
         atoms, codes, n_redrawn = redraw(atoms, codes, residual, rng)
         codes = encode_rows(rows, atoms, n_nonzero_coefs, batch_columns=batch_columns)
         if atom_update == "mod":
             atoms, codes = ridge_dictionary(rows, codes)
+        elif atom_update == "block":
+            atoms, codes = _sweep_blocks(rows - codes @ atoms, atoms, codes, n_power_iterations, block_atoms)
         else:
             residual = rows - codes @ atoms
             atoms = xp.asarray(atoms, copy=True)
@@ -135,3 +148,37 @@ def _sweep(residual: Array, atoms: Array, codes: Array, atom_update: str, n_powe
         residual += code[:, None] * old[None, :] - new_code[:, None] * new[None, :]
         atoms[atom] = new
         codes[:, atom] = new_code
+
+
+def _sweep_blocks(
+    residual: Array, atoms: Array, codes: Array, n_power_iterations: int, block_atoms: int
+) -> tuple[Array, Array]:
+    """Update the atoms a block at a time: directions side by side, then the block's codes together.
+
+    Atoms of a block see the same residual, so two may turn to the same direction; the least-squares codes of the
+    block decide between them. Where the block ends no better than it was, its atoms stay and only their codes move.
+    """
+    xp = array_namespace(residual)
+    atoms, codes = xp.asarray(atoms, copy=True), xp.asarray(codes, copy=True)
+    for begin in range(0, atoms.shape[0], block_atoms):
+        part = slice(begin, begin + block_atoms)
+        old, code = atoms[part], codes[:, part]
+        used = code != 0
+        new = old
+        for _ in range(n_power_iterations):
+            along = (residual @ new.T + code * row_dots(old, new)[None, :]) * used
+            new = unit_rows(along.T @ residual + row_dots(along.T, code.T)[:, None] * old)[0]
+        # an atom that no row uses stays
+        new = xp.where((row_dots(new, new) > 0)[:, None], new, old)
+        whole = residual + code @ old
+        before = total_norm(residual)
+        for block in (new, old):
+            start = code * row_dots(old, block)[None, :]
+            gradient = whole @ block.T - start @ (block @ block.T)
+            refit = conjugate_gradients(block @ block.T, start, gradient, used, _BLOCK_STEPS)
+            left = whole - refit @ block
+            if total_norm(left) <= before:
+                residual = left
+                atoms[part], codes[:, part] = block, refit
+                break
+    return atoms, codes

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from cospadi.solvers._arrays import Array, array_namespace, is_torch_array
+from cospadi.solvers._threads import n_threads
 from cospadi.solvers.least_squares import solve_supports
 
 # Columns a task of the compiled kernel works on: enough to amortise its buffers, few enough to balance threads.
 _COLUMNS_A_TASK = 16
 # Largest correlation left with an atom taken, as a share of the largest at the start.
 CHECK = 1e-4
-
-
-def n_threads() -> int:
-    """Threads of the compiled kernels: ``numba.set_num_threads``, capped by ``OMP_NUM_THREADS``."""
-    import numba
-
-    limit = os.environ.get("OMP_NUM_THREADS", "")
-    return min(numba.get_num_threads(), int(limit)) if limit.isdigit() and int(limit) > 0 else numba.get_num_threads()
 
 
 def encode_rows(

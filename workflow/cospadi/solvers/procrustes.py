@@ -8,10 +8,12 @@ import numpy as np
 
 from cospadi.solvers import Solution
 from cospadi.solvers._arrays import Array, leading_rows, orthonormal_rows
-from cospadi.solvers._rounds import Rounds, as_rows, finish, initial, total_norm
-from cospadi.solvers.starts import nearest_orthonormal, threshold
+from cospadi.solvers._rounds import Rounds, as_rows, check_support, finish, initial, total_norm
+from cospadi.solvers._threads import one_blas_thread, over_rows, transposed_product
+from cospadi.solvers.starts import nearest_orthonormal, spread, threshold
 
 
+@one_blas_thread
 def learn(
     target: Array,
     *,
@@ -22,7 +24,9 @@ def learn(
     codes_init: Array | None = None,
     max_iter: int = 20,
     tol: float = 0.0,
+    max_seconds: float | None = None,
     log: Callable[[str], None] | None = None,
+    support: str = "bitmask",
 ) -> Solution:
     """Alternate ``S = top-s of D^T target`` and ``D = U V^T`` of the SVD of ``target S^T``.
 
@@ -43,7 +47,11 @@ def learn(
         Rounds; the paper's default is 20.
     tol : float
         Stop when a round lowers the relative error by less than this share of it.
+    max_seconds : float, optional
+        No round starts after so many seconds.
     log : callable, optional
+    support : {"bitmask", "2:4"}
+        Any atoms, or two of every four in a row, `n_atoms` a multiple of 4 and `n_nonzero_coefs` half of it.
 
     Returns
     -------
@@ -60,26 +68,29 @@ def learn(
     n, d = rows.shape
     given_dictionary = initial(dictionary_init, rows, (d, n_atoms), "dictionary_init")
     given_codes = initial(codes_init, rows, (n_atoms, n), "codes_init", scale)
-    rounds = Rounds(max_iter, tol, log)
+    check_support(support, n_atoms, n_nonzero_coefs)
+    rounds = Rounds(max_iter, tol, log, max_seconds)
     norm = total_norm(rows)
 
     if given_codes is not None:
-        atoms = orthonormal_rows(given_codes.T @ rows)
+        atoms = orthonormal_rows(transposed_product(given_codes, rows))
     elif given_dictionary is not None:
         atoms = orthonormal_rows(given_dictionary)
     else:
         atoms = leading_rows(rows, n_atoms)
-    codes = threshold(rows, atoms, n_nonzero_coefs)
+        if support == "2:4":
+            atoms, _ = spread(atoms, rows @ atoms.T)
+    codes = threshold(rows, atoms, n_nonzero_coefs, support)
     rounds.record(_error(rows, atoms, codes, norm))
     for _ in range(max_iter):
-        if rounds.settled:
+        if rounds.settled or rounds.time_spent >= 1:
             break
         new_atoms = nearest_orthonormal(rows, atoms, codes)
-        new_codes = threshold(rows, new_atoms, n_nonzero_coefs)
+        new_codes = threshold(rows, new_atoms, n_nonzero_coefs, support)
         if rounds.record(_error(rows, new_atoms, new_codes, norm)):
             atoms, codes = new_atoms, new_codes
     return finish(rows, scale, atoms, codes, rounds, polish=False)
 
 
 def _error(rows: Array, atoms: Array, codes: Array, norm: float) -> float:
-    return total_norm(rows - codes @ atoms) / norm if norm else 0.0
+    return total_norm(over_rows(lambda y, c: y - c @ atoms, rows, codes)) / norm if norm else 0.0

@@ -12,9 +12,12 @@ from cospadi.solvers._arrays import (
     leading_rows,
     orthonormal_rows,
     row_dots,
-    top_mask,
+    support_mask,
 )
 from cospadi.solvers._rounds import total_norm, unit_rows
+from cospadi.solvers._threads import over_rows, transposed_product
+
+STARTS = ("random", "spectral", "spectral_original", "procrustes")
 
 
 def random_columns(rows: Array, n_atoms: int, rng: np.random.Generator) -> Array:
@@ -72,13 +75,25 @@ def nearest_orthonormal(rows: Array, dictionary: Array, codes: Array) -> Array:
 
     The codes leave atoms that no row uses undetermined; a millionth of the old dictionary decides that they stay.
     """
-    return orthonormal_rows(codes.T @ rows + 1e-6 * total_norm(rows) * dictionary)
+    return orthonormal_rows(transposed_product(codes, rows) + 1e-6 * total_norm(rows) * dictionary)
 
 
-def threshold(rows: Array, dictionary: Array, n_nonzero_coefs: int) -> Array:
+def threshold(rows: Array, dictionary: Array, n_nonzero_coefs: int, support: str = "bitmask") -> Array:
     """The largest inner products with the atoms of every row: the exact codes of an orthonormal dictionary."""
-    codes = rows @ dictionary.T
-    return codes * top_mask(codes, n_nonzero_coefs)
+
+    def largest(piece: Array) -> Array:
+        codes = piece @ dictionary.T
+        return codes * support_mask(codes, n_nonzero_coefs, support)
+
+    return over_rows(largest, rows)
+
+
+def spread(atoms: Array, codes: Array) -> tuple[Array, Array]:
+    """Order atoms so that every four hold one of each quarter by strength of codes: strong ones should not compete."""
+    energy = to_numpy(row_dots(codes.T, codes.T))
+    order = np.argsort(-energy, kind="stable").reshape(4, -1).T.ravel()
+    order = from_numpy(order, codes)
+    return atoms[order], codes[:, order]
 
 
 def extend(rows: Array, dictionary: Array, codes: Array, n_atoms: int, rng: np.random.Generator) -> tuple[Array, Array]:
@@ -120,22 +135,71 @@ def spectral_original(weight: Array, whitening: Array, n_atoms: int) -> Array:
     return unit_rows(leading_rows(weight.T, n_atoms) @ whitening.T)[0].T
 
 
-def warm(dictionary: Array, codes: Array, n_atoms: int) -> Array:
-    """Start from the dictionary of another ratio of the same matrix: its atoms of greatest energy.
+def dictionary_start(
+    name: str,
+    target: Array,
+    n_atoms: int,
+    n_nonzero_coefs: int,
+    *,
+    weight: np.ndarray,
+    factor: np.ndarray,
+    random_state: int | np.random.Generator = 42,
+) -> Array:
+    """First dictionary by the name of a start, for `dictionary_init` of a solver.
 
     Parameters
     ----------
-    dictionary : array (d, k), unit columns
-    codes : array (k, n)
-    n_atoms : int
-        At most k: start from the lower ratio, which has more atoms.
+    name : {"random", "spectral", "spectral_original", "procrustes"}
+    target : array (d, n)
+        Whitened weight ``L W``.
+    n_atoms, n_nonzero_coefs : int
+    weight : ndarray (d, n)
+        Before whitening.
+    factor : ndarray (d, d)
+        ``L``.
+    random_state : int or Generator
 
     Returns
     -------
     dictionary : array (d, n_atoms)
     """
-    if n_atoms > dictionary.shape[1]:
-        raise ValueError(f"n_atoms must be at most the {dictionary.shape[1]} atoms given, got {n_atoms}")
-    energy = to_numpy(row_dots(codes, codes))
-    kept = np.sort(np.argsort(-energy, kind="stable")[:n_atoms])
-    return dictionary[:, from_numpy(kept, dictionary)]
+    rng = np.random.default_rng(random_state)
+    rows = target.T
+    if name == "random":
+        return random_columns(rows, n_atoms, rng).T
+    if name == "spectral_original":
+        n_directions = min(n_atoms, *weight.shape)
+        first = from_numpy(spectral_original(weight, factor, n_directions), target).T
+        return extend(rows, first, threshold(rows, first, min(n_nonzero_coefs, n_directions)), n_atoms, rng)[0].T
+    start = {"spectral": spectral, "procrustes": procrustes}[name]
+    return start(rows, n_atoms, n_nonzero_coefs, rng)[0].T
+
+
+def warm_start(
+    target: Array, dictionary: Array, codes: Array, n_atoms: int, *, random_state: int | np.random.Generator = 42
+) -> tuple[Array, Array]:
+    """Start from factors of the same matrix with more or fewer atoms.
+
+    Too many: those of greatest energy stay. Too few: :func:`extend` adds to them.
+
+    Parameters
+    ----------
+    target : array (d, n)
+    dictionary : array (d, k)
+        In the space of the target; of any norm.
+    codes : array (k, n)
+    n_atoms : int
+
+    Returns
+    -------
+    dictionary : array (d, n_atoms)
+    codes : array (n_atoms, n)
+    """
+    atoms, norms = unit_rows(dictionary.T)
+    rows = codes.T * norms[None, :]
+    if n_atoms <= atoms.shape[0]:
+        energy = to_numpy(row_dots(rows.T, rows.T))
+        kept = from_numpy(np.sort(np.argsort(-energy, kind="stable")[:n_atoms]), atoms)
+        return atoms[kept].T, rows[:, kept].T
+    atoms, rows = extend(target.T, atoms, rows, n_atoms, np.random.default_rng(random_state))
+    return atoms.T, rows.T
