@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from cospadi.stage import has_gpu
+
 ROOT = Path(__file__).resolve().parent.parent
+RECORDS = ROOT / "results" / "benchmarks"
 GRAMS = ROOT / "results" / "demo" / "gram"
 
 
@@ -19,11 +22,17 @@ def main() -> int:
     models = sorted((ROOT / "resources" / "models").glob("*/config.json"))
     if (GRAMS / "layer_15.h5").exists() and len(models) == 1:
         command += ["--model", str(models[0].parent), "--gram", str(GRAMS)]
-    command += ["--output", str(ROOT / "results" / "benchmarks" / "solvers.jsonl"), *sys.argv[1:]]
+    command += ["--output", str(RECORDS / "solvers.jsonl"), *sys.argv[1:]]
     status = subprocess.run(command, env=environment, check=False).returncode
     if status == 0 and "--gram" in command:
-        command = [sys.executable, str(ROOT / "benchmarks" / "ksvd_against_htp.py"), "--model", str(models[0].parent)]
-        status = subprocess.run([*command, "--run", str(GRAMS.parent)], env=environment, check=False).returncode
+        run = ["--model", str(models[0].parent), "--run", str(GRAMS.parent)]
+        drawn = ["--output", str(RECORDS / "learning.jsonl"), "--plot", str(RECORDS / "learning.png")]
+        for program, more in (("ksvd_against_htp.py", []), ("learning.py", drawn)):
+            command = [sys.executable, str(ROOT / "benchmarks" / program), *run, *more]
+            status = status or subprocess.run(command, env=environment, check=False).returncode
+    if status == 0 and has_gpu():
+        command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--output", str(RECORDS / "gpu.jsonl")]
+        status = subprocess.run(command, check=False).returncode
     return status
 
 

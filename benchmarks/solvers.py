@@ -20,6 +20,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+from roofline import gemm_gflops, htp_gflop, timed
 from sklearn.linear_model import orthogonal_mp_gram
 
 from cospadi.budget import sparse_shape
@@ -27,7 +28,8 @@ from cospadi.files import ModelFolder
 from cospadi.gram import read_gram, whitening_factor
 from cospadi.solvers import SOLVERS
 from cospadi.solvers._rounds import as_rows
-from cospadi.solvers.omp import encode_rows, n_threads
+from cospadi.solvers._threads import n_threads
+from cospadi.solvers.omp import encode_rows
 
 SHAPES = {"q_proj": (576, 576), "gate_proj": (576, 1536), "down_proj": (1536, 576)}
 LAYERS = {"q_proj": 3, "gate_proj": 15, "down_proj": 15}
@@ -91,19 +93,6 @@ def shape_at(shape: tuple[int, int], ratio: float) -> tuple[int, int]:
     """k and s at rho = 2 with 16-bit values and a 1-bit mask."""
     found = sparse_shape(*shape, ratio=ratio, rho=2.0, value_codec="bf16")
     return found.n_atoms, found.n_nonzero_coefs
-
-
-def gemm_gflops(size: int = 1024, repeats: int = 5) -> float:
-    """Speed of the float32 product that bounds every solver here."""
-    a = np.random.default_rng(0).standard_normal((size, size)).astype(np.float32)
-    return 2 * size**3 / min(timed(lambda: a @ a)[0] for _ in range(repeats)) / 1e9
-
-
-def timed(run: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds and result."""
-    started = time.perf_counter()
-    result = run()
-    return time.perf_counter() - started, result
 
 
 def error_of(target: np.ndarray, dictionary: np.ndarray, codes: np.ndarray) -> float:
@@ -193,13 +182,6 @@ def learning(target: np.ndarray, k: int, s: int, repeats: int, n_rounds: int, ge
         }
     )
     return rows
-
-
-def htp_gflop(d: int, n: int, k: int, n_rounds: int, cg_steps: int = 3) -> float:
-    """Floating-point operations of the matrix products in the rounds of the default solver, in 1e9."""
-    codes = 2 * k * k * n * (1 + cg_steps) + 2 * d * k * n
-    dictionary = k * k * (d + n) + 4 * d * k * n + k**3 / 3 + 2 * k * k * d
-    return n_rounds * (codes + dictionary) / 1e9
 
 
 def side_by_side(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, tuple[float, Any]]:

@@ -1,12 +1,14 @@
 """Learning and quantizing one unit: what the two stages write, from files to files."""
 
 import json
+import time
 
 import h5py
 import numpy as np
 import pytest
 
-from cospadi.errors import ConfigError, NumericalError
+from cospadi.budget import sparse_shape
+from cospadi.errors import ArtifactError, ConfigError, NumericalError
 from cospadi.factorization import tensor_names, unpack
 from cospadi.files import BFLOAT16, TensorFile, read_json, write_json, write_tensors
 from cospadi.learning import learn_unit, shared_problems
@@ -31,7 +33,10 @@ def unit(tmp_path_factory):
         layers.append(
             {
                 "sites": [
-                    {"name": site, "matrices": [{"name": f"{prefix}.{name}"} for name in names]}
+                    {
+                        "name": site,
+                        "matrices": [{"name": f"{prefix}.{name}", "shape": list(SHAPES[name])} for name in names],
+                    }
                     for site, names in SITES
                 ]
             }
@@ -49,7 +54,7 @@ def unit(tmp_path_factory):
     return folder, {"layers": layers}, grams
 
 
-def run(unit, tmp_path, layers, **variant):
+def run(unit, tmp_path, layers, *, warm_factors=None, **variant):
     folder, structure, grams = unit
     variant = {"ratio": 0.3, "codes": {"value_bits": 16, "rounding": "nearest"}, **variant}
     arguments = folder, structure, [grams[layer] for layer in layers]
@@ -59,6 +64,7 @@ def run(unit, tmp_path, layers, **variant):
         variant,
         output=tmp_path / "factors.safetensors",
         diagnostics=tmp_path / "factors.json",
+        warm_factors=warm_factors,
         log=lambda line: None,
     )
     quantize_unit(
@@ -194,3 +200,93 @@ def test_diagnostics_are_plain_json(unit, tmp_path):
     errors = [entry["relative_error"] for entry in history]
     assert len(errors) >= 2
     assert errors == sorted(errors, reverse=True)
+
+
+def total_error(unit, learned, names):
+    """Squared error on the calibration data of several matrices together, as a share of their outputs."""
+    folder, _, grams = unit
+    weights = TensorFile(folder / "model.safetensors")
+    lost = kept = 0.0
+    for name in names:
+        layer = int(name.split(".")[2])
+        with h5py.File(grams[layer]) as file:
+            gram = file["mlp/gram"][()]
+        weight = weights.read(f"{name}.weight").astype(np.float64).T
+        output = np.trace(weight.T @ gram @ weight)
+        kept += output
+        lost += learned["matrices"][name]["relative_error"] ** 2 * output
+    return (lost / kept) ** 0.5
+
+
+def test_a_group_in_everyones_own_metric_fits_better_than_in_the_mean(unit, tmp_path):
+    names = [f"model.layers.{layer}.gate_proj" for layer in (0, 1)]
+    errors = {}
+    for metric in ("mean", "exact"):
+        (tmp_path / metric).mkdir()
+        options = {"share": ["gate_proj"], "group_metric": metric, "max_iter": 10}
+        codes, learned, _ = run(unit, tmp_path / metric, [0, 1], method="cospadi", **options)
+        errors[metric] = total_error(unit, learned, names)
+        tensors = [codes.metadata["matrices"][name]["dictionary"]["tensor"] for name in names]
+        assert tensors == ["model.layers.0.gate_proj.dictionary"] * 2
+    assert errors["exact"] < 0.99 * errors["mean"]
+    assert learned["matrices"][names[0]]["history_exact"][-1]["relative_error"] == pytest.approx(
+        errors["exact"], rel=1e-3
+    )
+
+
+def test_one_input_needs_no_metric_of_its_own(unit, tmp_path):
+    results = []
+    for metric in ("mean", "exact"):
+        (tmp_path / metric).mkdir()
+        options = {"share_within": [["gate_proj", "up_proj"]], "group_metric": metric, "max_iter": 3}
+        run(unit, tmp_path / metric, [0], method="cospadi", **options)
+        results.append(TensorFile(tmp_path / metric / "factors.safetensors").read("model.layers.0.up_proj.values"))
+    np.testing.assert_array_equal(*results)
+
+
+def test_rho_auto_takes_the_best_of_its_grid(unit, tmp_path):
+    _, learned, _ = run(unit, tmp_path, [0], method="cospadi", rho="auto", max_iter=8)
+    for report in learned["matrices"].values():
+        searched = {float(rho): error for rho, error in report["rho_search"].items()}
+        best = min(searched, key=searched.__getitem__)
+        assert len(searched) >= 3
+        assert report["n_atoms"] == sparse_shape(*report["shape"], ratio=0.3, rho=best).n_atoms
+        assert report["history"][-1]["relative_error"] == pytest.approx(searched[best], rel=1e-6)
+    compot = run(unit, tmp_path, [0], method="compot", rho="auto", max_iter=3)[1]["matrices"]
+    assert all(report["n_atoms"] <= min(report["shape"]) for report in compot.values())
+
+
+@pytest.mark.parametrize("method", ["cospadi", "compot"])
+def test_two_of_four_from_learning_to_file(unit, tmp_path, method):
+    codes, learned, quantized = run(unit, tmp_path, [0], method=method, support="2:4")
+    for name, spec in codes.metadata["matrices"].items():
+        assert spec["codes"]["support"] == "2:4"
+        mask = read(codes, name).codes != 0
+        assert (mask.reshape(-1, 4, mask.shape[1]).sum(1) <= 2).all()
+        assert quantized["matrices"][name]["nbytes"] <= 0.7 * quantized["matrices"][name]["dense_nbytes"]
+        assert quantized["matrices"][name]["relative_error"] < learned["matrices"][name]["relative_error"] + 0.01
+
+
+def test_a_warm_start_begins_where_the_other_variant_ended(unit, tmp_path):
+    (tmp_path / "first").mkdir()
+    _, first, _ = run(unit, tmp_path / "first", [0], method="cospadi")
+    (tmp_path / "again").mkdir()
+    start = tmp_path / "first" / "factors.safetensors"
+    _, again, _ = run(
+        unit, tmp_path / "again", [0], method="cospadi", warm_factors=start, warm_start="first", max_iter=1
+    )
+    for name, report in again["matrices"].items():
+        end = first["matrices"][name]["history"][-1]["relative_error"]
+        assert report["history"][0]["relative_error"] == pytest.approx(end, rel=0.01)
+    (tmp_path / "more").mkdir()
+    with pytest.raises(ArtifactError, match=r"has no factors of model\.layers\.1\.q_proj"):
+        run(unit, tmp_path / "more", [1], method="cospadi", warm_factors=start, warm_start="first")
+
+
+def test_a_layer_keeps_to_its_seconds(unit, tmp_path):
+    started = time.perf_counter()
+    _, learned, _ = run(unit, tmp_path, [0], method="cospadi", max_iter=1_000_000, tol=0, max_seconds=0.5)
+    assert 0.4 < learned["seconds"] < 5
+    assert time.perf_counter() - started < 20
+    rounds = {name.rsplit(".", 1)[1]: len(report["history"]) for name, report in learned["matrices"].items()}
+    assert all(2 < count < 100_000 for count in rounds.values())

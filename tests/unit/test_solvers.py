@@ -508,3 +508,27 @@ def test_torch_takes_the_other_atom_updates(update):
     ours = SOLVERS["ksvd"](target, **shared)
     theirs = SOLVERS["ksvd"](torch.from_numpy(target), **shared)
     np.testing.assert_allclose((theirs.dictionary @ theirs.codes).numpy(), ours.dictionary @ ours.codes, atol=1e-7)
+
+
+def test_torch_takes_the_same_path_with_several_metrics_and_blocks_of_atoms():
+    torch = pytest.importorskip("torch")
+    targets = [correlated_target(d=24, n=60, seed=seed).astype(np.float64) for seed in (0, 1)]
+    metrics = metrics_about_the_identity(24, 2)
+    rng = np.random.default_rng(0)
+    dictionary, codes = rng.standard_normal((24, 16)), rng.standard_normal((16, 60))
+    arguments = [targets, metrics, dictionary, [codes, codes]]
+
+    def learn(targets, metrics, dictionary, codes):
+        return multi_metric.learn(
+            targets, metrics, n_nonzero_coefs=16, dictionary_init=dictionary, codes_init=codes, max_iter=3
+        )
+
+    def tensors(value):
+        return [tensors(part) for part in value] if isinstance(value, list) else torch.from_numpy(value)
+
+    ours, theirs = learn(*arguments), learn(*map(tensors, arguments))
+    np.testing.assert_allclose(theirs.dictionary.numpy(), ours.dictionary, atol=1e-6)
+    target = correlated_target().astype(np.float64)
+    shape = {"n_atoms": 24, "n_nonzero_coefs": 8, "atom_update": "block", "max_iter": 3}
+    ours, theirs = (SOLVERS["ksvd"](array, **shape) for array in (target, torch.from_numpy(target)))
+    np.testing.assert_allclose(theirs.codes.numpy(), ours.codes, atol=1e-6)

@@ -122,5 +122,6 @@ def _check(weight: Any, gram: Any, method: str, ratio: float, bits: dict, roundi
             close = difflib.get_close_matches(name, allowed, n=1)
             hint = f"; did you mean {close[0]}?" if close else f"; allowed: {', '.join(allowed)}"
             faults.append(f"{name}: not an option of method {method}{hint}")
+        faults += METHODS[method].faults({**METHODS[method].defaults(), **options})
     if faults:
         raise ConfigError(faults, "factorize")

@@ -63,6 +63,7 @@ def sparse_shape(
     *,
     ratio: float,
     rho: float,
+    support: str = "bitmask",
     value_codec: str = "bf16",
     dictionary_codec: str = "bf16",
     group_size: int | None = GROUP_SIZE,
@@ -73,11 +74,12 @@ def sparse_shape(
     ``k = (1 - ratio) d_in d_out / (d_in + d_out / rho + d_out / 16)``; with 14-bit values and ``rho = 2`` it is the
     paper's Eq. 11, ``k = (1 - ratio) d_in d_out / (d_in + d_out / rho)``. Rounding to whole atoms and bytes is exact:
     the atoms are maximal, then the nonzeros are raised while a whole one more a column still fits.
+    Support ``"2:4"`` has a multiple of 4 atoms and half as many nonzeros, whatever `rho`.
 
     Raises
     ------
     ConfigError
-        If not even one atom with one nonzero fits.
+        If not even one atom with one nonzero fits (of ``"2:4"``, four with two).
     """
     allowed = (1 - ratio) * dense_nbytes(d_in, d_out)
 
@@ -87,24 +89,29 @@ def sparse_shape(
             d_out,
             n_atoms,
             n_nonzero_coefs * d_out,
-            support="bitmask",
+            support=support,
             value_codec=value_codec,
             dictionary_codec=dictionary_codec,
             group_size=group_size,
         )
+
+    quads = support == "2:4"
+    rho = 2.0 if quads else rho
+    step = 4 if quads else 1
 
     def coefs(n_atoms: int) -> int:
         return max(1, math.floor(n_atoms / rho))
 
     value_bytes = codec_bits(value_codec) / 8
     atom_bytes = codec_bits(dictionary_codec) / 8
-    n_atoms = math.ceil(allowed / (atom_bytes * d_in + value_bytes * d_out / rho + d_out / 8)) + 2
+    n_atoms = (math.ceil(allowed / (atom_bytes * d_in + value_bytes * d_out / rho + d_out / 8)) + 2) // step * step
     while n_atoms > 0 and nbytes(n_atoms, coefs(n_atoms)) > allowed:
-        n_atoms -= 1
-    if n_atoms == 0:
-        raise ConfigError([f"ratio {ratio} leaves {allowed:.0f} bytes of a {d_in}x{d_out} matrix: not one atom fits"])
+        n_atoms -= step
+    if n_atoms <= 0:
+        smallest = "four atoms fit" if quads else "one atom fits"
+        raise ConfigError([f"ratio {ratio} leaves {allowed:.0f} bytes of a {d_in}x{d_out} matrix: not {smallest}"])
     n_nonzero_coefs = coefs(n_atoms)
-    while n_nonzero_coefs < n_atoms and nbytes(n_atoms, n_nonzero_coefs + 1) <= allowed:
+    while not quads and n_nonzero_coefs < n_atoms and nbytes(n_atoms, n_nonzero_coefs + 1) <= allowed:
         n_nonzero_coefs += 1
     return SparseShape(n_atoms, n_nonzero_coefs)
 

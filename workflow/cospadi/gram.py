@@ -159,6 +159,10 @@ class Whitening:
         solution = scipy.linalg.solve_triangular(self.factor, dictionary.astype(np.float64), lower=False)
         return solution.astype(np.float32)
 
+    def unwhiten_right(self, matrix: np.ndarray) -> np.ndarray:
+        """``A L^{-1}`` of `matrix` A (m, d_in), by a triangular solve in float64: A, seen from the whitened space."""
+        return scipy.linalg.solve_triangular(self.factor, matrix.astype(np.float64).T, lower=False, trans="T").T
+
 
 def whitening_factor(gram: np.ndarray, *, eta: float = 0.0) -> Whitening:
     """Upper triangular ``L`` with ``L^T L = G``, by Cholesky in float64.

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from cospadi.codecs import storage_of
-from cospadi.errors import ConfigError, NumericalError
-from cospadi.factorization import Factorization
-from cospadi.files import ModelFolder, write_json, write_tensors
+from cospadi.errors import ArtifactError, ConfigError, NumericalError
+from cospadi.factorization import Factorization, tensor_names, unpack
+from cospadi.files import ModelFolder, TensorFile, write_json, write_tensors
 from cospadi.gram import Whitening, read_gram, relative_error, sites, whitening_factor
 from cospadi.methods import METHODS
 
@@ -23,16 +23,22 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Matrix:
-    """One target matrix: where its inputs are measured and what it is called."""
+    """One target matrix: where its inputs are measured, what it is called, and its shape (d_in, d_out)."""
 
     gram_file: Path
     site: str
     name: str
+    shape: tuple[int, int]
 
     @property
     def projection(self) -> str:
         """Last part of the name, ``q_proj``."""
         return self.name.rsplit(".", 1)[-1]
+
+    @property
+    def inputs(self) -> tuple[Path, str]:
+        """What its inputs are, equal for matrices that read the same ones."""
+        return self.gram_file, self.site
 
     def gram(self) -> np.ndarray:
         """Gram of the matrix's inputs."""
@@ -50,7 +56,7 @@ def matrices_of(structure: Mapping[str, Any], layers: Sequence[int], gram_files:
     for layer, gram_file in zip(layers, gram_files, strict=True):
         for site in structure["layers"][layer]["sites"]:
             for matrix in site["matrices"]:
-                yield Matrix(gram_file, site["name"], matrix["name"])
+                yield Matrix(gram_file, site["name"], matrix["name"], tuple(matrix["shape"]))
 
 
 def shared_problems(matrices: Sequence[Matrix], options: Mapping[str, Any]) -> list[list[Matrix]]:
@@ -90,13 +96,15 @@ def learn_unit(
     *,
     output: Path,
     diagnostics: Path,
+    warm_factors: Path | None = None,
     device: str = "cpu",
     log: Callable[[str], None] = print,
 ) -> None:
     """Learn every matrix of a unit and write ``factors`` (float32) and diagnostics.
 
     Matrices that share a dictionary are one problem: their weights side by side, in the metric of their mean Gram
-    (the paper's grouped variant); a shared dictionary is stored once, under the name of its first matrix.
+    (the paper's grouped variant), or each in its own where the method can (`Method.joint`); a shared dictionary is
+    stored once, under the name of its first matrix.
 
     Parameters
     ----------
@@ -111,6 +119,8 @@ def learn_unit(
         ``method``, ``ratio``, ``codes`` and the method's options.
     output, diagnostics : Path
         ``factors/<unit>.safetensors`` and ``.json``.
+    warm_factors : Path, optional
+        Factors of the same unit from another variant, to start from (option ``warm_start``).
 
     Raises
     ------
@@ -122,35 +132,53 @@ def learn_unit(
     method = METHODS[variant["method"]]
     options = method_options(variant)
     folder = ModelFolder(model_folder)
+    warm = None if warm_factors is None else TensorFile(warm_factors)
     tensors: dict[str, np.ndarray] = {}
     specs: dict[str, Any] = {}
     reports: dict[str, Any] = {}
     started = time.perf_counter()
-    whitening: Whitening | None = None
-    measured: set[tuple[Path, str]] = set()
-    for problem in shared_problems(list(matrices_of(structure, layers, gram_files)), options):
+    problems = shared_problems(list(matrices_of(structure, layers, gram_files)), options)
+    allowed = None if options.get("max_seconds") is None else options["max_seconds"] * len(layers)
+    held: dict[frozenset[tuple[Path, str]], Whitening] = {}
+    faults = [fault for problem in problems for fault in _width_faults(problem)]
+    if faults:
+        raise ConfigError(faults, "share")
+    for index, problem in enumerate(problems):
         problem_started = time.perf_counter()
         weights = [check_weight(folder.read_weight(m.name), f"{folder.path}: {m.name}.weight") for m in problem]
-        inputs = {(matrix.gram_file, matrix.site) for matrix in problem}
-        if whitening is None or inputs != measured:  # q, k and v follow each other and share theirs
-            whitening = whitening_of(mean_gram(problem), options, weights[0].shape[0])
-            measured = inputs
         names = [m.name for m in problem]
         label = " + ".join(names)
-        factorization = method.factorize(
-            np.concatenate(weights, axis=1),
-            whitening,
-            ratio=variant["ratio"],
-            storage=storage_of(variant["codes"]),
-            device=device,
-            log=lambda line, label=label: log(f"{label}: {line}"),
-            **method.own(options),
-        )
+        own = method.own(options)
+        if allowed is not None:
+            left = allowed - (problem_started - started)
+            own["max_seconds"] = max(1e-3, left * _cost(problem) / sum(map(_cost, problems[index:])))
+        if warm is not None:
+            own["warm"] = _read_side_by_side(warm, names)
+        arguments = {
+            "ratio": variant["ratio"],
+            "storage": storage_of(variant["codes"]),
+            "device": device,
+            "log": lambda line, label=label: log(f"{label}: {line}"),
+            **own,
+        }
+        joint = method.joint(options) if len(_inputs(problem)) > 1 else None
+        metrics = [problem] if joint is None else [[matrix] for matrix in problem]
+        # q, k and v follow each other and share a metric; of other metrics none stays in memory
+        held = {inputs: whitening for inputs, whitening in held.items() if inputs in map(_inputs, metrics)}
+        for matrices in metrics:
+            if _inputs(matrices) not in held:
+                held[_inputs(matrices)] = whitening_of(mean_gram(matrices), options, weights[0].shape[0])
+        if joint is None:
+            whitenings = [held[_inputs(problem)]] * len(problem)
+            factorization = method.factorize(np.concatenate(weights, axis=1), whitenings[0], **arguments)
+            parts = split_codes(factorization, [weight.shape[1] for weight in weights])
+        else:
+            whitenings = [held[_inputs([matrix])] for matrix in problem]
+            parts = joint(weights, whitenings, **arguments)
         seconds = time.perf_counter() - problem_started
-        parts = split_codes(factorization, [weight.shape[1] for weight in weights])
-        for matrix, weight, part in zip(problem, weights, parts, strict=True):
-            stored = replace(part, value_codec="float32", dictionary_codec="float32")
-            packed, specs[matrix.name] = stored.pack(matrix.name, dictionary=f"{names[0]}.dictionary")
+        for matrix, weight, part, whitening in zip(problem, weights, parts, whitenings, strict=True):
+            stored = part.with_storage(value_codec="float32", dictionary_codec="float32")
+            packed, specs[matrix.name] = stored.pack(matrix.name, dictionary=part.tensor or f"{names[0]}.dictionary")
             tensors.update(packed)
             approximation = part.reconstruct()
             report = {
@@ -184,19 +212,44 @@ def learn_unit(
     )
 
 
+def _inputs(matrices: Sequence[Matrix]) -> frozenset[tuple[Path, str]]:
+    return frozenset(matrix.inputs for matrix in matrices)
+
+
+def _width_faults(problem: Sequence[Matrix]) -> Iterator[str]:
+    for matrix in problem:
+        if matrix.shape[0] != problem[0].shape[0]:
+            widths = f"{problem[0].shape[0]} and {matrix.shape[0]} inputs"
+            yield f"{problem[0].name} and {matrix.name} cannot share a dictionary: {widths}"
+
+
+def _cost(problem: Sequence[Matrix]) -> int:
+    """What learning a problem costs, in units of its own: products of a dictionary with the weights."""
+    d_in, d_out = problem[0].shape[0], sum(matrix.shape[1] for matrix in problem)
+    return d_in * d_out * min(d_in, d_out)
+
+
+def _read_side_by_side(factors: TensorFile, names: Sequence[str]) -> Factorization:
+    """Learned factors of the matrices of a problem as one matrix, with the dictionary of the first.
+
+    Raises
+    ------
+    ArtifactError
+        If a matrix is not in the file.
+    """
+    found = []
+    for name in names:
+        spec = factors.metadata["matrices"].get(name)
+        if spec is None:
+            raise ArtifactError(factors.path, f"has no factors of {name}", "Name another variant as warm_start")
+        found.append(unpack({tensor: factors.read(tensor) for tensor in tensor_names(name, spec)}, spec, name))
+    return replace(found[0], codes=np.concatenate([part.codes for part in found], axis=1))
+
+
 def mean_gram(problem: Sequence[Matrix]) -> np.ndarray:
     """Mean Gram of the distinct sites of a problem, the paper's metric of a group."""
-    distinct = {(matrix.gram_file, matrix.site): matrix for matrix in problem}
-    total: np.ndarray | None = None
-    for matrix in distinct.values():
-        gram = matrix.gram()
-        if total is not None and gram.shape != total.shape:
-            raise ConfigError(
-                [f"{problem[0].name} and {matrix.name} cannot share a dictionary: {len(total)} and {len(gram)} inputs"],
-                "share",
-            )
-        total = gram if total is None else total + gram
-    return total / len(distinct)
+    distinct = {matrix.inputs: matrix for matrix in problem}
+    return sum(matrix.gram() for matrix in distinct.values()) / len(distinct)
 
 
 def split_codes(factorization: Factorization, widths: Sequence[int]) -> list[Factorization]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +62,12 @@ class Method:
         (d_in, d_out) float32 and a `gram.Whitening`, which `whiten` and `eta` have shaped already: they are not passed.
     modules : callable
         ``modules(options) -> list[str]``: the modules whose code decides the result, for rerun triggers.
+    joint : callable
+        ``joint(options)``: a function for matrices that share and have different inputs,
+        ``(weights, whitenings, *, ratio, storage, device, log, **options) -> list[Factorization]``, each matrix in its
+        own metric; or None where the mean Gram of their inputs is the metric of all of them, as of one wide matrix.
+    faults : callable
+        ``faults(options) -> lines``: what is wrong with options that depend on each other, ``key: what``.
     """
 
     name: str
@@ -69,6 +75,8 @@ class Method:
     options: Mapping[str, Mapping[str, Any]]
     factorize: Callable[..., Factorization]
     modules: Callable[[Mapping[str, Any]], list[str]]
+    joint: Callable[[Mapping[str, Any]], Callable[..., list[Factorization]] | None] = lambda options: None
+    faults: Callable[[Mapping[str, Any]], Iterable[str]] = lambda options: ()
 
     def defaults(self) -> dict[str, Any]:
         """Option name to default value."""

@@ -7,10 +7,14 @@ from functools import partial
 from cospadi.methods import cospadi
 from cospadi.methods.base import Method
 
+# The solver is the method; its codes are exact, and another metric's atoms would not be orthonormal
+_NOT_HERE = ("solver", "atom_update", "polish", "group_metric")
+
 METHOD = Method(
     name="compot",
     summary="Orthonormal dictionary by Procrustes with thresholded codes (COMPOT).",
-    options={name: schema for name, schema in cospadi.METHOD.options.items() if name != "solver"},
+    options={name: schema for name, schema in cospadi.METHOD.options.items() if name not in _NOT_HERE},
     factorize=partial(cospadi.factorize, solver="procrustes"),
     modules=lambda options: [__name__, *cospadi.modules({**options, "solver": "procrustes"})],
+    faults=lambda options: cospadi.faults({**options, "solver": "procrustes"}),
 )

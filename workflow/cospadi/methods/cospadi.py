@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import importlib
+import inspect
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from cospadi.arrays import on_device, to_numpy
-from cospadi.budget import sparse_shape
+from cospadi.budget import SparseShape, sparse_shape
 from cospadi.factorization import Factorization
+from cospadi.gram import Whitening, whitening_factor
 from cospadi.methods.base import SHARING_OPTIONS, WHITENING_OPTIONS, Method
 from cospadi.solvers import SOLVERS
+from cospadi.solvers.starts import STARTS, dictionary_start, warm_start
+
+AUTO = "auto"
+# What `rho: auto` tries: from 3 to its neighbours as long as the error falls, in rounds enough to tell
+RHO_GRID = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0)
+RHO_FIRST = 3.0
+RHO_ROUNDS = 8
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "solver": {
@@ -19,14 +33,52 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "closed-form dictionary (default); ksvd: the paper's OMP and K-SVD; procrustes: orthonormal atoms.",
     },
     "rho": {
-        "type": "number",
+        "type": ["number", "string"],
         "minimum": 1,
         "maximum": 16,
+        "pattern": f"^{AUTO}$",
         "default": 2.0,
-        "description": "Atoms over nonzeros a column, k / s.",
+        "description": "Atoms over nonzeros a column, k / s; 2 in the paper. auto: for every matrix the one of "
+        f"{', '.join(f'{rho:g}' for rho in RHO_GRID)} with the least error after {RHO_ROUNDS} rounds, searched uphill "
+        f"and downhill from {RHO_FIRST:g}.",
+    },
+    "support": {
+        "enum": ["bitmask", "2:4"],
+        "default": "bitmask",
+        "description": "Where nonzeros may be: any atoms, or two of every four, which GPUs multiply fast. Same bytes "
+        "at rho: 2, which 2:4 needs.",
     },
     **WHITENING_OPTIONS,
     **SHARING_OPTIONS,
+    "group_metric": {
+        "enum": ["mean", "exact"],
+        "default": "mean",
+        "description": "Error of matrices that share a dictionary and have different inputs: in the metric of their "
+        "mean Gram (the paper), or of each one's own.",
+    },
+    "start": {
+        "enum": [None, *sorted(STARTS)],
+        "default": None,
+        "description": "First dictionary. random: columns of the weight (the paper); spectral: leading directions of "
+        "the whitened weight; spectral_original: of the weight itself; procrustes: orthonormal and improved; null: the "
+        "solver's own.",
+    },
+    "warm_start": {
+        "type": ["string", "null"],
+        "default": None,
+        "description": "Variant of the same run whose factors are the start, at another ratio say; null: none.",
+    },
+    "atom_update": {
+        "enum": [None, "power", "block", "svd", "mod"],
+        "default": None,
+        "description": "How solver ksvd updates atoms. power: one by one, 8 power iterations (the paper; default); "
+        "block: 16 at a time, for GPUs; svd: exact rank-1 fits; mod: all at once in closed form.",
+    },
+    "polish": {
+        "type": "boolean",
+        "default": False,
+        "description": "Solve the final codes exactly on their supports, in double precision.",
+    },
     "max_iter": {
         "type": ["integer", "null"],
         "minimum": 1,
@@ -39,6 +91,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "default": None,
         "description": "Stop when an iteration lowers the error by less than this share of it; null: the solver's own.",
     },
+    "max_seconds": {
+        "type": ["number", "null"],
+        "minimum": 0.1,
+        "default": None,
+        "description": "Seconds that learning a layer may take; its matrices share them by their cost. The result then "
+        "depends on the machine. null: no limit.",
+    },
     "random_state": {
         "type": "integer",
         "minimum": 0,
@@ -47,20 +106,20 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
 }
 
+# Options that go to the solver as they are where they are given
+_SOLVER_OPTIONS = ("support", "atom_update", "polish", "max_iter", "tol", "max_seconds")
+
 
 def factorize(
     weight: Any,
-    whitening: Any,
+    whitening: Whitening,
     *,
     ratio: float,
     storage: Mapping[str, Any],
     device: str = "cpu",
     log: Callable[[str], None] | None = None,
-    solver: str = "htp",
-    rho: float = 2.0,
-    max_iter: int | None = None,
-    tol: float | None = None,
-    random_state: int = 42,
+    warm: Factorization | None = None,
+    **options: Any,
 ) -> Factorization:
     """``min ||L W - D_L S||_F`` with ``||s_j||_0 <= s``, then ``D = L^{-1} D_L`` (Eqs. 5 to 8).
 
@@ -73,33 +132,200 @@ def factorize(
         Fraction of bytes to remove; k and s follow from it (`budget.sparse_shape`).
     storage : mapping
         How the factors will be stored (`codecs.storage_of`).
+    device : str
+    log : callable, optional
+    warm : Factorization, optional
+        Factors of the same matrix to start from.
+    **options
+        Those of `OPTIONS` that shape a single problem; defaults where missing.
     """
-    shape = sparse_shape(*weight.shape, ratio=ratio, rho=rho, **storage)
-    given = {name: value for name, value in (("max_iter", max_iter), ("tol", tol)) if value is not None}
-    solution = SOLVERS[solver](
-        on_device(whitening.whiten(weight), device),
-        n_atoms=shape.n_atoms,
-        n_nonzero_coefs=shape.n_nonzero_coefs,
-        random_state=random_state,
+    options = _with_defaults(options)
+    target = on_device(whitening.whiten(weight), device)
+    shape, searched = _choose_shape(target, weight.shape, ratio, storage, options, log)
+    solution = _learn(target, shape, options, log, **_start(target, shape, weight, whitening, warm, options))
+    diagnostics = _diagnostics(shape, options, searched, solution.history)
+    dictionary = whitening.unwhiten(to_numpy(solution.dictionary))
+    return Factorization(
+        dictionary, to_numpy(solution.codes), support=options["support"], **storage, diagnostics=diagnostics
+    )
+
+
+def factorize_jointly(
+    weights: Sequence[Any],
+    whitenings: Sequence[Whitening],
+    *,
+    ratio: float,
+    storage: Mapping[str, Any],
+    device: str = "cpu",
+    log: Callable[[str], None] | None = None,
+    warm: Factorization | None = None,
+    **options: Any,
+) -> list[Factorization]:
+    """``min sum_l ||L_l (W_l - D S_l)||_F^2``: one dictionary for several matrices, each in its own metric.
+
+    The start is the solution in the metric of the mean Gram, in whose whitened space all of this happens.
+
+    Parameters
+    ----------
+    weights : sequence of array (d_in, d_out_l), float32
+    whitenings : sequence of Whitening
+        One a weight, ``L_l^T L_l = G_l``.
+    """
+    # by name, so that variants with the mean metric do not rerun when it changes (`modules` says who depends on it)
+    multi_metric = importlib.import_module("cospadi.solvers.multi_metric")
+    options = _with_defaults(options)
+    factors = [whitening.factor for whitening in whitenings]
+    mean = whitening_factor(sum(factor.T @ factor for factor in factors) / len(factors))
+    start = factorize(
+        np.concatenate(weights, axis=1),
+        mean,
+        ratio=ratio,
+        storage=storage,
+        device=device,
+        log=log,
+        warm=warm,
+        **options,
+    )
+    edges = np.cumsum([0, *(weight.shape[1] for weight in weights)])
+    # L_l seen from the space of the mean: the sum of its squares is the identity there
+    seen = [mean.unwhiten_right(factor) for factor in factors]
+    given = {name: options[name] for name in ("tol", "max_seconds") if options[name] is not None}
+    solution = multi_metric.learn(
+        [on_device(mean.whiten(weight), device) for weight in weights],
+        [on_device((factor.T @ factor).astype(np.float32), device) for factor in seen],
+        n_nonzero_coefs=start.diagnostics["n_nonzero_coefs"],
+        dictionary_init=mean.whiten(start.dictionary),
+        codes_init=[start.codes[:, first:last] for first, last in itertools.pairwise(edges)],
+        random_state=options["random_state"],
+        support=options["support"],
         log=log,
         **given,
     )
-    return Factorization(
-        whitening.unwhiten(to_numpy(solution.dictionary)),
-        to_numpy(solution.codes),
-        **storage,
-        diagnostics={
-            "solver": solver,
-            "n_atoms": shape.n_atoms,
-            "n_nonzero_coefs": shape.n_nonzero_coefs,
-            "history": solution.history,
-        },
+    dictionary = mean.unwhiten(to_numpy(solution.dictionary))
+    diagnostics = {**start.diagnostics, "history_exact": solution.history}
+    return [
+        Factorization(dictionary, to_numpy(codes), support=options["support"], **storage, diagnostics=diagnostics)
+        for codes in solution.codes
+    ]
+
+
+def _with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: options.get(name, schema["default"]) for name, schema in OPTIONS.items()}
+
+
+def _learn(target: Any, shape: SparseShape, options: Mapping[str, Any], log: Any, **given: Any) -> Any:
+    """Run the solver with the options that differ from its own defaults."""
+    changed = {name: options[name] for name in _SOLVER_OPTIONS if options[name] != OPTIONS[name]["default"]}
+    return SOLVERS[options["solver"]](
+        target,
+        n_atoms=shape.n_atoms,
+        n_nonzero_coefs=shape.n_nonzero_coefs,
+        random_state=options["random_state"],
+        log=log,
+        **{**changed, **given},
     )
 
 
+def _choose_shape(
+    target: Any,
+    size: tuple[int, int],
+    ratio: float,
+    storage: Mapping[str, Any],
+    options: Mapping[str, Any],
+    log: Any,
+) -> tuple[SparseShape, dict[str, float]]:
+    """k and s; with ``rho: auto`` those of least error among short runs, whose errors are returned by rho."""
+
+    def shape_at(rho: float) -> SparseShape:
+        return sparse_shape(*size, ratio=ratio, rho=rho, support=options["support"], **storage)
+
+    if options["rho"] != AUTO:
+        return shape_at(options["rho"]), {}
+    trial = {**options, "max_iter": RHO_ROUNDS, "polish": False}
+    if options["max_seconds"] is not None:  # about half of the time for the search, which takes three runs or four
+        trial["max_seconds"] = options["max_seconds"] / 8
+    most = min(size) if options["solver"] == "procrustes" else math.inf  # more atoms cannot be orthonormal
+    grid = [rho for rho in RHO_GRID if shape_at(rho).n_atoms <= most]
+    errors: dict[float, float] = {}
+
+    def error_at(index: int) -> float:
+        if not 0 <= index < len(grid):
+            return math.inf
+        rho = grid[index]
+        if rho not in errors:
+            errors[rho] = _learn(target, shape_at(rho), trial, None).history[-1]["relative_error"]
+        return errors[rho]
+
+    best, following = None, min(range(len(grid)), key=lambda index: abs(grid[index] - RHO_FIRST))
+    while best is None or error_at(following) < error_at(best):
+        best = following
+        following = min(best - 1, best + 1, key=error_at)
+    if log is not None:
+        log(f"rho {grid[best]:g} of " + ", ".join(f"{rho:g}: {error:.4f}" for rho, error in sorted(errors.items())))
+    return shape_at(grid[best]), errors
+
+
+def _start(
+    target: Any,
+    shape: SparseShape,
+    weight: Any,
+    whitening: Whitening,
+    warm: Factorization | None,
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The solver's ``dictionary_init`` and ``codes_init``, where the options ask for a start of their own."""
+    if warm is not None:
+        dictionary = on_device(whitening.whiten(to_numpy(warm.dictionary)), str(getattr(target, "device", "cpu")))
+        codes = on_device(to_numpy(warm.codes), str(getattr(target, "device", "cpu")))
+        dictionary, codes = warm_start(target, dictionary, codes, shape.n_atoms, random_state=options["random_state"])
+        return {"dictionary_init": dictionary, "codes_init": codes}
+    if options["start"] is None:
+        return {}
+    return {
+        "dictionary_init": dictionary_start(
+            options["start"],
+            target,
+            shape.n_atoms,
+            shape.n_nonzero_coefs,
+            weight=weight,
+            factor=whitening.factor,
+            random_state=options["random_state"],
+        )
+    }
+
+
+def _diagnostics(
+    shape: SparseShape, options: Mapping[str, Any], searched: Mapping[float, float], history: list[dict[str, Any]]
+) -> dict[str, Any]:
+    found = {
+        "solver": options["solver"],
+        "n_atoms": shape.n_atoms,
+        "n_nonzero_coefs": shape.n_nonzero_coefs,
+        "history": history,
+    }
+    if searched:
+        found["rho_search"] = {f"{rho:g}": error for rho, error in searched.items()}
+    return found
+
+
 def modules(options: Mapping[str, Any]) -> list[str]:
-    """This module and the chosen solver's."""
-    return [__name__, f"cospadi.solvers.{options['solver']}"]
+    """This module, the chosen solver's, and that of the exact metric of groups where it is asked for."""
+    exact = options.get("group_metric") == "exact"
+    return [__name__, f"cospadi.solvers.{options['solver']}", *["cospadi.solvers.multi_metric"] * exact]
+
+
+def faults(options: Mapping[str, Any]) -> Iterator[str]:
+    """Options that the solver does not take, or that contradict each other."""
+    options = _with_defaults(options)
+    taken = inspect.signature(SOLVERS[options["solver"]]).parameters
+    for name in (*_SOLVER_OPTIONS, "start"):
+        parameter = "dictionary_init" if name == "start" else name
+        if options[name] != OPTIONS[name]["default"] and parameter not in taken:
+            yield f"{name}: {options[name]} is not for solver {options['solver']}; leave it out"
+    if options["support"] == "2:4" and options["rho"] != 2:
+        yield f"rho: {options['rho']}; support 2:4 has two nonzeros in four atoms, which is rho: 2"
+    if options["start"] is not None and options["warm_start"] is not None:
+        yield "start: warm_start is a start too; leave one of them out"
 
 
 METHOD = Method(
@@ -108,4 +334,6 @@ METHOD = Method(
     options=OPTIONS,
     factorize=factorize,
     modules=modules,
+    joint=lambda options: factorize_jointly if options["group_metric"] == "exact" else None,
+    faults=faults,
 )

@@ -33,7 +33,7 @@ def sparse_encode(
     support: str = "bitmask",
     max_iter: int = 20,
     polish: bool = False,
-    batch_columns: int = 8192,
+    batch_columns: int | None = None,
 ) -> Any:
     """Sparse codes of the columns of `target`: ``target ~ dictionary @ codes``, few nonzeros a column.
 
@@ -58,7 +58,7 @@ def sparse_encode(
         Rounds of ``htp``. A column keeps its codes of least error.
     polish : bool
         Solve the codes exactly on their supports, in double precision.
-    batch_columns : int
+    batch_columns : int, optional
         Columns ``omp`` handles at once, which bounds its memory on CUDA.
 
     Returns

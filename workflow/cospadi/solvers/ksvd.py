@@ -46,7 +46,7 @@ def learn(
     n_power_iterations: int = 8,
     block_atoms: int = 16,
     polish: bool = False,
-    batch_columns: int = 8192,
+    batch_columns: int | None = None,
 ) -> Solution:
     """Alternate orthogonal matching pursuit and a sweep of rank-1 updates over the atoms.
 
@@ -78,7 +78,7 @@ def learn(
     block_atoms : int
     polish : bool
         Solve the codes exactly on their final supports, in double precision (the paper does not).
-    batch_columns : int
+    batch_columns : int, optional
         Columns coded at once; bounds the memory of the pursuit on CUDA.
 
     Returns

@@ -12,6 +12,8 @@ from cospadi.solvers.least_squares import solve_supports
 
 # Columns a task of the compiled kernel works on: enough to amortise its buffers, few enough to balance threads.
 _COLUMNS_A_TASK = 16
+# What the factors of a batch of columns may take on CUDA.
+_FACTOR_BYTES = 4 * 2**30
 # Largest correlation left with an atom taken, as a share of the largest at the start.
 CHECK = 1e-4
 
@@ -23,7 +25,7 @@ def encode_rows(
     *,
     gram: Array | None = None,
     codes_init: Array | None = None,
-    batch_columns: int = 8192,
+    batch_columns: int | None = None,
 ) -> Array:
     """Codes of the rows of `rows` (n, d) over the rows of `atoms` (k, d): (n, k).
 
@@ -42,8 +44,8 @@ def encode_rows(
         ``atoms @ atoms.T``.
     codes_init : array (n, k), optional
         Warm start: a column takes the atoms of its nonzeros first, strongest first.
-    batch_columns : int
-        Columns handled at once, which bounds the memory to about ``batch_columns * s * k`` numbers on CUDA.
+    batch_columns : int, optional
+        Columns handled at once: the factor takes ``batch_columns * s * k`` numbers on CUDA. Default: 4 GiB of them.
 
     Returns
     -------
@@ -51,6 +53,8 @@ def encode_rows(
     """
     gram = atoms @ atoms.T if gram is None else gram
     run = _encode_torch if is_torch_array(rows) else _encode_numpy
+    if batch_columns is None:
+        batch_columns = max(1, _FACTOR_BYTES // (rows.dtype.itemsize * n_nonzero_coefs * atoms.shape[0]))
     parts = []
     for begin in range(0, rows.shape[0], batch_columns):
         part = slice(begin, begin + batch_columns)
