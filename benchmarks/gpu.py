@@ -3,6 +3,7 @@
 ``python benchmarks/gpu.py`` prints a table and, with ``--output``, writes JSON lines. Weights are random with a
 spectrum that decays like a whitened weight's, which is all that time depends on; the first of them are also learned on
 the CPU, and one is learned twice on the GPU, so that the table shows how far devices agree and whether seeds reproduce.
+``--device cpu --scale 16 --layers 1`` tries the program where there is no GPU.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from cospadi.solvers import SOLVERS
 from cospadi.solvers._rounds import as_rows
 from cospadi.solvers.omp import encode_rows
 
+Shapes = dict[str, tuple[int, int]]
+
 LAYERS = 16
 SHAPES = {
     "q_proj": (2048, 2048),
@@ -39,15 +42,18 @@ SHAPES = {
 
 def main() -> int:
     arguments = parse()
-    if not torch.cuda.is_available():
+    if arguments.device == "cuda" and not torch.cuda.is_available():
         print("no GPU: nothing measured")
         return 0
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    gemm = gemm_tflops()
+    torch.set_default_device(arguments.device)
+    name = torch.cuda.get_device_name() if arguments.device == "cuda" else arguments.device
+    print(f"{name}, torch {torch.__version__}")
+    shapes = {name: tuple(size // arguments.scale for size in shape) for name, shape in SHAPES.items()}
+    gemm = gemm_tflops(8192 // arguments.scale)
     print(f"float32 matrix product {gemm:.1f} TFLOP/s in this process\n")
     records: list[dict[str, Any]] = [{"measure": "gemm", "tflops": gemm}]
     for measure in arguments.measures:
-        records += MEASURES[measure](arguments, gemm)
+        records += MEASURES[measure](shapes, arguments, gemm)
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -61,18 +67,20 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--measures", nargs="+", default=list(MEASURES), choices=list(MEASURES))
     parser.add_argument("--ratio", type=float, default=0.2)
     parser.add_argument("--layers", type=int, default=LAYERS, help="layers of the whole model that are learned")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--scale", type=int, default=1, help="divides all shapes")
     parser.add_argument("--profile", action="store_true", help="print the kernels of one gate_proj")
     parser.add_argument("--output", type=Path, help="JSON lines")
     return parser.parse_args()
 
 
 def weight_like(shape: tuple[int, int], seed: int) -> torch.Tensor:
-    """A (d, n) float32 matrix on the GPU whose singular values decay as a whitened weight's do."""
-    generator = torch.Generator("cuda").manual_seed(seed)
+    """A (d, n) float32 matrix on the device whose singular values decay as a whitened weight's do."""
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     d, n = shape
-    left = torch.linalg.qr(torch.randn(d, min(d, n), generator=generator, device="cuda"))[0]
-    decay = torch.arange(1, min(d, n) + 1, device="cuda") ** -0.8
-    return (left * decay) @ torch.randn(min(d, n), n, generator=generator, device="cuda")
+    left = torch.linalg.qr(torch.randn(d, min(d, n), generator=generator))[0]
+    decay = torch.arange(1, min(d, n) + 1) ** -0.8
+    return (left * decay) @ torch.randn(min(d, n), n, generator=generator)
 
 
 def sizes(shape: tuple[int, int], ratio: float) -> dict[str, int]:
@@ -83,30 +91,32 @@ def sizes(shape: tuple[int, int], ratio: float) -> dict[str, int]:
 
 def timed(run: Callable[[], Any]) -> tuple[float, Any]:
     """Seconds and result, with the GPU idle before and after."""
-    torch.cuda.synchronize()
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
     started = time.perf_counter()
     result = run()
-    torch.cuda.synchronize()
+    wait()
     return time.perf_counter() - started, result
 
 
-def gemm_tflops(size: int = 8192) -> float:
+def gemm_tflops(size: int) -> float:
     """Speed of the float32 product on random numbers."""
-    a = torch.randn(size, size, device="cuda")
+    a = torch.randn(size, size)
     timed(lambda: a @ a)
     return 2 * size**3 / min(timed(lambda: a @ a)[0] for _ in range(3)) / 1e12
 
 
-def whole_model(arguments: argparse.Namespace, gemm: float) -> list[dict[str, Any]]:
+def whole_model(shapes: Shapes, arguments: argparse.Namespace, gemm: float) -> list[dict[str, Any]]:
     """Every matrix of the model by the default solver."""
     learn = SOLVERS["htp"]
-    for shape in set(SHAPES.values()):  # compiles, makes handles
+    for shape in set(shapes.values()):  # compiles, makes handles
         learn(weight_like(shape, 0), **sizes(shape, arguments.ratio), max_iter=1)
     if arguments.profile:
-        profile(arguments.ratio)
+        profile(shapes, arguments.ratio)
     records, total, gflop = [], 0.0, 0.0
-    torch.cuda.reset_peak_memory_stats()
-    for name, shape in SHAPES.items():
+    if arguments.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for name, shape in shapes.items():
         size = sizes(shape, arguments.ratio)
         seconds, errors = [], []
         for layer in range(arguments.layers):
@@ -129,8 +139,8 @@ def whole_model(arguments: argparse.Namespace, gemm: float) -> list[dict[str, An
             }
         )
     print(tabulate(records, headers="keys", floatfmt=".4g"))
-    n_matrices = arguments.layers * len(SHAPES)
-    peak = torch.cuda.max_memory_allocated() / 2**20
+    n_matrices = arguments.layers * len(shapes)
+    peak = torch.cuda.max_memory_allocated() / 2**20 if arguments.device == "cuda" else float("nan")
     share = gflop / total / 1e3 / gemm
     print(
         f"{n_matrices} matrices at ratio {arguments.ratio:g} in {total:.1f} s, {100 * share:.0f} % of the speed of a "
@@ -140,12 +150,12 @@ def whole_model(arguments: argparse.Namespace, gemm: float) -> list[dict[str, An
     return [*records, whole]
 
 
-def agreement(arguments: argparse.Namespace, _gemm: float) -> list[dict[str, Any]]:
+def agreement(shapes: Shapes, arguments: argparse.Namespace, _gemm: float) -> list[dict[str, Any]]:
     """Error on the GPU against the CPU, and the same seed twice."""
     records = []
     for name in ("k_proj", "q_proj"):
-        size = sizes(SHAPES[name], arguments.ratio)
-        target = weight_like(SHAPES[name], 0)
+        size = sizes(shapes[name], arguments.ratio)
+        target = weight_like(shapes[name], 0)
         for solver, options in (("htp", {}), ("procrustes", {"max_iter": 5}), ("ksvd", {"max_iter": 2})):
             if solver == "ksvd" and name == "q_proj":
                 continue
@@ -172,18 +182,18 @@ def agreement(arguments: argparse.Namespace, _gemm: float) -> list[dict[str, Any
     return records
 
 
-def ksvd(arguments: argparse.Namespace, _gemm: float) -> list[dict[str, Any]]:
+def ksvd(shapes: Shapes, arguments: argparse.Namespace, _gemm: float) -> list[dict[str, Any]]:
     """A round of the paper's K-SVD: its pursuit and its atoms."""
     records = []
     for name in ("k_proj", "q_proj"):
-        size = sizes(SHAPES[name], arguments.ratio)
-        target = weight_like(SHAPES[name], 0)
+        size = sizes(shapes[name], arguments.ratio)
+        target = weight_like(shapes[name], 0)
         rows, _ = as_rows(target, *size.values())
         atoms = SOLVERS["htp"](target, **size, max_iter=2).dictionary.T.contiguous()
         run = lambda rows=rows, atoms=atoms, s=size["n_nonzero_coefs"]: encode_rows(rows, atoms, s)  # noqa: E731
         run()
         records.append({"measure": "OMP", "matrix": name, "seconds": timed(run)[0]})
-        for update in ("power", "mod"):
+        for update in ("power", "block", "mod"):
             options = {"max_iter": 1, "tol": 0, "atom_update": update}
             seconds, solution = timed(lambda: SOLVERS["ksvd"](target, **size, **options))  # noqa: B023
             error = solution.history[-1]["relative_error"]
@@ -192,16 +202,16 @@ def ksvd(arguments: argparse.Namespace, _gemm: float) -> list[dict[str, Any]]:
     return records
 
 
-def profile(ratio: float) -> None:
+def profile(shapes: Shapes, ratio: float) -> None:
     """Kernels of one gate_proj, by time on the GPU."""
-    target = weight_like(SHAPES["gate_proj"], 0)
+    target = weight_like(shapes["gate_proj"], 0)
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as recorded:
-        timed(lambda: SOLVERS["htp"](target, **sizes(SHAPES["gate_proj"], ratio)))
+        timed(lambda: SOLVERS["htp"](target, **sizes(shapes["gate_proj"], ratio)))
     print(recorded.key_averages().table(sort_by="cuda_time_total", row_limit=22, max_name_column_width=60))
 
 
-MEASURES: dict[str, Callable[[argparse.Namespace, float], list[dict[str, Any]]]] = {
+MEASURES: dict[str, Callable[[Shapes, argparse.Namespace, float], list[dict[str, Any]]]] = {
     "whole_model": whole_model,
     "agreement": agreement,
     "ksvd": ksvd,

@@ -473,17 +473,20 @@ def test_nan_is_refused(solver):
 
 @pytest.mark.parametrize("solver", sorted(SOLVERS))
 @pytest.mark.parametrize("shape", [(48, 80, 24, 8), (20, 60, 20, 5)])
-def test_torch_tensors_take_the_same_path(solver, shape):
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_torch_tensors_take_the_same_path(solver, shape, device):
     torch = pytest.importorskip("torch")
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
     d, n, k, s = shape
     target = correlated_target(d, n)
     shared = {"n_atoms": k, "n_nonzero_coefs": s, "max_iter": 5, "tol": 0}
     ours = SOLVERS[solver](target.astype(np.float64), **shared)
-    theirs = SOLVERS[solver](torch.from_numpy(target).double(), **shared)
-    assert isinstance(theirs.codes, torch.Tensor)
-    np.testing.assert_allclose(theirs.codes.numpy(), ours.codes, atol=1e-6)
-    np.testing.assert_allclose(theirs.dictionary.numpy(), ours.dictionary, atol=1e-6)
-    single = SOLVERS[solver](torch.from_numpy(target), **shared)
+    theirs = SOLVERS[solver](torch.from_numpy(target).to(device).double(), **shared)
+    assert theirs.codes.device.type == device
+    np.testing.assert_allclose(theirs.codes.cpu().numpy(), ours.codes, atol=1e-6)
+    np.testing.assert_allclose(theirs.dictionary.cpu().numpy(), ours.dictionary, atol=1e-6)
+    single = SOLVERS[solver](torch.from_numpy(target).to(device), **shared)
     assert single.codes.dtype == torch.float32
     assert single.history[-1]["relative_error"] == pytest.approx(ours.history[-1]["relative_error"], rel=0.01)
 

@@ -121,7 +121,9 @@ def test_omp_is_least_squares_on_its_support_for_any_shape_and_rank(d, k, n, sha
 
 
 def _torch_codes(target, dictionary, s):
-    return sparse_encode(torch.from_numpy(target), torch.from_numpy(dictionary), n_nonzero_coefs=s).numpy()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    arrays = (torch.from_numpy(array).to(device) for array in (target, dictionary))
+    return sparse_encode(*arrays, n_nonzero_coefs=s).cpu().numpy()
 
 
 def test_omp_and_htp_find_the_exhaustive_optimum_where_atoms_are_incoherent():

@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from cospadi.files import TensorFile
+from cospadi.files import TensorFile, read_json
 
 from .conftest import check_finished, copy_project
 
@@ -180,3 +180,30 @@ def test_killed_in_the_middle_of_learning_it_goes_on(run):
     repeated = [path for path, modified in before.items() if path.stat().st_mtime_ns != modified]
     assert len(repeated) <= 1
     assert "Nothing to be done" in run.snakemake()
+
+
+def test_a_warm_start_and_an_exact_group_run_as_single_targets(run):
+    method = {"method": "cospadi", "max_iter": 2}
+    run.config["variants"] |= {
+        "warm-40": {**method, "ratio": 0.4, "warm_start": "cospadi-20", "support": "2:4"},
+        "exact-20": {**method, "ratio": 0.2, "group_size": 2, "share": ["up_proj"], "group_metric": "exact"},
+    }
+    targets = [
+        "results/tiny/warm-40/codes/layer_03.safetensors",
+        "results/tiny/exact-20/codes/layers_02-03.safetensors",
+    ]
+    assert run.planned(*targets) == {"learn_dictionary": 2, "quantize_codes": 2, "total": 4}
+    run.snakemake(*targets)
+    warm = read_json(run.results / "warm-40/factors/layer_03.json")["matrices"]
+    first = read_json(run.results / "cospadi-20/factors/layer_03.json")["matrices"]
+    specs = TensorFile(run.folder / targets[0]).metadata["matrices"]
+    for name, report in warm.items():
+        # fewer atoms than the start had, and yet near its error before the first round
+        assert report["history"][0]["round_error"] < 3 * first[name]["history"][-1]["round_error"]
+        assert specs[name]["codes"]["support"] == "2:4"
+    exact = read_json(run.results / "exact-20/factors/layers_02-03.json")["matrices"]
+    assert exact["model.layers.2.mlp.up_proj"]["history_exact"] == exact["model.layers.3.mlp.up_proj"]["history_exact"]
+    assert "history_exact" not in exact["model.layers.2.mlp.down_proj"]
+    run.config["variants"]["warm-40"]["warm_start"] = "warm-40"
+    output = run.snakemake(*targets, succeeds=False)
+    assert "variants.warm-40.warm_start: warm-40: it starts from warm-40" in output
