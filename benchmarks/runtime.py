@@ -1,8 +1,8 @@
 """Speed and memory of packed checkpoints beside dense bfloat16, in the same process, step by step in turn.
 
-``make bench-runtime``, or ``python benchmarks/runtime.py [--threads N] [--rounds N] [--crossover]``. The packed models
-have the demo model's sizes and random factors of the shapes that the budget gives for each ratio: how fast a product is
-does not depend on what the numbers are.
+``make bench-runtime``, or ``python benchmarks/runtime.py`` (``--help`` says what can be chosen). The packed models have
+the demo model's sizes and random factors of the shapes that the budget gives for each ratio: how fast a product is does
+not depend on what the numbers are. Where there is a GPU, `runtime_gpu` measures on it, too.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import runtime_gpu
 import torch
 import transformers
 from tabulate import tabulate
@@ -38,39 +39,59 @@ CONFIG = PROJECT / "config" / "models" / "SmolLM2-135M-Instruct.json"
 RATIOS = (0.2, 0.4, 0.5)
 DECODE_GOALS = {0.2: 1.0, 0.4: 1.25, 0.5: 1.5}
 MATRIX = (4096, 11008)
+HEADERS = ["measure", "threads", "ratio", "dense", "packed", "speed-up", "limit by bytes", "goal"]
+
+# Replaced by --cpu-time
+clock: Callable[[], float] = time.perf_counter
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
+    cores = torch.get_num_threads()
+    parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, cores}), help="threads of torch")
     parser.add_argument("--rounds", type=int, default=40, help="how often each step is timed")
+    parser.add_argument("--output", type=Path, help="the table as JSON lines")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="count the time that the processor gives to this thread, for a machine that is busy; one thread only",
+    )
     parser.add_argument(
         "--crossover", action="store_true", help="time both paths of a product by the rows of its input"
     )
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    if arguments.cpu_time:
+        global clock
+        clock, arguments.threads = time.thread_time, [1]
     torch.set_grad_enabled(False)
     transformers.utils.logging.disable_progress_bar()
     compiled = kernel()
-    print(f"torch {torch.__version__}, {arguments.threads} threads, kernel: {compiled.kind if compiled else 'none'}\n")
+    print(f"torch {torch.__version__}, {cores} cores, kernel: {compiled.kind if compiled else 'none'}\n")
     if arguments.crossover:
         if compiled is None:
             raise SystemExit("there is no kernel here to compare with")
+        torch.set_num_threads(arguments.threads[0])
         print(table(crossover(arguments.rounds), ["matrix", "rows", "kernel us", "unpacked us", "dense us"]))
         return
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         folders = make_models(Path(scratch))
-        rows += models(folders, arguments.rounds)
-        rows += one_matrix(arguments.rounds)
-        rows += fresh_processes(folders)
-    print(table(rows, ["measure", "ratio", "dense", "packed", "speed-up", "limit by bytes", "goal"]))
+        for threads in arguments.threads:
+            torch.set_num_threads(threads)
+            rows += [[row[0], threads, *row[1:]] for row in models(folders, arguments.rounds)]
+            rows += [[row[0], threads, *row[1:]] for row in one_matrix(arguments.rounds)]
+        rows += [[row[0], "", *row[1:]] for row in fresh_processes(folders)]
+    print(table(rows, HEADERS))
     print(
         "\nMedians; least times in brackets. A limit counts the bytes that are read; a speed-up above it means that the"
     )
-    print("dense product does not reach the memory's speed. Memory is what a fresh process holds after loading.")
-    if not torch.cuda.is_available():
-        print("There is no GPU here: the rows for one are left out.")
+    print("dense product does not reach the memory's speed. Memory is all that a fresh process holds, Python included.")
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(dict(zip(HEADERS, row, strict=True))) for row in rows]
+        arguments.output.write_text("\n".join(lines) + "\n")
+    print()
+    runtime_gpu.measure(runtime_gpu.DEFAULT)
 
 
 def table(rows: list[list], headers: list[str]) -> str:
@@ -120,9 +141,9 @@ def interleaved(steps: dict[str | float, Callable[[], object]], rounds: int) -> 
         step()
     for _ in range(rounds):
         for name, step in steps.items():
-            started = time.perf_counter()
+            started = clock()
             step()
-            times[name].append(time.perf_counter() - started)
+            times[name].append(clock() - started)
     return {name: (float(np.median(taken)), min(taken)) for name, taken in times.items()}
 
 
@@ -178,6 +199,12 @@ def models(folders: dict[str | float, Path], rounds: int) -> list[list[str]]:
     return rows
 
 
+@functools.cache
+def large_layer(ratio: float) -> tuple[PackedLinear, int]:
+    """A matrix too large for any cache, and its bytes."""
+    return packed_layer(random_factors(*MATRIX, ratio))
+
+
 def packed_layer(factors: Factorization) -> tuple[PackedLinear, int]:
     """A layer with these factors, and the bytes it takes."""
     tensors, spec = factors.pack("m")
@@ -189,13 +216,13 @@ def packed_layer(factors: Factorization) -> tuple[PackedLinear, int]:
 
 
 def one_matrix(rounds: int) -> list[list[str]]:
-    """One matrix too large for any cache."""
+    """One row times one large matrix."""
     d_in, d_out = MATRIX
     weight = torch.randn(d_out, d_in).bfloat16()
     x = torch.randn(1, d_in).bfloat16()
     rows = []
     for ratio in RATIOS:
-        layer, nbytes = packed_layer(random_factors(d_in, d_out, ratio))
+        layer, nbytes = large_layer(ratio)
         taken = interleaved(
             {"dense": lambda: torch.nn.functional.linear(x, weight), "packed": lambda layer=layer: layer(x)}, rounds
         )
@@ -249,16 +276,18 @@ AutoModelForCausalLM.from_config(transformers.LlamaConfig(hidden_size=64, interm
     num_attention_heads=1, vocab_size=8))
 def resident():
     return int(next(l for l in Path("/proc/self/status").read_text().splitlines() if "VmRSS" in l).split()[1]) * 1024
-before = resident()
 started = time.perf_counter()
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
-print(time.perf_counter() - started, resident() - before)
+seconds, loaded = time.perf_counter() - started, resident()
+with torch.no_grad():
+    model(torch.zeros(1, 1, dtype=torch.long))
+print(seconds, loaded, resident())
 """
 
 
 def fresh_processes(folders: dict[str | float, Path]) -> list[list[str]]:
     """Load time and resident memory, each in a process of its own."""
-    found: dict[str | float, list[tuple[float, float]]] = {name: [] for name in folders}
+    found: dict[str | float, list[list[float]]] = {name: [] for name in folders}
     for _ in range(3):
         for name, folder in folders.items():
             done = subprocess.run(
@@ -268,21 +297,18 @@ def fresh_processes(folders: dict[str | float, Path]) -> list[list[str]]:
                 text=True,
                 stdin=subprocess.DEVNULL,
             )
-            seconds, nbytes = map(float, done.stdout.split())
-            found[name].append((seconds, nbytes))
+            found[name].append([float(figure) for figure in done.stdout.split()])
     rows = []
-    seconds = {name: sorted(s for s, _ in runs) for name, runs in found.items()}
+    seconds = {name: sorted(run[0] for run in runs) for name, runs in found.items()}
     for ratio in RATIOS:
         dense, packed = ((seconds[name][1], seconds[name][0]) for name in ("dense", ratio))
         rows.append(["load, s", ratio, shown(dense, 2), shown(packed, 2), speedup(dense, packed), "", "1.00"])
     for ratio in RATIOS:
-        memory = {name: max(nbytes for _, nbytes in found[name]) for name in ("dense", ratio)}
         size = sum(file.stat().st_size for file in folders[ratio].glob("*.safetensors"))
-        rows.append(
-            ["resident after loading, MB", ratio]
-            + [f"{memory[name] / 1e6:.0f}" for name in ("dense", ratio)]
-            + ["", f"file {size / 1e6:.0f}", f"at most {1.25 * size / 1e6:.0f}"]
-        )
+        limit = f"at most {(1.25 * size + 3e8) / 1e6:.0f}"
+        for what, which, goal in (("after loading", 1, limit), ("after one token", 2, "")):
+            memory = [f"{max(run[which] for run in found[name]) / 1e6:.0f}" for name in ("dense", ratio)]
+            rows.append([f"resident {what}, MB", ratio, *memory, "", f"file {size / 1e6:.0f}", goal])
     return rows
 
 

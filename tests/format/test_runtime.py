@@ -250,7 +250,10 @@ def test_layers_with_one_dictionary_project_an_input_once(monkeypatch):
     assert first.projection._last is None, "nothing outlives the input"
     with torch.inference_mode():
         x = torch.randn(2, 48)
-        first(x)
+        calls.clear()
+        for layer, weight in zip((first, second), expected, strict=True):
+            torch.testing.assert_close(layer(x), x @ weight, rtol=1e-5, atol=1e-5)
+        assert len(calls) == 1
         x.mul_(2)
         torch.testing.assert_close(second(x), x @ expected[1], rtol=1e-5, atol=1e-5)
     copied = pickle.loads(pickle.dumps(torch.nn.ModuleList([first, second])))

@@ -1,0 +1,343 @@
+"""The Triton kernels of `cospadi_cuda`: ``y = (x D) S`` for a few rows of x, and S unpacked for many.
+
+Everything is summed in float32, in an order that the sizes alone decide: equal calls give equal bits. Atoms come in
+*chunks* of 256: a lane of a warp takes one byte of the support, eight atoms. Between the two launches of a product z is
+in the *lanes' order*: by chunk, then bit of the byte, then byte, so that neighbouring lanes read neighbouring numbers.
+"""
+
+# ruff: noqa: RUF005 (Triton's language has no unpacking)
+from __future__ import annotations
+
+try:  # a loader that looks for imports skips those in `try`: this module is imported where Triton is there
+    import triton
+    import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError as error:
+    raise ImportError(f"Triton is not installed, or too old ({error})") from error
+
+CHUNK = 256  # atoms
+
+_BYTES = tl.constexpr(32)  # of the support, in a chunk
+_BF16 = tl.constexpr("bf16")
+_BF14 = tl.constexpr("bf14")
+_INT4 = tl.constexpr("int4")
+
+
+@triton.jit
+def _numbers(stored, index, mask, CODEC: tl.constexpr):
+    """float32 numbers at `index` of a stored tensor, before scaling; 0 outside of `mask`."""
+    if CODEC == _BF14:
+        byte = (index >> 2) * 7 + (((index & 3) * 14) >> 3)
+        shift = ((index & 3) * 14) & 7
+        word = tl.load(stored + byte, mask=mask, other=0).to(tl.int32)
+        word |= tl.load(stored + byte + 1, mask=mask, other=0).to(tl.int32) << 8
+        word |= tl.load(stored + byte + 2, mask=mask & (shift > 2), other=0).to(tl.int32) << 16
+        return (((word >> shift) & 0x3FFF) << 18).to(tl.float32, bitcast=True)
+    elif CODEC == _INT4:
+        byte = tl.load(stored + (index >> 1), mask=mask, other=0).to(tl.int32)
+        return ((((byte >> ((index & 1) * 4)) & 15) ^ 8) - 8).to(tl.float32)
+    else:
+        return tl.load(stored + index, mask=mask, other=0).to(tl.float32)
+
+
+@triton.jit
+def _bits_set(byte):
+    """How many bits of an int32 below 256 are set; written as the compiler knows a popcount."""
+    n = byte.to(tl.uint32)
+    n = n - ((n >> 1) & 0x55555555)
+    n = (n & 0x33333333) + ((n >> 2) & 0x33333333)
+    return ((((n + (n >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def _prefetch(start, nbytes):
+    """Ask for bytes to be brought into the L2 cache; the first thread does. Up to 15 bytes at the ends are left out."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .u32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; setp.ne.and.u32 p, $2, 0, p; "
+        "@p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+        "=r,l,r",
+        [(start + 15) & -16, nbytes & -16],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+def _spread_source() -> str:
+    """PTX that spreads bfloat16 values over the eight atoms of a byte by its bits.
+
+    $8 is the address of the values, $9 the number of the first, $10 the byte.
+    """
+    lines = [".reg .pred p<8>; .reg .b64 a<8>; .reg .b32 r, t<8>; .reg .b16 h<8>, z; mov.b16 z, 0; shl.b32 r, $9, 1;"]
+    for i in range(8):
+        lines += [
+            f"and.b32 t{i}, $10, {1 << i}; setp.ne.u32 p{i}, t{i}, 0; cvt.u64.u32 a{i}, r; add.s64 a{i}, a{i}, $8;",
+            f"mov.b16 h{i}, 0; @p{i} ld.global.nc.b16 h{i}, [a{i}]; @p{i} add.u32 r, r, 2;",
+        ]
+    return "{ " + " ".join([*lines, *(f"mov.b32 ${i}, {{z, h{i}}};" for i in range(8))]) + " }"
+
+
+_SPREAD = tl.constexpr(_spread_source())
+_EIGHT = tl.constexpr("=r,=r,=r,=r,=r,=r,=r,=r,l,r,r")
+
+
+@triton.jit
+def _spread(values, rank, byte):
+    """Codes of the eight atoms of every byte, bfloat16 ones without scales: half the instructions of `_stored`."""
+    eight: tl.constexpr = (tl.int32,) * 8
+    words = tl.inline_asm_elementwise(
+        _SPREAD, _EIGHT, [values.to(tl.int64), rank, byte], dtype=eight, is_pure=True, pack=1
+    )
+    codes = ()
+    for atom in tl.static_range(8):
+        codes = codes + (words[atom].to(tl.float32, bitcast=True),)
+    return codes
+
+
+@triton.jit(do_not_specialize=["n_out", "group", "part_size", "scale_row_stride", "scale_group_stride"])
+def row_products(
+    x,  # (n_rows, n_in)
+    matrix,
+    scales,
+    out,  # (parts, n_rows, out_stride)
+    n_in,
+    n_out,
+    x_stride,
+    out_stride,
+    row_stride,  # of `matrix`, from one output to the next
+    in_stride,
+    group,
+    scale_row_stride,
+    scale_group_stride,
+    part_size,  # inputs a part sums
+    ROWS: tl.constexpr,
+    CODEC: tl.constexpr,
+    SCALED: tl.constexpr,
+    LANES: tl.constexpr,
+    EARLY: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+):
+    """``out[j] = sum_i x[i] matrix[i, j]``; LANES: `out` is in the lanes' order, and its padding zero."""
+    out_at = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    first = tl.program_id(1) * part_size
+    last = tl.minimum(first + part_size, n_in)
+    if EARLY:  # the launch that follows may begin to read what does not depend on this one
+        gdc_launch_dependents()
+        gdc_wait()
+    totals = ()
+    for _ in tl.static_range(ROWS):
+        totals = totals + (tl.zeros([BLOCK_OUT, BLOCK_IN], tl.float32),)
+    for start in range(first, last, BLOCK_IN):
+        at = start + tl.arange(0, BLOCK_IN)
+        inside = (out_at < n_out)[:, None] & (at < last)[None, :]
+        numbers = _numbers(matrix, out_at[:, None] * row_stride + at[None, :] * in_stride, inside, CODEC)
+        if SCALED:
+            scale_at = out_at[:, None] * scale_row_stride + (at // group)[None, :] * scale_group_stride
+            numbers *= tl.load(scales + scale_at, mask=inside, other=0).to(tl.float32)
+        sums = ()
+        for row in tl.static_range(ROWS):
+            some = tl.load(x + row * x_stride + at, mask=at < last, other=0).to(tl.float32)
+            sums = sums + (totals[row] + some[None, :] * numbers,)
+        totals = sums
+    if LANES:
+        to = (out_at // 256) * 256 + (out_at % 8) * _BYTES + (out_at % 256) // 8
+        kept = to < out_stride
+    else:
+        to = out_at
+        kept = out_at < n_out
+    for row in tl.static_range(ROWS):
+        here = out + (tl.program_id(1) * ROWS + row) * out_stride
+        tl.store(here + to, tl.sum(totals[row], 1), mask=kept)
+
+
+# Tiles of the support are (bytes, columns), so that the lanes of a warp lie along a column
+
+
+@triton.jit
+def _stored(values, scales, scale_start, start, rank, mask, CODEC: tl.constexpr, SCALED: tl.constexpr, group):
+    """Stored codes by their number `rank` among all; 0 outside of `mask`."""
+    number = _numbers(values, rank, mask, CODEC)
+    if SCALED:
+        scale_at = scale_start[None, :] + (rank - start[None, :]) // group
+        number *= tl.load(scales + scale_at, mask=mask, other=0).to(tl.float32)
+    return number
+
+
+@triton.jit
+def _expanded(
+    values, scales, scale_start, start, rank, byte, CODEC: tl.constexpr, SCALED: tl.constexpr, group, ASM: tl.constexpr
+):
+    """Codes of the eight atoms of every byte; `rank` is the number among all stored codes of its first."""
+    if ASM and CODEC == _BF16:
+        return _spread(values, rank, byte)
+    else:
+        codes = ()
+        for atom in tl.static_range(8):
+            bit = (byte >> atom) & 1
+            codes = codes + (_stored(values, scales, scale_start, start, rank, bit != 0, CODEC, SCALED, group),)
+            rank += bit
+        return codes
+
+
+@triton.jit
+def _first_rank(byte, offsets, column, real, chunk, n_chunks):
+    """Number among all stored codes of the first one of every byte."""
+    before = tl.load(offsets + column * n_chunks + chunk, mask=real, other=0)
+    count = _bits_set(byte)
+    return before[None, :] + tl.cumsum(count, 0) - count
+
+
+@triton.jit
+def _add(totals, z, chunk, z_stride, k, number, ATOM: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr):
+    """Totals of all rows, with the codes of atom ATOM of every byte of a chunk added."""
+    lane = tl.arange(0, _BYTES)
+    sums = ()
+    for row in tl.static_range(ROWS):
+        if LANES:
+            some = tl.load(z + row * z_stride + chunk * 256 + ATOM * _BYTES + lane)
+        else:
+            at = chunk * 256 + lane * 8 + ATOM
+            some = tl.load(z + row * z_stride + at, mask=at < k, other=0).to(tl.float32)
+        sums = sums + (totals[row] + some[:, None] * number,)
+    return sums
+
+
+@triton.jit
+def _placed(first, second, a, b, PLACE: tl.constexpr):
+    """Code at a place among four, of which two are stored."""
+    return tl.where((first & 3) == PLACE, a, tl.where((second & 3) == PLACE, b, 0.0))
+
+
+@triton.jit(do_not_specialize=["d_out", "k", "row_bytes", "n_chunks", "n_values", "group"])
+def code_products(
+    z,  # (n_rows, z_stride)
+    values,
+    scales,
+    support,
+    offsets,  # (d_out, n_chunks): first value of every chunk
+    scale_starts,
+    out,  # (n_rows, d_out)
+    d_out,
+    k,
+    row_bytes,
+    n_chunks,
+    n_values,
+    z_stride,
+    group,
+    ROWS: tl.constexpr,
+    CODEC: tl.constexpr,
+    SCALED: tl.constexpr,
+    PAIRS: tl.constexpr,
+    ASM: tl.constexpr,
+    LANES: tl.constexpr,
+    EARLY: tl.constexpr,
+    VALUE_BITS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """``y = z S`` from the packed form; PAIRS: the support is 2:4, otherwise a bitmask."""
+    column = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    real = column < d_out
+    lane = tl.arange(0, _BYTES)
+    if EARLY:
+        gdc_launch_dependents()
+        here = tl.program_id(0) * BLOCK_OUT
+        beyond = tl.minimum(here + BLOCK_OUT, d_out)
+        if PAIRS:
+            begin = here * (k // 2)
+            end = beyond * (k // 2)
+        else:
+            begin = tl.load(offsets + here * n_chunks)
+            end = tl.load(offsets + beyond * n_chunks, mask=beyond < d_out, other=n_values)
+        begin = (begin // 16) * (2 * VALUE_BITS)
+        end = (end // 16) * (2 * VALUE_BITS)
+        _prefetch(values.to(tl.int64) + begin, tl.maximum(end - begin - 16, 0))
+        _prefetch(support.to(tl.int64) + here * row_bytes, tl.maximum((beyond - here) * row_bytes - 16, 0))
+    start = column * (k // 2) if PAIRS else tl.load(offsets + column * n_chunks, mask=real, other=0)
+    scale_start = start
+    if SCALED:
+        scale_start = tl.load(scale_starts + column, mask=real, other=0)
+    if EARLY:
+        gdc_wait()
+    totals = ()
+    for _ in tl.static_range(ROWS):
+        totals = totals + (tl.zeros([_BYTES, BLOCK_OUT], tl.float32),)
+    for chunk in tl.range(0, n_chunks, loop_unroll_factor=UNROLL):
+        at = chunk * _BYTES + lane
+        inside = (at < row_bytes)[:, None] & real[None, :]
+        byte = tl.load(support + column[None, :] * row_bytes + at[:, None], mask=inside, other=0).to(tl.int32)
+        if PAIRS:
+            rank = start[None, :] + at[:, None] * 4
+            other = inside & (at * 8 + 4 < k)[:, None]
+            a = _stored(values, scales, scale_start, start, rank, inside, CODEC, SCALED, group)
+            b = _stored(values, scales, scale_start, start, rank + 1, inside, CODEC, SCALED, group)
+            c = _stored(values, scales, scale_start, start, rank + 2, other, CODEC, SCALED, group)
+            d = _stored(values, scales, scale_start, start, rank + 3, other, CODEC, SCALED, group)
+            for atom in tl.static_range(4):
+                number = _placed(byte, byte >> 2, a, b, atom)
+                totals = _add(totals, z, chunk, z_stride, k, number, atom, ROWS, LANES)
+                number = _placed(byte >> 4, byte >> 6, c, d, atom)
+                totals = _add(totals, z, chunk, z_stride, k, number, atom + 4, ROWS, LANES)
+        else:
+            rank = _first_rank(byte, offsets, column, real, chunk, n_chunks)
+            codes = _expanded(values, scales, scale_start, start, rank, byte, CODEC, SCALED, group, ASM)
+            for atom in tl.static_range(8):
+                totals = _add(totals, z, chunk, z_stride, k, codes[atom], atom, ROWS, LANES)
+    for row in tl.static_range(ROWS):
+        tl.store(out + row * d_out + column, tl.sum(totals[row], 0), mask=real)
+
+
+@triton.jit(do_not_specialize=["d_out", "k", "row_bytes", "n_chunks", "group"])
+def unpack_codes(
+    values,
+    scales,
+    support,
+    offsets,
+    scale_starts,
+    out,  # (d_out, out_stride), zero from k on
+    d_out,
+    k,
+    row_bytes,
+    n_chunks,
+    out_stride,
+    group,
+    CODEC: tl.constexpr,
+    SCALED: tl.constexpr,
+    PAIRS: tl.constexpr,
+    ASM: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+):
+    """S transposed with its zeros."""
+    column = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    chunk = tl.program_id(1)
+    real = column < d_out
+    at = chunk * _BYTES + tl.arange(0, _BYTES)
+    inside = (at < row_bytes)[:, None] & real[None, :]
+    byte = tl.load(support + column[None, :] * row_bytes + at[:, None], mask=inside, other=0).to(tl.int32)
+    start = column * (k // 2) if PAIRS else tl.load(offsets + column * n_chunks, mask=real, other=0)
+    scale_start = start
+    if SCALED:
+        scale_start = tl.load(scale_starts + column, mask=real, other=0)
+    codes = ()
+    if PAIRS:
+        rank = start[None, :] + at[:, None] * 4
+        other = inside & (at * 8 + 4 < k)[:, None]
+        a = _stored(values, scales, scale_start, start, rank, inside, CODEC, SCALED, group)
+        b = _stored(values, scales, scale_start, start, rank + 1, inside, CODEC, SCALED, group)
+        c = _stored(values, scales, scale_start, start, rank + 2, other, CODEC, SCALED, group)
+        d = _stored(values, scales, scale_start, start, rank + 3, other, CODEC, SCALED, group)
+        for atom in tl.static_range(4):
+            codes = codes + (_placed(byte, byte >> 2, a, b, atom),)
+        for atom in tl.static_range(4):
+            codes = codes + (_placed(byte >> 4, byte >> 6, c, d, atom),)
+    else:
+        rank = _first_rank(byte, offsets, column, real, chunk, n_chunks)
+        codes = _expanded(values, scales, scale_start, start, rank, byte, CODEC, SCALED, group, ASM)
+    # join adds a last axis of two: the bits of an atom's number, the lowest last
+    even = tl.join(tl.join(codes[0], codes[4]), tl.join(codes[2], codes[6]))
+    odd = tl.join(tl.join(codes[1], codes[5]), tl.join(codes[3], codes[7]))
+    eight = tl.reshape(tl.permute(tl.join(even, odd), (1, 0, 2, 3, 4)), [BLOCK_OUT, 256])
+    to = chunk * 256 + tl.arange(0, 256)
+    given = real[:, None] & (to < out_stride)[None, :]
+    tl.store(out + column[:, None] * out_stride + to[None, :], eight.to(out.dtype.element_ty), mask=given)
