@@ -16,7 +16,7 @@ SNAKEMAKE := $(BIN)/snakemake --cores $(CORES)
 RULES := Snakefile workflow/rules
 
 .DEFAULT_GOAL := help
-.PHONY: help env run densify test lint format bench bench-runtime clean
+.PHONY: help env run densify test slurm-test lint format bench bench-runtime clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 20
@@ -33,10 +33,13 @@ densify: env ## Write results/RUN/VARIANT/dense, an ordinary model folder
 	$(SNAKEMAKE) --configfile results/$(RUN)/config.yaml -- results/$(RUN)/$(VARIANT)/dense
 
 test: lint ## Lint, then all tests but the slow ones
-	$(BIN)/pytest -q -n 2 --dist loadfile -m "not slow"
+	$(BIN)/pytest -q -n 2 --dist loadfile -m "not slow and not slurm"
 
-bench: env ## Run the benchmarks, with a table
-	$(BIN)/python benchmarks/solvers.py
+slurm-test: env ## Run the workflow on a SLURM of one node, installed from Debian's packages where it is missing
+	$(BIN)/pytest -q -m slurm tests/workflow/test_slurm.py
+
+bench: env ## Run the benchmarks of the solvers, on the demo's matrices if it has run
+	$(BIN)/python benchmarks/run.py
 
 bench-runtime: env ## Time packed checkpoints beside dense ones
 	$(BIN)/python benchmarks/runtime.py

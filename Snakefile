@@ -3,6 +3,7 @@ from snakemake.utils import min_version
 from cospadi.config import check_config
 from cospadi.plan import Plan, code_digest, layers_of, modules_of, one_of
 from cospadi.report import closing_message
+from cospadi.report.training import training_message
 
 min_version("9.27")
 
@@ -18,7 +19,7 @@ config = check_config(
 plan = Plan(config)
 
 
-report: "workflow/report/workflow.rst"
+report: f"workflow/report/{'training' if config['training'] else 'workflow'}.rst"
 
 
 pathvars:
@@ -47,15 +48,18 @@ include: "workflow/rules/learn.smk"
 include: "workflow/rules/quantize.smk"
 include: "workflow/rules/assemble.smk"
 include: "workflow/rules/evaluate.smk"
+include: "workflow/rules/train.smk"
 include: "workflow/rules/report.smk"
 
 
+# a run trains models from scratch, or compresses one
 rule all:
     default_target: True
     input:
-        expand(rules.assemble_model.output, variant=plan.variants),
-        expand(rules.evaluate_model.output, name=plan.models),
-        rules.summarize.output,
+        [] if config["training"] else expand(rules.assemble_model.output, variant=plan.variants),
+        [] if config["training"] else expand(rules.evaluate_model.output, name=plan.models),
+        [] if config["training"] else rules.summarize.output,
+        plan.trained(rules.train_model.output.model),
         rules.report.output,
     localrule: True
     message:
@@ -65,3 +69,5 @@ rule all:
 onsuccess:
     if plan.has_written("summary.json"):
         print(closing_message(plan))
+    if plan.has_written("training.json"):
+        print(training_message(plan))

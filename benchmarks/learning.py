@@ -1,8 +1,8 @@
 """Benchmark of learning: a whole model, the memory of one layer, and how cost grows with shape and ratio.
 
 ``python benchmarks/learning.py --model resources/models/<name> --run results/demo`` after ``make run`` (it needs the
-run's structure and Grams). It prints tables, writes JSON lines (``--output``) and draws ``--plot``: error over time of the
-solvers, and cost over size. The whole model is learned by one process a core with one thread each, as the workflow
+run's structure and Grams). It prints tables, writes JSON lines (``--output``) and draws ``--plot``: error over time of
+the solvers, and cost over size. The whole model is learned by one process a core with one thread each, as the workflow
 does it; the speed of a float32 matrix product is measured by as many processes at once, in the same run.
 """
 
@@ -224,9 +224,7 @@ def draw(curves: list[dict[str, Any]], growth: list[dict[str, Any]], path: Path)
         relative = np.array([record["size"] for record in points]) / points[-1]["size"]
         label = f"{name}: exponent {points[0]['exponent']:.2f}"
         axes[-1].plot(relative, [record["seconds"] for record in points], marker="o", label=label)
-    axes[-1].set(
-        xscale="log", yscale="log", xlabel="size over the largest", ylabel="seconds"
-    )
+    axes[-1].set(xscale="log", yscale="log", xlabel="size over the largest", ylabel="seconds")
     axes[-1].set_title(f"{GROWTH_ROUNDS} rounds of htp", fontsize=10)
     axes[-1].legend()
     figure.savefig(path, dpi=110)

@@ -8,10 +8,15 @@ from cospadi.stage import choose_device, script
 def main(snakemake, log):
     from cospadi.files import read_json
     from cospadi.learning import learn_unit
+    from cospadi.methods import METHODS
+    from cospadi.structure import chosen
 
-    learn_unit(
+    learn, more = learn_unit, {"warm_factors": next(map(Path, snakemake.input.warm), None)}
+    if snakemake.input.drift:
+        learn, more = METHODS[snakemake.params.variant["method"]].learn_model, {"drift": Path(snakemake.input.drift[0])}
+    learn(
         Path(snakemake.input.model),
-        read_json(snakemake.input.structure),
+        chosen(read_json(snakemake.input.structure), snakemake.params.variant["targets"]),
         [Path(file) for file in snakemake.input.gram],
         snakemake.params.layers,
         snakemake.params.variant,
@@ -19,6 +24,7 @@ def main(snakemake, log):
         diagnostics=Path(snakemake.output.diagnostics),
         device=choose_device(snakemake.params.device),
         log=log,
+        **more,
     )
 
 

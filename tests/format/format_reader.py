@@ -24,8 +24,14 @@ def read_checkpoint(folder: Path) -> dict[str, np.ndarray]:
 
 
 def read_matrix(tensors: dict[str, np.ndarray], name: str, spec: dict[str, Any]) -> np.ndarray:
-    """``W = D S``, float32 (d_in, d_out)."""
+    """``W = D S`` plus the other parts, float32 (d_in, d_out)."""
     (d_in, d_out), k, codes = spec["shape"], spec["dictionary"]["n_atoms"], spec["codes"]
+    more = [read_matrix(tensors, f"{name}.plus.{i}", part) for i, part in enumerate(spec.get("plus", []))]
+    dictionary = read_dictionary(tensors, d_in, **spec["dictionary"])
+    if codes["support"] == "mixture":
+        coefficients = numbers(tensors[f"{name}.values"], codes["codec"], codes["n_nonzero"])
+        atoms = np.split(dictionary, codes["n_nonzero"], axis=1)
+        return sum((c * atom for c, atom in zip(coefficients, atoms, strict=True)), sum(more))
     values = numbers(tensors[f"{name}.values"], codes["codec"], codes["n_nonzero"])
     scales = tensors.get(f"{name}.scales")
     rows, taken, n_groups = np.zeros((d_out, k), np.float32), 0, 0
@@ -38,7 +44,7 @@ def read_matrix(tensors: dict[str, np.ndarray], name: str, spec: dict[str, Any])
             row[group] = values[taken : taken + len(group)] * (1 if scales is None else np.float32(scales[n_groups]))
             taken, n_groups = taken + len(group), n_groups + 1
     assert taken == len(values) and (scales is None or n_groups == len(scales) == codes["n_scales"])
-    return read_dictionary(tensors, d_in, **spec["dictionary"]) @ rows.T
+    return dictionary @ rows.T + sum(more)
 
 
 def read_dictionary(

@@ -13,10 +13,10 @@ import safetensors.numpy
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
-# every codec and support, shared dictionaries, several shards, matrices left dense
+# every codec and support, shared dictionaries, mixtures and sums, several shards, matrices left dense
 PACKINGS = {
     "llama": {"codec": "bf16", "support": "bitmask"},
-    "mistral": {"codec": "int4", "support": "dense", "dictionary": "int8"},
+    "mistral": {"codec": "int4", "support": "dense", "dictionary": "int8", "mixed": True},
     "qwen2": {"codec": "bf14", "support": "bitmask"},
     "qwen3": {"codec": "int8", "support": "bitmask", "dictionary": "int4", "shared": True},
     "gemma3_text": {"codec": "bf14", "support": "2:4", "dictionary": "identity"},
@@ -42,12 +42,14 @@ def write_codes(
     support: str = "bitmask",
     dictionary: str = "bf16",
     shared: bool = False,
+    mixed: bool = False,
     n_atoms: int | None = None,
 ) -> None:
     """Random factors for matrices of these shapes, ragged in every way, in one codes file.
 
     With a bitmask column 0 of every matrix has no nonzero and column 1 has all. With `shared`, q, k and v (gate and up)
-    of a layer share a dictionary.
+    of a layer share a dictionary. With `mixed`, down is a mixture of matrix atoms that all layers share, and to q, k, v
+    and o such a mixture is added.
     """
     draw = np.random.default_rng(len(shapes))
     tensors: dict[str, np.ndarray] = {}
@@ -56,10 +58,20 @@ def write_codes(
     for name, (d_in, d_out) in shapes.items():
         site = "down" if "down" in name else "o" if "o_proj" in name else "mlp" if "mlp" in name else "qkv"
         owner = owners.setdefault((name.rpartition("_proj")[0].rsplit(".", 2)[0], site), name) if shared else name
+        first = owners.setdefault(("first", name.rsplit(".", 1)[-1]), name)
+        if mixed and site == "down":
+            parts, specs[name] = random_matrix(draw, d_in, d_out, 3, codec, "mixture", dictionary, name, first)
+            tensors.update(parts)
+            continue
         parts, specs[name] = random_matrix(
             draw, d_in, d_out, n_atoms or (27 if support == "bitmask" else 16), codec, support, dictionary, name, owner
         )
         tensors.update(parts)
+        if mixed and site != "mlp":
+            names = f"{name}.plus.0", f"{first}.plus.0"
+            parts, spec = random_matrix(draw, d_in, d_out, 2, codec, "mixture", dictionary, *names)
+            specs[name]["plus"] = [spec]
+            tensors.update(parts)
     header = {"cospadi": json.dumps({"format_version": 1, "matrices": specs})}
     safetensors.numpy.save_file(tensors, path, header)
 
@@ -76,9 +88,13 @@ def random_matrix(
     owner: str | None = None,
     group_size: int | None = GROUP_SIZE,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Tensors and spec of one matrix; the dictionary is written only if `owner` is the matrix itself (or None)."""
+    """Tensors and spec of one matrix; the dictionary is written only if `owner` is the matrix itself (or None).
+
+    `k` is the number of atoms; with support ``mixture``, of matrix atoms.
+    """
     tensors: dict[str, np.ndarray] = {}
-    k = d_in if dictionary == "identity" else k
+    n_mixed = k
+    k = d_in if dictionary == "identity" else k * d_out if support == "mixture" else k
     spec: dict[str, Any] = {"shape": [d_in, d_out], "dictionary": {"codec": dictionary, "n_atoms": k}}
     if dictionary != "identity":
         tensor = f"{owner or name}.dictionary"
@@ -90,6 +106,10 @@ def random_matrix(
             if dictionary in ("int8", "int4"):
                 n_groups = -(-d_in // (group_size or d_in))
                 tensors[f"{tensor}_scales"] = random_scales(draw, (n_groups, k), dictionary)
+    if support == "mixture":
+        spec["codes"] = {"codec": "bf16", "support": support, "n_nonzero": n_mixed}
+        tensors[f"{name}.values"] = random_numbers(draw, (n_mixed,), "bf16")
+        return tensors, spec
     mask = np.ones((d_out, k), bool)
     if support == "bitmask":
         mask = draw.random((d_out, k)) < 0.5

@@ -61,6 +61,14 @@ def share_dictionary(attention):
     return q.dictionary is not None and q.dictionary is k.dictionary and q.dictionary_scales is k.dictionary_scales
 
 
+def share_atoms(first, second):
+    """Whether two layers mix the same atoms, alone and as a part that is added."""
+    parts = [(first.mlp.down_proj, second.mlp.down_proj)]
+    if hasattr(first.self_attn.q_proj, "plus"):
+        parts.append((first.self_attn.q_proj.plus[0], second.self_attn.q_proj.plus[0]))
+    return all(one.dictionary is not None and one.dictionary is two.dictionary for one, two in parts)
+
+
 @torch.no_grad()
 def check_family(packed_folder, dense_folder, saved_folder):
     packed, dense = load(packed_folder), AutoModelForCausalLM.from_pretrained(dense_folder)
@@ -72,6 +80,7 @@ def check_family(packed_folder, dense_folder, saved_folder):
         "on_meta": sum(t.is_meta for t in packed.state_dict().values()),
         "tied_head": packed.lm_head.weight is packed.model.embed_tokens.weight,
         "shared": share_dictionary(packed.model.layers[1].self_attn),
+        "shared_atoms": share_atoms(packed.model.layers[0], packed.model.layers[2]),
         "float32_error": float((exact - dense(IDS).logits).abs().max() / exact.std()),
     }
     with torch.device("meta"):

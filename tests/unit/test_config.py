@@ -206,7 +206,7 @@ def test_replaceme_config_is_right(monkeypatch):
         "replaceme_cosine-6",
         "replaceme_multi-8",
         *(f"uidl-{count}" for count in (4, 6, 8)),
-        "shortgpt-6",
+        *(f"shortgpt-{count}" for count in (4, 6, 8)),
         "replaceme_ls-4_cospadi-20",
     ]
     for name, variant in config["variants"].items():
@@ -214,6 +214,25 @@ def test_replaceme_config_is_right(monkeypatch):
         assert variant.get("steps", [variant])[0]["blocks"] == count
     # the combined variant goes on from the one that is its first step
     assert config["variants"]["replaceme_ls-4_cospadi-20"]["steps"][0] == config["variants"]["replaceme_ls-4"]
+
+
+def test_masa_config_is_right(monkeypatch):
+    monkeypatch.chdir(PROJECT)
+    base = yaml.safe_load((PROJECT / "config.yaml").read_text())
+    overrides = yaml.safe_load((PROJECT / "config" / "masa.yaml").read_text())
+    config = check_config(
+        {**base, **overrides, "evaluation": {**base["evaluation"], **overrides["evaluation"]}}, overrides=overrides
+    )
+    names = ["masa-20", "masa-30", "masa_shared-20", "svd_llm_attention-20", "svd_llm_attention-30"]
+    assert list(config["variants"]) == names
+    for name, variant in config["variants"].items():
+        assert variant["targets"] == ["q_proj", "k_proj", "v_proj", "o_proj"]
+        assert variant["ratio"] == int(name.rsplit("-", 1)[1]) / 100
+
+
+def test_the_schema_is_one():
+    # here and not at every start: that takes a seventh of a second, twice in every SLURM job
+    jsonschema.Draft202012Validator.check_schema(schema())
 
 
 def test_every_key_of_the_schema_is_described_and_closed():
@@ -249,3 +268,37 @@ def test_defaults_of_the_schema_obey_it():
 def test_documentation_follows_the_schema():
     path = PROJECT / "docs" / "configuration.md"
     assert path.read_text() == documentation(), f"run: python -m cospadi.config {path.relative_to(PROJECT)}"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"rho": "best"}, "variants.a.rho: best is not allowed; it has to match ^auto$"),
+        ({"rho": 0.5}, "variants.a.rho: 0.5 is not allowed; from 1 to 16"),
+        ({"support": "2:4", "rho": 3.0}, "rho: 3.0; support 2:4 has two nonzeros in four atoms, which is rho: 2"),
+        ({"support": "2:4", "solver": "ksvd"}, "variants.a.support: 2:4 is not for solver ksvd; leave it out"),
+        ({"atom_update": "mod"}, "variants.a.atom_update: mod is not for solver htp; leave it out"),
+        ({"solver": "procrustes", "polish": True}, "a.polish: True is not for solver procrustes; leave it out"),
+        ({"start": "spectral", "warm_start": "b"}, "start: warm_start is a start too; leave one of them out"),
+        ({"warm_start": "bb"}, "warm_start: bb is no variant that learns factors (did you mean b?); one of b, c"),
+        ({"warm_start": "u"}, "warm_start: u is no variant that learns factors; one of b, c"),
+        ({"warm_start": "a"}, "variants.a.warm_start: a: it starts from a"),
+        ({"warm_start": "c"}, "variants.a.warm_start: c: it starts from c from a"),
+        ({"warm_start": "b", "group_size": 2}, "variants.a.warm_start: b has another group_size"),
+    ],
+)
+def test_options_of_learning_that_do_not_go_together(minimal, options, expected):
+    method = {"method": "cospadi", "ratio": 0.2}
+    minimal["variants"]["a"] |= options
+    minimal["variants"] |= {"b": method, "c": {**method, "warm_start": "a"}, "u": {"method": "uidl", "blocks": 2}}
+    assert any(expected in fault for fault in faults(minimal))
+
+
+def test_options_of_learning_that_do_go_together(minimal):
+    ksvd = {"method": "cospadi", "ratio": 0.2, "solver": "ksvd", "atom_update": "block", "polish": True}
+    minimal["variants"] = {
+        "a": {**ksvd, "start": "spectral_original", "rho": "auto", "max_seconds": 60},
+        "b": {"method": "compot", "ratio": 0.4, "support": "2:4", "warm_start": "a"},
+        "c": {"method": "cospadi", "ratio": 0.2, "group_size": 2, "share": ["q_proj"], "group_metric": "exact"},
+    }
+    assert check_config(minimal)["variants"]["b"]["rho"] == 2

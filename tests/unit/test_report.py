@@ -87,7 +87,9 @@ def make_run(folder: Path) -> Path:
             unit = f"layer_{layer:02d}"
             learned = {"unit": unit, "method": RUN["variants"][variant]["method"], "seconds": 2.5, "matrices": factors}
             write(results / variant / "factors" / f"{unit}.json", learned)
-            write(results / variant / "codes" / f"{unit}.json", {"unit": unit, "matrices": codes})
+            every = sum(matrix["dense_nbytes"] for matrix in codes.values())
+            stored = {"unit": unit, "dense_nbytes_all": every, "matrices": codes}
+            write(results / variant / "codes" / f"{unit}.json", stored)
         (results / variant / "model").mkdir()
         (results / variant / "model" / "model-00001-of-00002.safetensors").write_bytes(b"x" * 700)
         (results / variant / "model" / "model-00002-of-00002.safetensors").write_bytes(b"x" * 60)
@@ -124,6 +126,7 @@ def test_table(finished):
         "ratio_asked": "0.2",
         "target_bytes": "640",  # 80 + 80 + 230 + 250
         "ratio_true": "0.2",  # 1 - 640 / 800
+        "ratio_of_all": "",
         "removed_blocks": "",
         "parameters_removed": "",
         "target_parameters_removed": "",
@@ -322,11 +325,23 @@ def test_variants_that_lose_blocks(results, dense_model):
     assert summary["variants"]["dense"]["target_bytes"] == 1600
 
 
+def test_a_variant_that_leaves_matrices_as_they_are_has_two_ratios(tmp_path):
+    results = make_run(tmp_path)
+    for path in (results / "cospadi-20" / "codes").glob("*.json"):
+        stored = json.loads(path.read_text())
+        path.write_text(json.dumps({**stored, "dense_nbytes_all": stored["dense_nbytes_all"] + 600}))
+    variants = collect(RUN, results, dense_model=results / "dense-model")["variants"]
+    assert variants["cospadi-20"]["ratio_true"] == pytest.approx(1 - 640 / 800)
+    assert variants["cospadi-20"]["ratio_of_all"] == pytest.approx((800 - 640) / (800 + 1200))
+    assert variants["svd_llm-20"]["ratio_of_all"] is variants["dense"]["ratio_of_all"] is None
+
+
 def test_plot_of_distances(tmp_path):
     from cospadi.report.plots import plot_distances
 
     rows = [[0.1 * (start + length) for length in range(1, 6 - start)] for start in range(5)]
-    distances = {"n_layers": 5, "metrics": dict.fromkeys(("angular", "angular_last", "cosine", "l2"), rows)}
+    metrics = ("angular", "angular_last", "cosine", "cosine_worst", "l2")
+    distances = {"n_layers": 5, "metrics": dict.fromkeys(metrics, rows)}
     plot_distances(distances, [tmp_path / "a.svg", tmp_path / "a.png"])
     plot_distances(distances, [tmp_path / "b.svg"])
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()

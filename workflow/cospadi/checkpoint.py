@@ -23,6 +23,7 @@ from cospadi.budget import dense_nbytes
 from cospadi.codecs import (
     IDENTITY,
     INTEGER_CODECS,
+    MIXTURE,
     VALUE_CODECS,
     groups_of_columns,
     scales_nbytes,
@@ -32,7 +33,7 @@ from cospadi.codecs import (
     unpack_support,
 )
 from cospadi.errors import ArtifactError
-from cospadi.factorization import dictionary_names, tensor_names, unpack
+from cospadi.factorization import dictionary_names, parts_of, tensor_names, unpack
 from cospadi.files import BFLOAT16, ModelFolder, TensorFile, replacing, write_json
 from cospadi.runtime.cospadi_format import AUTO_MAP, FORMAT_VERSION, LOAD_HINT, MODEL_TYPE
 
@@ -273,24 +274,26 @@ def _read_codes(codes_files: Iterable[str | Path]) -> tuple[dict[str, Any], dict
                 if part not in file:
                     raise ArtifactError(path, f"tensor {part} is missing", _REMEDY)
                 sources[part] = file
-            _check_parts(file, name, spec)
+            for part, part_spec in parts_of(name, spec).items():
+                _check_part(file, part, part_spec)
         specs |= found
-    for name, spec in specs.items():
-        if (
-            spec["dictionary"]["codec"] != IDENTITY
-            and spec["dictionary"]["tensor"].removesuffix(".dictionary") not in specs
-        ):
-            raise ArtifactError(
-                sources[f"{name}.values"].path,
-                f"the dictionary of {name} is {spec['dictionary']['tensor']}, which belongs to no packed matrix",
-                "Name a shared dictionary after one of the matrices that share it",
-            )
+    parts = {part: part_spec for name, spec in specs.items() for part, part_spec in parts_of(name, spec).items()}
+    for part, spec in parts.items():
+        if spec["dictionary"]["codec"] != IDENTITY:
+            owner = parts.get(spec["dictionary"]["tensor"].removesuffix(".dictionary"))
+            if owner is None or owner["dictionary"] != spec["dictionary"]:
+                raise ArtifactError(
+                    sources[f"{part}.values"].path,
+                    f"the dictionary of {part} is {spec['dictionary']['tensor']}, which belongs to no packed matrix, "
+                    "or to one with another dictionary",
+                    "Name a shared dictionary after one of the matrices that share it",
+                )
     if not specs:
         raise ArtifactError("codes", "no codes file was given", "Name at least one")
     return specs, sources
 
 
-def _check_parts(file: TensorFile, name: str, spec: Mapping[str, Any]) -> None:
+def _check_part(file: TensorFile, name: str, spec: Mapping[str, Any]) -> None:
     (d_in, d_out), dictionary, codes = spec["shape"], spec["dictionary"], spec["codes"]
     k, support = dictionary["n_atoms"], codes["support"]
     for codec in (dictionary["codec"], codes["codec"]):
@@ -306,13 +309,21 @@ def _check_parts(file: TensorFile, name: str, spec: Mapping[str, Any]) -> None:
         raise ArtifactError(file.path, f"{name} has {k} atoms in an identity dictionary of {d_in} inputs", _REMEDY)
     if codes["codec"] in INTEGER_CODECS:
         sizes[f"{name}.scales"] = scales_nbytes(codes["codec"], codes["n_scales"])
-    if support != "dense":
+    if support not in ("dense", MIXTURE):
         sizes[f"{name}.support"] = support_nbytes(support, k, d_out)
-    for part in tensor_names(name, spec):
+    for part in tensor_names(name, {key: spec[key] for key in ("shape", "dictionary", "codes")}):
         if file.nbytes(part) != sizes[part]:
             raise ArtifactError(
                 file.path, f"{part} takes {file.nbytes(part)} bytes, its spec says {sizes[part]}", _REMEDY
             )
+    if support == MIXTURE:
+        if k != codes["n_nonzero"] * d_out:
+            raise ArtifactError(
+                file.path,
+                f"{name} has {codes['n_nonzero']} coefficients for {k} columns of matrix atoms, {d_out} each",
+                _REMEDY,
+            )
+        return
     counts = np.full(d_out, k)
     if support != "dense":
         counts = (unpack_pairs if support == "2:4" else unpack_support)(file.read(f"{name}.support"), k).sum(0)

@@ -138,6 +138,9 @@ INTEGER_CODECS = {"int8": IntegerCodec(8), "int4": IntegerCodec(4)}
 # The dictionary that takes no bytes: the atoms are the inputs
 IDENTITY = "identity"
 
+# The support of a mixture of matrix atoms: every atom is a whole matrix, and has one coefficient
+MIXTURE = "mixture"
+
 # The config's ``codes.value_bits`` and ``codes.dictionary_bits``
 CODEC_OF_BITS = {16: "bf16", 14: "bf14", 8: "int8", 4: "int4"}
 
@@ -312,4 +315,4 @@ def fill_pairs(mask: np.ndarray) -> np.ndarray:
 
 def support_nbytes(support: str, k: int, n: int) -> int:
     """Bytes that the positions of (k, n) codes take in the file."""
-    return {"bitmask": ((k + 7) // 8) * n, "2:4": ((k + 7) // 8) * n, "dense": 0}[support]
+    return {"bitmask": ((k + 7) // 8) * n, "2:4": ((k + 7) // 8) * n, "dense": 0, MIXTURE: 0}[support]

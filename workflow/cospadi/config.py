@@ -59,7 +59,6 @@ def schema() -> Schema:
     steps = whole["$defs"].pop("steps")
     steps["properties"]["steps"]["items"] = {"oneOf": alternatives}
     whole["$defs"]["variant"] = {"oneOf": [*alternatives, steps]}
-    Draft202012Validator.check_schema(whole)
     return whole
 
 
@@ -286,6 +285,8 @@ def _cross_checks(config: dict[str, Any]) -> Iterator[str]:
             yield "evaluation.tasks: last_word needs the section text; add it, or leave the task out"
     for name, variant in config["variants"].items():
         yield from _step_faults(f"variants.{name}", variant)
+    yield from _warm_start_faults(config["variants"])
+    yield from _training_faults(config)
     for section, key in (("model", "config"), ("model", "path"), ("text", "path"), ("evaluation", "task_path")):
         path = (config[section] or {}).get(key)
         if path is not None and not Path(path).exists():
@@ -297,6 +298,8 @@ def _step_faults(where: str, variant: dict[str, Any]) -> Iterator[str]:
     if steps is None:
         if variant["method"] in PRUNERS:
             yield from (f"{where}.{fault}" for fault in PRUNERS[variant["method"]].faults(variant))
+        else:
+            yield from (f"{where}.{fault}" for fault in METHODS[variant["method"]].faults(variant))
         return
     first, second = (step["method"] for step in steps)
     if first not in PRUNERS or second not in METHODS:
@@ -306,6 +309,61 @@ def _step_faults(where: str, variant: dict[str, Any]) -> Iterator[str]:
         )
     for index, step in enumerate(steps):
         yield from _step_faults(f"{where}.steps.{index}", step)
+
+
+def _warm_start_faults(variants: Mapping[str, Any]) -> Iterator[str]:
+    """A start is another variant's factors of the same matrices; no variant waits for itself."""
+    learned = {name: variant.get("steps", [variant])[-1] for name, variant in variants.items()}
+    pruned = {name: variant["steps"][0] if "steps" in variant else None for name, variant in variants.items()}
+    for name, settings in learned.items():
+        source = settings.get("warm_start")
+        if source is None:
+            continue
+        where = f"variants.{name}.warm_start: {source}"
+        if source not in learned or learned[source]["method"] not in METHODS:
+            others = [other for other, step in learned.items() if other != name and step["method"] in METHODS]
+            yield f"{where} is no variant that learns factors{_meant(source, others)}; one of {', '.join(others)}"
+            continue
+        if pruned[source] != pruned[name]:
+            yield f"{where} starts from another model"
+        if learned[source].get("group_size") != settings.get("group_size"):
+            yield f"{where} has another group_size"
+        seen = [name]
+        while source in learned and source not in seen:
+            seen.append(source)
+            source = learned[source].get("warm_start")
+        if source == name:
+            yield f"{where}: it starts from {' from '.join([*seen[1:], name])}"
+
+
+def _training_faults(config: dict[str, Any]) -> Iterator[str]:
+    training = config["training"]
+    if training is None:
+        return
+    if training["language"] is None and training["vision"] is None:
+        yield "training: has neither language nor vision; add one, or set training to null"
+    if training["language"] is not None and config["text"] is None:
+        yield "training.language: needs the section text; add it, or set training.language to null"
+    for experiment in ("language", "vision"):
+        settings = training[experiment]
+        if settings is None:
+            continue
+        where, sizes = f"training.{experiment}", settings["model"]
+        heads, hidden = sizes["heads"], sizes["hidden_size"]
+        # rotary embeddings turn pairs of numbers
+        parts = 2 * heads if experiment == "language" else heads
+        if hidden % parts:
+            yield f"{where}.model.hidden_size: {hidden}; it has to be a multiple of {parts} for {heads} heads"
+        for name, variant in settings["variants"].items():
+            here = f"{where}.variants.{name}"
+            if variant.get("atoms", 0) > sizes["layers"]:
+                yield f"{here}.atoms: {variant['atoms']}; the model has {sizes['layers']} layers"
+            if variant.get("rank", 0) > hidden:
+                yield f"{here}.rank: {variant['rank']}; the matrices are {hidden} x {hidden}"
+            if experiment == "vision" and variant["attention"] == "gqa":
+                yield f"{here}.attention: gqa; a ViT has no key and value heads of their own"
+            elif heads % variant.get("kv_heads", heads):
+                yield f"{here}.kv_heads: {variant['kv_heads']}; {heads} heads have to be a multiple of it"
 
 
 def documentation() -> str:
@@ -335,10 +393,12 @@ def _section(title: str, part: Schema, level: int) -> list[str]:
     if isinstance(part.get("additionalProperties"), dict):
         return _section(title, {**part["additionalProperties"], "description": part["description"]}, level)
     if "oneOf" in part:
+        objects = [choice for choice in map(_reference, part["oneOf"]) if choice.get("type") == "object"]
+        if len(objects) == 1 and "description" in part:  # that, or null
+            return _section(title, {**objects[0], "description": part["description"]}, level)
         lines = ["", f"{'#' * level} {title}", "", part["description"]] if "description" in part else []
-        for alternative in map(_reference, part["oneOf"]):
-            if alternative.get("type") == "object":
-                lines += _section(f"{title}: {alternative['title']}", alternative, level + 1)
+        for alternative in objects:
+            lines += _section(f"{title}: {alternative['title']}", alternative, level + 1)
         return lines
     if part.get("type") != "object":
         return []

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from cospadi.codecs import (
     GROUP_SIZE,
     IDENTITY,
     INTEGER_CODECS,
+    MIXTURE,
     decode_grouped,
     decode_values,
     encode_grouped,
@@ -34,17 +35,18 @@ from cospadi.gram import relative_error
 
 @dataclass
 class Factorization:
-    """A matrix as dictionary times codes, ``W (d_in, d_out) ~ D (d_in, k) @ S (k, d_out)``.
+    """A matrix as dictionary times codes, ``W (d_in, d_out) ~ D (d_in, k) @ S (k, d_out)``, plus others of its kind.
 
-    Arrays are NumPy or torch, both of one kind; every operation works on either.
+    Arrays are NumPy or torch, both of one kind; every operation works on either. A mixture of matrix atoms (MASA) is
+    ``W = sum_m c_m A_m``: its dictionary holds the atoms side by side, its codes are the coefficients alone.
 
     Attributes
     ----------
     dictionary : array (d_in, k), float32, or None
         None is the identity (k = d_in), which takes no bytes.
     codes : array (k, d_out), float32
-        With explicit zeros unless `support` is ``"dense"``.
-    support : {"bitmask", "dense", "2:4"}
+        With explicit zeros unless `support` is ``"dense"``. Of a mixture: (n_matrix_atoms,).
+    support : {"bitmask", "dense", "2:4", "mixture"}
         How the positions of the nonzeros are stored; ``"2:4"`` has two of every four atoms in a row.
     value_codec, dictionary_codec : str
         Keys of `codecs.VALUE_CODECS` or `codecs.INTEGER_CODECS`: how the file stores codes and dictionary.
@@ -57,6 +59,10 @@ class Factorization:
         and not given.
     mask : array (k, d_out), bool, optional
         Codes that are stored, some of which may be zero; default: the nonzeros.
+    tensor : str, optional
+        Name of the dictionary's tensor, where several matrices share one; default ``<matrix>.dictionary``.
+    plus : sequence of Factorization
+        Further parts that are added; they have none of their own.
     diagnostics : dict
         What the learner has to report: history, shifts, redrawn atoms, seconds.
     """
@@ -71,45 +77,63 @@ class Factorization:
     scales: Any | None = None
     dictionary_scales: Any | None = None
     mask: Any | None = None
+    tensor: str | None = None
+    plus: Sequence[Factorization] = ()
     diagnostics: dict[str, Any] = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(d_in, d_out) of the matrix."""
+        if self.support == MIXTURE:
+            d_in, k = self.dictionary.shape
+            return d_in, k // self.codes.shape[0]
         return (self.codes if self.dictionary is None else self.dictionary).shape[0], self.codes.shape[1]
 
     @property
     def n_atoms(self) -> int:
-        """Rows of the codes, k."""
-        return self.codes.shape[0]
+        """Columns of the dictionary, k."""
+        return self.codes.shape[0] * (self.shape[1] if self.support == MIXTURE else 1)
 
     @property
     def n_nonzero(self) -> int:
-        """Stored values of the codes: the nonzeros, or all of them for dense codes."""
-        return int(self._counts().sum())
+        """Stored values of the codes: the nonzeros, all of them for dense codes, the coefficients of a mixture."""
+        return self.codes.shape[0] if self.support == MIXTURE else int(self._counts().sum())
 
     @property
     def nbytes(self) -> int:
-        """Bytes this matrix takes in the file: dictionary, values, scales and support."""
-        counts = self._counts()
-        return factors_nbytes(
+        """Bytes this matrix takes in the file: dictionary, values, scales and support, of all parts."""
+        counts = None if self.support == MIXTURE else self._counts()
+        own = factors_nbytes(
             *self.shape,
             self.n_atoms,
-            int(counts.sum()),
+            self.n_nonzero,
             support=self.support,
-            value_codec=self.value_codec,
+            value_codec=self._stored_value_codec,
             dictionary_codec=IDENTITY if self.dictionary is None else self.dictionary_codec,
             group_size=self.group_size,
-            n_scales=int((-(-counts // (self.group_size or max(1, counts.max(initial=1))))).sum()),
+            n_scales=0
+            if counts is None
+            else int((-(-counts // (self.group_size or max(1, counts.max(initial=1))))).sum()),
         )
+        return own + sum(part.nbytes for part in self.plus)
 
     def reconstruct(self) -> Any:
-        """D S, (d_in, d_out)."""
-        return self.codes if self.dictionary is None else self.dictionary @ self.codes
+        """D S plus the other parts, (d_in, d_out)."""
+        if self.support == MIXTURE:
+            product = self._mixed(self.dictionary)
+        else:
+            product = self.codes if self.dictionary is None else self.dictionary @ self.codes
+        return sum((part.reconstruct() for part in self.plus), product)
 
     def __call__(self, x: Any) -> Any:
-        """``(x D) S``: inputs (n, d_in) to outputs (n, d_out) through the factors."""
-        return (x if self.dictionary is None else x @ self.dictionary) @ self.codes
+        """``(x D) S`` plus the other parts: inputs (n, d_in) to outputs (n, d_out) through the factors."""
+        projected = x if self.dictionary is None else x @ self.dictionary
+        product = self._mixed(projected) if self.support == MIXTURE else projected @ self.codes
+        return sum((part(x) for part in self.plus), product)
+
+    def with_storage(self, **changes: Any) -> Factorization:
+        """A copy with other codecs, group size or rounding, in all parts."""
+        return replace(self, plus=[part.with_storage(**changes) for part in self.plus], **changes)
 
     def relative_error(self, weight: Any, gram: Any | None = None) -> float:
         """``||X (W - D S)||_F / ||X W||_F`` with ``X^T X = gram``; ``gram=None`` means the identity.
@@ -142,11 +166,12 @@ class Factorization:
             If a factor holds NaN or infinity.
         """
         tensors: dict[str, np.ndarray] = {}
+        parts = [part.pack(f"{name}.plus.{index}") for index, part in enumerate(self.plus)]
         codes = _finite(self.codes, f"{name}: codes")
         dictionary_spec: dict[str, Any] = {"codec": IDENTITY, "n_atoms": self.n_atoms}
         if self.dictionary is not None:
             atoms = _finite(self.dictionary, f"{name}: dictionary")
-            tensor = dictionary or f"{name}.dictionary"
+            tensor = dictionary or self.tensor or f"{name}.dictionary"
             dictionary_spec = {"codec": self.dictionary_codec, "n_atoms": self.n_atoms, "tensor": tensor}
             if self.dictionary_codec in INTEGER_CODECS:
                 groups, scales = groups_of_atoms(*atoms.shape, self.group_size), self.dictionary_scales
@@ -158,7 +183,9 @@ class Factorization:
                 dictionary_spec["group_size"] = self.group_size
             else:
                 tensors[tensor] = encode_values(atoms, self.dictionary_codec, "nearest")
-        if self.support == "dense":
+        if self.support == MIXTURE:
+            values, counts = codes, None
+        elif self.support == "dense":
             values = np.ascontiguousarray(codes.T)
             counts = np.full(codes.shape[1], self.n_atoms)
         else:
@@ -166,18 +193,34 @@ class Factorization:
             tensors[f"{name}.support"] = (pack_pairs if self.support == "2:4" else pack_support)(mask)
             values = codes.T[mask.T]
             counts = mask.sum(0)
-        codes_spec = {"codec": self.value_codec, "support": self.support, "n_nonzero": int(values.size)}
-        if self.value_codec in INTEGER_CODECS:
+        codec = self._stored_value_codec
+        codes_spec = {"codec": codec, "support": self.support, "n_nonzero": int(values.size)}
+        if codec in INTEGER_CODECS:
             groups, scales = groups_of_columns(counts, self.group_size).reshape(values.shape), self.scales
             if scales is None:
-                scales = find_scales(values.ravel(), groups.ravel(), self.value_codec)
+                scales = find_scales(values.ravel(), groups.ravel(), codec)
             scales = to_numpy(scales).astype(BFLOAT16)
-            tensors[f"{name}.values"] = encode_grouped(values, groups, scales, self.value_codec, self.rounding)
+            tensors[f"{name}.values"] = encode_grouped(values, groups, scales, codec, self.rounding)
             tensors[f"{name}.scales"] = scales
             codes_spec |= {"group_size": self.group_size, "n_scales": int(scales.size)}
         else:
-            tensors[f"{name}.values"] = encode_values(values, self.value_codec, self.rounding)
-        return tensors, {"shape": list(self.shape), "dictionary": dictionary_spec, "codes": codes_spec}
+            tensors[f"{name}.values"] = encode_values(values, codec, self.rounding)
+        spec = {"shape": list(self.shape), "dictionary": dictionary_spec, "codes": codes_spec}
+        if parts:
+            spec["plus"] = [part_spec for _, part_spec in parts]
+            for part_tensors, _ in parts:
+                tensors |= part_tensors
+        return tensors, spec
+
+    @property
+    def _stored_value_codec(self) -> str:
+        """Coefficients of a mixture are few, and all of the matrix hangs on each: they are never cut."""
+        return "bf16" if self.support == MIXTURE and self.value_codec != "float32" else self.value_codec
+
+    def _mixed(self, rows: Any) -> Any:
+        """``sum_m c_m rows_m`` of rows (n, k) that stand side by side in blocks of d_out, (n, d_out)."""
+        blocks = rows.reshape(rows.shape[0], self.codes.shape[0], -1)
+        return (blocks * self.codes[None, :, None]).sum(1)
 
     def _mask(self) -> np.ndarray:
         """Codes that are stored, (k, d_out)."""
@@ -198,20 +241,31 @@ def _finite(array: Any, what: str) -> np.ndarray:
     return array
 
 
+def parts_of(name: str, spec: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The factors that are summed for a matrix: name of each, the matrix's own first, to its spec."""
+    plus = {f"{name}.plus.{index}": part for index, part in enumerate(spec.get("plus", ()))}
+    return {name: spec, **plus}
+
+
 def dictionary_names(spec: Mapping[str, Any]) -> list[str]:
-    """Names of the tensors that hold a matrix's dictionary, which it may share with others."""
-    dictionary = spec["dictionary"]
-    if dictionary["codec"] == IDENTITY:
-        return []
-    scales = [f"{dictionary['tensor']}_scales"] if dictionary["codec"] in INTEGER_CODECS else []
-    return [dictionary["tensor"], *scales]
+    """Names of the tensors that hold a matrix's dictionaries, which it may share with others."""
+    names = []
+    for part in parts_of("", spec).values():
+        dictionary = part["dictionary"]
+        if dictionary["codec"] != IDENTITY:
+            names.append(dictionary["tensor"])
+            names += [f"{dictionary['tensor']}_scales"] if dictionary["codec"] in INTEGER_CODECS else []
+    return names
 
 
 def tensor_names(name: str, spec: Mapping[str, Any]) -> list[str]:
     """Names of the tensors that matrix `name` is read from."""
-    scales = [f"{name}.scales"] if spec["codes"]["codec"] in INTEGER_CODECS else []
-    support = [] if spec["codes"]["support"] == "dense" else [f"{name}.support"]
-    return [*dictionary_names(spec), f"{name}.values", *scales, *support]
+    names = dictionary_names(spec)
+    for path, part in parts_of(name, spec).items():
+        names.append(f"{path}.values")
+        names += [f"{path}.scales"] if part["codes"]["codec"] in INTEGER_CODECS else []
+        names += [] if part["codes"]["support"] in ("dense", MIXTURE) else [f"{path}.support"]
+    return names
 
 
 def unpack(tensors: Mapping[str, np.ndarray], spec: Mapping[str, Any], name: str) -> Factorization:
@@ -230,13 +284,16 @@ def unpack(tensors: Mapping[str, np.ndarray], spec: Mapping[str, Any], name: str
     group_size = spec["codes"].get("group_size", spec["dictionary"].get("group_size", GROUP_SIZE))
     dictionary = dictionary_scales = mask = scales = None
     if dictionary_codec in INTEGER_CODECS:
-        stored, dictionary_scales = (np.asarray(tensors[part]) for part in dictionary_names(spec))
+        tensor = spec["dictionary"]["tensor"]
+        stored, dictionary_scales = np.asarray(tensors[tensor]), np.asarray(tensors[f"{tensor}_scales"])
         groups = groups_of_atoms(d_in, k, spec["dictionary"]["group_size"])
         dictionary = decode_grouped(stored, groups, dictionary_scales.ravel(), dictionary_codec)
     elif dictionary_codec != IDENTITY:
         stored = np.asarray(tensors[spec["dictionary"]["tensor"]])
         dictionary = decode_values(stored, dictionary_codec, d_in * k).reshape(d_in, k)
-    if support == "dense":
+    if support == MIXTURE:
+        counts = None
+    elif support == "dense":
         counts = np.full(d_out, k)
     else:
         mask = (unpack_pairs if support == "2:4" else unpack_support)(np.asarray(tensors[f"{name}.support"]), k)
@@ -247,7 +304,9 @@ def unpack(tensors: Mapping[str, np.ndarray], spec: Mapping[str, Any], name: str
         values = decode_grouped(stored, groups_of_columns(counts, spec["codes"]["group_size"]), scales, value_codec)
     else:
         values = decode_values(stored, value_codec, spec["codes"]["n_nonzero"])
-    if mask is None:
+    if support == MIXTURE:
+        codes = values
+    elif mask is None:
         codes = values.reshape(d_out, k)
     else:
         codes = np.zeros((d_out, k), np.float32)
@@ -262,4 +321,6 @@ def unpack(tensors: Mapping[str, np.ndarray], spec: Mapping[str, Any], name: str
         scales=scales,
         dictionary_scales=dictionary_scales,
         mask=mask,
+        tensor=spec["dictionary"].get("tensor"),
+        plus=[unpack(tensors, part, f"{name}.plus.{i}") for i, part in enumerate(spec.get("plus", ()))],
     )

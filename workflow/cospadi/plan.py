@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,9 @@ from typing import Any
 
 from cospadi.errors import ConfigError, UnsupportedModelError
 from cospadi.methods import METHODS
+from cospadi.methods.masa import ModelMethod
 from cospadi.pruning import FOLDABLE, PRUNERS, removed_count
+from cospadi.resources import FORWARD, GPU_FORWARD, MEBI, Estimates, Work
 from cospadi.sources import planning_config
 from cospadi.stage import has_gpu
 from cospadi.structure import check_supported, layer_name, n_layers
@@ -29,9 +30,11 @@ PACKAGE = Path(__file__).parent
 # What a run takes from these is chosen by name in the config, and the chooser names the chosen module
 _REGISTRIES = {"cospadi.methods", "cospadi.solvers", "cospadi.sources"}
 
-# a sober guess of what one CPU thread gets done, so that a time limit is not the reason a job fails
-_FLOPS_PER_THREAD = 1.0e10
-_MEBI = 2**20
+GPU_STAGES = frozenset({"collect", "prune", "learn", "evaluate", "train"})
+# What takes longer does not share a SLURM job: the six seconds of start-up are under 5 % of it
+SMALL_SECONDS = 120.0
+# Not more CPUs than `cores` of the profile: the executor's step would ask for more than the job has
+SHARED_CPUS = 16
 
 
 class Plan:
@@ -81,7 +84,7 @@ class Plan:
         self.model_folder = model["path"] if model["source"] == "local" else f"resources/models/{model['name']}"
         self.variants = list(config["variants"])
         self.models = [DENSE, *self.variants]
-        self.shapes = _Shapes(model_config)
+        self.estimates = Estimates(config, model_config)
         self._started = time.time()
         self.factorized = [name for name in self.variants if self.factorizing(name)]
         self.pruned = [name for name in self.variants if not self.factorizing(name)]
@@ -183,6 +186,15 @@ class Plan:
         chunk = next(chunk for chunk in self.chunks_of(base) if layer in chunk)
         return f"{self.results}/{base}activations/layers_{chunk_name(chunk)}.h5"
 
+    def learns_model(self, variant: str) -> bool:
+        """Whether a variant's method learns all layers in one job."""
+        settings = self.factorizing(variant)
+        return settings is not None and isinstance(METHODS[settings["method"]], ModelMethod)
+
+    def drift_of(self, variant: str) -> list[str]:
+        """How far blocks move the predicted token, for the methods that learn all layers in one job."""
+        return [f"{self.results}/{self.base_of(variant)}drift.json"] if self.learns_model(variant) else []
+
     def grams_of(self, unit: str, base: str = "") -> list[str]:
         """Gram files of a unit's layers."""
         return [f"{self.results}/{base}gram/{layer_name(layer)}.h5" for layer in layers_of(unit)]
@@ -192,9 +204,15 @@ class Plan:
         settings = self.factorizing(variant)
         if settings is None:
             return []
-        size, layers = settings.get("group_size", 1), self.n_layers_of(self.base_of(variant))
+        layers = self.n_layers_of(self.base_of(variant))
+        size = layers if self.learns_model(variant) else settings.get("group_size", 1)
         groups = [range(first, min(first + size, layers)) for first in range(0, layers, size)]
         return [layer_name(group[0]) if len(group) == 1 else f"layers_{chunk_name(group)}" for group in groups]
+
+    def warm_factors_of(self, variant: str, unit: str) -> list[str]:
+        """Factors that learning a unit starts from: another variant's, as a list that is empty where it has none."""
+        source = self.factorizing(variant).get("warm_start")
+        return [f"{self.results}/{source}/factors/{unit}.safetensors"] if source else []
 
     def pruning_files(self, pattern: str) -> dict[str, str]:
         """`pattern` with the base filled in, for every variant that loses blocks."""
@@ -207,6 +225,29 @@ class Plan:
             for variant in self.variants
             for unit in self.units(variant)
         ]
+
+    def trained(self, pattern: str) -> list[str]:
+        """`pattern` with ``{experiment}``, ``{trained}`` and ``{seed}`` filled in, for every model from scratch."""
+        training = self.config["training"] or {}
+        return [
+            pattern.replace("{experiment}", name).replace("{trained}", variant).replace("{seed}", str(seed))
+            for name in ("language", "vision")
+            if training.get(name)
+            for variant in training[name]["variants"]
+            for seed in training["seeds"]
+        ]
+
+    def training_report(self) -> str:
+        """Report of a run that trains models from scratch.
+
+        Raises
+        ------
+        ConfigError
+            If it trains none.
+        """
+        if self.config["training"] is None:
+            raise ConfigError(["training: missing, this run trains nothing; see config/masa-train.yaml"])
+        return f"{self.results}/report.zip"
 
     def has_written(self, name: str) -> bool:
         """Whether file `name` of the results is newer than this plan; making one layer leaves no new table to show."""
@@ -234,6 +275,11 @@ class Plan:
         settings = self.factorizing(variant)
         return {**settings, "codes": {key: value for key, value in settings["codes"].items() if key != "rounding"}}
 
+    def training(self, experiment: str) -> dict[str, Any]:
+        """Settings that decide how the models of an experiment are trained, without its variants."""
+        settings = self.config["training"][experiment]
+        return {key: value for key, value in settings.items() if key != "variants"}
+
     def learning_code(self, variant: str) -> str:
         """Digest of the code that learns a variant: its method and solver, and not those of other variants."""
         settings = self.factorizing(variant)
@@ -252,128 +298,106 @@ class Plan:
 
     def mem_mb(self, stage: str) -> Callable[..., int]:
         """Memory of a job of `stage` in MiB, a function for Snakemake: from matrix shapes, times the attempt."""
-        estimate = getattr(self, f"_{stage}_bytes")
 
         def mem_mb(wildcards: Any, attempt: int) -> int:
-            return attempt * math.ceil(estimate(wildcards) / _MEBI)
+            return self.work(stage, wildcards).mem_mb(attempt)
 
         return mem_mb
 
     def runtime(self, stage: str) -> Callable[..., int]:
-        """Time limit of a job of `stage` in minutes, a function for Snakemake: ten, or more by the work to do."""
-        estimate = getattr(self, f"_{stage}_flops")
+        """Time limit of a job of `stage` in minutes, a function for Snakemake: the same way."""
 
         def runtime(wildcards: Any, attempt: int, threads: int) -> int:
-            return attempt * (10 + math.ceil(estimate(wildcards) / (_FLOPS_PER_THREAD * threads) / 60))
+            on_gpu = bool(self.gpus()) and stage in GPU_STAGES
+            return self.work(stage, wildcards).runtime(attempt, threads, on_gpu)
 
         return runtime
 
-    @property
-    def _tokens(self) -> int:
-        return self.config["calibration"]["samples"] * self.config["calibration"]["length"]
+    def work(self, stage: str, wildcards: Any) -> Work:
+        """What the job of `stage` with these wildcards does (`resources`)."""
+        return getattr(self, f"_{stage}_work")(wildcards)
 
-    def _fetch_bytes(self, _wildcards: Any) -> float:
-        # a GGUF is dequantized to float32 before it is written as bfloat16
-        return 2000 * _MEBI + (8 * self.shapes.parameters if self.config["model"]["source"] == "wheel_gguf" else 0)
+    def group(self, stage: str) -> Callable[..., str | None]:
+        """SLURM job that a job of `stage` shares, a function for Snakemake (local runs know no groups).
 
-    def _fetch_flops(self, _wildcards: Any) -> float:
-        return 2000 * self.shapes.parameters  # about a minute for 300 million parameters
+        Grams are in the job of their chunk's collection, side by side, where they are few and take no longer. Small
+        units, each learned and then packed, are all called ``unit``; they run in turn, and the profile's
+        ``group-components`` says how many make a job.
+        """
 
-    def _prepare_bytes(self, _wildcards: Any) -> float:
-        sampling = self.config["calibration"]["source"] == "self"
-        return 2000 * _MEBI + (3 * self.shapes.parameters if sampling else 0)
+        def chunk(wildcards: Any) -> str | None:
+            layer = int(wildcards.first if stage == "collect" else wildcards.layer)
+            chunk = next(chunk for chunk in self.chunks_of(wildcards.base) if layer in chunk)
+            collecting = self.estimates.collect(len(chunk)).wall(self.config["threads"]["collect"], bool(self.gpus()))
+            cpus = len(chunk) * self.config["threads"]["gram"]
+            if cpus > SHARED_CPUS or self.estimates.gram().wall() > max(SMALL_SECONDS, collecting):
+                return None
+            return f"chunk_{wildcards.base.replace('/', '_')}{chunk_name(chunk)}"
 
-    def _prepare_flops(self, _wildcards: Any) -> float:
-        sampling = self.config["calibration"]["source"] == "self"
-        return 20 * self.shapes.parameters * self._tokens if sampling else 0
+        def unit(wildcards: Any) -> str | None:
+            return "unit" if self._learn_work(wildcards).wall() < SMALL_SECONDS else None
 
-    def _collect_bytes(self, wildcards: Any) -> float:
-        layers = int(wildcards.last) - int(wildcards.first) + 1
-        calibration = self.config["calibration"]
-        width = 2 if calibration["dtype"] == "bfloat16" else 4
-        weights = width * (layers * self.shapes.layer_parameters + self.shapes.embedding_parameters)
-        hidden = 2 * 2 * self._tokens * self.shapes.hidden_size
-        forward = 8 * 4 * calibration["batch_tokens"] * max(self.shapes.site_widths)
-        grams = 8 * layers * self.shapes.gram_entries if calibration["mode"] == "stream" else 0
-        return 2000 * _MEBI + weights + hidden + forward + 1.2 * grams
+        return chunk if stage in ("collect", "gram") else unit
 
-    def _collect_flops(self, wildcards: Any) -> float:
-        layers = int(wildcards.last) - int(wildcards.first) + 1
-        grams = self.shapes.gram_entries if self.config["calibration"]["mode"] == "stream" else 0
-        return 2 * layers * self._tokens * (self.shapes.layer_parameters + grams)
+    def _fetch_work(self, _wildcards: Any) -> Work:
+        return self.estimates.fetch()
 
-    def _prune_bytes(self, _wildcards: Any) -> float:
-        calibration = self.config["calibration"]
-        width = 2 if calibration["dtype"] == "bfloat16" else 4
-        blocks = calibration["blocks_per_job"] or self.n_layers
-        weights = width * (blocks * self.shapes.layer_parameters + self.shapes.embedding_parameters)
-        hidden = 2 * 2 * self._tokens * self.shapes.hidden_size
-        states = 8 * 256 * self.n_layers * self.shapes.hidden_size
-        return 3000 * _MEBI + weights + hidden + states + 8 * 8 * self.shapes.hidden_size**2
+    def _inspect_work(self, _wildcards: Any) -> Work:
+        return self.estimates.inspect()
 
-    def _prune_flops(self, wildcards: Any) -> float:
+    def _prepare_work(self, _wildcards: Any) -> Work:
+        return self.estimates.prepare()
+
+    def _collect_work(self, wildcards: Any) -> Work:
+        return self.estimates.collect(int(wildcards.last) - int(wildcards.first) + 1)
+
+    def _gram_work(self, _wildcards: Any) -> Work:
+        return self.estimates.gram()
+
+    def _prune_work(self, wildcards: Any) -> Work:
         # one walk to choose; to fit, one of the model as it is and of what is left for every cut
-        base = getattr(wildcards, "base", "")
-        walks = 2 * self.pruned_bases[base].get("cuts", 1) if base else 1
-        return 4 * walks * self._tokens * self.n_layers * self.shapes.layer_parameters
+        settings = self.pruned_bases.get(getattr(wildcards, "base", ""))
+        return self.estimates.prune(2 * settings.get("cuts", 1) if settings else 1)
 
-    def _gram_bytes(self, _wildcards: Any) -> float:
-        return 500 * _MEBI + 4 * 8 * max(self.shapes.site_widths) ** 2
+    def _learn_work(self, wildcards: Any) -> Work:
+        return self.estimates.learn(
+            self.factorizing(wildcards.variant),
+            len(layers_of(wildcards.unit)),
+            whole_model=self.learns_model(wildcards.variant),
+        )
 
-    def _gram_flops(self, _wildcards: Any) -> float:
-        return 4 * self._tokens * self.shapes.gram_entries
+    def _quantize_work(self, wildcards: Any) -> Work:
+        return self.estimates.quantize(self.factorizing(wildcards.variant), len(layers_of(wildcards.unit)))
 
-    def _learn_bytes(self, wildcards: Any) -> float:
-        layers = len(layers_of(wildcards.unit))
-        return 500 * _MEBI + layers * (6 * 4 * self.shapes.layer_parameters + 3 * 8 * max(self.shapes.site_widths) ** 2)
+    def _assemble_work(self, _wildcards: Any) -> Work:
+        return self.estimates.assemble()
 
-    def _learn_flops(self, wildcards: Any) -> float:
-        return 500 * len(layers_of(wildcards.unit)) * self.shapes.product_flops
+    def _evaluate_work(self, _wildcards: Any) -> Work:
+        return self.estimates.evaluate()
 
-    def _quantize_bytes(self, wildcards: Any) -> float:
-        layers = len(layers_of(wildcards.unit))
-        return 500 * _MEBI + layers * (4 * 4 * self.shapes.layer_parameters + 8 * max(self.shapes.site_widths) ** 2)
+    def _train_work(self, wildcards: Any) -> Work:
+        flops = self._train_flops(wildcards)
+        return Work(self._train_bytes(wildcards), 15, flops / FORWARD, flops / GPU_FORWARD)
 
-    def _quantize_flops(self, wildcards: Any) -> float:
-        return 10 * len(layers_of(wildcards.unit)) * self.shapes.product_flops
+    def _train_bytes(self, wildcards: Any) -> float:
+        parameters, tokens, vocabulary = self._training_sizes(wildcards.experiment)
+        sizes = self.config["training"][wildcards.experiment]["model"]
+        # weights, gradients and AdamW's moments; what the blocks and the logits keep for the backward pass
+        kept = 40 * sizes["layers"] * (sizes["hidden_size"] + sizes["intermediate_size"]) + 16 * vocabulary
+        return 2000 * MEBI + 16 * parameters + tokens * kept
 
-    def _assemble_bytes(self, _wildcards: Any) -> float:
-        return 2000 * _MEBI + 4 * self.shapes.parameters
+    def _train_flops(self, wildcards: Any) -> float:
+        parameters, tokens, _ = self._training_sizes(wildcards.experiment)
+        return 8 * parameters * tokens * self.config["training"][wildcards.experiment]["steps"]
 
-    def _assemble_flops(self, _wildcards: Any) -> float:
-        return 1000 * self.shapes.parameters
-
-    def _evaluate_bytes(self, _wildcards: Any) -> float:
-        evaluation = self.config["evaluation"]
-        window = (evaluation["perplexity"] or {"window": 2048})["window"]
-        logits = 3 * 4 * evaluation["batch_size"] * window * self.shapes.vocabulary
-        return 2500 * _MEBI + 3 * self.shapes.parameters + logits
-
-    def _evaluate_flops(self, _wildcards: Any) -> float:
-        evaluation = self.config["evaluation"]
-        tokens = (evaluation["perplexity"] or {"max_tokens": 0})["max_tokens"] or 1_000_000
-        task_tokens = 200 * (evaluation["limit"] or 20_000) * len(evaluation["tasks"])
-        return 4 * self.shapes.parameters * (tokens + task_tokens)
-
-
-class _Shapes:
-    """Sizes by ``config.json``, for estimates alone; the true list of matrices is `structure.inspect_model`'s."""
-
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        self.hidden_size = hidden = config["hidden_size"]
-        self.vocabulary = config["vocab_size"]
-        inner, heads = config["intermediate_size"], config["num_attention_heads"]
-        head_dim = config.get("head_dim") or hidden // heads
-        queries, keys = heads * head_dim, (config.get("num_key_value_heads") or heads) * head_dim
-        matrices = [(hidden, queries), (hidden, keys), (hidden, keys), (queries, hidden)]
-        matrices += [(hidden, inner), (hidden, inner), (inner, hidden)]
-        self.site_widths = (hidden, queries, hidden, inner)
-        self.gram_entries = sum(width**2 for width in self.site_widths)
-        self.layer_parameters = sum(d_in * d_out for d_in, d_out in matrices)
-        # one product of a dictionary as wide as its matrix with codes of every column
-        self.product_flops = sum(2 * d_in * d_in * d_out for d_in, d_out in matrices)
-        self.embedding_parameters = self.vocabulary * hidden * (1 if config.get("tie_word_embeddings") else 2)
-        self.parameters = config["num_hidden_layers"] * self.layer_parameters + self.embedding_parameters
+    def _training_sizes(self, experiment: str) -> tuple[int, int, int]:
+        """Parameters of a dense model, tokens a step, and entries of the logits of a token."""
+        settings = self.config["training"][experiment]
+        sizes = settings["model"]
+        hidden, vocabulary = sizes["hidden_size"], settings.get("vocabulary", 10)
+        block = 4 * hidden**2 + 3 * hidden * sizes["intermediate_size"]
+        length = settings["length"] if experiment == "language" else (8 // settings["patch"]) ** 2 + 1
+        return sizes["layers"] * block + vocabulary * hidden, settings["batch_size"] * length, vocabulary
 
 
 def chunk_name(layers: Sequence[int]) -> str:

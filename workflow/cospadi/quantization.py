@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from cospadi.budget import dense_nbytes
-from cospadi.codecs import storage_of
+from cospadi.codecs import MIXTURE, storage_of
 from cospadi.factorization import Factorization, dictionary_names, tensor_names, unpack
 from cospadi.files import ModelFolder, TensorFile, write_json, write_tensors
 from cospadi.gram import relative_error
@@ -43,29 +43,40 @@ def quantize_unit(
     tensors: dict[str, np.ndarray] = {}
     specs: dict[str, Any] = {}
     reports: dict[str, Any] = {}
+    dense_nbytes_all = 0
     for matrix in matrices_of(structure, layers, gram_files):
         name = matrix.name
+        dense_nbytes_all += dense_nbytes(*matrix.shape)
+        if name not in learned_specs:  # not among the variant's targets
+            continue
         spec = learned_specs[name]
         parts = {tensor: learned.read(tensor) for tensor in tensor_names(name, spec)}
         weight = folder.read_weight(name)
         gram = matrix.gram()
         factorization = round_factors(unpack(parts, spec, name), codes, weight, gram)
-        dictionary = spec["dictionary"].get("tensor")
-        packed, specs[name] = factorization.pack(name, dictionary=dictionary)
+        packed, specs[name] = factorization.pack(name)
         tensors.update(packed)
         stored = unpack(packed, specs[name], name)
         reports[name] = {
             # a shared dictionary is in the file once: each matrix counts its part of it
             "nbytes": sum(
-                tensor.nbytes / (sharers[dictionary] if part in dictionary_names(specs[name]) else 1)
-                for part, tensor in packed.items()
+                tensor.nbytes / max(1, sharers[part.removesuffix("_scales")]) for part, tensor in packed.items()
             ),
             "dense_nbytes": dense_nbytes(*weight.shape),
             "relative_error": relative_error(weight, stored.reconstruct(), gram),
         }
         log(f"{name}: {reports[name]['nbytes']:.0f} bytes, relative error {reports[name]['relative_error']:.4f}")
     write_tensors(output, tensors, {"format_version": FORMAT_VERSION, "matrices": specs})
-    write_json(diagnostics, {"format_version": FORMAT_VERSION, "unit": output.stem, "matrices": reports})
+    write_json(
+        diagnostics,
+        {
+            "format_version": FORMAT_VERSION,
+            "unit": output.stem,
+            # of these layers, with the matrices that the variant leaves as they are
+            "dense_nbytes_all": dense_nbytes_all,
+            "matrices": reports,
+        },
+    )
 
 
 def round_factors(
@@ -76,16 +87,17 @@ def round_factors(
     With ``rounding: optimal`` the dictionary is rounded first, then the codes against it (`rounding.round_codes`).
     """
     optimal = codes["rounding"] == "optimal"
-    chosen = replace(
-        factorization,
+    chosen = factorization.with_storage(
         **storage_of(codes),
         rounding="nearest" if optimal else codes["rounding"],
     )
-    if not optimal:
+    if not optimal or chosen.support == MIXTURE:
         return chosen
     from cospadi.rounding import round_codes  # numba, which the other roundings do without
 
     held = chosen.quantized()
+    for part in held.plus:  # the codes are rounded against what the other parts leave
+        weight = weight - part.reconstruct()
     mask = np.ones(chosen.codes.shape, bool) if held.mask is None else held.mask
     rounded, scales = round_codes(
         chosen.codes, mask, held.dictionary, weight, gram, codec=chosen.value_codec, group_size=chosen.group_size

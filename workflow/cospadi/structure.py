@@ -8,13 +8,13 @@ has and which of them read the very same tensor.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cospadi.errors import ArtifactError, UnsupportedModelError
+from cospadi.errors import ArtifactError, ConfigError, UnsupportedModelError
 from cospadi.files import BFLOAT16, ModelFolder
 
 if TYPE_CHECKING:
@@ -144,6 +144,32 @@ def inspect_model(model_folder: str | Path) -> dict[str, Any]:
     }
 
 
+def chosen(structure: Mapping[str, Any], projections: Sequence[str] | None) -> dict[str, Any]:
+    """A structure with the matrices of some projections (``q_proj``) alone, as if the others were none; None: all.
+
+    Raises
+    ------
+    ConfigError
+        If the model has no such projection.
+    """
+    if projections is None:
+        return dict(structure)
+    names = {matrix["name"] for layer in structure["layers"] for site in layer["sites"] for matrix in site["matrices"]}
+    known = {name.rsplit(".", 1)[-1] for name in names}
+    unknown = sorted(set(projections) - known)
+    if unknown:
+        raise ConfigError([f"targets: the model has no {', '.join(unknown)}; it has {', '.join(sorted(known))}"])
+    layers = []
+    for layer in structure["layers"]:
+        sites = []
+        for site in layer["sites"]:
+            matrices = [m for m in site["matrices"] if m["name"].rsplit(".", 1)[-1] in projections]
+            if matrices:
+                sites.append({**site, "matrices": matrices})
+        layers.append({**layer, "sites": sites})
+    return {**structure, "layers": layers}
+
+
 def load_layers(model_folder: str | Path, first: int, last: int, *, dtype: str, device: str) -> PreTrainedModel:
     """Load layers `first` to `last` (both included) of a model as a small model of its own.
 
@@ -194,7 +220,7 @@ def load_layers(model_folder: str | Path, first: int, last: int, *, dtype: str, 
         if name.startswith(f"{blocks}."):
             index, rest = name.removeprefix(f"{blocks}.").split(".", 1)
             source = f"{blocks}.{first + int(index)}.{rest}"
-        tensor = _read_tensor(folder, f"{model.base_model_prefix}.{source}", tuple(parameter.shape))
+        tensor = read_tensor(folder, f"{model.base_model_prefix}.{source}", tuple(parameter.shape))
         state[name] = tensor.to(parameter.dtype)
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False).to(device)
@@ -304,7 +330,14 @@ def _check_tensor(folder: ModelFolder, name: str, shape: tuple[int, ...]) -> Non
         raise ArtifactError(path, f"tensor {name} has dtype {entry['dtype']}, expected {', '.join(DTYPES)}", _REMEDY)
 
 
-def _read_tensor(folder: ModelFolder, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+def read_tensor(folder: ModelFolder, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor of a model folder, in the dtype it is stored in.
+
+    Raises
+    ------
+    ArtifactError
+        If it is missing, has another shape, or holds NaN or infinity.
+    """
     import torch
 
     _check_tensor(folder, name, shape)

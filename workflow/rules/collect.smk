@@ -11,6 +11,8 @@ rule collect_activations:
         "<logs>/{base}collect_activations/layers_{first}-{last}.log",
     benchmark:
         "<benchmarks>/{base}collect_activations/layers_{first}-{last}.tsv"
+    group:
+        plan.group("collect")
     conda:
         "../../envs/cospadi.yaml"
     threads: config["threads"]["collect"]

@@ -11,6 +11,8 @@ rule compute_gram:
         "<logs>/{base}compute_gram/layer_{layer}.log",
     benchmark:
         "<benchmarks>/{base}compute_gram/layer_{layer}.tsv"
+    group:
+        plan.group("gram")
     conda:
         "../../envs/cospadi.yaml"
     threads: config["threads"]["gram"]

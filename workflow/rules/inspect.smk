@@ -10,8 +10,8 @@ rule inspect_model:
     conda:
         "../../envs/cospadi.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 3000 * attempt,
-        runtime=lambda wildcards, attempt: 10 * attempt,
+        mem_mb=plan.mem_mb("inspect"),
+        runtime=plan.runtime("inspect"),
     params:
         code=code_digest("cospadi.structure"),
     message:

@@ -1,8 +1,38 @@
+rule measure_drift:
+    input:
+        model=lambda wildcards: plan.base_model(wildcards.base),
+        structure=rules.inspect_model.output[0],
+        windows=rules.prepare_calibration.output[0],
+    output:
+        "<results>/{base}drift.json",
+    log:
+        "<logs>/{base}measure_drift.log",
+    benchmark:
+        "<benchmarks>/{base}measure_drift.tsv"
+    conda:
+        "../../envs/cospadi.yaml"
+    threads: config["threads"]["prune"]
+    resources:
+        mem_mb=plan.mem_mb("prune"),
+        runtime=plan.runtime("prune"),
+        gpu=plan.gpus(),
+    params:
+        walk=plan.pruning(),
+        device=config["device"],
+        code=code_digest("cospadi.pruning.drift"),
+    message:
+        "Measuring how far each block moves the predicted token"
+    script:
+        "../../scripts/measure_drift.py"
+
+
 rule learn_dictionary:
     input:
         model=lambda wildcards: plan.base_model(plan.base_of(wildcards.variant)),
         structure=lambda wildcards: plan.structure_of(plan.base_of(wildcards.variant)),
         gram=lambda wildcards: plan.grams_of(wildcards.unit, plan.base_of(wildcards.variant)),
+        drift=lambda wildcards: plan.drift_of(wildcards.variant),
+        warm=lambda wildcards: plan.warm_factors_of(wildcards.variant, wildcards.unit),
     output:
         factors="<results>/{variant}/factors/{unit}.safetensors",
         diagnostics="<results>/{variant}/factors/{unit}.json",
@@ -10,6 +40,8 @@ rule learn_dictionary:
         "<logs>/learn_dictionary/{variant}/{unit}.log",
     benchmark:
         "<benchmarks>/learn_dictionary/{variant}/{unit}.tsv"
+    group:
+        plan.group("learn")
     conda:
         "../../envs/cospadi.yaml"
     threads: config["threads"]["learn"]
@@ -17,6 +49,7 @@ rule learn_dictionary:
         mem_mb=plan.mem_mb("learn"),
         runtime=plan.runtime("learn"),
         gpu=plan.gpus(),
+        in_turn=1,  # of those that share a SLURM job (profiles/slurm)
     params:
         layers=lambda wildcards: layers_of(wildcards.unit),
         variant=lambda wildcards: plan.learning(wildcards.variant),

@@ -11,12 +11,15 @@ rule quantize_codes:
         "<logs>/quantize_codes/{variant}/{unit}.log",
     benchmark:
         "<benchmarks>/quantize_codes/{variant}/{unit}.tsv"
+    group:
+        plan.group("quantize")
     conda:
         "../../envs/cospadi.yaml"
     threads: config["threads"]["quantize"]
     resources:
         mem_mb=plan.mem_mb("quantize"),
         runtime=plan.runtime("quantize"),
+        in_turn=1,  # of those that share a SLURM job (profiles/slurm)
     params:
         layers=lambda wildcards: layers_of(wildcards.unit),
         codes=lambda wildcards: plan.factorizing(wildcards.variant)["codes"],

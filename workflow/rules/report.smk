@@ -68,8 +68,8 @@ rule summarize:
 
 rule report:
     input:
-        rules.summarize.output,
-        rules.plot_distances.output if plan.pruned_bases else [],
+        rules.summarize_training.output if config["training"] else rules.summarize.output,
+        rules.plot_distances.output if plan.pruned_bases and not config["training"] else [],
     output:
         archive="<results>/report.zip",
         config="<results>/config.yaml",

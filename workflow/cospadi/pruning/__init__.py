@@ -27,10 +27,11 @@ _BLOCKS = {
 }
 _COUNT = {"type": "integer", "minimum": 1, "description": "How many blocks go."}
 _METRIC = {
-    "enum": ["angular", "angular_last", "cosine", "l2"],
+    "enum": ["angular", "angular_last", "cosine", "cosine_worst", "l2"],
     "description": "Distance between what enters and what leaves a cut; the cut with the smallest goes. angular: angle "
-    "over pi, mean over all tokens; angular_last: of the last token of each window alone; cosine: 1 - cosine; "
-    "l2: norm of the difference over that of what enters.",
+    "over pi, mean over all tokens; angular_last: of the last token of each window alone; cosine: 1 - cosine, mean "
+    "over all tokens; cosine_worst: of the worst token of each window alone, which spares the block that makes the "
+    "massive activations of a few tokens; l2: norm of the difference over that of what enters.",
 }
 
 _ITERATED = {
@@ -41,8 +42,9 @@ _ITERATED = {
     },
     "start": {
         "enum": ["identity", "least_squares"],
-        "default": "identity",
-        "description": "Cosine objective: where Adam starts.",
+        "default": "least_squares",
+        "description": "Cosine objective: where Adam starts; the paper's is identity, from where its lr and epochs are "
+        "too few on a small calibration set.",
     },
     "epochs": {
         "type": "integer",
@@ -90,7 +92,7 @@ _REPLACEME_OPTIONS: dict[str, dict[str, Any]] = {
         "default": False,
         "description": "Whether cuts may touch and become one; false: a block stays between any two.",
     },
-    "metric": {**_METRIC, "default": "cosine"},
+    "metric": {**_METRIC, "default": "cosine_worst"},
     "objective": {
         "enum": ["least_squares", "cosine"],
         "default": "least_squares",
@@ -103,14 +105,14 @@ _REPLACEME_OPTIONS: dict[str, dict[str, Any]] = {
     },
     "normalize": {
         "type": "boolean",
-        "default": True,
-        "description": "Least squares: divide each token by the norm of its target, so that the few tokens of massive "
-        "activations do not decide alone; false: as in the paper.",
+        "default": False,
+        "description": "Least squares: divide each token by the norm of its target first, so that the few tokens of "
+        "massive activations count as the others do.",
     },
     "ridge": {
         "type": "number",
         "minimum": 0,
-        "default": 1.0e-3,
+        "default": 1.0e-6,
         "description": "Least squares: ridge as a fraction of the mean diagonal of M^T M.",
     },
     "prefix": {

@@ -49,15 +49,16 @@ def measure(
     Returns
     -------
     dict
-        ``n_layers``, ``n_tokens``, ``n_windows``; ``metrics``: ``angular``, ``angular_last``, ``cosine`` and ``l2``,
-        each ``[start][length - 1]`` for the cut of `length` blocks from block `start` on; ``block_influence``
-        (ShortGPT): mean of 1 - cosine over each block alone.
+        ``n_layers``, ``n_tokens``, ``n_windows``; ``metrics``: ``angular``, ``angular_last``, ``cosine``,
+        ``cosine_worst`` (mean over the windows of their worst token) and ``l2``, each ``[start][length - 1]`` for the
+        cut of `length` blocks from block `start` on; ``block_influence`` (ShortGPT): mean of 1 - cosine over each
+        block alone.
     """
     import torch
 
     n_layers = structure["n_layers"]
     places = [Place("output", block) for block in range(-1, n_layers)]
-    names = ("angular", "angular_last", "cosine", "l2")
+    names = ("angular", "angular_last", "cosine", "cosine_worst", "l2")
     sums = {name: torch.zeros(n_layers + 1, n_layers + 1, dtype=torch.float64) for name in names}
     n_tokens = n_windows = 0
     groups = walk(
@@ -75,6 +76,8 @@ def measure(
     for group in groups:
         states = [group.rows[place] for place in places]
         ends = np.cumsum(group.lengths) - 1
+        window = torch.from_numpy(np.repeat(np.arange(len(ends)), group.lengths)).to(device)
+        worst = torch.zeros(len(ends), n_layers + 1, n_layers + 1, dtype=torch.float64, device=device)
         for first in range(0, len(states[0]), _TOKENS_AT_ONCE):
             tokens = slice(first, first + _TOKENS_AT_ONCE)
             cosine, ratio = _compare(torch.stack([state[tokens] for state in states], dim=1))
@@ -83,10 +86,13 @@ def measure(
             sums["angular"] += angle.sum(0).cpu()
             sums["angular_last"] += angle[last.to(angle.device)].sum(0).cpu()
             sums["cosine"] += (1 - cosine).sum(0).cpu()
+            place = window[tokens, None, None].expand_as(cosine)
+            worst.scatter_reduce_(0, place, 1 - cosine, "amax")
             sums["l2"] += ratio.sum(0).cpu()
+        sums["cosine_worst"] += worst.sum(0).cpu()
         n_tokens += len(states[0])
         n_windows += len(ends)
-    counts = {**dict.fromkeys(names, n_tokens), "angular_last": n_windows}
+    counts = {**dict.fromkeys(names, n_tokens), "angular_last": n_windows, "cosine_worst": n_windows}
     metrics = {
         name: [
             [float(total[start, end]) / counts[name] for end in range(start + 1, n_layers + 1)]

@@ -182,16 +182,20 @@ def plot_distances(distances: Mapping[str, Any], paths: Sequence[Path]) -> None:
     titles = {
         "angular": "angle over $\\pi$, mean over all tokens",
         "angular_last": "angle over $\\pi$, last token of each window",
-        "cosine": "1 - cosine",
+        "cosine": "1 - cosine, mean over all tokens",
+        "cosine_worst": "1 - cosine, worst token of each window",
         "l2": "relative L2",
     }
     n_layers = distances["n_layers"]
-    figure = _figure(11.5, 8.2)
-    for axis, (name, title) in zip(figure.subplots(2, 2).flat, titles.items(), strict=True):
+    figure = _figure(16, 8.2)
+    *axes, left_over = figure.subplots(2, 3).flat
+    left_over.set_axis_off()
+    for axis, (name, title) in zip(axes, titles.items(), strict=True):
         values = np.full((n_layers, n_layers), np.nan)  # (length - 1, start)
         for start, row in enumerate(distances["metrics"][name]):
             values[: len(row), start] = row
         values[values <= 0] = np.nan
+        values[:, 0] = np.nan  # never cut, and so far from all others that it would take most of the colours
         edges = np.arange(n_layers + 1) - 0.5
         mesh = axis.pcolormesh(edges, edges + 1, values, norm=LogNorm(), cmap="viridis", rasterized=False)
         best = [int(np.nanargmin(row[1:])) + 1 for row in values[:-1] if np.isfinite(row[1:]).any()]
@@ -201,7 +205,7 @@ def plot_distances(distances: Mapping[str, Any], paths: Sequence[Path]) -> None:
         axis.set_ylabel("blocks in the cut")
         axis.grid(False)
         bar = figure.colorbar(mesh, ax=axis)
-        bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         bar.ax.yaxis.set_major_formatter("{x:g}")
         bar.ax.yaxis.set_minor_formatter(NullFormatter())
     figure.suptitle("How far the hidden states move over a cut (less is better); dots: the best cut of each length")

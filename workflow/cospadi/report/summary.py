@@ -53,6 +53,7 @@ def collect(
         "ratio_asked": 0.0,
         "target_bytes": max([sum(dense_nbytes.values()), *dense_targets]),
         "ratio_true": 0.0,
+        "ratio_of_all": None,
         "mean_relative_error": 0.0,
         "seconds_learning": 0.0,
         "model": str(dense_model),
@@ -82,6 +83,7 @@ def _read_variant(
             "ratio_asked": None,
             "target_bytes": 2 * pruning["pruned"]["target_parameters"],
             "ratio_true": columns["target_parameters_removed"],
+            "ratio_of_all": None,
             "mean_relative_error": None,
             "seconds_learning": pruning["seconds"],
             "model": str(folder / "model"),
@@ -95,7 +97,7 @@ def _read_variant(
         raise ArtifactError(folder / "codes", f"holds no unit of variant {name}", _REMEDY)
     matrices: dict[str, dict[str, Any]] = {}
     unit_of: dict[str, str] = {}
-    seconds = 0.0
+    seconds, all_nbytes = 0.0, 0
     for unit in units:
         learned = read_json(folder / "factors" / f"{unit}.json", _REMEDY)
         stored = read_json(folder / "codes" / f"{unit}.json", _REMEDY)
@@ -107,6 +109,7 @@ def _read_variant(
                 "Delete it and run again",
             )
         seconds += learned["seconds"]
+        all_nbytes += stored["dense_nbytes_all"]
         for matrix, numbers in stored["matrices"].items():
             if matrix in matrices:
                 raise ArtifactError(
@@ -124,16 +127,21 @@ def _read_variant(
     target_bytes = round(sum(matrix["nbytes"] for matrix in matrices.values()))
     method, asked = config.get("method"), config.get("ratio")
     dense_nbytes = sum(matrix["dense_nbytes"] for matrix in matrices.values())
+    # where some matrices stay as they are, the share of all is another one
+    ratio_of_all = None if all_nbytes == dense_nbytes else (dense_nbytes - target_bytes) / all_nbytes
     if pruning is not None:  # of all blocks, also those that went in the first step
         method = " + ".join(step["method"] for step in config["steps"])
-        asked = 1 - (1 - columns["target_parameters_removed"]) * (1 - config["steps"][-1]["ratio"])
-        dense_nbytes = 2 * pruning["dense"]["target_parameters"]
+        asked = config["steps"][-1]["ratio"] * dense_nbytes / all_nbytes
+        asked = 1 - (1 - columns["target_parameters_removed"]) * (1 - asked)
+        target_bytes += all_nbytes - dense_nbytes
+        dense_nbytes, ratio_of_all = 2 * pruning["dense"]["target_parameters"], None
         seconds += pruning["seconds"]
     return {
         "method": method,
         "ratio_asked": asked,
         "target_bytes": target_bytes,
         "ratio_true": 1 - target_bytes / dense_nbytes,
+        "ratio_of_all": ratio_of_all,
         "mean_relative_error": sum(matrix["relative_error"] for matrix in matrices.values()) / len(matrices),
         "seconds_learning": seconds,
         "model": str(folder / "model"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +31,12 @@ COLUMNS = (
     Column("ratio_asked", "ratio asked", "{:.2f}".format, "share of the target matrices' bytes to remove"),
     Column("target_bytes", "target MB", _megabytes, "bytes in the file of the compressed matrices, masks counted"),
     Column("ratio_true", "ratio true", "{:.4f}".format, "share of those bytes that is gone, counted in the file"),
+    Column(
+        "ratio_of_all",
+        "of all matrices",
+        "{:.4f}".format,
+        "the same bytes as a share of all matrices, where a variant leaves some as they are",
+    ),
     Column("removed_blocks", "blocks removed", str, "blocks that went, numbered from 0"),
     Column("parameters_removed", "params removed", "{:.4f}".format, "share of the model's parameters in those blocks"),
     Column(
@@ -86,6 +92,13 @@ def write_page(summary: Mapping[str, Any], path: Path) -> None:
     """``summary.html``: the table on a page of its own, with the meaning of each column."""
     headings, rows = _cells(summary)
     meanings = [(column.heading, column.meaning) for column in _columns(summary)]
+    write_numbers(headings, rows, meanings, path)
+
+
+def write_numbers(
+    headings: Sequence[str], rows: Sequence[Sequence[str]], meanings: Sequence[tuple[str, str]], path: Path
+) -> None:
+    """A table on a web page of its own, with the meaning of its columns under it."""
     _render(_SUMMARY_PAGE, path, headings=headings, rows=rows, meanings=meanings)
 
 

@@ -93,6 +93,9 @@ IDENTITY = "identity"
 
 SUPPORTS = ("bitmask", "dense", "2:4")
 
+# the codes of whole matrices as atoms: one coefficient each
+MIXTURE = "mixture"
+
 
 def tensor_shapes(spec: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of every tensor a matrix is stored as.
@@ -126,15 +129,17 @@ def tensor_shapes(spec: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], torc
             shapes["dictionary_scales"] = ((-(-d_in // (dictionary["group_size"] or d_in)), k), torch.bfloat16)
     elif k != d_in:
         raise ValueError(f"an identity dictionary of {k} atoms does not fit {d_in} inputs")
-    if support not in SUPPORTS:
-        raise ValueError(f"support {support!r} is not known; this code reads {', '.join(SUPPORTS)}")
+    if support not in (*SUPPORTS, MIXTURE):
+        raise ValueError(f"support {support!r} is not known; this code reads {', '.join(SUPPORTS)}, {MIXTURE}")
+    if support == MIXTURE and (dictionary["codec"] == IDENTITY or k != codes["n_nonzero"] * d_out):
+        raise ValueError(f"{codes['n_nonzero']} coefficients do not fit {k} columns of matrix atoms, {d_out} each")
     if support == "2:4" and k % 4:
         raise ValueError(f"support '2:4' needs a multiple of 4 atoms, not {k}")
     values = _codec(codes["codec"])
     shapes["values"] = (values.shape((d_out, k) if support == "dense" else (codes["n_nonzero"],)), values.dtype)
     if values.scaled:
         shapes["scales"] = ((codes["n_scales"],), torch.bfloat16)
-    if support != "dense":
+    if support not in ("dense", MIXTURE):
         shapes["support"] = ((d_out, -(-k // 8)), torch.uint8)
     return shapes
 

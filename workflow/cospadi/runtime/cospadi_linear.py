@@ -22,6 +22,7 @@ from .cospadi_codecs import (
     tensor_shapes,
 )
 from .cospadi_cpu import DTYPES, BoundMatrix, Kernel, kernel
+from .cospadi_cuda import apply_codes, kernels_agree, project
 
 PARTS = ("dictionary", "dictionary_scales", "values", "scales", "support")
 
@@ -77,14 +78,14 @@ class PackedLinear(nn.Linear):
         if (
             torch.compiler.is_compiling()
             or type(x) is not torch.Tensor
-            or x.device.type != "cpu"
-            or x.dtype not in DTYPES
             or (x.requires_grad and torch.is_grad_enabled())
-            or (compiled := kernel()) is None
+            or not has_kernel(x)
         ):
             y = packed_linear(x, *self.parts(), self._spec_text)
+        elif x.device.type == "cpu":
+            y = self._product(kernel(), x)
         else:
-            y = self._product(compiled, x)
+            y = self._product_on_gpu(x)
         return y if self.bias is None else y + self.bias
 
     @property
@@ -128,6 +129,15 @@ class PackedLinear(nn.Linear):
         """Packed tensors are no leaves to train; loading makes every floating-point parameter one."""
         for packed in self._packed():
             packed.requires_grad_(False)
+        self._arrange()
+
+    def _arrange(self) -> None:
+        """Lay the dictionary out as its device reads it: by columns on a GPU, by rows elsewhere. Numbers stay."""
+        if self.dictionary is not None and self.dictionary.ndim == 2:
+            stored = self.dictionary.data
+            stored = stored.T.contiguous().T if stored.device.type == "cuda" else stored.contiguous()
+            if stored.stride() != self.dictionary.stride():
+                self.dictionary.data = stored
 
     def extra_repr(self) -> str:
         codes = self.spec["codes"]
@@ -152,6 +162,15 @@ class PackedLinear(nn.Linear):
             y = compiled.apply_codes(matrix, z, x.dtype) if few else F.linear(z, compiled.unpack(matrix, x.dtype))
         return y.view(*x.shape[:-1], self.out_features)
 
+    def _product_on_gpu(self, x: torch.Tensor) -> torch.Tensor:
+        parts = self.parts()
+        rows = x.reshape(-1, self.in_features)
+        from_rows = functools.partial(project, self.spec, parts)
+        # dense codes take z in another order
+        shared = self.projection is not None and self.support is not None
+        z = self.projection.of(x, self.dictionary, from_rows, rows) if shared else from_rows(rows)
+        return apply_codes(self.spec, parts, z, x.dtype).view(*x.shape[:-1], self.out_features)
+
     def _project_many(self, rows: torch.Tensor) -> torch.Tensor:
         dictionary = decode_dictionary(self.spec, self.dictionary, self.dictionary_scales, rows.dtype)
         return rows if dictionary is None else rows @ dictionary
@@ -169,7 +188,9 @@ class PackedLinear(nn.Linear):
             return fn(tensor.view(torch.int16)).view(tensor.dtype)
 
         self._binding = None
-        return super()._apply(keep_dtype, recurse)
+        super()._apply(keep_dtype, recurse)
+        self._arrange()
+        return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if self.unpacked_codes is not None and self.unpacked_codes.requires_grad:
@@ -224,14 +245,17 @@ class SharedProjection:
         rows: torch.Tensor,
     ) -> torch.Tensor:
         """``project(rows)``, or what it gave for this very `x` and `dictionary` before."""
-        if x.is_inference():  # changes of such a tensor are not counted
+        # changes of an inference tensor are not counted: a copy tells, where comparing costs no wait
+        copied = x.is_inference()
+        if copied and x.device.type != "cpu":
             return project(rows)
+        state = (None if copied else x._version, dictionary.data_ptr())
         last = self._last
-        if last is not None and last[0]() is x and last[1:3] == (x._version, dictionary.data_ptr()):
+        if last is not None and last[0]() is x and last[1] == state and (not copied or torch.equal(last[2], rows)):
             return last[3]
         z = project(rows)
         # nothing is kept longer than the input itself
-        self._last = (weakref.ref(x, self._forget), x._version, dictionary.data_ptr(), z)
+        self._last = (weakref.ref(x, self._forget), state, rows.clone() if copied else None, z)
         return z
 
     def _forget(self, x: Any) -> None:
@@ -265,9 +289,16 @@ class _Binding:
         ]
 
 
+def has_kernel(x: torch.Tensor) -> bool:
+    """Whether products with `x` have compiled code on its device."""
+    if x.device.type == "cpu":
+        return x.dtype in DTYPES and kernel() is not None
+    return x.device.type == "cuda" and x.dtype in (*DTYPES, torch.float16) and kernels_agree(x.device)
+
+
 def bind(spec: dict[str, Any], parts: list[torch.Tensor | None]) -> BoundMatrix:
     """What the kernel needs of a matrix whose packed tensors, in the order of `PARTS`, are on the CPU."""
-    tensors = {name: part for name, part in zip(PARTS, parts, strict=True) if part is not None}
+    tensors = {name: part.contiguous() for name, part in zip(PARTS, parts, strict=True) if part is not None}
     return BoundMatrix(kernel(), spec, tensors)
 
 
@@ -306,14 +337,16 @@ def packed_linear(
 ) -> torch.Tensor:
     """``y = (x D) S``: inputs (..., d_in) to outputs (..., d_out), differentiable in `x`; `spec` is JSON.
 
-    On the CPU a few rows go through the compiled kernel, and many through products with unpacked factors. Other devices
-    and dtypes always take the latter.
+    A few rows go through the kernel of the device, and many through products with unpacked factors. Other devices and
+    dtypes always take the latter.
     """
     matrix_spec = _parsed(spec)
     parts = [dictionary, dictionary_scales, values, scales, support]
     rows = x.reshape(-1, x.shape[-1])
-    on_cpu = x.device.type == "cpu" and x.dtype in DTYPES and kernel() is not None
-    if on_cpu and rows.shape[0] <= KERNEL_ROWS:
+    on_cpu = x.device.type == "cpu" and has_kernel(x)
+    if x.device.type == "cuda" and has_kernel(x):
+        y = apply_codes(matrix_spec, parts, project(matrix_spec, parts, rows), x.dtype)
+    elif on_cpu and rows.shape[0] <= KERNEL_ROWS:
         y = kernel().product(bind(matrix_spec, parts), rows.contiguous())
     else:
         if on_cpu:

@@ -12,6 +12,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrained
 
 from .configuration_cospadi import CospadiConfig, check_packing, family_config, register
 from .cospadi_linear import PackedLinear, SharedProjection, pack_, packed_layers, unpack_
+from .cospadi_mixture import MixtureLinear, packed_module, parts_of
 
 __all__ = ["CospadiForCausalLM", "PackedLinear", "pack_", "packed_layers", "register", "unpack_"]
 
@@ -37,7 +38,7 @@ class CospadiForCausalLM:
         for name, spec in matrices.items():
             _replace_linear(self, name, spec, source)
         self.shared_dictionaries = {}
-        for name, spec in matrices.items():
+        for name, spec in (part for matrix in matrices.items() for part in parts_of(*matrix)):
             owner = spec["dictionary"].get("tensor")
             if owner not in (None, f"{name}.dictionary"):
                 self._share_dictionary(name, owner.removesuffix(".dictionary"))
@@ -45,9 +46,10 @@ class CospadiForCausalLM:
 
     def _share_dictionary(self, name: str, owner_name: str) -> None:
         layer, owner = self.get_submodule(name), self.get_submodule(owner_name)
-        if owner.projection is None:
-            owner.projection = SharedProjection()
-        layer.projection = owner.projection
+        if not isinstance(layer, MixtureLinear):  # one mixes the atoms themselves, and each layer in its own way
+            if owner.projection is None:
+                owner.projection = SharedProjection()
+            layer.projection = owner.projection
         # tells `save_pretrained` which of the shared names to leave out
         layer._tied_weights_keys = {}
         for part in ("dictionary", "dictionary_scales"):
@@ -144,10 +146,11 @@ def _replace_linear(model: PreTrainedModel, name: str, spec: dict[str, Any], sou
             f"{source}: config.json packs {name} with shape {spec['shape']}, the model's linear has {shape}"
         )
     try:
-        packed = PackedLinear(spec, linear.bias, device=linear.weight.device)
+        packed = packed_module(spec, linear.bias, device=linear.weight.device)
     except ValueError as error:
         raise ValueError(f"{source}: {name}: {error}. Load it with the code that came with it") from error
-    packed._is_hf_initialized = True  # transformers has nothing to draw at random here
+    for module in packed.modules():
+        module._is_hf_initialized = True  # transformers has nothing to draw at random here
     setattr(model.get_submodule(parent_name), child, packed)
 
 

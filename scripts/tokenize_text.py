@@ -1,0 +1,13 @@
+"""Turn the text into streams of tokens."""
+
+from cospadi.stage import script
+
+
+def main(snakemake, log):
+    from cospadi.masa.text import tokenize
+
+    tokenize(snakemake.input.tokenizer, snakemake.input.text, snakemake.input.heldout, snakemake.output[0], log=log)
+
+
+if __name__ == "__main__":
+    script(main, snakemake)

@@ -1,0 +1,178 @@
+"""Resources and needs: estimates against what the demo measured, how they grow, groups of jobs, the table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from cospadi import needs as needs_module
+from cospadi.config import check_config
+from cospadi.needs import measured, merged, needs, table
+from cospadi.plan import Plan
+from cospadi.resources import JOB_MEMORY, MEBI, SLACK, SPARE, START_MINUTES, Estimates, Work
+
+PROJECT = Path(__file__).parents[2]
+MODELS = PROJECT / "config/models"
+
+# Largest of the demo's benchmark files: MB and seconds, threads that it had. 64 x 512 tokens, two virtual cores.
+MEASURED = {
+    ("inspect", ""): (435, 7.0, 1),
+    ("fetch", ""): (543, 34.5, 1),
+    ("prepare", ""): (98, 2.3, 1),
+    ("collect", ""): (1190, 50.9, 2),
+    ("gram", ""): (201, 6.1, 1),
+    ("learn", "cospadi-20"): (200, 10.1, 1),
+    ("learn", "cospadi-40"): (204, 9.0, 1),
+    ("learn", "svd_llm-20"): (198, 2.9, 1),
+    ("learn", "svd_llm-40"): (192, 2.6, 1),
+    ("quantize", "cospadi-20"): (162, 2.1, 1),
+    ("quantize", "svd_llm-20"): (157, 1.3, 1),
+    ("assemble", ""): (299, 7.1, 1),
+    ("evaluate", ""): (1171, 68.3, 2),
+}
+
+
+def plan_of(model: str = "SmolLM2-135M-Instruct", **sections) -> Plan:
+    config = yaml.safe_load((PROJECT / "config.yaml").read_text())
+    config["device"] = "cpu"
+    return Plan(check_config({**config, **sections}), json.loads((MODELS / f"{model}.json").read_text()))
+
+
+def wildcards(**changes) -> SimpleNamespace:
+    values = {"base": "", "first": "00", "last": "14", "layer": "03", "unit": "layer_03", "variant": "cospadi-20"}
+    return SimpleNamespace(**{**values, **changes})
+
+
+@pytest.mark.parametrize(("stage", "variant"), MEASURED)
+def test_the_demo_stays_within_what_is_asked_for(stage, variant):
+    megabytes, seconds, threads = MEASURED[stage, variant]
+    work = plan_of().work(stage, wildcards(variant=variant or "cospadi-20"))
+    assert megabytes <= work.memory / MEBI <= 3.1 * megabytes
+    assert seconds / 1.3 <= work.wall(threads) <= 4.5 * seconds
+    # two Snakemake processes run beside the stage: 258 MB
+    assert megabytes + 258 < work.mem_mb()
+    assert seconds < 60 * work.runtime(threads=threads) / 4
+
+
+def test_what_is_asked_for():
+    work = Work(1000 * MEBI, 30.0, 240.0, 12.0)
+    assert work.mem_mb() == JOB_MEMORY / MEBI + SPARE * 1000
+    assert work.mem_mb(3) == 3 * work.mem_mb()
+    assert work.wall(1) == 270 and work.wall(gpu=True) == 42
+    assert 30 + 240 / 8 < work.wall(8) < 30 + 240 / 5
+    assert work.runtime() == START_MINUTES + SLACK * 270 / 60
+    assert work.runtime(2) == 2 * work.runtime()
+
+
+def test_learning_grows_with_the_cube_of_the_width():
+    config = plan_of().config
+    model = json.loads((MODELS / "Meta-Llama-3-8B.json").read_text())
+    # three times as wide in everything, the key and value heads too
+    wide = {**model, "hidden_size": 3 * 4096, "intermediate_size": 3 * 14336, "num_attention_heads": 96}
+    wide |= {"num_key_value_heads": 24}
+    settings = {"method": "cospadi", "ratio": 0.2, "rho": 2.0, "solver": "htp"}
+    one, three = (Estimates(config, shapes).learn(settings) for shapes in (model, wide))
+    assert three.core / one.core == pytest.approx(27, rel=0.01)
+    assert three.memory / one.memory == pytest.approx(9, rel=0.05)
+
+
+def test_settings_decide_what_learning_takes():
+    estimates = plan_of().estimates
+    settings = {"method": "cospadi", "ratio": 0.2, "rho": 2.0, "solver": "htp", "max_iter": 25}
+    base = estimates.learn(settings)
+    assert estimates.learn({**settings, "max_iter": 5}).core < base.core / 2
+    assert estimates.learn({**settings, "ratio": 0.6}).core < base.core / 2
+    assert estimates.learn({**settings, "solver": "ksvd", "max_iter": 60}).core > 10 * base.core
+    assert estimates.learn({"method": "svd_llm", "ratio": 0.2}).core < base.core / 5
+    group = estimates.learn({**settings, "share": ["gate_proj"], "group_size": 2}, 2)
+    assert group.core > 2 * base.core and group.memory > 1.1 * base.memory
+    assert base.gpu < base.core / 5
+
+
+def test_benchmarked_solvers_take_the_time_that_benchmarks_say():
+    # benchmarks/README.md, one thread: 576 x 1536 at ratio .2
+    from cospadi.resources import _learning_seconds, _n_atoms
+
+    sparse = {"ratio": 0.2, "rho": 2.0}
+    assert _n_atoms(576, 1536, sparse) == pytest.approx(491, abs=2)
+    assert 3.40 < _learning_seconds(576, 1536, sparse) < 2 * 3.40
+    assert 183 < _learning_seconds(576, 1536, {**sparse, "solver": "ksvd"}) < 2 * 183
+
+
+def test_a_chunk_and_its_grams_are_one_job():
+    plan = plan_of()
+    collect, gram = plan.group("collect"), plan.group("gram")
+    assert collect(wildcards(first="15", last="29")) == gram(wildcards(layer="29")) == "chunk_15-29"
+    assert gram(wildcards(layer="14")) == "chunk_00-14"
+    # Grams that take longer than collecting would only hold its CPUs, or its GPU
+    long = plan_of("Llama-3.2-1B", calibration={"samples": 256, "length": 1024, "mode": "store", "blocks_per_job": 2})
+    assert long.group("collect")(wildcards(first="00", last="01")) is None
+    assert long.group("gram")(wildcards(layer="01")) is None
+
+
+def test_small_units_share_a_job_and_large_ones_do_not():
+    small, large = plan_of(), plan_of("Meta-Llama-3-8B")
+    for stage in ("learn", "quantize"):
+        assert small.group(stage)(wildcards()) == "unit"
+        assert large.group(stage)(wildcards()) is None
+
+
+def test_gpu_stages_take_the_time_of_a_gpu():
+    config = yaml.safe_load((PROJECT / "config.yaml").read_text())
+    shapes = json.loads((MODELS / "Meta-Llama-3-8B.json").read_text())
+    cpu, gpu = (Plan(check_config({**config, "device": device}), shapes) for device in ("cpu", "cuda"))
+    for stage in ("collect", "learn", "evaluate"):
+        minutes = [plan.runtime(stage)(wildcards(), attempt=1, threads=8) for plan in (cpu, gpu)]
+        assert minutes[1] < minutes[0]
+    assert cpu.runtime("quantize")(wildcards(), 1, 1) == gpu.runtime("quantize")(wildcards(), 1, 1)
+
+
+def test_needs_of_every_rule_with_a_model():
+    plan = plan_of()
+    rows = {need.name.split()[0]: need for need in needs(plan)}
+    assert rows["collect_activations"].n_jobs == 2 and rows["compute_gram"].n_jobs == 30
+    assert [need.n_jobs for need in needs(plan) if need.name.startswith("learn_dictionary")] == [30] * 4
+    assert rows["evaluate_model"].n_jobs == 5
+    # rows of 15 layers in bfloat16, and the hidden states
+    assert rows["collect_activations"].work.disk == 2 * 64 * 512 * (15 * (3 * 576 + 1536) + 576)
+    assert rows["compute_gram"].work.disk == 8 * (3 * 576**2 + 1536**2)
+    # the rules ask for the same
+    assert rows["compute_gram"].limit == plan.runtime("gram")(wildcards(), attempt=1, threads=1)
+
+
+def test_needs_of_a_run_that_removes_blocks():
+    steps = {"steps": [{"method": "replaceme", "blocks": 4}, {"method": "cospadi", "ratio": 0.2}]}
+    rows = {need.name: need for need in needs(plan_of(variants={"a": steps}))}
+    assert rows["fit_transforms a/pruned/"].n_jobs == 1 and rows["measure_distances"].n_jobs == 1
+    assert rows["learn_dictionary a"].n_jobs == 26 and rows["compute_gram a/pruned/"].n_jobs == 26
+
+
+def test_what_a_run_measured_stands_beside(tmp_path):
+    rows = needs(plan_of())
+    gram = next(need for need in rows if need.stage == "gram")
+    folder = tmp_path / "benchmarks/compute_gram"
+    folder.mkdir(parents=True)
+    (folder / "layer_00.tsv").write_text("s\tmax_rss\n2.5\t200\n")
+    (folder / "layer_01.tsv").write_text("s\tmax_rss\n6.0\tNA\n")
+    assert measured(tmp_path, gram) == (200 * MEBI, 6.0)
+    lines = table(rows, tmp_path).splitlines()
+    assert "GB measured" in lines[0]
+    assert next(line for line in lines if line.startswith("compute_gram")).split()[-2:] == ["0.21", "0.1"]
+    assert "CPU hours" in lines[-1]
+
+
+def test_the_command_prints_the_table(capsys, monkeypatch):
+    monkeypatch.chdir(PROJECT)
+    model = str(MODELS / "Meta-Llama-3-8B.json")
+    needs_module.main(["--configfile", "config/llama-3-8b.yaml", "--model", model, "--device", "cuda"])
+    lines = capsys.readouterr().out.splitlines()
+    learn = next(line for line in lines if line.startswith("learn_dictionary cospadi-20")).split()
+    assert learn[2:5] == ["32", "8", "1"]  # jobs, CPUs, GPU
+
+
+def test_one_config_over_another():
+    assert merged({"a": {"b": 1, "c": 2}, "d": [1]}, {"a": {"b": 3}, "d": [2]}) == {"a": {"b": 3, "c": 2}, "d": [2]}

@@ -1,0 +1,83 @@
+"""Linear layers that are sums: a mixture of matrix atoms that several layers share, and factors that are added up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from .cospadi_codecs import MIXTURE, decode_dictionary
+from .cospadi_linear import PackedLinear
+
+# Rows of x up to which the product with every atom is faster than mixing the weight first (docs/runtime.md)
+MIXED_ROWS = 8
+
+
+def packed_module(spec: dict[str, Any], bias: nn.Parameter | None = None, device: Any = None) -> PackedLinear:
+    """The layer that a spec describes.
+
+    Raises
+    ------
+    ValueError
+        If the spec names a codec, support or key that this code does not know.
+    """
+    if "plus" in spec:
+        return SummedLinear(spec, bias, device)
+    return (MixtureLinear if spec["codes"]["support"] == MIXTURE else PackedLinear)(spec, bias, device)
+
+
+def parts_of(name: str, spec: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Module paths and specs of the factors that are summed for a matrix, its own first."""
+    yield name, spec
+    for index, part in enumerate(spec.get("plus", ())):
+        yield f"{name}.plus.{index}", part
+
+
+class SummedLinear(PackedLinear):
+    """``y = (x D) S`` plus the outputs of further packed layers, plus bias.
+
+    Parameters are those of `PackedLinear`; the spec has a key ``plus`` with the specs of the other parts.
+    """
+
+    def __init__(self, spec: dict[str, Any], bias: nn.Parameter | None = None, device: Any = None) -> None:
+        super().__init__({key: value for key, value in spec.items() if key != "plus"}, bias, device)
+        if self.spec["codes"]["support"] == MIXTURE or any("plus" in part for part in spec["plus"]):
+            raise ValueError("a mixture has nothing added to it, and what is added is no sum itself")
+        self.plus = nn.ModuleList(packed_module(part, device=device) for part in spec["plus"])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Inputs (..., d_in) to outputs (..., d_out), in the dtype of the input."""
+        y = super().forward(x)
+        for part in self.plus:
+            y = y + part(x)
+        return y
+
+
+class MixtureLinear(PackedLinear):
+    """``y = x W + bias``, ``W = sum_m c_m A_m``: matrix atoms side by side in the dictionary.
+
+    The weight is mixed anew at every call and kept by nobody, so memory stays that of the file. A few rows are
+    multiplied with every atom instead, which reads as much and writes nothing.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Inputs (..., d_in) to outputs (..., d_out), in the dtype of the input."""
+        if self.unpacked_codes is not None:
+            atoms, coefficients = self.unpacked_dictionary, self.unpacked_codes
+        else:
+            atoms, coefficients = self.factors(x.dtype)
+        rows = x.reshape(-1, self.in_features)
+        few = len(rows) <= MIXED_ROWS
+        first, *others = (rows @ atoms if few else atoms).split(self.out_features, dim=1)
+        mixed = first * coefficients[0]
+        for block, coefficient in zip(others, coefficients[1:], strict=True):
+            mixed = torch.addcmul(mixed, block, coefficient)
+        y = mixed if few else rows @ mixed
+        y = y.view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
+
+    def factors(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Matrix atoms side by side (d_in, n d_out), and their coefficients (n,), in `dtype`."""
+        return decode_dictionary(self.spec, self.dictionary, self.dictionary_scales, dtype), self.values.to(dtype)
