@@ -15,6 +15,7 @@ from cospadi.errors import ConfigError
 from cospadi.factorization import tensor_names, unpack
 from cospadi.files import BFLOAT16, ModelFolder, TensorFile, read_json
 from cospadi.gram import whitening_factor
+from cospadi.learning import learn_unit
 from cospadi.methods import METHODS, masa, svd_llm
 from cospadi.pruning import drift
 from cospadi.quantization import quantize_unit
@@ -199,7 +200,7 @@ def learned(tiny_model, tmp_path_factory):
     (folder / "drift.json").write_text(json.dumps({"drift": [1.0, 0.1, 0.1, 0.1]}))
     variant = {"method": "masa", "ratio": 0.3, "groups": 1, "codes": {"value_bits": 16, "rounding": "nearest"}}
     arguments = folder / "dense", structure, grams
-    masa.learn_model(
+    learn_unit(
         folder / "dense",
         chosen(structure, ATTENTION),
         grams,
@@ -253,5 +254,5 @@ def test_learning_and_packing_from_files_to_files(learned):
 
 
 def test_the_registry_has_the_method_and_says_that_it_learns_the_model_in_one_job():
-    assert METHODS["masa"] is masa.METHOD and isinstance(METHODS["masa"], masa.ModelMethod)
-    assert not any(isinstance(m, masa.ModelMethod) for name, m in METHODS.items() if name != "masa")
+    assert METHODS["masa"] is masa.METHOD and masa.METHOD.whole_model is masa.factorize_layers
+    assert not any(method.whole_model for name, method in METHODS.items() if name != "masa")

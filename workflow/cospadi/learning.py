@@ -6,6 +6,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ import numpy as np
 
 from cospadi.codecs import storage_of
 from cospadi.errors import ArtifactError, ConfigError, NumericalError
-from cospadi.factorization import Factorization, tensor_names, unpack
-from cospadi.files import ModelFolder, TensorFile, write_json, write_tensors
+from cospadi.factorization import Factorization, dictionary_names, tensor_names, unpack
+from cospadi.files import ModelFolder, TensorFile, read_json, write_json, write_tensors
 from cospadi.gram import Whitening, read_gram, relative_error, sites, whitening_factor
 from cospadi.methods import METHODS
 
@@ -97,6 +98,7 @@ def learn_unit(
     output: Path,
     diagnostics: Path,
     warm_factors: Path | None = None,
+    drift: Path | None = None,
     device: str = "cpu",
     log: Callable[[str], None] = print,
 ) -> None:
@@ -121,6 +123,8 @@ def learn_unit(
         ``factors/<unit>.safetensors`` and ``.json``.
     warm_factors : Path, optional
         Factors of the same unit from another variant, to start from (option ``warm_start``).
+    drift : Path, optional
+        From `pruning.drift.measure`, for a method that learns the whole model at once (`Method.whole_model`).
 
     Raises
     ------
@@ -137,17 +141,19 @@ def learn_unit(
     specs: dict[str, Any] = {}
     reports: dict[str, Any] = {}
     started = time.perf_counter()
-    problems = shared_problems(list(matrices_of(structure, layers, gram_files)), options)
+    matrices = list(matrices_of(structure, layers, gram_files))
+    at_once = method.whole_model is not None
+    problems = [matrices] if at_once else shared_problems(matrices, options)
     allowed = None if options.get("max_seconds") is None else options["max_seconds"] * len(layers)
     held: dict[frozenset[tuple[Path, str]], Whitening] = {}
     faults = [fault for problem in problems for fault in _width_faults(problem)]
-    if faults:
+    if faults and not at_once:
         raise ConfigError(faults, "share")
     for index, problem in enumerate(problems):
         problem_started = time.perf_counter()
         weights = [check_weight(folder.read_weight(m.name), f"{folder.path}: {m.name}.weight") for m in problem]
         names = [m.name for m in problem]
-        label = " + ".join(names)
+        label = "all layers" if at_once else " + ".join(names)
         own = method.own(options)
         if allowed is not None:
             left = allowed - (problem_started - started)
@@ -162,12 +168,14 @@ def learn_unit(
             **own,
         }
         joint = method.joint(options) if len(_inputs(problem)) > 1 else None
+        if at_once:
+            joint = partial(_all_at_once, method, names, drift)
         metrics = [problem] if joint is None else [[matrix] for matrix in problem]
         # q, k and v follow each other and share a metric; of other metrics none stays in memory
         held = {inputs: whitening for inputs, whitening in held.items() if inputs in map(_inputs, metrics)}
-        for matrices in metrics:
-            if _inputs(matrices) not in held:
-                held[_inputs(matrices)] = whitening_of(mean_gram(matrices), options, weights[0].shape[0])
+        for sharing in metrics:
+            if _inputs(sharing) not in held:
+                held[_inputs(sharing)] = whitening_of(mean_gram(sharing), options, sharing[0].shape[0])
         if joint is None:
             whitenings = [held[_inputs(problem)]] * len(problem)
             factorization = method.factorize(np.concatenate(weights, axis=1), whitenings[0], **arguments)
@@ -178,24 +186,21 @@ def learn_unit(
         seconds = time.perf_counter() - problem_started
         for matrix, weight, part, whitening in zip(problem, weights, parts, whitenings, strict=True):
             stored = part.with_storage(value_codec="float32", dictionary_codec="float32")
-            packed, specs[matrix.name] = stored.pack(matrix.name, dictionary=part.tensor or f"{names[0]}.dictionary")
+            owner = matrix.name if at_once else names[0]
+            packed, specs[matrix.name] = stored.pack(matrix.name, dictionary=part.tensor or f"{owner}.dictionary")
             tensors.update(packed)
-            approximation = part.reconstruct()
             report = {
-                "shape": list(weight.shape),
-                "site": matrix.site,
-                "shared_with": [name for name in names if name != matrix.name],
-                "relative_error": relative_error(weight, approximation, matrix.gram()),
-                "shift": whitening.shift,
-                "eta": whitening.eta,
+                **_report(matrix, weight, part, whitening),
                 "seconds": seconds / len(problem),
                 **part.diagnostics,
             }
-            heldout = matrix.heldout_gram()
-            if heldout is not None:
-                report["relative_error_heldout"] = relative_error(weight, approximation, heldout)
             reports[matrix.name] = report
             log(f"{matrix.name}: relative error {report['relative_error']:.4f} in {report['seconds']:.1f} s")
+    dictionaries = {name: set(dictionary_names(spec)) for name, spec in specs.items()}
+    for name, report in reports.items():
+        report["shared_with"] = [
+            other for other, theirs in dictionaries.items() if other != name and theirs & dictionaries[name]
+        ]
     write_tensors(output, tensors, {"format_version": FORMAT_VERSION, "matrices": specs})
     write_json(
         diagnostics,
@@ -210,6 +215,28 @@ def learn_unit(
             "matrices": reports,
         },
     )
+
+
+def _report(matrix: Matrix, weight: np.ndarray, factors: Factorization, whitening: Whitening) -> dict[str, Any]:
+    """What the diagnostics say of every matrix, whatever the method."""
+    approximation = factors.reconstruct()
+    report = {
+        "shape": list(weight.shape),
+        "site": matrix.site,
+        "relative_error": relative_error(weight, approximation, matrix.gram()),
+        "shift": whitening.shift,
+        "eta": whitening.eta,
+    }
+    heldout = matrix.heldout_gram()
+    if heldout is not None:
+        report["relative_error_heldout"] = relative_error(weight, approximation, heldout)
+    return report
+
+
+def _all_at_once(
+    method: Any, names: Sequence[str], drift: Path, weights: Sequence[Any], whitenings: Sequence[Whitening], **more: Any
+) -> list[Factorization]:
+    return method.whole_model(names, weights, whitenings, read_json(drift)["drift"], **more)
 
 
 def _inputs(matrices: Sequence[Matrix]) -> frozenset[tuple[Path, str]]:

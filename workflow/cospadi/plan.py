@@ -17,7 +17,6 @@ from typing import Any
 
 from cospadi.errors import ConfigError, UnsupportedModelError
 from cospadi.methods import METHODS
-from cospadi.methods.masa import ModelMethod
 from cospadi.pruning import FOLDABLE, PRUNERS, removed_count
 from cospadi.resources import FORWARD, GPU_FORWARD, MEBI, Estimates, Work
 from cospadi.sources import planning_config
@@ -189,7 +188,7 @@ class Plan:
     def learns_model(self, variant: str) -> bool:
         """Whether a variant's method learns all layers in one job."""
         settings = self.factorizing(variant)
-        return settings is not None and isinstance(METHODS[settings["method"]], ModelMethod)
+        return settings is not None and METHODS[settings["method"]].whole_model is not None
 
     def drift_of(self, variant: str) -> list[str]:
         """How far blocks move the predicted token, for the methods that learn all layers in one job."""

@@ -66,6 +66,10 @@ class Method:
         ``joint(options)``: a function for matrices that share and have different inputs,
         ``(weights, whitenings, *, ratio, storage, device, log, **options) -> list[Factorization]``, each matrix in its
         own metric; or None where the mean Gram of their inputs is the metric of all of them, as of one wide matrix.
+    whole_model : callable, optional
+        For methods that learn all layers in one job, with different projections in one problem:
+        ``(names, weights, whitenings, drift, *, ratio, storage, device, log, **options) -> list[Factorization]``, with
+        `drift` a layer each, how far it moves the predicted token (`pruning.drift`).
     faults : callable
         ``faults(options) -> lines``: what is wrong with options that depend on each other, ``key: what``.
     """
@@ -76,6 +80,7 @@ class Method:
     factorize: Callable[..., Factorization]
     modules: Callable[[Mapping[str, Any]], list[str]]
     joint: Callable[[Mapping[str, Any]], Callable[..., list[Factorization]] | None] = lambda options: None
+    whole_model: Callable[..., list[Factorization]] | None = None
     faults: Callable[[Mapping[str, Any]], Iterable[str]] = lambda options: ()
 
     def defaults(self) -> dict[str, Any]:

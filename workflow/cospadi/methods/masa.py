@@ -8,10 +8,8 @@ layers of a group are consecutive, and the distribution of the predicted token d
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,19 +39,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     **WHITENING_OPTIONS,
 }
-
-
-@dataclass(frozen=True)
-class ModelMethod(Method):
-    """A method that learns all layers in one job.
-
-    Attributes
-    ----------
-    learn_model : callable
-        Takes what `learning.learn_unit` takes, and `drift`, a file of `pruning.drift.measure`; writes the same files.
-    """
-
-    learn_model: Callable[..., None] = lambda *arguments, **options: None
 
 
 @dataclass(frozen=True)
@@ -393,103 +378,16 @@ def factorize_layers(
     return [found[i] for i in range(len(names))]
 
 
-def learn_model(
-    model_folder: Path,
-    structure: Mapping[str, Any],
-    gram_files: Sequence[Path],
-    layers: Sequence[int],
-    variant: Mapping[str, Any],
-    *,
-    drift: Path,
-    output: Path,
-    diagnostics: Path,
-    device: str = "cpu",
-    log: Callable[[str], None] = print,
-) -> None:
-    """Learn every matrix of the model and write what `learning.learn_unit` writes for a unit.
-
-    Parameters
-    ----------
-    drift : Path
-        From `pruning.drift.measure`.
-
-    Other parameters and errors are those of `learning.learn_unit` and `factorize_layers`.
-    """
-    from cospadi.codecs import storage_of
-    from cospadi.files import ModelFolder, read_json, write_json, write_tensors
-    from cospadi.gram import relative_error
-    from cospadi.learning import FORMAT_VERSION, check_weight, matrices_of, method_options, whitening_of
-
-    begun = time.perf_counter()
-    folder, options = ModelFolder(model_folder), method_options(variant)
-    matrices = list(matrices_of(structure, layers, gram_files))
-    weights = [check_weight(folder.read_weight(m.name), f"{folder.path}: {m.name}.weight") for m in matrices]
-    by_site: dict[tuple[Path, str], Any] = {}
-    for matrix, weight in zip(matrices, weights, strict=True):
-        key = (matrix.gram_file, matrix.site)
-        if key not in by_site:  # q, k and v read the same
-            by_site[key] = whitening_of(matrix.gram(), options, weight.shape[0])
-    whitenings = [by_site[matrix.gram_file, matrix.site] for matrix in matrices]
-    factorizations = factorize_layers(
-        [matrix.name for matrix in matrices],
-        weights,
-        whitenings,
-        read_json(drift)["drift"],
-        ratio=variant["ratio"],
-        storage=storage_of(variant["codes"]),
-        device=device,
-        log=log,
-        **METHOD.own(options),
-    )
-    seconds = (time.perf_counter() - begun) / len(matrices)
-    tensors: dict[str, np.ndarray] = {}
-    specs: dict[str, Any] = {}
-    reports: dict[str, Any] = {}
-    for matrix, weight, whitening, factors in zip(matrices, weights, whitenings, factorizations, strict=True):
-        stored = factors.with_storage(value_codec="float32", dictionary_codec="float32")
-        packed, specs[matrix.name] = stored.pack(matrix.name)
-        tensors |= packed
-        approximation = factors.reconstruct()
-        report = {
-            "shape": list(weight.shape),
-            "site": matrix.site,
-            "shared_with": [],
-            "relative_error": relative_error(weight, approximation, matrix.gram()),
-            "shift": whitening.shift,
-            "eta": whitening.eta,
-            "seconds": seconds,
-            **factors.diagnostics,
-        }
-        heldout = matrix.heldout_gram()
-        if heldout is not None:
-            report["relative_error_heldout"] = relative_error(weight, approximation, heldout)
-        reports[matrix.name] = report
-    write_tensors(output, tensors, {"format_version": FORMAT_VERSION, "matrices": specs})
-    write_json(
-        diagnostics,
-        {
-            "format_version": FORMAT_VERSION,
-            "unit": output.stem,
-            "method": variant["method"],
-            "ratio": variant["ratio"],
-            "options": options,
-            "device": device,
-            "seconds": time.perf_counter() - begun,
-            "matrices": reports,
-        },
-    )
-
-
 def modules(options: Mapping[str, Any]) -> list[str]:
     """This module and the SVD."""
     return [__name__, "cospadi.solvers.svd"]
 
 
-METHOD = ModelMethod(
+METHOD = Method(
     name="masa",
     summary="Matrix atoms shared by groups of layers, and what they leave in low rank (MASA's matrix PCA).",
     options=OPTIONS,
     factorize=factorize,
     modules=modules,
-    learn_model=learn_model,
+    whole_model=factorize_layers,
 )
