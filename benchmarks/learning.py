@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -45,18 +46,17 @@ def main() -> int:
     if arguments.layer is not None:
         print(json.dumps(one_layer(arguments.model, arguments.run, arguments.layer)))
         return 0
-    records = whole_model(arguments.model, arguments.run, arguments.processes)
-    records += layer_memory(arguments.model, arguments.run)
-    growth = cost_growth()
-    records += growth
-    curves = convergence(arguments.model, arguments.run)
-    records += curves
+    found: dict[str, list[dict[str, Any]]] = {}
+    for measure in arguments.measures:
+        found[measure] = MEASURES[measure](arguments)
+        sys.stdout.flush()
+    records = [record for measured in found.values() for record in measured]
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text("".join(json.dumps(record) + "\n" for record in records))
         print(f"written to {arguments.output}")
     if arguments.plot:
-        draw(curves, growth, arguments.plot)
+        draw(found["convergence"], found["growth"], arguments.plot)
         print(f"drawn to {arguments.plot}")
     return 0
 
@@ -70,7 +70,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layer", type=int, help="only learn this layer, and print its time and memory as JSON")
     parser.add_argument("--output", type=Path, help="JSON lines")
     parser.add_argument("--plot", type=Path, help="PNG")
-    return parser.parse_args()
+    parser.add_argument("--measures", nargs="+", default=list(MEASURES), choices=list(MEASURES))
+    arguments = parser.parse_args()
+    if arguments.plot and not {"convergence", "growth"} <= set(arguments.measures):
+        parser.error("--plot needs convergence and growth")
+    return arguments
 
 
 def learn_layer(model: Path, run: Path, layer: int) -> dict[str, Any]:
@@ -186,7 +190,7 @@ def convergence(model: Path, run: Path) -> list[dict[str, Any]]:
     for projection in ("q_proj", "gate_proj"):
         name, target = load(projection, model, run / "gram")
         k, s = shape_at(target.shape, VARIANT["ratio"])
-        for solver, options in (("htp", {}), ("ksvd", {"max_iter": 20}), ("procrustes", {})):
+        for solver, options in (("htp", {}), ("ksvd", {"max_iter": 40}), ("procrustes", {})):
             SOLVERS[solver](target[:, :64], n_atoms=16, n_nonzero_coefs=8, max_iter=1)  # compiles
             history = SOLVERS[solver](target, n_atoms=k, n_nonzero_coefs=s, tol=0, **options).history
             records.append(
@@ -207,28 +211,42 @@ def draw(curves: list[dict[str, Any]], growth: list[dict[str, Any]], path: Path)
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib import ticker
 
     matrices = list(dict.fromkeys(curve["matrix"] for curve in curves))
     figure, axes = plt.subplots(1, len(matrices) + 1, figsize=(4.2 * (len(matrices) + 1), 3.6), layout="constrained")
     for axis, matrix in zip(axes, matrices, strict=False):
         for curve in curves:
             if curve["matrix"] == matrix:
-                axis.plot(curve["seconds"], curve["error"], marker=".", label=curve["solver"])
-        axis.set(xscale="log", yscale="log", xlabel="seconds, one thread", ylabel="relative error")
+                first = curve["error"][0] == 1  # K-SVD begins with no codes at all
+                axis.plot(curve["seconds"][first:], curve["error"][first:], marker=".", label=curve["solver"])
+        axis.set(xscale="log", xlabel="seconds, one thread", ylabel="relative error")
+        axis.xaxis.set_major_formatter("{x:g}")
         axis.set_title(matrix.removeprefix("model.layers."), fontsize=10)
-        axis.yaxis.set_major_formatter("{x:.3f}")
-        axis.yaxis.set_minor_formatter("{x:.3f}")
         axis.legend(title="ratio 0.2")
     for name in dict.fromkeys(record["axis"] for record in growth):
         points = [record for record in growth if record["axis"] == name]
-        relative = np.array([record["size"] for record in points]) / points[-1]["size"]
+        relative = np.array([record["size"] for record in points])
+        relative = relative / relative.max()
         label = f"{name}: exponent {points[0]['exponent']:.2f}"
         axes[-1].plot(relative, [record["seconds"] for record in points], marker="o", label=label)
     axes[-1].set(xscale="log", yscale="log", xlabel="size over the largest", ylabel="seconds")
     axes[-1].set_title(f"{GROWTH_ROUNDS} rounds of htp", fontsize=10)
+    axes[-1].xaxis.set_major_locator(ticker.LogLocator(base=2))
+    axes[-1].yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    for shown in (axes[-1].xaxis, axes[-1].yaxis):
+        shown.set_major_formatter("{x:g}")
+        shown.set_minor_locator(ticker.NullLocator())
     axes[-1].legend()
     figure.savefig(path, dpi=110)
 
+
+MEASURES: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
+    "whole_model": lambda arguments: whole_model(arguments.model, arguments.run, arguments.processes),
+    "memory": lambda arguments: layer_memory(arguments.model, arguments.run),
+    "growth": lambda arguments: cost_growth(),
+    "convergence": lambda arguments: convergence(arguments.model, arguments.run),
+}
 
 if __name__ == "__main__":
     sys.exit(main())
