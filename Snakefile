@@ -66,6 +66,16 @@ rule all:
         "Everything is in {plan.results}"
 
 
+# the models trained from scratch and their table, without the report
+rule train:
+    input:
+        plan.trained(rules.train_model.output.model),
+        lambda wildcards: plan.training_report(),
+    localrule: True
+    message:
+        "The models are in {plan.results}/training"
+
+
 onsuccess:
     if plan.has_written("summary.json"):
         print(closing_message(plan))

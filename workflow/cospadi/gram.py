@@ -168,8 +168,8 @@ def whitening_factor(gram: np.ndarray, *, eta: float = 0.0) -> Whitening:
     """Upper triangular ``L`` with ``L^T L = G``, by Cholesky in float64.
 
     A singular Gram (fewer tokens than inputs, dead inputs, rounding) is shifted by ``-lambda_min + eps`` on the
-    diagonal, with ``eps`` = 1e-9 of the mean diagonal; so is one with a pivot below ``eps / 2``, where solving would
-    only blow up rounding noise. The shift is reported.
+    diagonal, with ``eps`` = 1e-9 of the mean diagonal; so is one with a pivot below ``eps / 2``, or an inverse
+    as large as if it had one, where solving would only blow up rounding noise. The shift is reported.
 
     Parameters
     ----------
@@ -266,7 +266,12 @@ def _cholesky(gram: np.ndarray) -> np.ndarray | None:
         factor = scipy.linalg.cholesky(gram, lower=False, check_finite=False)
     except scipy.linalg.LinAlgError:
         return None
-    return factor if np.diag(factor).min() ** 2 >= EPS / 2 else None
+    # a small pivot is enough to tell, but in an unlucky order none is small: LAPACK's estimate of ||G^-1||_1 sees that
+    if np.diag(factor).min() ** 2 < EPS / 2:
+        return None
+    norm = np.linalg.norm(gram, 1)
+    reciprocal, _ = scipy.linalg.lapack.dpocon(factor, norm)
+    return factor if reciprocal * norm >= EPS / 2 / math.sqrt(len(gram)) else None
 
 
 def _plain(attributes: Mapping[str, Any]) -> dict[str, Any]:

@@ -140,12 +140,3 @@ rule summarize_training:
         "Writing the table and the curves"
     script:
         "../../scripts/summarize_training.py"
-
-
-rule train:
-    input:
-        plan.trained(rules.train_model.output.model),
-        lambda wildcards: plan.training_report(),
-    localrule: True
-    message:
-        "The models are in {plan.results}/training"
