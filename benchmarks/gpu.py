@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import roofline
 import torch
-from roofline import htp_gflop
+from roofline import htp_gflop, shape_at
 from tabulate import tabulate
 
-from cospadi.budget import sparse_shape
 from cospadi.solvers import SOLVERS
 from cospadi.solvers._rounds import as_rows
 from cospadi.solvers.omp import encode_rows
@@ -84,19 +84,13 @@ def weight_like(shape: tuple[int, int], seed: int) -> torch.Tensor:
 
 
 def sizes(shape: tuple[int, int], ratio: float) -> dict[str, int]:
-    """k and s at rho = 2 with 16-bit values and a 1-bit mask."""
-    found = sparse_shape(*shape, ratio=ratio, rho=2.0)
-    return {"n_atoms": found.n_atoms, "n_nonzero_coefs": found.n_nonzero_coefs}
+    """k and s as the solvers take them."""
+    return dict(zip(("n_atoms", "n_nonzero_coefs"), shape_at(shape, ratio), strict=True))
 
 
 def timed(run: Callable[[], Any]) -> tuple[float, Any]:
     """Seconds and result, with the GPU idle before and after."""
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    wait()
-    started = time.perf_counter()
-    result = run()
-    wait()
-    return time.perf_counter() - started, result
+    return roofline.timed(run, torch.cuda.synchronize if torch.cuda.is_available() else lambda: None)
 
 
 def gemm_tflops(size: int) -> float:

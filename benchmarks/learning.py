@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from roofline import gemm_gflops, htp_gflop
-from solvers import load, shape_at
+from roofline import gemm_gflops, htp_gflop, shape_at
+from solvers import load
 from tabulate import tabulate
 
 from cospadi.files import read_json

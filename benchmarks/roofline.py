@@ -8,12 +8,22 @@ from typing import Any
 
 import numpy as np
 
+from cospadi.budget import sparse_shape
 
-def timed(run: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds and result."""
+
+def timed(run: Callable[[], Any], wait: Callable[[], None] = lambda: None) -> tuple[float, Any]:
+    """Seconds and result; `wait` is called before and after, until a device is idle."""
+    wait()
     started = time.perf_counter()
     result = run()
+    wait()
     return time.perf_counter() - started, result
+
+
+def shape_at(shape: tuple[int, int], ratio: float) -> tuple[int, int]:
+    """k and s at rho = 2 with 16-bit values and a 1-bit mask."""
+    found = sparse_shape(*shape, ratio=ratio, rho=2.0)
+    return found.n_atoms, found.n_nonzero_coefs
 
 
 def gemm_gflops(size: int = 1024, repeats: int = 5) -> float:

@@ -12,7 +12,7 @@ import functools
 import itertools
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -232,33 +232,43 @@ def dense_products(d_in: int, d_out: int, n: int, x: torch.Tensor) -> list[Calla
     return [functools.partial(F.linear, x, torch.randn(d_out, d_in, device="cuda").bfloat16()) for _ in range(n)]
 
 
+def cases_of(d_in: int, d_out: int) -> Iterator[tuple[dict[str, Any], dict[str, Any], int]]:
+    """What tells a matrix of the tables from the others, its spec and its bytes."""
+    for ratio, support in itertools.product(RATIOS, ("bitmask", "2:4")):
+        spec, nbytes = sized(d_in, d_out, ratio, support)
+        n_atoms = spec["dictionary"]["n_atoms"]
+        yield {"shape": [d_in, d_out], "ratio": ratio, "support": support, "n_atoms": n_atoms}, spec, nbytes
+
+
+def step_times(layers: list[PackedLinear], x: torch.Tensor, dense: float) -> dict[str, float]:
+    """Microseconds of a packed product and of its two steps, beside `dense`."""
+    packed = graph_time(products(layers, x))
+    return {
+        "dense_us": dense,
+        "packed_us": packed,
+        "first_us": graph_time(first_products(layers, x)),
+        "second_us": graph_time(second_products(layers, x)),
+        "speedup": dense / packed,
+    }
+
+
 def decode() -> list[dict[str, Any]]:
     """One row: packed beside dense, against the limit that the bytes set."""
     records = []
     for d_in, d_out in SHAPES:
         x = torch.randn(1, d_in, device="cuda").bfloat16()
         dense = graph_time(dense_products(d_in, d_out, max(4, ROTATED // dense_nbytes(d_in, d_out)), x))
-        for ratio, support in itertools.product(RATIOS, ("bitmask", "2:4")):
-            spec, nbytes = sized(d_in, d_out, ratio, support)
+        for case, spec, nbytes in cases_of(d_in, d_out):
             layers = copies(random_layer(spec), max(4, ROTATED // nbytes))
-            packed = graph_time(products(layers, x))
+            record = {"measure": "decode", **case, **step_times(layers, x, dense)}
             limit = dense_nbytes(d_in, d_out) / nbytes
             records.append(
                 {
-                    "measure": "decode",
-                    "shape": [d_in, d_out],
-                    "ratio": ratio,
-                    "support": support,
-                    "n_atoms": spec["dictionary"]["n_atoms"],
-                    "dense_us": dense,
-                    "packed_us": packed,
-                    "first_us": graph_time(first_products(layers, x)),
-                    "second_us": graph_time(second_products(layers, x)),
-                    "speedup": dense / packed,
+                    **record,
                     "limit": limit,
-                    "share_of_limit": dense / packed / limit,
+                    "share_of_limit": record["speedup"] / limit,
                     "dense_tb_s": dense_nbytes(d_in, d_out) / dense / 1e6,
-                    "packed_tb_s": nbytes / packed / 1e6,
+                    "packed_tb_s": nbytes / record["packed_us"] / 1e6,
                 }
             )
     shown = ("shape", "ratio", "support", "n_atoms", "dense_us", "packed_us", "first_us", "second_us", "dense_tb_s")
@@ -293,25 +303,16 @@ def prefill() -> list[dict[str, Any]]:
     for d_in, d_out in SHAPES:
         x = torch.randn(PREFILL, d_in, device="cuda").bfloat16()
         dense = graph_time(dense_products(d_in, d_out, 4, x))
-        for ratio, support in itertools.product(RATIOS, ("bitmask", "2:4")):
-            spec, _ = sized(d_in, d_out, ratio, support)
+        for case, spec, _ in cases_of(d_in, d_out):
             layers = copies(random_layer(spec), 4)
-            packed = graph_time(products(layers, x))
             unpacks = [functools.partial(cospadi_cuda.unpack, spec, layer.parts(), x.dtype) for layer in layers]
             records.append(
                 {
                     "measure": "prefill",
-                    "shape": [d_in, d_out],
-                    "ratio": ratio,
-                    "support": support,
-                    "n_atoms": spec["dictionary"]["n_atoms"],
-                    "dense_us": dense,
-                    "packed_us": packed,
-                    "first_us": graph_time(first_products(layers, x)),
+                    **case,
+                    **step_times(layers, x, dense),
                     "unpack_us": graph_time(unpacks),
-                    "second_us": graph_time(second_products(layers, x)),
-                    "semi_structured_us": semi_structured(unpacks[0]()) if support == "2:4" else None,
-                    "speedup": dense / packed,
+                    "semi_structured_us": semi_structured(unpacks[0]()) if case["support"] == "2:4" else None,
                 }
             )
     shown = ("shape", "ratio", "support", "n_atoms", "dense_us", "packed_us", "first_us", "unpack_us", "second_us")

@@ -20,10 +20,9 @@ from typing import Any
 
 import h5py
 import numpy as np
-from roofline import gemm_gflops, htp_gflop, timed
+from roofline import gemm_gflops, htp_gflop, shape_at, timed
 from sklearn.linear_model import orthogonal_mp_gram
 
-from cospadi.budget import sparse_shape
 from cospadi.files import ModelFolder
 from cospadi.gram import read_gram, whitening_factor
 from cospadi.solvers import SOLVERS
@@ -87,12 +86,6 @@ def load(projection: str, model: Path | None, gram: Path | None) -> tuple[str, n
         site = next(site for site in file if any(name.endswith(str(matrix)) for matrix in file[site].attrs["matrices"]))
     whitening = whitening_factor(read_gram(path, site))
     return name, np.asarray(whitening.whiten(ModelFolder(model).read_weight(name)), np.float32)
-
-
-def shape_at(shape: tuple[int, int], ratio: float) -> tuple[int, int]:
-    """k and s at rho = 2 with 16-bit values and a 1-bit mask."""
-    found = sparse_shape(*shape, ratio=ratio, rho=2.0, value_codec="bf16")
-    return found.n_atoms, found.n_nonzero_coefs
 
 
 def error_of(target: np.ndarray, dictionary: np.ndarray, codes: np.ndarray) -> float:

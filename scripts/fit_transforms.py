@@ -1,23 +1,19 @@
 """Fit what makes up for the blocks of every cut."""
 
-from cospadi.stage import choose_device, script
+from cospadi.stage import script
 
 
 def main(snakemake, log):
     from cospadi.files import read_json
     from cospadi.pruning.fitting import fit_transforms
+    from cospadi.pruning.walk import Walk
 
     fit_transforms(
-        snakemake.input.model,
-        read_json(snakemake.input.structure),
-        snakemake.input.windows,
+        Walk.of_job(snakemake, log),
         read_json(snakemake.input.selection),
         snakemake.params.settings,
         output=snakemake.output.transforms,
         diagnostics=snakemake.output.diagnostics,
-        device=choose_device(snakemake.params.device),
-        log=log,
-        **snakemake.params.walk,
     )
 
 

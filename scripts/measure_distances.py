@@ -1,22 +1,13 @@
 """Distances between the hidden states before and behind every possible cut."""
 
-from cospadi.stage import choose_device, script
+from cospadi.stage import script
 
 
 def main(snakemake, log):
-    from cospadi.files import read_json
     from cospadi.pruning.distances import measure
+    from cospadi.pruning.walk import Walk
 
-    measure(
-        snakemake.input.model,
-        read_json(snakemake.input.structure),
-        snakemake.input.windows,
-        snakemake.output[0],
-        samples=snakemake.params.samples,
-        device=choose_device(snakemake.params.device),
-        log=log,
-        **snakemake.params.walk,
-    )
+    measure(Walk.of_job(snakemake, log), snakemake.output[0], samples=snakemake.params.samples)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,13 @@
 """Drift of the predicted token's distribution over every block."""
 
-from cospadi.stage import choose_device, script
+from cospadi.stage import script
 
 
 def main(snakemake, log):
-    from cospadi.files import read_json
     from cospadi.pruning.drift import measure
+    from cospadi.pruning.walk import Walk
 
-    measure(
-        snakemake.input.model,
-        read_json(snakemake.input.structure),
-        snakemake.input.windows,
-        snakemake.output[0],
-        device=choose_device(snakemake.params.device),
-        log=log,
-        **snakemake.params.walk,
-    )
+    measure(Walk.of_job(snakemake, log), snakemake.output[0])
 
 
 if __name__ == "__main__":

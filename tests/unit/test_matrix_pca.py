@@ -18,6 +18,7 @@ from cospadi.gram import whitening_factor
 from cospadi.learning import learn_unit
 from cospadi.methods import METHODS, masa, svd_llm
 from cospadi.pruning import drift
+from cospadi.pruning.walk import Walk
 from cospadi.quantization import quantize_unit
 from cospadi.structure import chosen, inspect_model
 
@@ -150,8 +151,16 @@ def test_drift_is_the_divergence_of_the_predictions_behind_each_block(tiny_model
     folder = tiny_model("qwen2", dtype="float32")
     windows = {"source": "text", "samples": 5, "length": 24, "seed": 0, "packing": "packed"}
     prepare_windows(folder, windows, tiny_text / "calibration.jsonl", tmp_path / "windows.h5")
-    walking = {"dtype": "float32", "batch_tokens": 48, "blocks_per_job": 3, "log": lambda line: None}
-    found = drift.measure(folder, inspect_model(folder), tmp_path / "windows.h5", tmp_path / "drift.json", **walking)
+    walk = Walk(
+        model_folder=folder,
+        structure=inspect_model(folder),
+        windows=tmp_path / "windows.h5",
+        dtype="float32",
+        batch_tokens=48,
+        blocks_per_job=3,
+        log=lambda line: None,
+    )
+    found = drift.measure(walk, tmp_path / "drift.json")
     assert read_json(tmp_path / "drift.json") == found and found["n_tokens"] == 5 * 16
 
     model = AutoModelForCausalLM.from_pretrained(folder)

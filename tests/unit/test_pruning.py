@@ -20,11 +20,23 @@ from cospadi.pruning.estimators import Moments, Rows, fit_cosine
 from cospadi.pruning.fitting import fit_transforms
 from cospadi.pruning.folding import insert_transform, prune, read_transforms
 from cospadi.pruning.selection import contiguous, cuts_of, least_influence, random_cut, select, several
-from cospadi.pruning.walk import Edit, Place, walk
+from cospadi.pruning.walk import Edit, Place, Walk
 from cospadi.structure import inspect_model
 
 FOLDABLE = ("llama", "mistral", "qwen2", "qwen3")
-WALKING = {"dtype": "float32", "batch_tokens": 128, "blocks_per_job": 0, "log": lambda line: None}
+
+
+def walk_of(folder: Path, windows: Path, dtype: str = "float32", blocks_per_job: int = 0) -> Walk:
+    """A walk through a tiny model that tells nothing."""
+    return Walk(
+        model_folder=folder,
+        structure=inspect_model(folder),
+        windows=windows,
+        dtype=dtype,
+        batch_tokens=128,
+        blocks_per_job=blocks_per_job,
+        log=lambda line: None,
+    )
 
 
 def settings(method: str, **options) -> dict:
@@ -77,8 +89,7 @@ def test_walk_sees_what_the_whole_model_sees(tiny_model, windows, family, blocks
     folder = tiny_model(family)
     expected = full_pass(folder, windows)
     places = [Place("output", -1), Place("mlp", 1), Place("residual", 1), Place("output", 1), Place("output", 3)]
-    options = {**WALKING, "blocks_per_job": blocks_per_job}
-    (group,) = walk(folder, inspect_model(folder), windows, places, **options)
+    (group,) = walk_of(folder, windows, blocks_per_job=blocks_per_job).groups(places)
     names = ["stream 0", "mlp 1", None, "stream 2", "stream 4"]
     for place, name in zip(places, names, strict=True):
         if name is not None:
@@ -91,17 +102,16 @@ def test_walk_sees_what_the_whole_model_sees(tiny_model, windows, family, blocks
 
 def test_groups_of_windows_follow_each_other(tiny_model, windows, monkeypatch):
     folder = tiny_model("llama")
-    structure = inspect_model(folder)
     places = [Place("output", 2), Place("mlp", 0)]
-    (whole,) = walk(folder, structure, windows, places, **WALKING)
+    (whole,) = walk_of(folder, windows).groups(places)
     monkeypatch.setattr("cospadi.pruning.walk.GROUP_BYTES", 1)  # a batch, four windows, is the least
     for blocks in (0, 2):
-        groups = list(walk(folder, structure, windows, places, **{**WALKING, "blocks_per_job": blocks}))
+        groups = list(walk_of(folder, windows, blocks_per_job=blocks).groups(places))
         assert [len(group.lengths) for group in groups] == [4, 4, 2]
         for place in places:
             together = torch.cat([group.rows[place] for group in groups])
             torch.testing.assert_close(together, whole.rows[place], rtol=1e-4, atol=1e-5)
-    (first,) = walk(folder, structure, windows, places, samples=3, **WALKING)
+    (first,) = walk_of(folder, windows).groups(places, samples=3)
     assert len(first.rows[places[0]]) == 32 + 20 + 32
 
 
@@ -113,8 +123,7 @@ def test_the_edited_model_is_the_one_that_is_written(tiny_model, windows, tmp_pa
     prune(folder, structure, [1, 2], tmp_path / "pruned", transforms={0: transform}, settings={})
     places = [Place("output", 3, True), Place("mlp", 3, True), Place("output", 3)]
     edit = Edit(frozenset({1, 2}), {0: transform})
-    options = {**WALKING, "blocks_per_job": blocks_per_job}
-    (group,) = walk(folder, structure, windows, places, edit=edit, **options)
+    (group,) = walk_of(folder, windows, blocks_per_job=blocks_per_job).groups(places, edit=edit)
     expected = full_pass(tmp_path / "pruned", windows)
     torch.testing.assert_close(group.rows[places[0]], expected["stream 2"], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(group.rows[places[1]], expected["mlp 1"], rtol=1e-4, atol=1e-4)
@@ -127,7 +136,7 @@ def test_values_that_are_not_finite_are_named(tiny_model, windows):
     places = [Place("mlp", 1)]
     edit = Edit(frozenset(), {1: np.full((48, 48), np.inf)})
     with pytest.raises(NumericalError, match="block 1: mlp holds NaN or infinity"):
-        list(walk(folder, inspect_model(folder), windows, [Place("mlp", 1, True), *places], edit=edit, **WALKING))
+        list(walk_of(folder, windows).groups([Place("mlp", 1, True), *places], edit=edit))
 
 
 # --- distances -------------------------------------------------------------------------------------------------------
@@ -136,8 +145,7 @@ def test_values_that_are_not_finite_are_named(tiny_model, windows):
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_distances_are_those_of_the_hidden_states(tiny_model, windows, tmp_path, family):
     folder = tiny_model(family)
-    options = {**WALKING, "blocks_per_job": 3}
-    measure(folder, inspect_model(folder), windows, tmp_path / "distances.json", samples=None, **options)
+    measure(walk_of(folder, windows, blocks_per_job=3), tmp_path / "distances.json", samples=None)
     result = read_json(tmp_path / "distances.json")
     found = full_pass(folder, windows)
     states = [found[f"stream {index}"].double() for index in range(5)]
@@ -355,14 +363,11 @@ def fit(windows, tmp_path):
         selection = {"cuts": [[cut.start, cut.stop - 1] for cut in cuts_of(removed)], "removed": removed}
         out = tmp_path / name
         fit_transforms(
-            folder,
-            structure,
-            windows,
+            walk_of(folder, windows, dtype),
             selection,
             variant,
             output=out / "t.safetensors",
             diagnostics=out / "t.json",
-            **{**WALKING, "dtype": dtype},
         )
         transforms = read_transforms(out / "t.safetensors")
         prune(folder, structure, removed, out / "model", transforms=transforms, settings=variant)

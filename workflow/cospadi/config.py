@@ -296,10 +296,8 @@ def _cross_checks(config: dict[str, Any]) -> Iterator[str]:
 def _step_faults(where: str, variant: dict[str, Any]) -> Iterator[str]:
     steps = variant.get("steps")
     if steps is None:
-        if variant["method"] in PRUNERS:
-            yield from (f"{where}.{fault}" for fault in PRUNERS[variant["method"]].faults(variant))
-        else:
-            yield from (f"{where}.{fault}" for fault in METHODS[variant["method"]].faults(variant))
+        entry = (PRUNERS | METHODS)[variant["method"]]
+        yield from (f"{where}.{fault}" for fault in entry.faults(variant))
         return
     first, second = (step["method"] for step in steps)
     if first not in PRUNERS or second not in METHODS:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from cospadi.factorization import Factorization
+from cospadi.registry import Entry
 
 WHITENING_OPTIONS: dict[str, dict[str, Any]] = {
     "whiten": {
@@ -45,18 +46,12 @@ SHARING_OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class Method:
-    """One line of the registry.
+@dataclass(frozen=True, kw_only=True)
+class Method(Entry):
+    """A way to factorize matrices; every option has a default.
 
     Attributes
     ----------
-    name : str
-        The config's ``method``.
-    summary : str
-        One sentence for documentation and report.
-    options : mapping
-        JSON schema of each option, with default and description.
     factorize : callable
         ``factorize(weight, whitening, *, ratio, storage, device, log, **options) -> Factorization`` with weight
         (d_in, d_out) float32 and a `gram.Whitening`, which `whiten` and `eta` have shaped already: they are not passed.
@@ -70,18 +65,12 @@ class Method:
         For methods that learn all layers in one job, with different projections in one problem:
         ``(names, weights, whitenings, drift, *, ratio, storage, device, log, **options) -> list[Factorization]``, with
         `drift` a layer each, how far it moves the predicted token (`pruning.drift`).
-    faults : callable
-        ``faults(options) -> lines``: what is wrong with options that depend on each other, ``key: what``.
     """
 
-    name: str
-    summary: str
-    options: Mapping[str, Mapping[str, Any]]
     factorize: Callable[..., Factorization]
     modules: Callable[[Mapping[str, Any]], list[str]]
     joint: Callable[[Mapping[str, Any]], Callable[..., list[Factorization]] | None] = lambda options: None
     whole_model: Callable[..., list[Factorization]] | None = None
-    faults: Callable[[Mapping[str, Any]], Iterable[str]] = lambda options: ()
 
     def defaults(self) -> dict[str, Any]:
         """Option name to default value."""

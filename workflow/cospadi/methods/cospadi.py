@@ -275,8 +275,9 @@ def _start(
 ) -> dict[str, Any]:
     """The solver's ``dictionary_init`` and ``codes_init``, where the options ask for a start of their own."""
     if warm is not None:
-        dictionary = on_device(whitening.whiten(to_numpy(warm.dictionary)), str(getattr(target, "device", "cpu")))
-        codes = on_device(to_numpy(warm.codes), str(getattr(target, "device", "cpu")))
+        device = str(getattr(target, "device", "cpu"))
+        dictionary = on_device(whitening.whiten(to_numpy(warm.dictionary)), device)
+        codes = on_device(to_numpy(warm.codes), device)
         dictionary, codes = warm_start(target, dictionary, codes, shape.n_atoms, random_state=options["random_state"])
         return {"dictionary_init": dictionary, "codes_init": codes}
     if options["start"] is None:

@@ -274,20 +274,12 @@ def mix(atoms: np.ndarray, coefficients: np.ndarray, storage: Mapping[str, Any])
 
 
 def factorize(
-    weight: Any,
-    whitening: Any,
-    *,
-    ratio: float,
-    storage: Mapping[str, Any],
-    device: str = "cpu",
-    log: Callable[[str], None] | None = None,
-    groups: int | None = None,
-    atoms: int | None = None,
+    weight: Any, whitening: Any, *, groups: int | None = None, atoms: int | None = None, **common: Any
 ) -> Factorization:
     """One matrix alone: no other layer is there to share with, so this is the low-rank part (`svd_llm.factorize`)."""
     from cospadi.methods import svd_llm
 
-    return svd_llm.factorize(weight, whitening, ratio=ratio, storage=storage, device=device, log=log)
+    return svd_llm.factorize(weight, whitening, **common)
 
 
 def factorize_layers(

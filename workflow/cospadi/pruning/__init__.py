@@ -9,9 +9,11 @@ This module is light: the config and the plan read it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from cospadi.registry import Entry
 
 # families whose block adds the MLP's output to the residual as it is; Gemma 3 has a norm between the two
 FOLDABLE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -125,29 +127,17 @@ _REPLACEME_OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class Pruner:
-    """One line of the registry.
+@dataclass(frozen=True, kw_only=True)
+class Pruner(Entry):
+    """A way to remove blocks; ``blocks`` alone among its options has no default.
 
     Attributes
     ----------
-    name : str
-        The config's ``method``.
-    summary : str
-        One sentence for documentation and report.
-    options : mapping
-        JSON schema of each option; ``blocks`` alone has no default.
     fits : bool
         Whether a transform is fitted and folded into the block before each cut.
-    faults : callable
-        ``faults(settings)`` yields what no schema can say against complete settings.
     """
 
-    name: str
-    summary: str
-    options: Mapping[str, Mapping[str, Any]]
     fits: bool = False
-    faults: Callable[[Mapping[str, Any]], Iterator[str]] = lambda settings: iter(())
 
 
 def _replaceme_faults(settings: Mapping[str, Any]) -> Iterator[str]:
@@ -174,27 +164,27 @@ PRUNERS: dict[str, Pruner] = {
     pruner.name: pruner
     for pruner in (
         Pruner(
-            "replaceme",
-            "Removes blocks and folds a fitted linear map into the one before (ReplaceMe).",
-            _REPLACEME_OPTIONS,
+            name="replaceme",
+            summary="Removes blocks and folds a fitted linear map into the one before (ReplaceMe).",
+            options=_REPLACEME_OPTIONS,
             fits=True,
             faults=_replaceme_faults,
         ),
         Pruner(
-            "uidl",
-            "Removes the consecutive blocks over which the activations turn least (UIDL), and nothing else.",
-            {"blocks": _BLOCKS, "metric": {**_METRIC, "default": "angular_last"}},
+            name="uidl",
+            summary="Removes the consecutive blocks over which the activations turn least (UIDL), and nothing else.",
+            options={"blocks": _BLOCKS, "metric": {**_METRIC, "default": "angular_last"}},
             faults=_uidl_faults,
         ),
         Pruner(
-            "shortgpt",
-            "Removes the blocks of least influence, wherever they are (ShortGPT).",
-            {"blocks": _COUNT},
+            name="shortgpt",
+            summary="Removes the blocks of least influence, wherever they are (ShortGPT).",
+            options={"blocks": _COUNT},
         ),
         Pruner(
-            "random_cut",
-            "Removes consecutive blocks at a random place, for comparison.",
-            {"blocks": _COUNT, "random_state": _RANDOM_STATE},
+            name="random_cut",
+            summary="Removes consecutive blocks at a random place, for comparison.",
+            options={"blocks": _COUNT, "random_state": _RANDOM_STATE},
         ),
     )
 }

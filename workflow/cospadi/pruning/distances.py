@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cospadi.files import write_json
-from cospadi.pruning.walk import Place, walk
+from cospadi.pruning.walk import Place, Walk
 
 if TYPE_CHECKING:
     import torch
@@ -19,19 +18,7 @@ FORMAT_VERSION = 1
 _TOKENS_AT_ONCE = 256
 
 
-def measure(
-    model_folder: str | Path,
-    structure: Mapping[str, Any],
-    windows: str | Path,
-    output: str | Path,
-    *,
-    samples: int | None,
-    dtype: Literal["bfloat16", "float16", "float32"],
-    batch_tokens: int,
-    blocks_per_job: int,
-    device: str = "cpu",
-    log: Callable[[str], None] = print,
-) -> dict[str, Any]:
+def measure(walk: Walk, output: str | Path, *, samples: int | None) -> dict[str, Any]:
     """Measure the distances between the residual stream before and behind every possible cut, and write them.
 
     The stream is taken before the final norm, also behind the last block. All metrics come from the inner products
@@ -39,12 +26,12 @@ def measure(
 
     Parameters
     ----------
-    samples : int or None
-        Windows to read, the first of them; None: all.
+    walk : Walk
+        Its errors are the errors.
     output : path-like
         JSON to write; the result, below.
-
-    Other parameters and errors are those of `walk`.
+    samples : int or None
+        Windows to read, the first of them; None: all.
 
     Returns
     -------
@@ -56,28 +43,16 @@ def measure(
     """
     import torch
 
-    n_layers = structure["n_layers"]
+    n_layers = walk.structure["n_layers"]
     places = [Place("output", block) for block in range(-1, n_layers)]
     names = ("angular", "angular_last", "cosine", "cosine_worst", "l2")
     sums = {name: torch.zeros(n_layers + 1, n_layers + 1, dtype=torch.float64) for name in names}
     n_tokens = n_windows = 0
-    groups = walk(
-        model_folder,
-        structure,
-        windows,
-        places,
-        samples=samples,
-        dtype=dtype,
-        batch_tokens=batch_tokens,
-        blocks_per_job=blocks_per_job,
-        device=device,
-        log=log,
-    )
-    for group in groups:
+    for group in walk.groups(places, samples=samples):
         states = [group.rows[place] for place in places]
         ends = np.cumsum(group.lengths) - 1
-        window = torch.from_numpy(np.repeat(np.arange(len(ends)), group.lengths)).to(device)
-        worst = torch.zeros(len(ends), n_layers + 1, n_layers + 1, dtype=torch.float64, device=device)
+        window = torch.from_numpy(np.repeat(np.arange(len(ends)), group.lengths)).to(walk.device)
+        worst = torch.zeros(len(ends), n_layers + 1, n_layers + 1, dtype=torch.float64, device=walk.device)
         for first in range(0, len(states[0]), _TOKENS_AT_ONCE):
             tokens = slice(first, first + _TOKENS_AT_ONCE)
             cosine, ratio = _compare(torch.stack([state[tokens] for state in states], dim=1))
@@ -102,8 +77,8 @@ def measure(
     }
     result = {
         "format_version": FORMAT_VERSION,
-        "model": structure["model"],
-        "dtype": dtype,
+        "model": walk.structure["model"],
+        "dtype": walk.dtype,
         "n_layers": n_layers,
         "n_tokens": n_tokens,
         "n_windows": n_windows,

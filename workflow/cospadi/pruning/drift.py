@@ -5,14 +5,14 @@ Every state goes through the model's own final norm and head, as if the model en
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cospadi.files import ModelFolder, write_json
-from cospadi.pruning.walk import Place, walk
+from cospadi.pruning.walk import Place, Walk
 from cospadi.structure import load_layers, read_tensor
 
 if TYPE_CHECKING:
@@ -27,18 +27,7 @@ TOKENS_A_WINDOW = 16
 _TOKENS_AT_ONCE = 64
 
 
-def measure(
-    model_folder: str | Path,
-    structure: Mapping[str, Any],
-    windows: str | Path,
-    output: str | Path,
-    *,
-    dtype: Literal["bfloat16", "float16", "float32"],
-    batch_tokens: int,
-    blocks_per_job: int,
-    device: str = "cpu",
-    log: Callable[[str], None] = print,
-) -> dict[str, Any]:
+def measure(walk: Walk, output: str | Path) -> dict[str, Any]:
     """Measure the drift over every block and write it.
 
     Tokens are taken evenly from the first calibration windows. MASA's authors average the hidden states of a block
@@ -46,10 +35,10 @@ def measure(
 
     Parameters
     ----------
+    walk : Walk
+        Its errors are the errors.
     output : path-like
         JSON to write; the result, below.
-
-    Other parameters and errors are those of `walk`.
 
     Returns
     -------
@@ -59,30 +48,18 @@ def measure(
     """
     import torch
 
-    n_layers = structure["n_layers"]
+    n_layers, folder = walk.structure["n_layers"], walk.model_folder
     places = [Place("output", block) for block in range(-1, n_layers)]
-    last = load_layers(model_folder, n_layers - 1, n_layers - 1, dtype=dtype, device=device)
-    head = _head(ModelFolder(model_folder), structure, getattr(torch, dtype), device)
+    last = load_layers(folder, n_layers - 1, n_layers - 1, dtype=walk.dtype, device=walk.device)
+    head = _head(ModelFolder(folder), walk.structure, getattr(torch, walk.dtype), walk.device)
     total, n_tokens = torch.zeros(n_layers, dtype=torch.float64), 0
-    groups = walk(
-        model_folder,
-        structure,
-        windows,
-        places,
-        samples=WINDOWS,
-        dtype=dtype,
-        batch_tokens=batch_tokens,
-        blocks_per_job=blocks_per_job,
-        device=device,
-        log=log,
-    )
-    for group in groups:
+    for group in walk.groups(places, samples=WINDOWS):
         firsts = np.cumsum(group.lengths) - group.lengths
         chosen = np.concatenate(
             [first + _evenly(length, TOKENS_A_WINDOW) for first, length in zip(firsts, group.lengths, strict=True)]
         )
         for start in range(0, len(chosen), _TOKENS_AT_ONCE):
-            tokens = torch.from_numpy(chosen[start : start + _TOKENS_AT_ONCE]).to(device)
+            tokens = torch.from_numpy(chosen[start : start + _TOKENS_AT_ONCE]).to(walk.device)
             before = None
             for place in places:
                 with torch.inference_mode():
@@ -94,7 +71,7 @@ def measure(
         n_tokens += len(chosen)
     result = {
         "format_version": FORMAT_VERSION,
-        "model": structure["model"],
+        "model": walk.structure["model"],
         "n_layers": n_layers,
         "n_tokens": n_tokens,
         "drift": (total / n_tokens).tolist(),

@@ -5,9 +5,9 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -16,36 +16,25 @@ from cospadi.errors import ArtifactError
 from cospadi.files import write_json, write_tensors
 from cospadi.pruning.estimators import Moments, Rows, fit_cosine
 from cospadi.pruning.folding import check_foldable
-from cospadi.pruning.walk import Edit, Place, walk
+from cospadi.pruning.walk import Edit, Place, Walk
 
 FORMAT_VERSION = 1
 
 
 def fit_transforms(
-    model_folder: str | Path,
-    structure: Mapping[str, Any],
-    windows: str | Path,
+    walk: Walk,
     selection: Mapping[str, Any],
     settings: Mapping[str, Any],
     *,
     output: str | Path,
     diagnostics: str | Path,
-    dtype: Literal["bfloat16", "float16", "float32"],
-    batch_tokens: int,
-    blocks_per_job: int,
-    device: str = "cpu",
-    log: Callable[[str], None] = print,
 ) -> None:
     """Fit one transform a cut and write them.
 
     Parameters
     ----------
-    model_folder : path-like
-        The dense model.
-    structure : mapping
-        From `structure.inspect_model`.
-    windows : path-like
-        The calibration windows; pads are left out.
+    walk : Walk
+        Its errors are errors here too, and those of the estimators.
     selection : mapping
         From `selection.select`.
     settings : mapping
@@ -56,8 +45,6 @@ def fit_transforms(
         JSON: for each cut ``error`` (``|M T + Y - L| / |L - Y|`` on the calibration tokens, in the metric of the fit),
         ``error_removal`` (the same with T = 1), tokens, seconds and, for the cosine objective, ``history``.
 
-    Other parameters and errors are those of `walk.walk` and of the estimators.
-
     Raises
     ------
     UnsupportedModelError
@@ -65,17 +52,10 @@ def fit_transforms(
     ArtifactError
         If the disk is too small for the rows of the cosine objective.
     """
-    check_foldable(structure["architecture"])
+    check_foldable(walk.structure["architecture"])
     cuts = [range(first, last + 1) for first, last in selection["cuts"]]
     transforms: dict[int, np.ndarray] = {}
     reports: list[dict[str, Any]] = []
-    walking = {
-        "dtype": dtype,
-        "batch_tokens": batch_tokens,
-        "blocks_per_job": blocks_per_job,
-        "device": device,
-        "log": log,
-    }
     # with the original prefix all cuts are seen in one walk
     rounds = [cuts] if settings["prefix"] == "original" else [[cut] for cut in cuts]
     done: list[range] = []
@@ -84,19 +64,17 @@ def fit_transforms(
         begun = time.perf_counter()
         edit = Edit(frozenset(block for cut in done for block in cut), dict(transforms))
         with tempfile.TemporaryDirectory(dir=Path(output).parent, prefix=".rows.") as scratch:
-            fits = [_Fit(cut, settings, structure, dtype, Path(scratch), device, pruned=bool(done)) for cut in together]
-            for group in walk(
-                model_folder, structure, windows, [p for fit in fits for p in fit.places], edit=edit, **walking
-            ):
+            fits = [_Fit(walk, cut, settings, Path(scratch), pruned=bool(done)) for cut in together]
+            for group in walk.groups([place for fit in fits for place in fit.places], edit=edit):
                 for fit in fits:
                     fit.add([group.rows[place] for place in fit.places])
             for fit in fits:
-                transform, report = fit.solve(log)
+                transform, report = fit.solve()
                 block = fit.cut.start - 1
                 transforms[block] = transform
                 report["seconds"] = (time.perf_counter() - begun) / len(fits)
                 reports.append(report)
-                log(
+                walk.log(
                     f"blocks {fit.cut.start}-{fit.cut.stop - 1}, fitted in block {block}: error {report['error']:.4f}, "
                     f"of removal alone {report['error_removal']:.4f}"
                 )
@@ -111,7 +89,7 @@ def fit_transforms(
         {
             "format_version": FORMAT_VERSION,
             "settings": dict(settings),
-            "device": device,
+            "device": walk.device,
             "seconds": sum(report["seconds"] for report in reports),
             "cuts": reports,
         },
@@ -121,29 +99,20 @@ def fit_transforms(
 class _Fit:
     """The estimator of one cut: where it looks, what it sums or stores, and what comes of it."""
 
-    def __init__(
-        self,
-        cut: range,
-        settings: Mapping[str, Any],
-        structure: Mapping[str, Any],
-        dtype: str,
-        scratch: Path,
-        device: str,
-        *,
-        pruned: bool,
-    ) -> None:
+    def __init__(self, walk: Walk, cut: range, settings: Mapping[str, Any], scratch: Path, *, pruned: bool) -> None:
         self.cut = cut
         self.places: Sequence[Place] = (
             Place("mlp", cut.start - 1, pruned),
             Place("residual", cut.start - 1, pruned),
             Place("output", cut.stop - 1),
         )
+        self._walk = walk
         self._settings = settings
-        self._device = device
-        self._moments = Moments(structure["hidden_size"], device, normalize=settings["normalize"])
+        width = walk.structure["hidden_size"]
+        self._moments = Moments(width, walk.device, normalize=settings["normalize"])
         self._rows = None
         if settings["objective"] == "cosine":
-            self._rows = Rows(scratch / f"layer_{cut.start:02d}.h5", structure["hidden_size"], dtype)
+            self._rows = Rows(scratch / f"layer_{cut.start:02d}.h5", width, walk.dtype)
 
     def add(self, tensors: Sequence[Any]) -> None:
         self._moments.add(*tensors)
@@ -158,7 +127,7 @@ class _Fit:
                 )
             self._rows.add(*tensors)
 
-    def solve(self, log: Callable[[str], None]) -> tuple[np.ndarray, dict[str, Any]]:
+    def solve(self) -> tuple[np.ndarray, dict[str, Any]]:
         settings, identity = self._settings, np.eye(len(self._moments.gram))
         report: dict[str, Any] = {
             "blocks": [self.cut.start, self.cut.stop - 1],
@@ -180,8 +149,8 @@ class _Fit:
                 l1=settings["l1"],
                 l2=settings["l2"],
                 random_state=settings["random_state"],
-                device=self._device,
-                log=log,
+                device=self._walk.device,
+                log=self._walk.log,
             )
         report["error"] = self._moments.error(transform)
         report["error_removal"] = self._moments.error(identity)

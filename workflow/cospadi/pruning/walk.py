@@ -16,6 +16,8 @@ import numpy as np
 
 from cospadi.calibration.collect import read_windows
 from cospadi.errors import NumericalError
+from cospadi.files import read_json
+from cospadi.stage import choose_device
 from cospadi.structure import find_blocks, load_layers
 
 if TYPE_CHECKING:
@@ -52,87 +54,110 @@ class Group(NamedTuple):
     lengths: np.ndarray
 
 
-def walk(
-    model_folder: str | Path,
-    structure: Mapping[str, Any],
-    windows: str | Path,
-    places: Sequence[Place],
-    *,
-    edit: Edit | None = None,
-    samples: int | None = None,
-    dtype: str,
-    batch_tokens: int,
-    blocks_per_job: int,
-    device: str = "cpu",
-    log: Callable[[str], None] = print,
-) -> Iterator[Group]:
-    """Yield what is found at `places`, a group of windows after the other.
+@dataclass(frozen=True, kw_only=True)
+class Walk:
+    """What is walked, and how; `groups` walks.
 
-    Parameters
+    Attributes
     ----------
     model_folder : path-like
+        The dense model.
     structure : mapping
         From `structure.inspect_model`.
     windows : path-like
-        The calibration windows.
-    places : sequence of Place
-    edit : Edit, optional
-        Makes the model of places with ``pruned``.
-    samples : int, optional
-        Read only so many windows, the first.
+        The calibration windows; pads are left out.
     dtype, batch_tokens, device
         As in `calibration.collect.collect`.
     blocks_per_job : int
         Blocks in memory at a time; 0 is all.
-
-    Raises
-    ------
-    NumericalError
-        If a value is not finite.
+    log : callable
     """
-    import torch
 
-    input_ids, attention_mask, _ = read_windows(windows, structure["vocab_size"])
-    input_ids, attention_mask = input_ids[:samples], attention_mask[:samples]
-    samples, length = input_ids.shape
-    stop = max(place.block for place in places) + 1
-    size = blocks_per_job or stop
-    chunks = [range(first, min(first + size, stop)) for first in range(0, stop, size)] or [range(1)]
-    models = sorted({place.pruned for place in places})
-    step = max(1, batch_tokens // length)
-    window_bytes = length * structure["hidden_size"] * getattr(torch, dtype).itemsize * (len(places) + len(models))
-    group = max(step, GROUP_BYTES // window_bytes // step * step)
+    model_folder: str | Path
+    structure: Mapping[str, Any]
+    windows: str | Path
+    dtype: Literal["bfloat16", "float16", "float32"]
+    batch_tokens: int
+    blocks_per_job: int
+    device: str = "cpu"
+    log: Callable[[str], None] = print
 
-    model = None
-    for start in range(0, samples, group):
-        end = min(start + group, samples)
-        batches = [slice(first, min(first + step, end)) for first in range(start, end, step)]
-        rows: dict[Place, list[torch.Tensor]] = {place: [] for place in places}
-        hidden: dict[tuple[bool, int], torch.Tensor] = {}
-        for chunk in chunks:
-            if model is None or len(chunks) > 1:
-                model = None  # before the next is loaded
-                model = load_layers(model_folder, chunk.start, chunk.stop - 1, dtype=dtype, device=device)
-            for batch in batches:
-                mask = torch.from_numpy(attention_mask[batch]).to(device)
-                for pruned in models:
-                    if chunk.start == 0:
-                        entrance = {"input_ids": torch.from_numpy(input_ids[batch]).to(device)}
-                    else:
-                        entrance = {"inputs_embeds": hidden.pop((pruned, batch.start))}
-                    with _edited(model, chunk, edit if pruned else None):
-                        found, last = _forward(
-                            model,
-                            chunk,
-                            {**entrance, "attention_mask": mask},
-                            [p for p in places if p.pruned == pruned],
-                        )
-                    if chunk is not chunks[-1]:
-                        hidden[pruned, batch.start] = last
-                    for place, tensor in found.items():
-                        rows[place].append(_finite(tensor[mask.bool()], place))
-        log(f"{end}/{samples} windows")
-        yield Group({place: torch.cat(parts) for place, parts in rows.items()}, attention_mask[start:end].sum(axis=1))
+    @classmethod
+    def of_job(cls, job: Any, log: Callable[[str], None]) -> Walk:
+        """What Snakemake's `job` walks: its inputs model, structure and windows, its params walk and device."""
+        return cls(
+            model_folder=job.input.model,
+            structure=read_json(job.input.structure),
+            windows=job.input.windows,
+            device=choose_device(job.params.device),
+            log=log,
+            **job.params.walk,
+        )
+
+    def groups(
+        self, places: Sequence[Place], *, edit: Edit | None = None, samples: int | None = None
+    ) -> Iterator[Group]:
+        """Yield what is found at `places`, a group of windows after the other.
+
+        Parameters
+        ----------
+        places : sequence of Place
+        edit : Edit, optional
+            Makes the model of places with ``pruned``.
+        samples : int, optional
+            Read only so many windows, the first.
+
+        Raises
+        ------
+        NumericalError
+            If a value is not finite.
+        """
+        import torch
+
+        input_ids, attention_mask, _ = read_windows(self.windows, self.structure["vocab_size"])
+        input_ids, attention_mask = input_ids[:samples], attention_mask[:samples]
+        samples, length = input_ids.shape
+        stop = max(place.block for place in places) + 1
+        size = self.blocks_per_job or stop
+        chunks = [range(first, min(first + size, stop)) for first in range(0, stop, size)] or [range(1)]
+        models = sorted({place.pruned for place in places})
+        step = max(1, self.batch_tokens // length)
+        state_bytes = length * self.structure["hidden_size"] * getattr(torch, self.dtype).itemsize
+        group = max(step, GROUP_BYTES // (state_bytes * (len(places) + len(models))) // step * step)
+
+        model = None
+        for start in range(0, samples, group):
+            end = min(start + group, samples)
+            batches = [slice(first, min(first + step, end)) for first in range(start, end, step)]
+            rows: dict[Place, list[torch.Tensor]] = {place: [] for place in places}
+            hidden: dict[tuple[bool, int], torch.Tensor] = {}
+            for chunk in chunks:
+                if model is None or len(chunks) > 1:
+                    model = None  # before the next is loaded
+                    model = load_layers(
+                        self.model_folder, chunk.start, chunk.stop - 1, dtype=self.dtype, device=self.device
+                    )
+                for batch in batches:
+                    mask = torch.from_numpy(attention_mask[batch]).to(self.device)
+                    for pruned in models:
+                        if chunk.start == 0:
+                            entrance = {"input_ids": torch.from_numpy(input_ids[batch]).to(self.device)}
+                        else:
+                            entrance = {"inputs_embeds": hidden.pop((pruned, batch.start))}
+                        with _edited(model, chunk, edit if pruned else None):
+                            found, last = _forward(
+                                model,
+                                chunk,
+                                {**entrance, "attention_mask": mask},
+                                [p for p in places if p.pruned == pruned],
+                            )
+                        if chunk is not chunks[-1]:
+                            hidden[pruned, batch.start] = last
+                        for place, tensor in found.items():
+                            rows[place].append(_finite(tensor[mask.bool()], place))
+            self.log(f"{end}/{samples} windows")
+            lengths = attention_mask[start:end].sum(axis=1)
+            yield Group({place: torch.cat(parts) for place, parts in rows.items()}, lengths)
 
 
 def transformed(weight: torch.Tensor, transform: np.ndarray) -> torch.Tensor:

@@ -204,9 +204,38 @@ def _add(totals, z, chunk, z_stride, k, number, ATOM: tl.constexpr, ROWS: tl.con
 
 
 @triton.jit
+def _starts(offsets, scale_starts, column, real, k, n_chunks, SCALED: tl.constexpr, PAIRS: tl.constexpr):
+    """Numbers among all stored codes, and among all scales, of the first of every column."""
+    start = column * (k // 2) if PAIRS else tl.load(offsets + column * n_chunks, mask=real, other=0)
+    scale_start = start
+    if SCALED:
+        scale_start = tl.load(scale_starts + column, mask=real, other=0)
+    return start, scale_start
+
+
+@triton.jit
 def _placed(first, second, a, b, PLACE: tl.constexpr):
     """Code at a place among four, of which two are stored."""
     return tl.where((first & 3) == PLACE, a, tl.where((second & 3) == PLACE, b, 0.0))
+
+
+@triton.jit
+def _expanded_pairs(
+    values, scales, scale_start, start, at, inside, k, byte, CODEC: tl.constexpr, SCALED: tl.constexpr, group
+):
+    """Codes of the eight atoms of every byte `at` of a 2:4 support; the last byte of a column may have four."""
+    rank = start[None, :] + at[:, None] * 4
+    other = inside & (at * 8 + 4 < k)[:, None]
+    a = _stored(values, scales, scale_start, start, rank, inside, CODEC, SCALED, group)
+    b = _stored(values, scales, scale_start, start, rank + 1, inside, CODEC, SCALED, group)
+    c = _stored(values, scales, scale_start, start, rank + 2, other, CODEC, SCALED, group)
+    d = _stored(values, scales, scale_start, start, rank + 3, other, CODEC, SCALED, group)
+    codes = ()
+    for atom in tl.static_range(4):
+        codes = codes + (_placed(byte, byte >> 2, a, b, atom),)
+    for atom in tl.static_range(4):
+        codes = codes + (_placed(byte >> 4, byte >> 6, c, d, atom),)
+    return codes
 
 
 @triton.jit(do_not_specialize=["d_out", "k", "row_bytes", "n_chunks", "n_values", "group"])
@@ -254,10 +283,7 @@ def code_products(
         end = (end // 16) * (2 * VALUE_BITS)
         _prefetch(values.to(tl.int64) + begin, tl.maximum(end - begin - 16, 0))
         _prefetch(support.to(tl.int64) + here * row_bytes, tl.maximum((beyond - here) * row_bytes - 16, 0))
-    start = column * (k // 2) if PAIRS else tl.load(offsets + column * n_chunks, mask=real, other=0)
-    scale_start = start
-    if SCALED:
-        scale_start = tl.load(scale_starts + column, mask=real, other=0)
+    start, scale_start = _starts(offsets, scale_starts, column, real, k, n_chunks, SCALED, PAIRS)
     if EARLY:
         gdc_wait()
     totals = ()
@@ -268,22 +294,12 @@ def code_products(
         inside = (at < row_bytes)[:, None] & real[None, :]
         byte = tl.load(support + column[None, :] * row_bytes + at[:, None], mask=inside, other=0).to(tl.int32)
         if PAIRS:
-            rank = start[None, :] + at[:, None] * 4
-            other = inside & (at * 8 + 4 < k)[:, None]
-            a = _stored(values, scales, scale_start, start, rank, inside, CODEC, SCALED, group)
-            b = _stored(values, scales, scale_start, start, rank + 1, inside, CODEC, SCALED, group)
-            c = _stored(values, scales, scale_start, start, rank + 2, other, CODEC, SCALED, group)
-            d = _stored(values, scales, scale_start, start, rank + 3, other, CODEC, SCALED, group)
-            for atom in tl.static_range(4):
-                number = _placed(byte, byte >> 2, a, b, atom)
-                totals = _add(totals, z, chunk, z_stride, k, number, atom, ROWS, LANES)
-                number = _placed(byte >> 4, byte >> 6, c, d, atom)
-                totals = _add(totals, z, chunk, z_stride, k, number, atom + 4, ROWS, LANES)
+            codes = _expanded_pairs(values, scales, scale_start, start, at, inside, k, byte, CODEC, SCALED, group)
         else:
             rank = _first_rank(byte, offsets, column, real, chunk, n_chunks)
             codes = _expanded(values, scales, scale_start, start, rank, byte, CODEC, SCALED, group, ASM)
-            for atom in tl.static_range(8):
-                totals = _add(totals, z, chunk, z_stride, k, codes[atom], atom, ROWS, LANES)
+        for atom in tl.static_range(8):
+            totals = _add(totals, z, chunk, z_stride, k, codes[atom], atom, ROWS, LANES)
     for row in tl.static_range(ROWS):
         tl.store(out + row * d_out + column, tl.sum(totals[row], 0), mask=real)
 
@@ -315,22 +331,9 @@ def unpack_codes(
     at = chunk * _BYTES + tl.arange(0, _BYTES)
     inside = (at < row_bytes)[:, None] & real[None, :]
     byte = tl.load(support + column[None, :] * row_bytes + at[:, None], mask=inside, other=0).to(tl.int32)
-    start = column * (k // 2) if PAIRS else tl.load(offsets + column * n_chunks, mask=real, other=0)
-    scale_start = start
-    if SCALED:
-        scale_start = tl.load(scale_starts + column, mask=real, other=0)
-    codes = ()
+    start, scale_start = _starts(offsets, scale_starts, column, real, k, n_chunks, SCALED, PAIRS)
     if PAIRS:
-        rank = start[None, :] + at[:, None] * 4
-        other = inside & (at * 8 + 4 < k)[:, None]
-        a = _stored(values, scales, scale_start, start, rank, inside, CODEC, SCALED, group)
-        b = _stored(values, scales, scale_start, start, rank + 1, inside, CODEC, SCALED, group)
-        c = _stored(values, scales, scale_start, start, rank + 2, other, CODEC, SCALED, group)
-        d = _stored(values, scales, scale_start, start, rank + 3, other, CODEC, SCALED, group)
-        for atom in tl.static_range(4):
-            codes = codes + (_placed(byte, byte >> 2, a, b, atom),)
-        for atom in tl.static_range(4):
-            codes = codes + (_placed(byte >> 4, byte >> 6, c, d, atom),)
+        codes = _expanded_pairs(values, scales, scale_start, start, at, inside, k, byte, CODEC, SCALED, group)
     else:
         rank = _first_rank(byte, offsets, column, real, chunk, n_chunks)
         codes = _expanded(values, scales, scale_start, start, rank, byte, CODEC, SCALED, group, ASM)

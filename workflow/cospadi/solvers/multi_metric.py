@@ -18,7 +18,7 @@ import numpy as np
 
 from cospadi.solvers import Solution
 from cospadi.solvers._arrays import Array, array_namespace, diagonal_matrix, row_dots, spd_solver
-from cospadi.solvers._rounds import Rounds, as_rows, initial, redraw, unit_rows
+from cospadi.solvers._rounds import Rounds, as_rows, generator, initial, redraw, unit_rows
 from cospadi.solvers._threads import one_blas_thread
 from cospadi.solvers.htp import pursue, steepest_step
 from cospadi.solvers.least_squares import conjugate_gradients
@@ -75,7 +75,7 @@ def learn(
     Solution
         ``codes`` is a list, one array (k, n_l) a target.
     """
-    rng = np.random.default_rng(random_state)
+    rng = generator(random_state)
     rounds = Rounds(max_iter, tol, log, max_seconds)
     n_atoms = dictionary_init.shape[1]
     checked = [as_rows(target, n_atoms, n_nonzero_coefs) for target in targets]

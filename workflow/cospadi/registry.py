@@ -1,0 +1,32 @@
+"""What the registries of methods (`methods.METHODS`) and of pruners (`pruning.PRUNERS`) have in common.
+
+This module is light: the config and the plan read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One line of a registry: a word that a variant's ``method`` may be.
+
+    Attributes
+    ----------
+    name : str
+        The word.
+    summary : str
+        One sentence for documentation and report.
+    options : mapping
+        JSON schema of each option, with description and, unless it must be given, default.
+    faults : callable
+        ``faults(settings) -> lines``: what is wrong with complete settings that no schema can say, ``key: what``.
+    """
+
+    name: str
+    summary: str
+    options: Mapping[str, Mapping[str, Any]]
+    faults: Callable[[Mapping[str, Any]], Iterable[str]] = lambda settings: ()
