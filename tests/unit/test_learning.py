@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cospadi.budget import sparse_shape
-from cospadi.errors import ArtifactError, ConfigError, NumericalError
+from cospadi.errors import ArtifactError, NumericalError
 from cospadi.factorization import tensor_names, unpack
 from cospadi.files import BFLOAT16, TensorFile, read_json, write_json, write_tensors
 from cospadi.learning import learn_unit, shared_problems
@@ -167,11 +167,6 @@ def test_problems_of_both_kinds_of_sharing(unit):
     ]
     assert problems[0] == ["0.q_proj", "0.k_proj", "1.q_proj", "1.k_proj"]
     assert problems[1:] == [[f"{layer}.{name}"] for layer in (0, 1) for name in ("gate_proj", "up_proj", "down_proj")]
-
-
-def test_matrices_of_different_width_cannot_share(unit, tmp_path):
-    with pytest.raises(ConfigError, match="cannot share a dictionary: 32 and 48 inputs"):
-        run(unit, tmp_path, [0], method="cospadi", share_within=[["q_proj", "down_proj"]])
 
 
 def test_a_broken_weight_stops_the_unit_and_leaves_nothing(unit, tmp_path):

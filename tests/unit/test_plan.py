@@ -56,6 +56,17 @@ def test_activations_of_a_layer_are_those_of_its_chunk():
     assert plan.activations_of(16) == "results/r/activations/layers_16-29.h5"
 
 
+def test_projections_of_different_width_cannot_share():
+    variants = {
+        name: {"method": method, "ratio": 0.2, "share_within": [["up_proj", "gate_proj"], ["q_proj", "down_proj"]]}
+        for name, method in (("a", "cospadi"), ("b", "svd_llm"))
+    }
+    with pytest.raises(ConfigError) as caught:
+        make_plan(variants=variants)
+    expected = "share_within: q_proj has 576 inputs, down_proj has 1536 inputs; those that share have the same number"
+    assert caught.value.faults == [f"variants.a.{expected}", f"variants.b.{expected}"]
+
+
 def test_units_are_layers_or_groups_of_them():
     variants = {
         "one": {"method": "cospadi", "ratio": 0.2},
@@ -168,7 +179,7 @@ def test_more_blocks_than_there_are_cannot_go():
     }
     with pytest.raises(ConfigError) as caught:
         make_plan(variants=variants)
-    assert [fault.partition(":")[0] for fault in caught.value.faults] == ["variants.all", "variants.far"]
+    assert [fault.partition(":")[0] for fault in caught.value.faults] == ["variants.all.blocks", "variants.far.blocks"]
     assert "30; the model has 30 blocks" in caught.value.faults[0]
 
 

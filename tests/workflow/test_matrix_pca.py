@@ -65,4 +65,4 @@ def test_a_second_run_has_nothing_to_do_and_other_targets_learn_again(learned, t
     planned = run.planned()
     assert planned["learn_dictionary"] == 1 and "measure_drift" not in planned
     run.config["variants"]["masa-30"]["targets"] = ["query"]
-    assert "targets: the model has no query; it has down_proj" in run.snakemake(succeeds=False)
+    assert "variants.masa-30.targets.0: query is not allowed; one of q_proj, k_proj" in run.snakemake(succeeds=False)

@@ -11,6 +11,7 @@ import copy
 import difflib
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -298,6 +299,8 @@ def _step_faults(where: str, variant: dict[str, Any]) -> Iterator[str]:
     if steps is None:
         entry = (PRUNERS | METHODS)[variant["method"]]
         yield from (f"{where}.{fault}" for fault in entry.faults(variant))
+        sharing = Counter(name for bundle in variant.get("share_within", ()) for name in bundle)
+        yield from (f"{where}.share_within: {name} is in {n} lists" for name, n in sharing.items() if n > 1)
         return
     first, second = (step["method"] for step in steps)
     if first not in PRUNERS or second not in METHODS:

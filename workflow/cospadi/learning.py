@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from cospadi.codecs import storage_of
-from cospadi.errors import ArtifactError, ConfigError, NumericalError
+from cospadi.errors import ArtifactError, NumericalError
 from cospadi.factorization import Factorization, dictionary_names, tensor_names, unpack
 from cospadi.files import ModelFolder, TensorFile, read_json, write_json, write_tensors
 from cospadi.gram import Whitening, read_gram, relative_error, sites, whitening_factor
@@ -130,8 +130,6 @@ def learn_unit(
     ------
     NumericalError
         If a weight holds NaN or infinity, or is zero throughout.
-    ConfigError
-        If matrices that shall share a dictionary have inputs of different width.
     """
     method = METHODS[variant["method"]]
     options = method_options(variant)
@@ -146,9 +144,6 @@ def learn_unit(
     problems = [matrices] if at_once else shared_problems(matrices, options)
     allowed = None if options.get("max_seconds") is None else options["max_seconds"] * len(layers)
     held: dict[frozenset[tuple[Path, str]], Whitening] = {}
-    faults = [fault for problem in problems for fault in _width_faults(problem)]
-    if faults and not at_once:
-        raise ConfigError(faults, "share")
     for index, problem in enumerate(problems):
         problem_started = time.perf_counter()
         weights = [check_weight(folder.read_weight(m.name), f"{folder.path}: {m.name}.weight") for m in problem]
@@ -241,13 +236,6 @@ def _all_at_once(
 
 def _inputs(matrices: Sequence[Matrix]) -> frozenset[tuple[Path, str]]:
     return frozenset(matrix.inputs for matrix in matrices)
-
-
-def _width_faults(problem: Sequence[Matrix]) -> Iterator[str]:
-    for matrix in problem:
-        if matrix.shape[0] != problem[0].shape[0]:
-            widths = f"{problem[0].shape[0]} and {matrix.shape[0]} inputs"
-            yield f"{problem[0].name} and {matrix.name} cannot share a dictionary: {widths}"
 
 
 def _cost(problem: Sequence[Matrix]) -> int:

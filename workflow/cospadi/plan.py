@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,9 @@ class Plan:
         self.factorized = [name for name in self.variants if self.factorizing(name)]
         self.pruned = [name for name in self.variants if not self.factorizing(name)]
         self._base_of, self.pruned_bases = self._find_bases()
-        self._check_pruning(model_config["architectures"][0])
+        faults = [*self._pruning_faults(model_config["architectures"][0]), *self._sharing_faults()]
+        if faults:
+            raise ConfigError(faults)
         self.chunks = self.chunks_of("")
 
     # --- steps of a variant --------------------------------------------------------------------------------------
@@ -124,23 +126,30 @@ class Plan:
             made.setdefault(key, bases[name])
         return bases, {base: self.steps(name)[0] for name, base in bases.items() if base}
 
-    def _check_pruning(self, architecture: str) -> None:
-        faults = []
+    def _pruning_faults(self, architecture: str) -> Iterator[str]:
         for name in self.variants:
             step = self.steps(name)[0]
             if step["method"] not in PRUNERS:
                 continue
             highest = max(step["blocks"]) if isinstance(step["blocks"], list) else -1
             if removed_count(step) >= self.n_layers or highest >= self.n_layers:
-                faults.append(f"variants.{name}: blocks: {step['blocks']}; the model has {self.n_layers} blocks")
+                yield f"variants.{name}.blocks: {step['blocks']}; the model has {self.n_layers} blocks"
             if PRUNERS[step["method"]].fits and architecture not in FOLDABLE:
                 raise UnsupportedModelError(
                     f"variants.{name}: {step['method']} folds a linear map into the MLP's last matrix, and "
                     f"{architecture} has a norm behind it. It works with {', '.join(FOLDABLE)}; "
                     "uidl, shortgpt and random_cut work with every family"
                 )
-        if faults:
-            raise ConfigError(faults)
+
+    def _sharing_faults(self) -> Iterator[str]:
+        """Projections that cannot have one dictionary: a dictionary has as many rows as they have inputs."""
+        shapes = self.estimates.shapes.matrices
+        for name in self.factorized:
+            for bundle in self.factorizing(name).get("share_within", ()):
+                widths = {projection: shapes[projection][0] for projection in bundle}
+                if len(set(widths.values())) > 1:
+                    found = ", ".join(f"{projection} has {width} inputs" for projection, width in widths.items())
+                    yield f"variants.{name}.share_within: {found}; those that share have the same number"
 
     # --- files ---------------------------------------------------------------------------------------------------
 

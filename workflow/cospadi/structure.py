@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cospadi.errors import ArtifactError, ConfigError, UnsupportedModelError
+from cospadi.errors import ArtifactError, UnsupportedModelError
 from cospadi.files import BFLOAT16, ModelFolder
 
 if TYPE_CHECKING:
@@ -30,6 +30,9 @@ SUPPORTED = (
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
 )
+
+# what the linear layers of a block are called in every one of them
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 # dtypes a weight may have: name in the safetensors header, name in torch
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
@@ -145,20 +148,9 @@ def inspect_model(model_folder: str | Path) -> dict[str, Any]:
 
 
 def chosen(structure: Mapping[str, Any], projections: Sequence[str] | None) -> dict[str, Any]:
-    """A structure with the matrices of some projections (``q_proj``) alone, as if the others were none; None: all.
-
-    Raises
-    ------
-    ConfigError
-        If the model has no such projection.
-    """
+    """A structure with the matrices of some of `PROJECTIONS` alone, as if the others were none; None: all."""
     if projections is None:
         return dict(structure)
-    names = {matrix["name"] for layer in structure["layers"] for site in layer["sites"] for matrix in site["matrices"]}
-    known = {name.rsplit(".", 1)[-1] for name in names}
-    unknown = sorted(set(projections) - known)
-    if unknown:
-        raise ConfigError([f"targets: the model has no {', '.join(unknown)}; it has {', '.join(sorted(known))}"])
     layers = []
     for layer in structure["layers"]:
         sites = []

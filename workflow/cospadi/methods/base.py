@@ -8,6 +8,7 @@ from typing import Any
 
 from cospadi.factorization import Factorization
 from cospadi.registry import Entry
+from cospadi.structure import PROJECTIONS
 
 WHITENING_OPTIONS: dict[str, dict[str, Any]] = {
     "whiten": {
@@ -33,13 +34,14 @@ SHARING_OPTIONS: dict[str, dict[str, Any]] = {
     },
     "share": {
         "type": "array",
-        "items": {"type": "string"},
+        "items": {"enum": list(PROJECTIONS)},
+        "uniqueItems": True,
         "default": [],
         "description": "Projections (q_proj, up_proj ...) that share one dictionary across the layers of a group.",
     },
     "share_within": {
         "type": "array",
-        "items": {"type": "array", "items": {"type": "string"}},
+        "items": {"type": "array", "items": {"enum": list(PROJECTIONS)}, "minItems": 2, "uniqueItems": True},
         "default": [],
         "description": "Projections that share one dictionary inside a layer, as lists: [[q_proj, k_proj, v_proj]].",
     },
