@@ -2,7 +2,8 @@
 
 ``make bench-runtime``, or ``python benchmarks/runtime.py`` (``--help`` says what can be chosen). The packed models have
 the demo model's sizes and random factors of the shapes that the budget gives for each ratio: how fast a product is does
-not depend on what the numbers are. Where there is a GPU, `runtime_gpu` measures on it, too.
+not depend on what the numbers are. Dictionaries are shared as in the demo's config (q, k, v; gate, up), and beside it
+every matrix has its own. Where there is a GPU, `runtime_gpu` measures on it, too.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import runtime_gpu
@@ -30,6 +32,7 @@ from cospadi.budget import dense_nbytes, sparse_shape
 from cospadi.checkpoint import assemble, target_bytes
 from cospadi.factorization import Factorization
 from cospadi.files import ModelFolder, write_tensors
+from cospadi.learning import split_codes
 from cospadi.runtime import cospadi_linear
 from cospadi.runtime.cospadi_cpu import kernel
 from cospadi.runtime.cospadi_linear import PackedLinear
@@ -37,9 +40,11 @@ from cospadi.runtime.cospadi_linear import PackedLinear
 PROJECT = Path(__file__).parents[1]
 CONFIG = PROJECT / "config" / "models" / "SmolLM2-135M-Instruct.json"
 RATIOS = (0.2, 0.4, 0.5)
+SHARED_RHO = {0.2: 2.5, 0.4: 3.0, 0.5: 3.0}  # as in the demo's config
+SHARED = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 DECODE_GOALS = {0.2: 1.0, 0.4: 1.25, 0.5: 1.5}
 MATRIX = (4096, 11008)
-HEADERS = ["measure", "threads", "ratio", "dense", "packed", "speed-up", "limit by bytes", "goal"]
+HEADERS = ["measure", "threads", "ratio", "dictionaries", "dense", "packed", "speed-up", "limit by bytes", "goal"]
 
 # Replaced by --cpu-time
 clock: Callable[[], float] = time.perf_counter
@@ -98,35 +103,64 @@ def table(rows: list[list], headers: list[str]) -> str:
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 
-def make_models(scratch: Path) -> dict[str | float, Path]:
-    """The demo model with random weights, dense and packed at every ratio."""
+class Packed(NamedTuple):
+    """A packed model: its ratio, and whether dictionaries are shared as in the demo or every matrix has its own."""
+
+    ratio: float
+    shared: bool
+
+    def cells(self) -> list[Any]:
+        """Its cells in the table."""
+        return [self.ratio, "shared" if self.shared else "own"]
+
+
+PACKED = [Packed(ratio, shared) for shared in (True, False) for ratio in RATIOS]
+Name = Packed | Literal["dense"]
+
+
+def make_models(scratch: Path) -> dict[Name, Path]:
+    """The demo model with random weights, dense and packed in every way."""
     config = json.loads(CONFIG.read_text())
     model_type = config.pop("model_type")
     dense = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **config), dtype=torch.bfloat16)
-    folders: dict[str | float, Path] = {"dense": scratch / "dense"}
+    folders: dict[Name, Path] = {"dense": scratch / "dense"}
     dense.save_pretrained(folders["dense"])
     del dense
     base = ModelFolder(folders["dense"])
     names = [name.removesuffix(".weight") for name in base.weight_map if name.endswith("_proj.weight")]
-    for ratio in RATIOS:
+    for made in PACKED:
         tensors, specs = {}, {}
-        factors = functools.cache(functools.partial(random_factors, ratio=ratio))  # a few shapes, many matrices
-        for name in names:
-            d_out, d_in = base.read(f"{name}.weight").shape
-            packed, specs[name] = factors(d_in, d_out).pack(name)
-            tensors |= packed
-        codes = scratch / f"codes-{ratio}.safetensors"
+        rho = SHARED_RHO[made.ratio] if made.shared else 2.0
+        factors = functools.cache(functools.partial(random_factors, ratio=made.ratio, rho=rho))  # a few shapes, often
+        for group in groups(names) if made.shared else [[name] for name in names]:
+            shapes = [base.read(f"{name}.weight").shape[::-1] for name in group]
+            widths = [d_out for _, d_out in shapes]
+            for name, part in zip(group, split_codes(factors(shapes[0][0], sum(widths)), widths), strict=True):
+                packed, specs[name] = part.pack(name, dictionary=f"{group[0]}.dictionary")
+                tensors |= packed
+        codes = scratch / "codes.safetensors"
         write_tensors(codes, tensors, {"format_version": 1, "matrices": specs})
-        folders[ratio] = scratch / f"packed-{ratio}"
-        assemble(folders["dense"], [codes], folders[ratio], variant={"ratio": ratio})
+        folders[made] = scratch / f"packed-{made.ratio}-{made.shared}"
+        assemble(folders["dense"], [codes], folders[made], variant={"ratio": made.ratio})
         codes.unlink()
     return folders
 
 
-def random_factors(d_in: int, d_out: int, ratio: float) -> Factorization:
+def groups(names: list[str]) -> list[list[str]]:
+    """Names of the matrices that share a dictionary, the owner first."""
+    order = [projection for projections in SHARED for projection in projections]
+    found: dict[tuple[str, int], list[str]] = {}
+    for name in sorted(names, key=lambda name: order.index(name.rpartition(".")[2])):
+        block, projection = name.split(".")[2], name.rpartition(".")[2]
+        bundle = next(number for number, projections in enumerate(SHARED) if projection in projections)
+        found.setdefault((block, bundle), []).append(name)
+    return list(found.values())
+
+
+def random_factors(d_in: int, d_out: int, ratio: float, rho: float = 2.0) -> Factorization:
     """Random dictionary and codes of the shape that the budget gives for `ratio`."""
     draw = np.random.default_rng(0)
-    shape = sparse_shape(d_in, d_out, ratio=ratio, rho=2.0)
+    shape = sparse_shape(d_in, d_out, ratio=ratio, rho=rho)
     codes = draw.standard_normal((shape.n_atoms, d_out), np.float32) / shape.n_atoms**0.5
     order = draw.random((shape.n_atoms, d_out), np.float32).argpartition(shape.n_nonzero_coefs, axis=0)
     np.put_along_axis(codes, order[shape.n_nonzero_coefs :], 0, axis=0)
@@ -134,9 +168,9 @@ def random_factors(d_in: int, d_out: int, ratio: float) -> Factorization:
     return Factorization(dictionary, codes)
 
 
-def interleaved(steps: dict[str | float, Callable[[], object]], rounds: int) -> dict[str | float, tuple[float, float]]:
+def interleaved(steps: dict[Any, Callable[[], object]], rounds: int) -> dict[Any, tuple[float, float]]:
     """Median and least seconds of every step; in turn, so that whatever else the machine does hits all alike."""
-    times: dict[str | float, list[float]] = {name: [] for name in steps}
+    times: dict[Any, list[float]] = {name: [] for name in steps}
     for step in steps.values():
         step()
     for _ in range(rounds):
@@ -147,7 +181,7 @@ def interleaved(steps: dict[str | float, Callable[[], object]], rounds: int) -> 
     return {name: (float(np.median(taken)), min(taken)) for name, taken in times.items()}
 
 
-def models(folders: dict[str | float, Path], rounds: int) -> list[list[str]]:
+def models(folders: dict[Name, Path], rounds: int) -> list[list[Any]]:
     """Decoding and prefill of the whole model."""
     loaded = {
         name: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16) for name, folder in folders.items()
@@ -165,27 +199,27 @@ def models(folders: dict[str | float, Path], rounds: int) -> list[list[str]]:
     )
     rows = []
     all_bytes = sum(file.stat().st_size for file in folders["dense"].glob("*.safetensors"))
-    for ratio in RATIOS:
-        count = target_bytes(folders[ratio])
+    for name in PACKED:
+        count = target_bytes(folders[name])
         limit = all_bytes / (all_bytes - count["dense_nbytes"] + count["nbytes"])
-        dense, packed = decode["dense"], decode[ratio]
+        dense, packed = decode["dense"], decode[name]
         rows.append(
             [
                 "decode, tokens/s",
-                ratio,
+                *name.cells(),
                 shown(1 / t for t in dense),
                 shown(1 / t for t in packed),
                 speedup(dense, packed),
                 f"{limit:.2f} with head",
-                f"{DECODE_GOALS[ratio]:.2f}",
+                f"{DECODE_GOALS[name.ratio]:.2f}",
             ]
         )
-    for ratio in RATIOS:
-        dense, packed = prefill["dense"], prefill[ratio]
+    for name in PACKED:
+        dense, packed = prefill["dense"], prefill[name]
         rows.append(
             [
                 "prefill 512 tokens, ms",
-                ratio,
+                *name.cells(),
                 shown(1e3 * t for t in dense),
                 shown(1e3 * t for t in packed),
                 speedup(dense, packed),
@@ -215,7 +249,7 @@ def packed_layer(factors: Factorization) -> tuple[PackedLinear, int]:
     return layer, factors.nbytes
 
 
-def one_matrix(rounds: int) -> list[list[str]]:
+def one_matrix(rounds: int) -> list[list[Any]]:
     """One row times one large matrix."""
     d_in, d_out = MATRIX
     weight = torch.randn(d_out, d_in).bfloat16()
@@ -228,7 +262,7 @@ def one_matrix(rounds: int) -> list[list[str]]:
         )
         limit = dense_nbytes(d_in, d_out) / nbytes
         rows.append(
-            [f"{d_in}x{d_out}, one row, ms", ratio]
+            [f"{d_in}x{d_out}, one row, ms", ratio, ""]
             + [shown(1e3 * t for t in taken[name]) for name in ("dense", "packed")]
             + [speedup(taken["dense"], taken["packed"]), f"{limit:.2f}", f"{0.8 * limit:.2f}"]
         )
@@ -285,9 +319,9 @@ print(seconds, loaded, resident())
 """
 
 
-def fresh_processes(folders: dict[str | float, Path]) -> list[list[str]]:
+def fresh_processes(folders: dict[Name, Path]) -> list[list[Any]]:
     """Load time and resident memory, each in a process of its own."""
-    found: dict[str | float, list[list[float]]] = {name: [] for name in folders}
+    found: dict[Name, list[list[float]]] = {name: [] for name in folders}
     for _ in range(3):
         for name, folder in folders.items():
             done = subprocess.run(
@@ -300,15 +334,16 @@ def fresh_processes(folders: dict[str | float, Path]) -> list[list[str]]:
             found[name].append([float(figure) for figure in done.stdout.split()])
     rows = []
     seconds = {name: sorted(run[0] for run in runs) for name, runs in found.items()}
-    for ratio in RATIOS:
-        dense, packed = ((seconds[name][1], seconds[name][0]) for name in ("dense", ratio))
-        rows.append(["load, s", ratio, shown(dense, 2), shown(packed, 2), speedup(dense, packed), "", "1.00"])
-    for ratio in RATIOS:
-        size = sum(file.stat().st_size for file in folders[ratio].glob("*.safetensors"))
+    for name in PACKED:
+        dense, packed = ((seconds[which][1], seconds[which][0]) for which in ("dense", name))
+        cells = [shown(dense, 2), shown(packed, 2), speedup(dense, packed)]
+        rows.append(["load, s", *name.cells(), *cells, "", "1.00"])
+    for name in PACKED:
+        size = sum(file.stat().st_size for file in folders[name].glob("*.safetensors"))
         limit = f"at most {(1.25 * size + 3e8) / 1e6:.0f}"
         for what, which, goal in (("after loading", 1, limit), ("after one token", 2, "")):
-            memory = [f"{max(run[which] for run in found[name]) / 1e6:.0f}" for name in ("dense", ratio)]
-            rows.append([f"resident {what}, MB", ratio, *memory, "", f"file {size / 1e6:.0f}", goal])
+            memory = [f"{max(run[which] for run in found[key]) / 1e6:.0f}" for key in ("dense", name)]
+            rows.append([f"resident {what}, MB", *name.cells(), *memory, "", f"file {size / 1e6:.0f}", goal])
     return rows
 
 
