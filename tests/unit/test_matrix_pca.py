@@ -65,7 +65,8 @@ def nbytes(factors):
 def factorize(weights, metrics, names, **options):
     n_layers = 1 + max(int(name.split(".")[2]) for name in names)
     options = {"ratio": 0.3, "storage": BF16, "groups": 1, **options}
-    return masa.factorize_layers(names, weights, metrics, [1.0] * n_layers, log=lambda line: None, **options)
+    found = dict(masa.factorize_layers(names, weights, metrics, [1.0] * n_layers, log=lambda line: None, **options))
+    return [found[index] for index in range(len(names))]
 
 
 @pytest.mark.parametrize("n_atoms", [1, 3, 6])

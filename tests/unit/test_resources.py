@@ -47,6 +47,18 @@ def wildcards(**changes) -> SimpleNamespace:
     return SimpleNamespace(**{**values, **changes})
 
 
+def test_learning_all_layers_at_once_takes_what_a_group_needs():
+    variant = {"method": "masa", "ratio": 0.2, "targets": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+    plan = plan_of(variants={"masa-20": variant})
+    (unit,) = plan.units("masa-20")
+    work = plan.work("learn", wildcards(variant="masa-20", unit=unit))
+    assert 223 <= work.memory / MEBI <= 3.1 * 223, "measured: 223 MB, of them 75 before anything is read"
+    large = plan_of("Meta-Llama-3-8B", variants={"masa-20": variant})
+    work = large.work("learn", wildcards(variant="masa-20", unit=large.units("masa-20")[0]))
+    targets = 4 * 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024)
+    assert work.memory < 2 * targets, "the factors and a group of layers, not copies of all weights"
+
+
 @pytest.mark.parametrize(("stage", "variant"), MEASURED)
 def test_the_demo_stays_within_what_is_asked_for(stage, variant):
     megabytes, seconds, threads = MEASURED[stage, variant]

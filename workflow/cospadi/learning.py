@@ -6,9 +6,9 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,9 +17,12 @@ from cospadi.errors import ArtifactError, NumericalError
 from cospadi.factorization import Factorization, dictionary_names, tensor_names, unpack
 from cospadi.files import ModelFolder, TensorFile, read_json, write_json, write_tensors
 from cospadi.gram import Whitening, read_gram, relative_error, sites, whitening_factor
-from cospadi.methods import METHODS
+from cospadi.methods import METHODS, Method
 
 FORMAT_VERSION = 1
+
+# Where all layers are one problem, so many whitenings stay in memory: those of a few layers that share
+_WHITENINGS_HELD = 4
 
 
 @dataclass(frozen=True)
@@ -131,66 +134,24 @@ def learn_unit(
     NumericalError
         If a weight holds NaN or infinity, or is zero throughout.
     """
-    method = METHODS[variant["method"]]
-    options = method_options(variant)
-    folder = ModelFolder(model_folder)
-    warm = None if warm_factors is None else TensorFile(warm_factors)
+    job = _Job(ModelFolder(model_folder), variant, device, log)
+    matrices = list(matrices_of(structure, layers, gram_files))
     tensors: dict[str, np.ndarray] = {}
     specs: dict[str, Any] = {}
     reports: dict[str, Any] = {}
     started = time.perf_counter()
-    matrices = list(matrices_of(structure, layers, gram_files))
-    at_once = method.whole_model is not None
-    problems = [matrices] if at_once else shared_problems(matrices, options)
-    allowed = None if options.get("max_seconds") is None else options["max_seconds"] * len(layers)
-    held: dict[frozenset[tuple[Path, str]], Whitening] = {}
-    for index, problem in enumerate(problems):
-        problem_started = time.perf_counter()
-        weights = [check_weight(folder.read_weight(m.name), f"{folder.path}: {m.name}.weight") for m in problem]
-        names = [m.name for m in problem]
-        label = "all layers" if at_once else " + ".join(names)
-        own = method.own(options)
-        if allowed is not None:
-            left = allowed - (problem_started - started)
-            own["max_seconds"] = max(1e-3, left * _cost(problem) / sum(map(_cost, problems[index:])))
-        if warm is not None:
-            own["warm"] = _read_side_by_side(warm, names)
-        arguments = {
-            "ratio": variant["ratio"],
-            "storage": storage_of(variant["codes"]),
-            "device": device,
-            "log": lambda line, label=label: log(f"{label}: {line}"),
-            **own,
-        }
-        joint = method.joint(options) if len(_inputs(problem)) > 1 else None
-        if at_once:
-            joint = partial(_all_at_once, method, names, drift)
-        metrics = [problem] if joint is None else [[matrix] for matrix in problem]
-        # q, k and v follow each other and share a metric; of other metrics none stays in memory
-        held = {inputs: whitening for inputs, whitening in held.items() if inputs in map(_inputs, metrics)}
-        for sharing in metrics:
-            if _inputs(sharing) not in held:
-                held[_inputs(sharing)] = whitening_of(mean_gram(sharing), options, sharing[0].shape[0])
-        if joint is None:
-            whitenings = [held[_inputs(problem)]] * len(problem)
-            factorization = method.factorize(np.concatenate(weights, axis=1), whitenings[0], **arguments)
-            parts = split_codes(factorization, [weight.shape[1] for weight in weights])
-        else:
-            whitenings = [held[_inputs([matrix])] for matrix in problem]
-            parts = joint(weights, whitenings, **arguments)
-        seconds = time.perf_counter() - problem_started
-        for matrix, weight, part, whitening in zip(problem, weights, parts, whitenings, strict=True):
-            stored = part.with_storage(value_codec="float32", dictionary_codec="float32")
-            owner = matrix.name if at_once else names[0]
-            packed, specs[matrix.name] = stored.pack(matrix.name, dictionary=part.tensor or f"{owner}.dictionary")
-            tensors.update(packed)
-            report = {
-                **_report(matrix, weight, part, whitening),
-                "seconds": seconds / len(problem),
-                **part.diagnostics,
-            }
-            reports[matrix.name] = report
-            log(f"{matrix.name}: relative error {report['relative_error']:.4f} in {report['seconds']:.1f} s")
+    if job.method.whole_model is None:
+        warm = None if warm_factors is None else TensorFile(warm_factors)
+        learned = _learn_problems(job, matrices, warm, n_layers=len(layers))
+    else:
+        learned = _learn_together(job, matrices, read_json(drift)["drift"])
+    for one in learned:
+        name = one.matrix.name
+        stored = one.factors.with_storage(value_codec="float32", dictionary_codec="float32")
+        packed, specs[name] = stored.pack(name, dictionary=one.factors.tensor or f"{one.owner}.dictionary")
+        tensors.update(packed)
+        reports[name] = {**_report(one), "seconds": one.seconds, **one.factors.diagnostics}
+        log(f"{name}: relative error {reports[name]['relative_error']:.4f} in {one.seconds:.1f} s")
     dictionaries = {name: set(dictionary_names(spec)) for name, spec in specs.items()}
     for name, report in reports.items():
         report["shared_with"] = [
@@ -204,7 +165,7 @@ def learn_unit(
             "unit": output.stem,
             "method": variant["method"],
             "ratio": variant["ratio"],
-            "options": options,
+            "options": job.options,
             "device": device,
             "seconds": time.perf_counter() - started,
             "matrices": reports,
@@ -212,9 +173,122 @@ def learn_unit(
     )
 
 
-def _report(matrix: Matrix, weight: np.ndarray, factors: Factorization, whitening: Whitening) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Job:
+    """What all matrices of a unit have in common."""
+
+    folder: ModelFolder
+    variant: Mapping[str, Any]
+    device: str
+    log: Callable[[str], None]
+
+    @cached_property
+    def method(self) -> Method:
+        return METHODS[self.variant["method"]]
+
+    @cached_property
+    def options(self) -> dict[str, Any]:
+        return method_options(self.variant)
+
+    def weight(self, matrix: Matrix) -> np.ndarray:
+        """The weight (d_in, d_out), float32."""
+        return check_weight(self.folder.read_weight(matrix.name), f"{self.folder.path}: {matrix.name}.weight")
+
+    def whitening(self, matrices: Sequence[Matrix]) -> Whitening:
+        """Of the mean Gram of what the matrices read."""
+        return whitening_of(mean_gram(matrices), self.options, matrices[0].shape[0])
+
+    def arguments(self, label: str) -> dict[str, Any]:
+        """What every method is called with."""
+        return {
+            "ratio": self.variant["ratio"],
+            "storage": storage_of(self.variant["codes"]),
+            "device": self.device,
+            "log": lambda line: self.log(f"{label}: {line}"),
+            **self.method.own(self.options),
+        }
+
+
+class _Learned(NamedTuple):
+    """Factors of a matrix, whose name their dictionary goes by, and how long they took."""
+
+    matrix: Matrix
+    weight: np.ndarray
+    whitening: Whitening
+    factors: Factorization
+    owner: str
+    seconds: float
+
+
+def _learn_problems(
+    job: _Job, matrices: Sequence[Matrix], warm: TensorFile | None, *, n_layers: int
+) -> Iterator[_Learned]:
+    """One problem after the other, each of the matrices that share a dictionary."""
+    started = time.perf_counter()
+    problems = shared_problems(matrices, job.options)
+    allowed = None if job.options.get("max_seconds") is None else job.options["max_seconds"] * n_layers
+    held: dict[frozenset[tuple[Path, str]], Whitening] = {}
+    for index, problem in enumerate(problems):
+        problem_started = time.perf_counter()
+        weights = [job.weight(matrix) for matrix in problem]
+        names = [matrix.name for matrix in problem]
+        arguments = job.arguments(" + ".join(names))
+        if allowed is not None:
+            left = allowed - (problem_started - started)
+            arguments["max_seconds"] = max(1e-3, left * _cost(problem) / sum(map(_cost, problems[index:])))
+        if warm is not None:
+            arguments["warm"] = _read_side_by_side(warm, names)
+        joint = job.method.joint(job.options) if len(_inputs(problem)) > 1 else None
+        metrics = [problem] if joint is None else [[matrix] for matrix in problem]
+        # q, k and v follow each other and share a metric; of other metrics none stays in memory
+        held = {inputs: whitening for inputs, whitening in held.items() if inputs in map(_inputs, metrics)}
+        for sharing in metrics:
+            if _inputs(sharing) not in held:
+                held[_inputs(sharing)] = job.whitening(sharing)
+        if joint is None:
+            whitenings = [held[_inputs(problem)]] * len(problem)
+            factorization = job.method.factorize(np.concatenate(weights, axis=1), whitenings[0], **arguments)
+            parts = split_codes(factorization, [weight.shape[1] for weight in weights])
+        else:
+            whitenings = [held[_inputs([matrix])] for matrix in problem]
+            parts = joint(weights, whitenings, **arguments)
+        seconds = (time.perf_counter() - problem_started) / len(problem)
+        for matrix, weight, part, whitening in zip(problem, weights, parts, whitenings, strict=True):
+            yield _Learned(matrix, weight, whitening, part, names[0], seconds)
+
+
+def _learn_together(job: _Job, matrices: Sequence[Matrix], drift: Sequence[float]) -> Iterator[_Learned]:
+    """All matrices in one problem, which reads what it needs when it needs it."""
+    reading = {matrix.inputs: matrix for matrix in matrices}
+    whitening_at = lru_cache(_WHITENINGS_HELD)(lambda inputs: job.whitening([reading[inputs]]))
+    weights = _OnDemand(matrices, job.weight)
+    whitenings = _OnDemand(matrices, lambda matrix: whitening_at(matrix.inputs))
+    names = [matrix.name for matrix in matrices]
+    before = time.perf_counter()
+    for index, factors in job.method.whole_model(names, weights, whitenings, drift, **job.arguments("all layers")):
+        now = time.perf_counter()
+        yield _Learned(matrices[index], weights[index], whitenings[index], factors, names[index], now - before)
+        before = now
+
+
+class _OnDemand(Sequence):
+    """A sequence whose entries are made anew each time they are asked for."""
+
+    def __init__(self, matrices: Sequence[Matrix], make: Callable[[Matrix], Any]) -> None:
+        self._matrices = matrices
+        self._make = make
+
+    def __len__(self) -> int:
+        return len(self._matrices)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._make(self._matrices[index])
+
+
+def _report(learned: _Learned) -> dict[str, Any]:
     """What the diagnostics say of every matrix, whatever the method."""
-    approximation = factors.reconstruct()
+    matrix, weight, whitening = learned.matrix, learned.weight, learned.whitening
+    approximation = learned.factors.reconstruct()
     report = {
         "shape": list(weight.shape),
         "site": matrix.site,
@@ -226,12 +300,6 @@ def _report(matrix: Matrix, weight: np.ndarray, factors: Factorization, whitenin
     if heldout is not None:
         report["relative_error_heldout"] = relative_error(weight, approximation, heldout)
     return report
-
-
-def _all_at_once(
-    method: Any, names: Sequence[str], drift: Path, weights: Sequence[Any], whitenings: Sequence[Whitening], **more: Any
-) -> list[Factorization]:
-    return method.whole_model(names, weights, whitenings, read_json(drift)["drift"], **more)
 
 
 def _inputs(matrices: Sequence[Matrix]) -> frozenset[tuple[Path, str]]:

@@ -178,12 +178,16 @@ class Estimates:
 
     def learn(self, settings: Mapping[str, Any], n_layers: int = 1, *, whole_model: bool = False) -> Work:
         """Learning a unit of `n_layers` layers, problem after problem; `whole_model`: all matrices at once."""
-        shapes = self.shapes
-        problems = _problems(shapes, settings, n_layers)
+        matrices = _targets(self.shapes, settings)
+        problems = _problems(matrices, settings, n_layers)
         core = sum(_learning_seconds(d_in, d_out, settings) for d_in, d_out in problems)
-        factors = 4 * (1 - settings["ratio"]) * n_layers * shapes.layer_parameters
+        sizes = [d_in * d_out for d_in, d_out in matrices.values()]
+        factors = 4 * (1 - settings["ratio"]) * n_layers * sum(sizes)
         if whole_model:
-            at_once = n_layers * 4 * 4 * shapes.layer_parameters + 3 * 8 * max(shapes.site_widths) ** 2
+            # one projection of a group in double precision, twice; where the groups are parted is not known yet
+            mean_group = n_layers / (settings.get("groups") or -(-n_layers // 3))
+            widest = max(d_in for d_in, _ in matrices.values())
+            at_once = 20 * min(n_layers, 3 * mean_group) * max(sizes) + 10 * 8 * widest**2
         else:
             at_once = max(_learning_bytes(d_in, d_out, settings) for d_in, d_out in problems)
         # only the products move to a GPU: eigenvectors and whitening stay where they are, a quarter of the time
@@ -192,10 +196,10 @@ class Estimates:
 
     def quantize(self, settings: Mapping[str, Any], n_layers: int = 1) -> Work:
         """Packing a unit, matrix after matrix, with the error of what is stored (float64)."""
-        shapes, ratio = self.shapes, settings["ratio"]
-        packed = 2 * (1 - ratio) * n_layers * shapes.layer_parameters
+        matrices, ratio = _targets(self.shapes, settings), settings["ratio"]
+        packed = 2 * (1 - ratio) * n_layers * sum(d_in * d_out for d_in, d_out in matrices.values())
         at_once, flops = 0.0, 0.0
-        for d_in, d_out in shapes.matrices.values():
+        for d_in, d_out in matrices.values():
             k = _n_atoms(d_in, d_out, settings)
             at_once = max(at_once, 2 * 8 * d_in**2 + 4 * 8 * d_in * d_out + 4 * 4 * k * d_out)
             flops += 4 * d_in**2 * d_out + 4 * d_in * d_out * k
@@ -226,13 +230,21 @@ class Estimates:
         return Work(memory, 20 + 4 * shapes.parameters / READ, flops / FORWARD, flops / GPU_FORWARD)
 
 
-def _problems(shapes: Shapes, settings: Mapping[str, Any], n_layers: int) -> Sequence[tuple[int, int]]:
+def _targets(shapes: Shapes, settings: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Projection to shape (d_in, d_out), of those that a variant factorizes."""
+    chosen = settings.get("targets") or shapes.matrices
+    return {name: shape for name, shape in shapes.matrices.items() if name in chosen}
+
+
+def _problems(
+    matrices: Mapping[str, tuple[int, int]], settings: Mapping[str, Any], n_layers: int
+) -> Sequence[tuple[int, int]]:
     """Shapes that a unit's solver sees: matrices that share a dictionary stand side by side (`learning`)."""
     share, bundles = settings.get("share") or (), settings.get("share_within") or ()
     bundle_of = {name: number for number, bundle in enumerate(bundles) for name in bundle}
     widths: dict[tuple[Any, ...], int] = {}
     for layer in range(n_layers):
-        for name, (d_in, d_out) in shapes.matrices.items():
+        for name, (d_in, d_out) in matrices.items():
             key = ("all" if name in share else layer, bundle_of.get(name, name), d_in)
             widths[key] = widths.get(key, 0) + d_out
     return [(key[2], d_out) for key, d_out in widths.items()]

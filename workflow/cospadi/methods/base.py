@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,14 +65,15 @@ class Method(Entry):
         own metric; or None where the mean Gram of their inputs is the metric of all of them, as of one wide matrix.
     whole_model : callable, optional
         For methods that learn all layers in one job, with different projections in one problem:
-        ``(names, weights, whitenings, drift, *, ratio, storage, device, log, **options) -> list[Factorization]``, with
-        `drift` a layer each, how far it moves the predicted token (`pruning.drift`).
+        ``(names, weights, whitenings, drift, *, ratio, storage, device, log, **options)`` yields the index of each name
+        with its factors; `drift`: how far every layer moves the predicted token (`pruning.drift`). Weights and
+        whitenings are read when they are asked for.
     """
 
     factorize: Callable[..., Factorization]
     modules: Callable[[Mapping[str, Any]], list[str]]
     joint: Callable[[Mapping[str, Any]], Callable[..., list[Factorization]] | None] = lambda options: None
-    whole_model: Callable[..., list[Factorization]] | None = None
+    whole_model: Callable[..., Iterator[tuple[int, Factorization]]] | None = None
 
     def defaults(self) -> dict[str, Any]:
         """Option name to default value."""

@@ -8,7 +8,7 @@ layers of a group are consecutive, and the distribution of the predicted token d
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -294,8 +294,10 @@ def factorize_layers(
     log: Callable[[str], None] = print,
     groups: int | None = None,
     atoms: int | None = None,
-) -> list[Factorization]:
+) -> Iterator[tuple[int, Factorization]]:
     """Factorize the same projections of all layers.
+
+    The weights and whitenings of a group of layers are read twice, for its spectra and for its factors, and not kept.
 
     Parameters
     ----------
@@ -312,10 +314,12 @@ def factorize_layers(
     groups, atoms
         As in `OPTIONS`.
 
-    Returns
-    -------
-    list of Factorization
-        In the order of `names`; atoms are named after the first matrix of their group that is made of them.
+    Yields
+    ------
+    index : int
+        Of the name.
+    factors : Factorization
+        Atoms are named after the first matrix of their group that is made of them.
 
     Raises
     ------
@@ -337,7 +341,6 @@ def factorize_layers(
     }
     choices = choose_all(problems, ratio)
 
-    found: dict[int, Factorization] = {}
     for key, indices in members.items():
         choice, group = choices[key], [weights[i] for i in indices]
         mixtures: Sequence[Factorization | None] = [None] * len(indices)
@@ -352,22 +355,24 @@ def factorize_layers(
         for i, weight, rank, mixture in zip(indices, group, choice.ranks, mixtures, strict=True):
             diagnostics = {"group": [span[0], span[-1]], "matrix_atoms": choice.n_atoms, "rank": rank}
             if rank is None:
-                found[i] = Factorization(None, weight, support="dense", **storage, diagnostics=diagnostics)
+                yield i, Factorization(None, weight, support="dense", **storage, diagnostics=diagnostics)
                 continue
             plus = []
             if mixture is not None:
                 mixture.tensor = f"{owner}.plus.0.dictionary"
                 weight, plus = weight - mixture.reconstruct(), [mixture]
             solution = svd.truncated(on_device(whitenings[i].whiten(weight), device), rank)
-            found[i] = Factorization(
-                whitenings[i].unwhiten(to_numpy(solution.dictionary)),
-                to_numpy(solution.codes),
-                support="dense",
-                **storage,
-                plus=plus,
-                diagnostics=diagnostics,
+            yield (
+                i,
+                Factorization(
+                    whitenings[i].unwhiten(to_numpy(solution.dictionary)),
+                    to_numpy(solution.codes),
+                    support="dense",
+                    **storage,
+                    plus=plus,
+                    diagnostics=diagnostics,
+                ),
             )
-    return [found[i] for i in range(len(names))]
 
 
 def modules(options: Mapping[str, Any]) -> list[str]:
