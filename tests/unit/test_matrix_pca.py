@@ -15,7 +15,7 @@ from cospadi.errors import ConfigError
 from cospadi.factorization import tensor_names, unpack
 from cospadi.files import BFLOAT16, ModelFolder, TensorFile, read_json
 from cospadi.gram import whitening_factor
-from cospadi.learning import learn_unit
+from cospadi.learning import learn_unit, matrices_of
 from cospadi.methods import METHODS, masa, svd_llm
 from cospadi.pruning import drift
 from cospadi.pruning.walk import Walk
@@ -201,7 +201,7 @@ def learned(tiny_model, tmp_path_factory):
         grams.append(folder / f"layer_{layer:02d}.h5")
         with h5py.File(grams[-1], "w") as file:
             for site in structure["layers"][layer]["sites"]:
-                x = RNG.normal(size=(300, site["d_in"])) * np.linspace(0.3, 2, site["d_in"])
+                x = RNG.normal(size=(300, site["d_in"])) * np.roll(np.linspace(0.3, 2, site["d_in"]), 10 * layer)
                 file.create_dataset(f"{site['name']}/gram", data=x.T @ x)
                 file[site["name"]].attrs["n_heldout"] = 0
     safetensors.numpy.save_file(tensors, folder / "dense" / "model.safetensors", {"format": "pt"})
@@ -229,6 +229,20 @@ def learned(tiny_model, tmp_path_factory):
         log=lambda line: None,
     )
     return folder, structure
+
+
+def test_every_matrix_is_learned_from_its_own_weight_and_inputs(learned):
+    folder, structure = learned
+    grams = [folder / f"layer_{layer:02d}.h5" for layer in range(4)]
+    matrices = list(matrices_of(chosen(structure, ATTENTION), range(4), grams))
+    weights = [ModelFolder(folder / "dense").read_weight(matrix.name) for matrix in matrices]
+    metrics = [whitening_factor(matrix.gram()) for matrix in matrices]
+    expected = factorize(weights, metrics, [matrix.name for matrix in matrices])
+    file = TensorFile(folder / "factors.safetensors")
+    for matrix, factors in zip(matrices, expected, strict=True):
+        spec = file.metadata["matrices"][matrix.name]
+        found = unpack({part: file.read(part) for part in tensor_names(matrix.name, spec)}, spec, matrix.name)
+        np.testing.assert_allclose(found.reconstruct(), factors.reconstruct(), atol=1e-5)
 
 
 def test_learning_and_packing_from_files_to_files(learned):
