@@ -143,10 +143,12 @@ def _second_part(story: Story, cluster: Cluster) -> None:
 
     # a job without its step would wait minutes for the controller: srun asks again at growing intervals
     def evaluating() -> list[Recorded]:
-        launched = cluster.launched("evaluate_model")
-        return launched if len(launched) == len(cluster.active()) else []
+        assert process.poll() is None, "snakemake ended before an evaluation ran and nothing was just starting"
+        running, launched = cluster.active(state="RUNNING"), cluster.launched("")
+        ready = len(launched) == len(running) and any("evaluate_model" in job.comment for job in launched)
+        return launched if ready else []
 
-    lasting = wait_for(evaluating, 400, "evaluations, and nothing that is just starting")
+    lasting = wait_for(evaluating, 400, "an evaluation, and nothing that is just starting")
     cluster.stop_controller()
     story.over_restart = [job.id for job in lasting]
     time.sleep(4)
