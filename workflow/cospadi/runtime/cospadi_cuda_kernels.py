@@ -84,9 +84,14 @@ _EIGHT = tl.constexpr("=r,=r,=r,=r,=r,=r,=r,=r,l,r,r")
 @triton.jit
 def _spread(values, rank, byte):
     """Codes of the eight atoms of every byte, bfloat16 ones without scales: half the instructions of `_stored`."""
-    eight: tl.constexpr = (tl.int32,) * 8
     words = tl.inline_asm_elementwise(
-        _SPREAD, _EIGHT, [values.to(tl.int64), rank, byte], dtype=eight, is_pure=True, pack=1
+        _SPREAD,
+        _EIGHT,
+        [values.to(tl.int64), rank, byte],
+        # one by one: Triton 3.9 takes the elements of a product for numbers
+        dtype=(tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32),
+        is_pure=True,
+        pack=1,
     )
     codes = ()
     for atom in tl.static_range(8):
