@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import functools
 import itertools
 import logging
+import mmap
+import os
 import pickle
 import re
 import subprocess
@@ -120,12 +123,13 @@ def test_bfloat16_error_is_within_twice_that_of_the_dense_product(machine, rows)
             assert error(packed) <= error(x @ weight.bfloat16()), (codec, support, dictionary)
 
 
+@pytest.mark.parametrize("codec", ["int4", "bf16"])
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_threads_split_the_work_whatever_their_number(threads):
+def test_threads_split_the_work_whatever_their_number(threads, codec):
     kernel = compiled("auto")
     if threads > 1 and not kernel.parallel:
         pytest.skip("torch's OpenMP was not found")
-    layer, weight = make((96, 700, 60), codec="int4")
+    layer, weight = make((96, 700, 60), codec=codec)
     kernel._threads, threads_of_the_machine = lambda matrix: threads, kernel._threads
     try:
         x = torch.randn(3, 96)
@@ -136,6 +140,40 @@ def test_threads_split_the_work_whatever_their_number(threads):
         assert torch.equal(kernel.unpack(matrix, torch.float32), layer.factors(torch.float32)[1])
     finally:
         kernel._threads = threads_of_the_machine
+
+
+def before_a_wall(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that ends where the process may read no further."""
+    pages = -(-tensor.nbytes // mmap.PAGESIZE)
+    memory = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
+    wall = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + pages * mmap.PAGESIZE
+    no_access = 0
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(wall), mmap.PAGESIZE, no_access) == 0
+    start = pages * mmap.PAGESIZE - tensor.nbytes
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=start).view(tensor.shape)
+    return copy.copy_(tensor)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a process that may die is forked")
+@pytest.mark.parametrize("choice", ["auto", "avx2"])
+def test_the_kernel_reads_nothing_behind_a_tensor(choice):
+    kernel = compiled(choice)
+    kernel_threads, kernel._threads = kernel._threads, lambda matrix: 1
+    try:
+        for shape, (codec, support, dictionary) in itertools.product([*SHAPES, (9, 70, 4), (40, 3, 40)], KINDS):
+            layer, weight = make(shape, codec=codec, support=support, dictionary=dictionary)
+            child = os.fork()
+            if child == 0:
+                parts = [None if part is None else before_a_wall(part.data) for part in layer.parts()]
+                matrix = cospadi_linear.bind(layer.spec, parts)
+                x = before_a_wall(torch.randn(2, weight.shape[0]))
+                good = torch.allclose(kernel.product(matrix, x), x @ weight, rtol=1e-4, atol=1e-4)
+                kernel.unpack(matrix, torch.bfloat16)
+                os._exit(0 if good else 1)
+            _, status = os.waitpid(child, 0)
+            assert status == 0, (shape, codec, support, dictionary, status)
+    finally:
+        kernel._threads = kernel_threads
 
 
 def test_a_support_that_does_not_fit_the_values_is_an_error():

@@ -70,7 +70,7 @@ class BoundMatrix:
         (d_in, d_out), dictionary, codes = spec["shape"], spec["dictionary"], spec["codes"]
         self._tensors = tensors
         self.n_atoms, self.d_out = dictionary["n_atoms"], d_out
-        self.stride = -(-self.n_atoms // 16) * 16  # floats a row of z takes
+        self.stride = -(-self.n_atoms // 32) * 32  # floats a row of z takes
         self.has_dictionary = dictionary["codec"] != "identity"
         self.nbytes = sum(tensor.nbytes for tensor in tensors.values())
         self._starts = torch.empty(-(-d_out // _BLOCK) + 1, 2, dtype=torch.int64)
@@ -150,14 +150,15 @@ class Kernel:
     def apply_codes(self, matrix: BoundMatrix, z: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """``y = z S`` for z from `project`: (n, d_out) in `dtype`."""
         y = torch.empty(z.shape[0], matrix.d_out, dtype=dtype)
+        threads = self._threads(matrix)
         self.library.cospadi_product(
             matrix.address,
             self._openmp_address,
-            self._threads(matrix),
+            threads,
             None,
             z.data_ptr(),
             y.data_ptr(),
-            None,
+            self._room(threads * z.numel()),
             z.shape[0],
             dtype == torch.bfloat16,
         )

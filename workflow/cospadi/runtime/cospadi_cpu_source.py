@@ -14,12 +14,17 @@ SOURCE = r"""
  * One parallel region a call. First every thread takes some rows of D and sums its share of z = x D, so D is read in
  * the order of memory; then the shares are added; then every thread takes some columns of S: decodes LANES stored
  * values, spreads them over LANES atoms by the bits of the support, multiplies by z. The split depends on the number of
- * threads alone, so equal calls give equal bits. */
+ * threads alone, so equal calls give equal bits.
+ *
+ * Where the processor expands 16-bit words, bfloat16 values under a bitmask go 2 LANES at a time: a word in the upper
+ * half of 32 bits is a float as it is, one in the lower half after a shift, so the even and the odd of 2 LANES atoms
+ * are two vectors. Each thread has a copy of z in that order. */
 
 enum { BF16, BF14, INT8, INT4, IDENTITY };
 enum { DENSE, BITMASK, TWO_OF_FOUR };
 enum { FIRST = 1, LAST = 2, UNPACK = 4 };
 enum { BLOCK = 16 };  /* columns between two entries of `starts` */
+enum { FORESEEN = 1 << 14 }; /* bytes of rows of D up to which the next ones are asked for ahead */
 enum { MARGIN = 32 }; /* values before the end that are decoded from a padded copy */
 
 typedef struct {
@@ -44,7 +49,8 @@ typedef struct {
     const void *x;
     float *z; /* (batch, stride), zero from k on */
     void *y;
-    float *shares;
+    float *shares; /* (threads, batch, stride) */
+    const float *halves; /* (batch, stride): of every 2 LANES atoms the even ones of z, then the odd ones */
     int64_t batch, stride, is_bf16, stages;
 } Task;
 
@@ -112,6 +118,26 @@ static inline V bf14(const uint8_t *p, int shift) {
     words = _mm512_srlv_epi32(words, _mm512_load_si512(offsets14[shift / 2]));
     return _mm512_castsi512_ps(_mm512_slli_epi32(words, 18));
 }
+#if defined(__AVX512VBMI2__)
+#define HALVES
+static inline __m512i expand_words(uint32_t mask, const uint8_t *values) {
+    return _mm512_maskz_expand_epi16((__mmask32)mask, _mm512_loadu_si512(values));
+}
+static inline void expand_halves(uint32_t mask, const uint8_t *values, V *even, V *odd) {
+    __m512i words = expand_words(mask, values);
+    *even = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+    *odd = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32((int)0xffff0000)));
+}
+static inline void split_halves(const float *z, float *halves, int64_t stride) {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    for (int64_t i = 0; i + 2 * LANES <= stride; i += 2 * LANES) {
+        V first = load(z + i), second = load(z + i + LANES);
+        store(halves + i, _mm512_permutex2var_ps(first, even, second));
+        store(halves + i + LANES, _mm512_permutex2var_ps(first, odd, second));
+    }
+}
+#endif
 #else
 #if defined(__AVX2__) && defined(__FMA__)
 #include <immintrin.h>
@@ -254,6 +280,22 @@ INLINE uint32_t positions_at(int support, const uint8_t *row, int64_t i, int64_t
     return mask;
 }
 
+#ifdef HALVES
+/* whether 2 LANES atoms from atom i on can be taken at once, the first value is number n; where so many values are
+ * left, there are as many bits of the support, so nothing is read behind either */
+INLINE int two_at_once(const Matrix *m, int codec, int support, int64_t i, int64_t n) {
+    return codec == BF16 && support != DENSE && i < m->k && n + 2 * LANES <= m->n_nonzero;
+}
+
+INLINE uint32_t positions_of_two(const Matrix *m, int support, const uint8_t *row, int64_t i) {
+    uint32_t mask;
+    if (support == BITMASK) memcpy(&mask, row + i / 8, 4);
+    else mask = pair_bits[row[i / 8]] | (uint32_t)pair_bits[row[i / 8 + 1]] << 8 |
+        (uint32_t)pair_bits[row[i / 8 + 2]] << 16 | (uint32_t)pair_bits[row[i / 8 + 3]] << 24;
+    return i + 2 * LANES <= m->k ? mask : mask & ((1u << (m->k - i)) - 1);
+}
+#endif
+
 /* ---- z = x D ---- */
 
 INLINE void add_rows(const Task *t, int codec, int rows, int64_t i, float *z) {
@@ -262,8 +304,13 @@ INLINE void add_rows(const Task *t, int codec, int rows, int64_t i, float *z) {
     const int64_t group = codec == INT8 || codec == INT4 ? i / m->dictionary_group : 0;
     const uint8_t *scales = codec == INT8 || codec == INT4 ? (const uint8_t *)m->dictionary_scales : NULL;
     const int64_t n_scales = scales ? ((m->d_in - 1) / m->dictionary_group + 1) * m->k : 0;
+    const uint8_t *next = m->dictionary + bytes_before(codec, (i + rows) * m->k);
+    const int64_t step = bytes_before(codec, rows * LANES);
+    const int64_t ahead = bytes_before(codec, rows * m->k) <= FORESEEN ? step : 0;
     for (int64_t c = 0; c < m->k; c += LANES) {
         V d[ROWS], scale = zero();
+        /* rows of a small matrix are too short for the processor to foresee what follows them */
+        for (int64_t b = 0; b < ahead; b += 64) __builtin_prefetch(next + c / LANES * step + b);
         for (int r = 0; r < rows; r++) d[r] = decode_safely(codec, m->dictionary, (i + r) * m->k + c, total);
         if (scales) scale = decode_safely(BF16, scales, group * m->k + c, n_scales);
         for (int64_t b = 0; b < t->batch; b++) {
@@ -338,7 +385,21 @@ INLINE void column(const Task *t, int codec, int support, int batch, int64_t b0,
     Walk w = walk_from(m, codec, *n, *n_scales);
     V even[4], odd[4];
     for (int b = 0; b < batch; b++) even[b] = odd[b] = zero();
-    for (int64_t i = 0; i < m->k; i += 2 * LANES) {
+    int64_t i = 0;
+#ifdef HALVES
+    const float *halves = t->halves + b0 * t->stride;
+    for (; two_at_once(m, codec, support, i, w.n); i += 2 * LANES) {
+        const uint32_t mask = positions_of_two(m, support, row, i);
+        V first, second;
+        expand_halves(mask, m->values + 2 * w.n, &first, &second);
+        for (int b = 0; b < batch; b++) {
+            even[b] = fma_(first, load(halves + b * t->stride + i), even[b]);
+            odd[b] = fma_(second, load(halves + b * t->stride + i + LANES), odd[b]);
+        }
+        w.n += __builtin_popcount(mask);
+    }
+#endif
+    for (; i < m->k; i += 2 * LANES) {
         V value = step(m, codec, support, row, i, &w);
         for (int b = 0; b < batch; b++) even[b] = fma_(value, load(z + b * t->stride + i), even[b]);
         if (i + LANES >= m->k) break;
@@ -389,8 +450,17 @@ INLINE void unpack_with(const Task *t, int codec, int support, int64_t first, in
     int64_t end = last * BLOCK < m->d_out ? last * BLOCK : m->d_out;
     for (int64_t j = first * BLOCK; j < end; j++) {
         Walk w = walk_from(m, codec, n, n_scales);
-        for (int64_t i = 0; i < m->k; i += LANES) {
-            V value = step(m, codec, support, m->positions + j * ((m->k + 7) / 8), i, &w);
+        const uint8_t *row = m->positions + j * ((m->k + 7) / 8);
+        int64_t i = 0;
+#ifdef HALVES
+        for (; t->is_bf16 && two_at_once(m, codec, support, i, w.n); i += 2 * LANES) {
+            const uint32_t mask = positions_of_two(m, support, row, i);
+            _mm512_storeu_si512((uint16_t *)t->y + j * t->stride + i, expand_words(mask, m->values + 2 * w.n));
+            w.n += __builtin_popcount(mask);
+        }
+#endif
+        for (; i < m->k; i += LANES) {
+            V value = step(m, codec, support, row, i, &w);
             if (t->is_bf16) store_bf16((uint16_t *)t->y + j * t->stride + i, value);
             else store((float *)t->y + j * t->stride + i, value);
         }
@@ -443,7 +513,15 @@ static void work(void *argument) {
             t->omp->barrier();
         }
     }
-    if (t->stages & LAST) columns(t, share(m, me, team), share(m, me + 1, team));
+    if (t->stages & LAST) {
+        Task mine = *t;
+#ifdef HALVES
+        float *halves = t->shares + me * size;
+        for (int64_t b = 0; b < t->batch; b++) split_halves(t->z + b * t->stride, halves + b * t->stride, t->stride);
+        mine.halves = halves;
+#endif
+        columns(&mine, share(m, me, team), share(m, me + 1, team));
+    }
     if (t->stages & UNPACK) unpack(t, share(m, me, team), share(m, me + 1, team));
 }
 
@@ -460,7 +538,7 @@ static void run(Task *t, unsigned threads) {
 const char *cospadi_kind(void) { return KIND; }
 
 /* floats a row of z takes */
-int64_t cospadi_stride(int64_t k) { return (k + 15) / 16 * 16; }
+int64_t cospadi_stride(int64_t k) { return (k + 31) / 32 * 32; }
 
 /* first value and first scale of every block of columns; the number of values in the last line */
 void cospadi_starts(const Matrix *m, int64_t *starts) {
@@ -486,16 +564,16 @@ void cospadi_starts(const Matrix *m, int64_t *starts) {
     starts[2 * ((m->d_out + BLOCK - 1) / BLOCK) + 1] = n_scales;
 }
 
-/* z = x D where `x` is given, then y = z S where `y` is; z is (batch, stride), scratch threads times as large */
+/* z = x D where `x` is given, then y = z S where `y` is; z is (batch, stride), scratch `threads` times as large */
 void cospadi_product(const Matrix *m, const OpenMP *omp, int64_t threads, const void *x, float *z, void *y,
                      float *scratch, int64_t batch, int64_t is_bf16) {
-    Task t = {m, omp, x, z, y, scratch, batch, cospadi_stride(m->k), is_bf16, (x ? FIRST : 0) | (y ? LAST : 0)};
+    Task t = {m, omp, x, z, y, scratch, NULL, batch, cospadi_stride(m->k), is_bf16, (x ? FIRST : 0) | (y ? LAST : 0)};
     run(&t, (unsigned)threads);
 }
 
 /* S transposed, (d_out, stride) in bfloat16 or float32, for blocks of columns `first` to `last` */
 void cospadi_unpack(const Matrix *m, const OpenMP *omp, int64_t threads, void *codes, int64_t is_bf16) {
-    Task t = {m, omp, NULL, NULL, codes, NULL, 0, cospadi_stride(m->k), is_bf16, UNPACK};
+    Task t = {m, omp, NULL, NULL, codes, NULL, NULL, 0, cospadi_stride(m->k), is_bf16, UNPACK};
     run(&t, (unsigned)threads);
 }
 """
