@@ -213,6 +213,8 @@ def test_import_of_the_package_is_enough(packed_model, tmp_path):
     assert found["auto_map"] == json.loads((packed / "config.json").read_text())["auto_map"]
     assert "format_version 2 is not known" in found["unknown_version"]
     assert found["evaluated"] == "CospadiForCausalLM"
+    # a config that is printed, or logged at loading, does not list hundreds of matrices
+    assert '"matrices": "of 28 matrices"' in found["printed"] and "model.layers" not in found["printed"]
 
 
 def test_resident_memory_is_that_of_the_file(tmp_path, tiny_model):

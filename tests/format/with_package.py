@@ -33,6 +33,7 @@ def main(packed_folder, saved_folder, unknown_version, result_path):
         again = AutoModelForCausalLM.from_pretrained(packed_folder)
         result["class"] = [type(model).__module__ for model in (plain, trusted, again)]
         result["error"] = [float((model(ids).logits - logits).abs().max()) for model in (trusted, again)]
+    result["printed"] = repr(plain.config)
     plain.save_pretrained(saved_folder)
     result["saved"] = sorted(path.name for path in Path(saved_folder).iterdir())
     result["auto_map"] = json.loads((Path(saved_folder) / "config.json").read_text())["auto_map"]

@@ -7,6 +7,7 @@ everything the family's model code asks of its config is there.
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -63,6 +64,13 @@ class CospadiConfig:
         config_dict["quantization_config"] = config_dict.pop("packing")
         config_dict["transformers_weights"] = LOAD_HINT
         return config_dict
+
+    def __repr__(self) -> str:
+        # transformers makes this text at every loading, for its log
+        short = copy.copy(self)
+        if self.packing is not None:
+            short.packing = {**self.packing, "matrices": f"of {len(self.packing['matrices'])} matrices"}
+        return super(CospadiConfig, short).__repr__()
 
     def __reduce__(self) -> tuple[Any, ...]:
         # pickle finds a class by its name, which all families share
