@@ -262,6 +262,26 @@ def test_factors_and_codes_that_do_not_fit(results, dense_model):
         collect(RUN, results, dense_model=dense_model)
 
 
+def test_names_beside_points_that_nearly_coincide_do_not_overlap(monkeypatch):
+    from cospadi.report import plots
+
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, paths: drawn.append(figure))
+    measured = {"a_first_variant-20": (80, 100), "another_variant-20": (80, 101), "a_third-20": (81, 100)}
+    variants = {
+        name: {"target_bytes": nbytes * 1e6, "word_perplexity": ppl, "config": {"method": name, "ratio": 0.2}}
+        for name, (nbytes, ppl) in measured.items()
+    }
+    dense = {"target_bytes": 100e6, "word_perplexity": 30.0}
+    plots.plot_pareto({"variants": {"dense": dense, **variants}}, [])
+    (figure,) = drawn
+    figure.draw_without_rendering()
+    named = [text for text in figure.axes[0].texts if text.get_text().startswith(tuple(measured))]
+    boxes = [text.get_window_extent() for text in named]
+    assert len(boxes) == 3
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
 def test_many_variants_have_styles_of_their_own():
     from cospadi.report.plots import _styles
 

@@ -87,7 +87,7 @@ def plot_pareto(summary: Mapping[str, Any], paths: Sequence[Path]) -> None:
     variants = {name: v for name, v in _compressed(summary).items() if v["word_perplexity"] is not None}
     dense = summary["variants"]["dense"]
     styles = _styles(_compressed(summary))
-    figure = _figure(8, 5.2)
+    figure = _figure(8, 5.2 + 0.2 * max(0, len(variants) - 6))
     axis = figure.subplots()
     if not variants or dense["word_perplexity"] is None:
         _say(axis, "Perplexity was not measured in this run")
@@ -278,18 +278,32 @@ def _legend(figure: Figure, styles: Mapping[str, _Style], variants: Sequence[Map
 
 
 def _label(axis: Any, labels: Mapping[str, tuple[str, float, float]], styles: Mapping[str, _Style]) -> None:
-    """Text to the right of each point in the point's colour, pushed up where two would overlap."""
-    figure = axis.figure
-    figure.draw_without_rendering()  # now data coordinates have a place on the page
-    point = figure.dpi / 72
-    placed: list[tuple[float, float]] = []
-    for name, (text, x, y) in sorted(labels.items(), key=lambda item: item[1][2]):
-        left, height = axis.transData.transform((x, y))
-        free = max([height, *(other + 13 * point for start, other in placed if abs(start - left) < 110 * point)])
-        placed.append((left, free))
-        offset = (10, (free - height) / point)
-        color = styles[name].color
-        axis.annotate(text, (x, y), xytext=offset, textcoords="offset points", va="center", fontsize=9, color=color)
+    """Text beside each point in the point's colour, moved where two would overlap, with a line to the point then."""
+    from adjustText import adjust_text
+
+    axis.figure.draw_without_rendering()  # now data coordinates have a place on the page
+    ordered = sorted(labels.items(), key=lambda item: item[1][2])
+    _, x, y = zip(*(label for _, label in ordered), strict=True)
+    # they start beside their points, above and below in turn: texts that lie on each other do not part
+    texts = []
+    for index, (name, (text, *point)) in enumerate(ordered):
+        start = axis.transData.transform(point) + axis.figure.dpi / 72 * np.array([9, (6, -12)[index % 2]])
+        texts.append(axis.text(*axis.transData.inverted().transform(start), text, fontsize=9, color=styles[name].color))
+    line = {"arrowstyle": "-", "color": "#999999", "lw": 0.7}
+    # steps and not seconds are bounded, so that equal runs give equal plots
+    adjust_text(
+        texts,
+        list(x),
+        list(y),
+        target_x=list(x),
+        target_y=list(y),
+        ax=axis,
+        iter_lim=2000,
+        expand=(1.1, 1.5),
+        force_text=(0.3, 0.6),
+        force_static=(0.2, 0.5),
+        arrowprops=line,
+    )
 
 
 def _logarithmic(axis: Any) -> None:
