@@ -194,6 +194,14 @@ class Cluster:
         """``scancel`` a job."""
         self._run("scancel", str(job.id))
 
+    def suspend(self, job: Recorded) -> None:
+        """Stop a running job where it is; `resume` lets it go on."""
+        self._run("scontrol", "suspend", str(job.id))
+
+    def resume(self, job: Recorded) -> None:
+        """Let a suspended job go on."""
+        self._run("scontrol", "resume", str(job.id))
+
     def _run(self, *command: str, check: bool = True) -> str:
         environment = {**os.environ, **self.environment}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)

@@ -117,21 +117,28 @@ def _first_part(story: Story, cluster: Cluster) -> None:
     """Out of memory, then a cancelled job, then a killed snakemake."""
     too_small = f"inspect_model:mem_mb={TOO_SMALL} * attempt"
     process = story.run.start(*on_cluster(story.run), "--set-resources", too_small)
-    units = wait_for(lambda: cluster.launched("unit"), 400, "a unit being learned")
-    story.cancelled = units[0].id
-    cluster.cancel(units[0])
+
+    def two_units() -> list[Recorded]:
+        launched = cluster.launched("unit")
+        return launched if len(launched) > 1 else []
+
+    cancelled, lasting = wait_for(two_units, 400, "two units being learned")[:2]
+    story.cancelled = cancelled.id
+    cluster.cancel(cancelled)
+    cluster.suspend(lasting)  # so that the run cannot end before what is to be seen has been seen
 
     def learned() -> bool:
         story.together = max(story.together, len(cluster.active(state="RUNNING")))
         ended = [job for job in cluster.jobs() if "unit" in job.comment and job.state == "COMPLETED"]
-        again = [job for job in cluster.jobs() if "unit" in job.comment and job.mem_mb == 2 * units[0].mem_mb]
+        again = [job for job in cluster.jobs() if "unit" in job.comment and job.mem_mb == 2 * cancelled.mem_mb]
         # what snakemake has not yet noticed it may be about to touch, and a kill between two files repeats the second
         noticed = console(story.run).count("(Rule: quantize_codes)") // UNITS_A_JOB
-        return bool(ended and again and noticed == len(ended) and cluster.launched("unit"))
+        return bool(ended and again and noticed == len(ended))
 
-    wait_for(learned, 400, "a unit finished, another one running, the cancelled one submitted again")
+    wait_for(learned, 400, "a unit finished, another one under way, the cancelled one submitted again")
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
+    cluster.resume(lasting)
     wait_for(lambda: not cluster.active(), 400, "the end of the jobs that nobody waits for any more")
     story.done_at_kill = {job.id for job in cluster.jobs() if job.state == "COMPLETED"}
     story.kept = artifacts(story.run)
