@@ -32,7 +32,7 @@ from cospadi.budget import dense_nbytes, sparse_shape
 from cospadi.checkpoint import assemble, target_bytes
 from cospadi.factorization import Factorization
 from cospadi.files import ModelFolder, write_tensors
-from cospadi.learning import split_codes
+from cospadi.learning import Matrix, shared_problems, split_codes
 from cospadi.runtime import cospadi_linear
 from cospadi.runtime.cospadi_cpu import kernel
 from cospadi.runtime.cospadi_linear import PackedLinear
@@ -41,7 +41,7 @@ PROJECT = Path(__file__).parents[1]
 CONFIG = PROJECT / "config" / "models" / "SmolLM2-135M-Instruct.json"
 RATIOS = (0.2, 0.4, 0.5)
 SHARED_RHO = {0.2: 2.5, 0.4: 3.0, 0.5: 3.0}  # as in the demo's config
-SHARED = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 DECODE_GOALS = {0.2: 1.0, 0.4: 1.25, 0.5: 1.5}
 MATRIX = (4096, 11008)
 HEADERS = ["measure", "threads", "ratio", "dictionaries", "dense", "packed", "speed-up", "limit by bytes", "goal"]
@@ -128,15 +128,17 @@ def make_models(scratch: Path) -> dict[Name, Path]:
     del dense
     base = ModelFolder(folders["dense"])
     names = [name.removesuffix(".weight") for name in base.weight_map if name.endswith("_proj.weight")]
+    # a layer's matrices have one Gram file, which nothing reads here
+    matrices = [Matrix(Path(name.split(".")[2]), "", name, base.read(f"{name}.weight").shape[::-1]) for name in names]
     for made in PACKED:
         tensors, specs = {}, {}
         rho = SHARED_RHO[made.ratio] if made.shared else 2.0
         factors = functools.cache(functools.partial(random_factors, ratio=made.ratio, rho=rho))  # a few shapes, often
-        for group in groups(names) if made.shared else [[name] for name in names]:
-            shapes = [base.read(f"{name}.weight").shape[::-1] for name in group]
-            widths = [d_out for _, d_out in shapes]
-            for name, part in zip(group, split_codes(factors(shapes[0][0], sum(widths)), widths), strict=True):
-                packed, specs[name] = part.pack(name, dictionary=f"{group[0]}.dictionary")
+        for problem in shared_problems(matrices, {"share": [], "share_within": SHARED if made.shared else []}):
+            widths = [matrix.shape[1] for matrix in problem]
+            parts = split_codes(factors(problem[0].shape[0], sum(widths)), widths)
+            for matrix, part in zip(problem, parts, strict=True):
+                packed, specs[matrix.name] = part.pack(matrix.name, dictionary=f"{problem[0].name}.dictionary")
                 tensors |= packed
         codes = scratch / "codes.safetensors"
         write_tensors(codes, tensors, {"format_version": 1, "matrices": specs})
@@ -144,17 +146,6 @@ def make_models(scratch: Path) -> dict[Name, Path]:
         assemble(folders["dense"], [codes], folders[made], variant={"ratio": made.ratio})
         codes.unlink()
     return folders
-
-
-def groups(names: list[str]) -> list[list[str]]:
-    """Names of the matrices that share a dictionary, the owner first."""
-    order = [projection for projections in SHARED for projection in projections]
-    found: dict[tuple[str, int], list[str]] = {}
-    for name in sorted(names, key=lambda name: order.index(name.rpartition(".")[2])):
-        block, projection = name.split(".")[2], name.rpartition(".")[2]
-        bundle = next(number for number, projections in enumerate(SHARED) if projection in projections)
-        found.setdefault((block, bundle), []).append(name)
-    return list(found.values())
 
 
 def random_factors(d_in: int, d_out: int, ratio: float, rho: float = 2.0) -> Factorization:

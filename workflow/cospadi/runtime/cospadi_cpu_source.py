@@ -281,10 +281,13 @@ INLINE uint32_t positions_at(int support, const uint8_t *row, int64_t i, int64_t
 }
 
 #ifdef HALVES
+/* whether a matrix of this kind is taken 2 LANES atoms at a time */
+INLINE int in_halves(int codec, int support) { return codec == BF16 && support != DENSE; }
+
 /* whether 2 LANES atoms from atom i on can be taken at once, the first value is number n; where so many values are
  * left, there are as many bits of the support, so nothing is read behind either */
 INLINE int two_at_once(const Matrix *m, int codec, int support, int64_t i, int64_t n) {
-    return codec == BF16 && support != DENSE && i < m->k && n + 2 * LANES <= m->n_nonzero;
+    return in_halves(codec, support) && i < m->k && n + 2 * LANES <= m->n_nonzero;
 }
 
 INLINE uint32_t positions_of_two(const Matrix *m, int support, const uint8_t *row, int64_t i) {
@@ -517,7 +520,9 @@ static void work(void *argument) {
         Task mine = *t;
 #ifdef HALVES
         float *halves = t->shares + me * size;
-        for (int64_t b = 0; b < t->batch; b++) split_halves(t->z + b * t->stride, halves + b * t->stride, t->stride);
+        if (in_halves((int)m->codec, (int)m->support))
+            for (int64_t b = 0; b < t->batch; b++)
+                split_halves(t->z + b * t->stride, halves + b * t->stride, t->stride);
         mine.halves = halves;
 #endif
         columns(&mine, share(m, me, team), share(m, me + 1, team));
