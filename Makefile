@@ -13,7 +13,7 @@ READY := $(VENV)/.ready
 TORCH := $(or $(shell cat $(VENV)/.torch 2>/dev/null),lock)
 
 SNAKEMAKE := $(BIN)/snakemake --cores $(CORES)
-RULES := Snakefile workflow/rules
+RULES := Snakefile workflow/*.smk workflow/rules
 
 .DEFAULT_GOAL := help
 .PHONY: help env run densify test slurm-test lint format bench bench-runtime clean

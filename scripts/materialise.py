@@ -4,7 +4,7 @@ from cospadi.stage import script
 
 
 def main(snakemake, log):
-    from cospadi.masa import write_ordinary
+    from cospadi.training import write_ordinary
 
     write_ordinary(snakemake.input[0], snakemake.output[0])
     log(f"ordinary model in {snakemake.output[0]}")

@@ -4,7 +4,7 @@ from cospadi.stage import script
 
 
 def main(snakemake, log):
-    from cospadi.masa.text import tokenize
+    from cospadi.training.text import tokenize
 
     tokenize(snakemake.input.tokenizer, snakemake.input.text, snakemake.input.heldout, snakemake.output[0], log=log)
 

@@ -4,7 +4,7 @@ from cospadi.stage import choose_device, script
 
 
 def main(snakemake, log):
-    from cospadi.masa.training import train_language, train_vision
+    from cospadi.training.train import train_language, train_vision
 
     train = train_language if snakemake.wildcards.experiment == "language" else train_vision
     train(

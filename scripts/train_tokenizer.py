@@ -4,7 +4,7 @@ from cospadi.stage import script
 
 
 def main(snakemake, log):
-    from cospadi.masa.text import train_tokenizer
+    from cospadi.training.text import train_tokenizer
 
     train_tokenizer(snakemake.input[0], snakemake.output[0], vocabulary=snakemake.params.vocabulary, log=log)
 

@@ -12,8 +12,10 @@ import yaml
 from cospadi.config import check_config, documentation, schema
 from cospadi.errors import ConfigError
 from cospadi.methods import METHODS
+from cospadi.training import config as training_config
 
 PROJECT = Path(__file__).parents[2]
+SCHEMAS = [schema, training_config.schema]
 
 
 @pytest.fixture
@@ -239,12 +241,14 @@ def test_masa_config_is_right(monkeypatch):
         assert variant["ratio"] == int(name.rsplit("-", 1)[1]) / 100
 
 
-def test_the_schema_is_one():
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_the_schema_is_one(schema):
     # here and not at every start: that takes a seventh of a second, twice in every SLURM job
     jsonschema.Draft202012Validator.check_schema(schema())
 
 
-def test_every_key_of_the_schema_is_described_and_closed():
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_every_key_of_the_schema_is_described_and_closed(schema):
     def walk(part, where):
         for alternative in part.get("oneOf", []):
             if alternative.get("type") == "object":
@@ -263,7 +267,8 @@ def test_every_key_of_the_schema_is_described_and_closed():
         walk(definition, name)
 
 
-def test_defaults_of_the_schema_obey_it():
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_defaults_of_the_schema_obey_it(schema):
     def walk(part):
         if isinstance(part, dict):
             if "default" in part and "type" in part and part["type"] != "object":
@@ -274,9 +279,16 @@ def test_defaults_of_the_schema_obey_it():
     walk(schema())
 
 
-def test_documentation_follows_the_schema():
-    path = PROJECT / "docs" / "configuration.md"
-    assert path.read_text() == documentation(), f"run: python -m cospadi.config {path.relative_to(PROJECT)}"
+@pytest.mark.parametrize(
+    ("name", "module", "documentation"),
+    [
+        ("configuration", "cospadi.config", documentation),
+        ("configuration-training", "cospadi.training.config", training_config.documentation),
+    ],
+)
+def test_documentation_follows_the_schema(name, module, documentation):
+    path = PROJECT / "docs" / f"{name}.md"
+    assert path.read_text() == documentation(), f"run: python -m {module} {path.relative_to(PROJECT)}"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import re
 import shutil
@@ -9,10 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from cospadi import plan as plan_module
+from cospadi import digests as digests_module
 from cospadi.config import check_config
+from cospadi.digests import code_digest
 from cospadi.errors import ConfigError, UnsupportedModelError
-from cospadi.plan import Plan, code_digest, layers_of, modules_of, one_of
+from cospadi.plan import Plan, layers_of, one_of
+
+PACKAGE = digests_module.PACKAGE
 
 MODEL = {
     "architectures": ["LlamaForCausalLM"],
@@ -185,8 +189,13 @@ def test_more_blocks_than_there_are_cannot_go():
 
 def test_a_family_that_cannot_be_folded_into_is_refused_before_any_work():
     gemma = {**MODEL, "architectures": ["Gemma3ForCausalLM"]}
-    with pytest.raises(UnsupportedModelError, match=r"variants.cut: .*Gemma3ForCausalLM has a norm behind it"):
-        make_plan(gemma, variants={"cut": {"method": "replaceme", "blocks": 4}})
+    with pytest.raises(ConfigError) as caught:
+        make_plan(
+            gemma, variants={"cut": {"method": "replaceme", "blocks": 4}, "far": {"method": "uidl", "blocks": 99}}
+        )
+    fold, far = caught.value.faults
+    assert re.match(r"variants.cut: .*Gemma3ForCausalLM has a norm behind it", fold)
+    assert far == "variants.far.blocks: 99; the model has 30 blocks"
     assert make_plan(gemma, variants={"cut": {"method": "uidl", "blocks": 4}}).pruned == ["cut"]
 
 
@@ -212,8 +221,8 @@ def test_one_of_matches_these_names_alone(names, matched, refused):
 def package(tmp_path, monkeypatch):
     """A copy of the package that may be edited."""
     copy = tmp_path / "cospadi"
-    shutil.copytree(plan_module.PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(plan_module, "PACKAGE", copy)
+    shutil.copytree(digests_module.PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(digests_module, "PACKAGE", copy)
     forget()
     yield copy
     forget()
@@ -221,28 +230,56 @@ def package(tmp_path, monkeypatch):
 
 def forget():
     code_digest.cache_clear()
-    plan_module._read.cache_clear()
+    digests_module._read.cache_clear()
 
 
 def edit(path):
     with open(path, "a") as file:
-        file.write("\n# edited\n")
+        file.write("\nedited = True\n")
     forget()
 
 
 def digests(plan) -> dict[str, str]:
     return {
-        "windows": code_digest("cospadi.calibration.windows"),
-        "collect": code_digest("cospadi.calibration.collect"),
-        "gram": code_digest("cospadi.gram", "cospadi.calibration.collect"),
-        "htp": plan.learning_code("a"),
-        "ksvd": plan.learning_code("k"),
-        "exact": plan.learning_code("e"),
-        "svd": plan.learning_code("b"),
-        "quantize": code_digest("cospadi.quantization"),
-        "assemble": code_digest("cospadi.checkpoint", *modules_of("cospadi.runtime")),
-        "evaluate": code_digest("cospadi.evaluation"),
+        **{stage: plan.code(stage)(SimpleNamespace()) for stage in plan.stages if stage != "learn"},
+        **{name: plan.code("learn")(SimpleNamespace(variant=name)) for name in plan.factorized},
     }
+
+
+METHODS_AND_SOLVERS = {
+    "htp": {"method": "cospadi", "ratio": 0.2},
+    "ksvd": {"method": "cospadi", "ratio": 0.2, "solver": "ksvd"},
+    "exact": {"method": "cospadi", "ratio": 0.2, "group_size": 2, "share": ["q_proj"], "group_metric": "exact"},
+    "svd": {"method": "svd_llm", "ratio": 0.2},
+}
+
+
+def test_comments_docstrings_and_layout_are_no_code(package):
+    plan = make_plan(variants=METHODS_AND_SOLVERS)
+    before = digests(plan)
+    for path in package.rglob("*.py"):
+        text = path.read_text()
+        tree = ast.parse(text)
+        # ast.unparse writes no comments, and its own quotes, brackets and line breaks
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+                node.body[0].value.value = "Other words."
+        path.write_text(f"# edited\n{ast.unparse(tree)}\n")
+    forget()
+    assert digests(plan) == before
+    # a string that is no docstring is code
+    with open(package / "gram.py", "a") as file:
+        file.write("\ndef f():\n    return 'words'\n")
+    forget()
+    assert digests(plan)["gram"] != before["gram"]
+
+
+def test_a_module_that_is_moved_into_another_place_of_the_file_system_is_the_same(package):
+    plan = make_plan(variants=METHODS_AND_SOLVERS)
+    copied = digests(plan)
+    digests_module.PACKAGE = PACKAGE
+    forget()
+    assert digests(plan) == copied
 
 
 @pytest.mark.parametrize(
@@ -253,19 +290,22 @@ def digests(plan) -> dict[str, str]:
         ("solvers/multi_metric.py", {"exact"}),
         ("solvers/svd.py", {"svd"}),
         ("methods/svd_llm.py", {"svd"}),
-        ("calibration/collect.py", {"collect", "gram"}),
+        # the registries: a line more changes nothing that was there
+        ("methods/__init__.py", set()),
+        ("solvers/__init__.py", set()),
+        ("sources/__init__.py", set()),
+        ("pruning/__init__.py", set()),
+        ("calibration/collect.py", {"collect", "gram", "distances", "fit", "drift"}),
         ("evaluation.py", {"evaluate"}),
+        ("tasks/last_word.yaml", {"evaluate"}),
+        # what travels in a checkpoint: the dense model is not evaluated again, packed ones are assembled and then are
         ("runtime/modeling_cospadi.py", {"assemble"}),
+        ("runtime/cospadi_cuda_kernels.py", {"assemble"}),
+        ("report/plots.py", {"summarize", "plot_distances"}),
     ],
 )
 def test_an_edit_changes_the_digests_of_the_stages_that_use_the_file(package, file, changed):
-    variants = {
-        "a": {"method": "cospadi", "ratio": 0.2},
-        "k": {"method": "cospadi", "ratio": 0.2, "solver": "ksvd"},
-        "e": {"method": "cospadi", "ratio": 0.2, "group_size": 2, "share": ["q_proj"], "group_metric": "exact"},
-        "b": {"method": "svd_llm", "ratio": 0.2},
-    }
-    plan = make_plan(variants=variants)
+    plan = make_plan(variants=METHODS_AND_SOLVERS)
     before = digests(plan)
     edit(package / file)
     after = digests(plan)

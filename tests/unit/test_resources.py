@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,9 +12,12 @@ import yaml
 
 from cospadi import needs as needs_module
 from cospadi.config import check_config
-from cospadi.needs import measured, merged, needs, table
+from cospadi.errors import ConfigError
+from cospadi.needs import measured, needs, table
 from cospadi.plan import Plan
 from cospadi.resources import JOB_MEMORY, MEBI, SLACK, SPARE, START_MINUTES, Estimates, Work
+from cospadi.runs import KINDS, Kind, check_run, kind_of
+from cospadi.stages import drawing
 
 PROJECT = Path(__file__).parents[2]
 MODELS = PROJECT / "config/models"
@@ -186,5 +190,80 @@ def test_the_command_prints_the_table(capsys, monkeypatch):
     assert learn[2:5] == ["32", "8", "1"]  # jobs, CPUs, GPU
 
 
-def test_one_config_over_another():
-    assert merged({"a": {"b": 1, "c": 2}, "d": [1]}, {"a": {"b": 3}, "d": [2]}) == {"a": {"b": 3, "c": 2}, "d": [2]}
+def test_the_command_does_without_a_config_of_the_working_directory(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    config = {"run": "r", "training": {"vision": yaml.safe_load(VISION)}, "device": "cpu"}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config))
+    needs_module.main(["--configfile", "mine.yaml"])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["train_model", "vision/dense", "3"] in [row[:3] for row in rows]
+    with pytest.raises(SystemExit, match=r"config.yaml: 1 fault\n  - cannot be read \(No such file or directory\)"):
+        needs_module.main([])
+    (tmp_path / "broken.yaml").write_text("run: [")
+    with pytest.raises(SystemExit, match=r"broken.yaml: 1 fault\n  - not YAML"):
+        needs_module.main(["--configfile", "broken.yaml"])
+
+
+# --- the tables of stages --------------------------------------------------------------------------------------------
+
+VISION = """
+model: {hidden_size: 8, intermediate_size: 8, layers: 2, heads: 2}
+steps: 5
+variants: {dense: {attention: dense}}
+"""
+
+
+def rules_of(kind: Kind) -> dict[str, str]:
+    """Name and text of the rules that a kind of run has."""
+    included = re.findall(r'include: "rules/(\w+)\.smk"', (PROJECT / f"workflow/{kind.name}.smk").read_text())
+    text = "\n".join((PROJECT / "workflow/rules" / f"{file}.smk").read_text() for file in included)
+    return {rule.partition(":")[0]: rule for rule in re.split(r"^rule ", text, flags=re.MULTILINE)[1:]}
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_every_rule_is_a_stage_and_asks_its_own_entry(kind):
+    rules = rules_of(kind)
+    assert {stage.rule for stage in kind.stages.values()} == set(rules)
+    for stage in kind.stages.values():
+        asked = set(re.findall(r'plan\.(?:threads|mem_mb|runtime|gpus|code)\("(\w+)"\)', rules[stage.rule]))
+        assert asked <= {stage.name}
+        assert stage.threads is None or f'threads: plan.threads("{stage.name}")' in rules[stage.rule]
+        assert stage.uses_gpu == (f'gpu=plan.gpus("{stage.name}")' in rules[stage.rule])
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_stages_come_after_what_they_read(kind):
+    names = list(kind.stages)
+    for stage in kind.stages.values():
+        assert set(stage.after) <= set(names)
+        # a pruned model is inspected again, after the one that it is made from
+        assert stage.name == "inspect" or all(names.index(before) < names.index(stage.name) for before in stage.after)
+        assert stage.threads is None or stage.threads in kind.schema()["properties"]["threads"]["properties"]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_the_drawing_in_the_documentation_is_of_these_stages(kind):
+    page = (PROJECT / "docs/architecture.md").read_text()
+    drawn = f"<!-- stages: {kind.name} -->\n```mermaid\n{drawing(kind.stages)}\n```"
+    assert drawn in page, "run: python -m cospadi.runs docs/architecture.md"
+
+
+def test_needs_of_training_count_every_model_and_every_stage():
+    config = yaml.safe_load((PROJECT / "config/masa-train.yaml").read_text())
+    config["text"] = {"name": "t", "source": "hub", "dataset": "d"}
+    config = check_run(config)
+    rows = needs(kind_of(config).plan(config))
+    assert [need.stage for need in rows] == ["text", "tokenizer", "tokens", *["train"] * 9, "summarize", "report"]
+    assert {need.n_jobs for need in rows if need.stage == "train"} == {3}
+    vision = check_run({"run": "r", "training": {"vision": yaml.safe_load(VISION)}})
+    assert [need.stage for need in needs(kind_of(vision).plan(vision))] == ["train", "summarize", "report"]
+
+
+def test_a_run_that_trains_leaves_out_what_only_the_other_kind_has_and_refuses_what_none_has():
+    config = yaml.safe_load((PROJECT / "config.yaml").read_text()) | {"training": {"vision": yaml.safe_load(VISION)}}
+    assert set(check_run(config)) == {"run", "text", "device", "training", "threads"}
+    assert set(check_run(config)["threads"]) == {"fetch", "train"}
+    config["varaints"], config["threads"]["lern"] = {}, 1
+    with pytest.raises(ConfigError) as caught:
+        check_run(config)
+    assert [fault.partition(":")[0] for fault in caught.value.faults] == ["threads.lern", "varaints"]

@@ -11,7 +11,7 @@ import zipfile
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from cospadi import masa
+from cospadi import training
 from cospadi.files import TensorFile
 
 from .conftest import Run
@@ -125,7 +125,7 @@ def test_ordinary_model_is_a_target(trained, tmp_path):
     assert run.planned(target) == {"materialise": 1, "total": 1}
     run.snakemake(target)
     assert AutoConfig.from_pretrained(run.folder / target).model_type == "llama"
-    assert masa.attention_parameters(AutoModelForCausalLM.from_pretrained(run.folder / target)) == 3 * 4 * SQUARE
+    assert training.attention_parameters(AutoModelForCausalLM.from_pretrained(run.folder / target)) == 3 * 4 * SQUARE
     assert (run.folder / target / "tokenizer.json").exists()
 
 

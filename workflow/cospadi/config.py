@@ -12,7 +12,7 @@ import difflib
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from cospadi.errors import ConfigError
 from cospadi.methods import METHODS
 from cospadi.pruning import PRUNERS
 
-SCHEMA_FILE = Path(__file__).resolve().parents[1] / "schemas" / "config.schema.yaml"
+SCHEMAS = Path(__file__).resolve().parents[1] / "schemas"
 # a config file that names one of these means it instead of the base config's, not besides it
 REPLACED = ("model", "text", "variants")
 
@@ -36,7 +36,7 @@ Schema = dict[str, Any]
 @cache
 def schema() -> Schema:
     """The JSON schema of a config; ``$defs.variant`` has one alternative a method, and one for several steps."""
-    whole = yaml.safe_load(SCHEMA_FILE.read_text())
+    whole = read_schema("config.schema.yaml")
     common = whole["$defs"].pop("variant")
     alternatives = []
     for name, method in METHODS.items():
@@ -60,7 +60,35 @@ def schema() -> Schema:
     steps = whole["$defs"].pop("steps")
     steps["properties"]["steps"]["items"] = {"oneOf": alternatives}
     whole["$defs"]["variant"] = {"oneOf": [*alternatives, steps]}
-    return whole
+    return without_references(whole)
+
+
+def read_schema(name: str) -> Schema:
+    """A file of the folder of schemas, as it is."""
+    return yaml.safe_load((SCHEMAS / name).read_text())
+
+
+def without_references(whole: Schema) -> Schema:
+    """A schema with what its references name in their place; keys beside a ``$ref`` (a description) add to that.
+
+    A reference is ``#/path/in/this/schema`` or ``file#/path``, a file beside it.
+    """
+
+    def inline(part: Any, root: Schema) -> Any:
+        if isinstance(part, list):
+            return [inline(entry, root) for entry in part]
+        if not isinstance(part, dict):
+            return part
+        if "$ref" in part:
+            file, _, path = part["$ref"].partition("#/")
+            root_of_target = target = read_schema(file) if file else root
+            for key in path.split("/"):
+                target = target[key]
+            target = inline(target, root_of_target)
+            part = {**target, **{key: value for key, value in part.items() if key != "$ref"}}
+        return {key: inline(value, root) for key, value in part.items()}
+
+    return inline(whole, whole)
 
 
 def check_config(
@@ -88,17 +116,29 @@ def check_config(
     ConfigError
         With all faults: config path, value, what is allowed.
     """
+    return checked(config, schema(), _cross_checks, overrides=overrides, source=source)
+
+
+def checked(
+    config: Mapping[str, Any],
+    whole: Schema,
+    cross_checks: Callable[[dict[str, Any]], Iterable[str]],
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    source: str = "config",
+) -> dict[str, Any]:
+    """`check_config` for any schema (without references) and what no schema can say, as lines of faults."""
     result = copy.deepcopy(dict(config))
     for section in REPLACED:
-        if overrides and section in overrides:
+        if overrides and section in overrides and section in whole["properties"]:
             result[section] = copy.deepcopy(overrides[section])
     faults: list[str] = []
-    concrete = _resolve(schema(), result, (), faults)
+    concrete = _resolve(whole, result, (), faults)
     for error in _Validator(concrete).iter_errors(result):
         faults += _describe(error)
     if not faults:
         _fill_defaults(concrete, result)
-        faults += _cross_checks(result)
+        faults += cross_checks(result)
     if faults:
         raise ConfigError(sorted(set(faults)), source)
     return result
@@ -118,25 +158,16 @@ _Validator = validators.extend(
 )
 
 
-def _reference(part: Schema) -> Schema:
-    """Follow a ``$ref``; keys beside it (a description) add to what it names."""
-    while "$ref" in part:
-        target = schema()["$defs"][part["$ref"].rsplit("/", 1)[1]]
-        part = {**target, **{key: value for key, value in part.items() if key != "$ref"}}
-    return part
-
-
 def _resolve(part: Schema, value: Any, path: tuple[str, ...], faults: list[str]) -> Schema:
-    """The schema that holds for `value`: every reference followed, every ``oneOf`` decided.
+    """The schema that holds for `value`, with every ``oneOf`` decided.
 
     With one alternative left, the validator's messages name the fault itself instead of "matches none of".
     """
-    part = _reference(part)
     if "oneOf" in part:
-        alternatives = [_reference(alternative) for alternative in part["oneOf"]]
-        chosen = _alternative(alternatives, value, path, faults)
+        chosen = _alternative(part["oneOf"], value, path, faults)
         kept = {key: part[key] for key in ("default", "description") if key in part}
         part = {**chosen, **kept} if chosen is not None else kept
+    part = dict(part)
     if part.get("type") == "object":
         given = value if isinstance(value, Mapping) else {}
         part = {**part, "properties": dict(part.get("properties", {}))}
@@ -287,8 +318,13 @@ def _cross_checks(config: dict[str, Any]) -> Iterator[str]:
     for name, variant in config["variants"].items():
         yield from _step_faults(f"variants.{name}", variant)
     yield from _warm_start_faults(config["variants"])
-    yield from _training_faults(config)
-    for section, key in (("model", "config"), ("model", "path"), ("text", "path"), ("evaluation", "task_path")):
+    files = [("model", "config"), ("model", "path"), ("text", "path"), ("evaluation", "task_path")]
+    yield from missing_files(config, files)
+
+
+def missing_files(config: Mapping[str, Any], places: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """Faults of the places (section and key) that name a file or folder that is not there."""
+    for section, key in places:
         path = (config[section] or {}).get(key)
         if path is not None and not Path(path).exists():
             yield f"{section}.{key}: {path!r} does not exist (looked in {Path.cwd()})"
@@ -337,64 +373,41 @@ def _warm_start_faults(variants: Mapping[str, Any]) -> Iterator[str]:
             yield f"{where}: it starts from {' from '.join([*seen[1:], name])}"
 
 
-def _training_faults(config: dict[str, Any]) -> Iterator[str]:
-    training = config["training"]
-    if training is None:
-        return
-    if training["language"] is None and training["vision"] is None:
-        yield "training: has neither language nor vision; add one, or set training to null"
-    if training["language"] is not None and config["text"] is None:
-        yield "training.language: needs the section text; add it, or set training.language to null"
-    for experiment in ("language", "vision"):
-        settings = training[experiment]
-        if settings is None:
-            continue
-        where, sizes = f"training.{experiment}", settings["model"]
-        heads, hidden = sizes["heads"], sizes["hidden_size"]
-        # rotary embeddings turn pairs of numbers
-        parts = 2 * heads if experiment == "language" else heads
-        if hidden % parts:
-            yield f"{where}.model.hidden_size: {hidden}; it has to be a multiple of {parts} for {heads} heads"
-        for name, variant in settings["variants"].items():
-            here = f"{where}.variants.{name}"
-            if variant.get("atoms", 0) > sizes["layers"]:
-                yield f"{here}.atoms: {variant['atoms']}; the model has {sizes['layers']} layers"
-            if variant.get("rank", 0) > hidden:
-                yield f"{here}.rank: {variant['rank']}; the matrices are {hidden} x {hidden}"
-            if experiment == "vision" and variant["attention"] == "gqa":
-                yield f"{here}.attention: gqa; a ViT has no key and value heads of their own"
-            elif heads % variant.get("kv_heads", heads):
-                yield f"{here}.kv_heads: {variant['kv_heads']}; {heads} heads have to be a multiple of it"
-
-
 def documentation() -> str:
     """``docs/configuration.md``, from the schema."""
     replaced = ", ".join(f"`{section}`" for section in REPLACED)
-    lines = [
-        "# Configuration",
-        "",
-        "<!-- Written by `python -m cospadi.config docs/configuration.md` from the schema; do not edit. -->",
-        "",
-        "`config.yaml` is the demo. Another run is another file, given as `make run CONFIG=my.yaml` or",
-        "`snakemake --cores all --configfile my.yaml`. It says what differs from `config.yaml`, key by key; only",
-        f"{replaced} replace those of `config.yaml` as a whole where they are given.",
-        "Write small numbers as `1.0e-4`: YAML reads `1e-4` as text.",
-        "",
-        "Unknown keys and values out of range are refused before any work, all of them in one message.",
-    ]
-    whole = schema()
-    lines += ["", *_table(whole)]
+    return document(
+        "Configuration",
+        "cospadi.config docs/configuration.md",
+        [
+            "`config.yaml` is the demo. Another run is another file, given as `make run CONFIG=my.yaml` or",
+            "`snakemake --cores all --configfile my.yaml`. It says what differs from `config.yaml`, key by key; only",
+            f"{replaced} replace those of `config.yaml` as a whole where they are given.",
+            "Write small numbers as `1.0e-4`: YAML reads `1e-4` as text.",
+            "",
+            "Unknown keys and values out of range are refused before any work, all of them in one message.",
+            "",
+            "A run that trains models from scratch (`config/masa-train.yaml`) has a [configuration of its",
+            "own](configuration-training.md).",
+        ],
+        schema(),
+    )
+
+
+def document(title: str, module: str, introduction: list[str], whole: Schema) -> str:
+    """A page of documentation of a schema (without references), which ``python -m module`` writes."""
+    lines = [f"# {title}", "", f"<!-- Written by `python -m {module}` from the schema; do not edit. -->", ""]
+    lines += [*introduction, "", *_table(whole)]
     for key, child in whole["properties"].items():
         lines += _section(f"`{key}`", child, 2)
     return "\n".join(lines) + "\n"
 
 
 def _section(title: str, part: Schema, level: int) -> list[str]:
-    part = _reference(part)
     if isinstance(part.get("additionalProperties"), dict):
         return _section(title, {**part["additionalProperties"], "description": part["description"]}, level)
     if "oneOf" in part:
-        objects = [choice for choice in map(_reference, part["oneOf"]) if choice.get("type") == "object"]
+        objects = [choice for choice in part["oneOf"] if choice.get("type") == "object"]
         if len(objects) == 1 and "description" in part:  # that, or null
             return _section(title, {**objects[0], "description": part["description"]}, level)
         lines = ["", f"{'#' * level} {title}", "", part["description"]] if "description" in part else []
@@ -413,7 +426,6 @@ def _table(part: Schema) -> list[str]:
     required = part.get("required", [])
     lines = ["| key | value | default | meaning |", "|---|---|---|---|"]
     for key, child in part["properties"].items():
-        child = _reference(child)
         default = "required" if key in required else f"`{_show(child['default'])}`" if "default" in child else ""
         if child.get("default") == {}:
             default = "see below"

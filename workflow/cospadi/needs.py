@@ -2,28 +2,26 @@
 
 ``python -m cospadi.needs --configfile config/llama-3-8b.yaml --model config/models/Meta-Llama-3-8B.json`` counts jobs,
 CPUs, memory, time and disk with the functions that the rules themselves use. With ``--results results/demo`` it puts
-what a finished run measured beside them.
+what a finished run measured beside them. Where there is no ``config.yaml`` the config file has to be complete.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import csv
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import yaml
 from tabulate import tabulate
 
-from cospadi.config import check_config
-from cospadi.errors import CospadiError
-from cospadi.plan import GPU_STAGES, Plan
+from cospadi.errors import ConfigError, CospadiError
+from cospadi.files import read_json
 from cospadi.resources import Work
+from cospadi.runs import COMPRESS, check_run, kind_of
+from cospadi.stages import Staged
 
 GIGA = 1e9
 
@@ -51,47 +49,21 @@ class Need:
         return self.work.runtime(1, self.threads, self.gpu)
 
 
-def needs(plan: Plan) -> list[Need]:
+def needs(plan: Staged) -> list[Need]:
     """What the jobs of a run need, in the order of the workflow."""
     return [
-        Need(name, stage, n_jobs, _threads(plan, stage), plan.work(stage, wildcards), _on_gpu(plan, stage), files)
-        for name, stage, n_jobs, wildcards, files in _jobs(plan)
-        if n_jobs
+        Need(
+            name=f"{stage.rule} {jobs.of}".strip(),
+            stage=stage.name,
+            n_jobs=jobs.count,
+            threads=plan.threads(stage.name),
+            work=plan.work(stage.name, jobs.wildcards),
+            gpu=bool(plan.gpus(stage.name)),
+            benchmarks=jobs.benchmarks,
+        )
+        for stage in plan.stages.values()
+        for jobs in stage.jobs(plan)
     ]
-
-
-def _jobs(plan: Plan) -> Iterator[tuple[str, str, int, SimpleNamespace, str]]:
-    """Rule (and variant), stage, number of jobs, wildcards of the largest, benchmark files."""
-    yield "fetch_model", "fetch", int(plan.config["model"]["source"] != "local"), SimpleNamespace(), "fetch_model.tsv"
-    yield "prepare_calibration", "prepare", 1, SimpleNamespace(), "prepare_calibration.tsv"
-    if plan.pruned_bases:
-        yield "measure_distances", "prune", 1, SimpleNamespace(base=""), "measure_distances.tsv"
-    for base in dict.fromkeys(plan.base_of(variant) for variant in plan.factorized):
-        if base:
-            wildcards = SimpleNamespace(base=base)
-            yield f"fit_transforms {base}", "prune", int(plan.fits(base)), wildcards, f"{base}fit_transforms.tsv"
-        chunks = plan.chunks_of(base)
-        widest = max(chunks, key=len)
-        wildcards = SimpleNamespace(base=base, first=widest[0], last=widest[-1])
-        yield "inspect_model", "inspect", 1, SimpleNamespace(base=base), f"{base}inspect_model.tsv"
-        yield f"collect_activations {base}", "collect", len(chunks), wildcards, f"{base}collect_activations/*.tsv"
-        wildcards = SimpleNamespace(base=base, layer=0)
-        yield f"compute_gram {base}", "gram", plan.n_layers_of(base), wildcards, f"{base}compute_gram/*.tsv"
-    for stage, rule in (("learn", "learn_dictionary"), ("quantize", "quantize_codes")):
-        for variant in plan.factorized:
-            units = plan.units(variant)
-            wildcards = SimpleNamespace(variant=variant, unit=units[0])
-            yield f"{rule} {variant}", stage, len(units), wildcards, f"{rule}/{variant}/*.tsv"
-    yield "assemble_model", "assemble", len(plan.factorized), SimpleNamespace(), "assemble_model/*.tsv"
-    yield "evaluate_model", "evaluate", len(plan.models), SimpleNamespace(), "evaluate_model/*.tsv"
-
-
-def _threads(plan: Plan, stage: str) -> int:
-    return plan.config["threads"].get(stage, 1)
-
-
-def _on_gpu(plan: Plan, stage: str) -> bool:
-    return bool(plan.gpus()) and stage in GPU_STAGES
 
 
 def measured(results: Path, need: Need) -> tuple[float, float] | None:
@@ -113,7 +85,7 @@ def table(rows: Sequence[Need], results: Path | None = None) -> str:
     lines: list[list[Any]] = []
     for need in rows:
         line = [
-            need.name.strip(),
+            need.name,
             need.n_jobs,
             need.threads,
             int(need.gpu),
@@ -134,16 +106,6 @@ def table(rows: Sequence[Need], results: Path | None = None) -> str:
     return f"{text}\n\nexpected in all: {hours:.3g} CPU hours, {gpu_hours:.3g} GPU hours"
 
 
-def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A config with another one over it, key by key, as Snakemake does."""
-    result = dict(copy.deepcopy(base))
-    for key, value in changes.items():
-        old = result.get(key)
-        both = isinstance(old, dict) and isinstance(value, dict)
-        result[key] = merged(old, value) if both else copy.deepcopy(value)
-    return result
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(prog="python -m cospadi.needs", description=__doc__)
@@ -159,13 +121,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _table_of(options: argparse.Namespace) -> str:
-    config = yaml.safe_load(Path("config.yaml").read_text())
-    changes = yaml.safe_load(options.configfile.read_text()) if options.configfile else {}
+    # Snakemake's own, so that the table is of what Snakemake would run
+    from snakemake.utils import update_config
+
+    changes = _read(options.configfile) if options.configfile else {}
     if options.device:
         changes["device"] = options.device
-    config = check_config(merged(config, changes), overrides=changes, source=str(options.configfile or "config.yaml"))
-    model = json.loads(options.model.read_text()) if options.model else None
-    return table(needs(Plan(config, model)), options.results)
+    base = Path("config.yaml")
+    config = _read(base) if base.exists() or not changes else {}
+    update_config(config, changes)
+    config = check_run(config, overrides=changes, source=str(options.configfile or base))
+    kind = kind_of(config)
+    model = [read_json(options.model, "Give a model's config.json")] if options.model and kind is COMPRESS else []
+    return table(needs(kind.plan(config, *model)), options.results)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return yaml.safe_load(path.read_text()) or {}
+    except OSError as error:
+        raise ConfigError([f"cannot be read ({error.strerror})"], str(path)) from error
+    except yaml.YAMLError as error:
+        raise ConfigError([f"not YAML ({error})"], str(path)) from error
 
 
 if __name__ == "__main__":

@@ -31,6 +31,9 @@ SUPPORTED = (
     "Qwen3ForCausalLM",
 )
 
+# families whose block adds the MLP's output to the residual as it is; Gemma 3 has a norm between the two
+FOLDABLE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
 # what the linear layers of a block are called in every one of them
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

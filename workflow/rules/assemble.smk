@@ -1,6 +1,6 @@
 rule assemble_model:
     input:
-        model=lambda wildcards: plan.base_model(plan.base_of(wildcards.variant)),
+        model=lambda wildcards: plan.model_input(plan.base_of(wildcards.variant)),
         codes=lambda wildcards: expand(
             rules.quantize_codes.output.codes,
             unit=plan.units(wildcards.variant),
@@ -21,13 +21,14 @@ rule assemble_model:
         variant=one_of(plan.factorized),
     conda:
         "../../envs/cospadi.yaml"
-    threads: config["threads"]["assemble"]
+    threads: plan.threads("assemble")
     resources:
         mem_mb=plan.mem_mb("assemble"),
         runtime=plan.runtime("assemble"),
     params:
         variant=lambda wildcards: config["variants"][wildcards.variant],
-        code=code_digest("cospadi.checkpoint", *modules_of("cospadi.runtime")),
+        model=lambda wildcards: plan.model_digest(WEIGHTS, TOKENIZER, REST, base=plan.base_of(wildcards.variant)),
+        code=plan.code("assemble"),
     message:
         "Assembling the checkpoint of {wildcards.variant}"
     script:
@@ -47,12 +48,12 @@ rule densify:
         variant=one_of(plan.factorized),
     conda:
         "../../envs/cospadi.yaml"
-    threads: config["threads"]["assemble"]
+    threads: plan.threads("densify")
     resources:
-        mem_mb=plan.mem_mb("assemble"),
-        runtime=plan.runtime("assemble"),
+        mem_mb=plan.mem_mb("densify"),
+        runtime=plan.runtime("densify"),
     params:
-        code=code_digest("cospadi.checkpoint"),
+        code=plan.code("densify"),
     message:
         "Writing {wildcards.variant} as an ordinary dense model"
     script:

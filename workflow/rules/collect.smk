@@ -1,6 +1,6 @@
 rule collect_activations:
     input:
-        model=lambda wildcards: plan.base_model(wildcards.base),
+        model=lambda wildcards: plan.model_input(wildcards.base),
         structure=rules.inspect_model.output[0],
         windows=rules.prepare_calibration.output[0],
         hidden=lambda wildcards: plan.hidden_before(int(wildcards.first), wildcards.base),
@@ -15,15 +15,16 @@ rule collect_activations:
         plan.group("collect")
     conda:
         "../../envs/cospadi.yaml"
-    threads: config["threads"]["collect"]
+    threads: plan.threads("collect")
     resources:
         mem_mb=plan.mem_mb("collect"),
         runtime=plan.runtime("collect"),
-        gpu=plan.gpus(),
+        gpu=plan.gpus("collect"),
     params:
         collection=plan.collection(),
+        model=lambda wildcards: plan.model_digest(WEIGHTS, base=wildcards.base),
         device=config["device"],
-        code=code_digest("cospadi.calibration.collect"),
+        code=plan.code("collect"),
     message:
         "Collecting what enters the matrices of layers {wildcards.first} to {wildcards.last}"
     script:

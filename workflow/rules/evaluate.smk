@@ -1,6 +1,6 @@
 rule evaluate_model:
     input:
-        model=lambda wildcards: plan.model_of(wildcards.name),
+        model=lambda wildcards: plan.model_input() if wildcards.name == DENSE else plan.model_of(wildcards.name),
         heldout=plan.text_file("heldout"),
     output:
         "<results>/{name}/eval.json",
@@ -10,15 +10,17 @@ rule evaluate_model:
         "<benchmarks>/evaluate_model/{name}.tsv"
     conda:
         "../../envs/cospadi.yaml"
-    threads: config["threads"]["evaluate"]
+    threads: plan.threads("evaluate")
     resources:
         mem_mb=plan.mem_mb("evaluate"),
         runtime=plan.runtime("evaluate"),
-        gpu=plan.gpus(),
+        gpu=plan.gpus("evaluate"),
     params:
         evaluation=config["evaluation"],
+        model=lambda wildcards: plan.model_digest(WEIGHTS, TOKENIZER) if wildcards.name == DENSE else None,
+        tasks=plan.tasks_digest(),
         device=config["device"],
-        code=code_digest("cospadi.evaluation"),
+        code=plan.code("evaluate"),
     message:
         "Evaluating {wildcards.name}"
     script:

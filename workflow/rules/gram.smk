@@ -1,5 +1,5 @@
 # The activations are temporary: once they are gone, Snakemake cannot see that their rule changed. So what they
-# depend on (windows, settings, code) is repeated here.
+# depend on (model, windows, settings, code) is repeated here.
 rule compute_gram:
     input:
         structure=rules.inspect_model.output[0],
@@ -15,14 +15,15 @@ rule compute_gram:
         plan.group("gram")
     conda:
         "../../envs/cospadi.yaml"
-    threads: config["threads"]["gram"]
+    threads: plan.threads("gram")
     resources:
         mem_mb=plan.mem_mb("gram"),
         runtime=plan.runtime("gram"),
     params:
         gram=config["gram"],
         collection=plan.collection(),
-        code=code_digest("cospadi.gram", "cospadi.calibration.collect"),
+        model=lambda wildcards: plan.model_digest(WEIGHTS, base=wildcards.base),
+        code=plan.code("gram"),
     message:
         "Computing the Grams of layer {wildcards.layer}"
     script:

@@ -1,6 +1,6 @@
 rule inspect_model:
     input:
-        model=lambda wildcards: plan.base_model(wildcards.base),
+        model=lambda wildcards: plan.model_input(wildcards.base),
     output:
         "<results>/{base}structure.json",
     log:
@@ -13,7 +13,8 @@ rule inspect_model:
         mem_mb=plan.mem_mb("inspect"),
         runtime=plan.runtime("inspect"),
     params:
-        code=code_digest("cospadi.structure"),
+        model=lambda wildcards: plan.model_digest(WEIGHTS, TOKENIZER, base=wildcards.base),
+        code=plan.code("inspect"),
     message:
         "Finding the matrices of {input.model}"
     script:

@@ -1,6 +1,6 @@
 rule measure_drift:
     input:
-        model=lambda wildcards: plan.base_model(wildcards.base),
+        model=lambda wildcards: plan.model_input(wildcards.base),
         structure=rules.inspect_model.output[0],
         windows=rules.prepare_calibration.output[0],
     output:
@@ -11,15 +11,16 @@ rule measure_drift:
         "<benchmarks>/{base}measure_drift.tsv"
     conda:
         "../../envs/cospadi.yaml"
-    threads: config["threads"]["prune"]
+    threads: plan.threads("drift")
     resources:
-        mem_mb=plan.mem_mb("prune"),
-        runtime=plan.runtime("prune"),
-        gpu=plan.gpus(),
+        mem_mb=plan.mem_mb("drift"),
+        runtime=plan.runtime("drift"),
+        gpu=plan.gpus("drift"),
     params:
         walk=plan.pruning(),
+        model=lambda wildcards: plan.model_digest(WEIGHTS, base=wildcards.base),
         device=config["device"],
-        code=code_digest("cospadi.pruning.drift"),
+        code=plan.code("drift"),
     message:
         "Measuring how far each block moves the predicted token"
     script:
@@ -28,7 +29,7 @@ rule measure_drift:
 
 rule learn_dictionary:
     input:
-        model=lambda wildcards: plan.base_model(plan.base_of(wildcards.variant)),
+        model=lambda wildcards: plan.model_input(plan.base_of(wildcards.variant)),
         structure=lambda wildcards: plan.structure_of(plan.base_of(wildcards.variant)),
         gram=lambda wildcards: plan.grams_of(wildcards.unit, plan.base_of(wildcards.variant)),
         drift=lambda wildcards: plan.drift_of(wildcards.variant),
@@ -44,17 +45,18 @@ rule learn_dictionary:
         plan.group("learn")
     conda:
         "../../envs/cospadi.yaml"
-    threads: config["threads"]["learn"]
+    threads: plan.threads("learn")
     resources:
         mem_mb=plan.mem_mb("learn"),
         runtime=plan.runtime("learn"),
-        gpu=plan.gpus(),
+        gpu=plan.gpus("learn"),
         in_turn=1,  # of those that share a SLURM job (profiles/slurm)
     params:
         layers=lambda wildcards: layers_of(wildcards.unit),
         variant=lambda wildcards: plan.learning(wildcards.variant),
+        model=lambda wildcards: plan.model_digest(WEIGHTS, base=plan.base_of(wildcards.variant)),
         device=config["device"],
-        code=lambda wildcards: plan.learning_code(wildcards.variant),
+        code=plan.code("learn"),
     message:
         "Learning {wildcards.variant}, {wildcards.unit}"
     script:

@@ -1,6 +1,6 @@
 rule prepare_calibration:
     input:
-        model=plan.model_folder,
+        model=plan.model_input(),
         text=plan.text_file("calibration"),
     output:
         "<results>/calibration.h5",
@@ -10,13 +10,14 @@ rule prepare_calibration:
         "<benchmarks>/prepare_calibration.tsv"
     conda:
         "../../envs/cospadi.yaml"
-    threads: config["threads"]["prepare"]
+    threads: plan.threads("prepare")
     resources:
         mem_mb=plan.mem_mb("prepare"),
         runtime=plan.runtime("prepare"),
     params:
         windows=plan.windows(),
-        code=code_digest("cospadi.calibration.windows"),
+        model=plan.model_digest(WEIGHTS, TOKENIZER),
+        code=plan.code("prepare"),
     message:
         "Cutting {params.windows[samples]} calibration windows of {params.windows[length]} tokens"
     script:

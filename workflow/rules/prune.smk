@@ -1,7 +1,7 @@
 # Blocks are chosen and removed here; what is left is an ordinary model, and a base for the rules that factorize.
 rule measure_distances:
     input:
-        model=plan.model_folder,
+        model=plan.model_input(),
         structure="<results>/structure.json",
         windows=rules.prepare_calibration.output[0],
     output:
@@ -12,16 +12,17 @@ rule measure_distances:
         "<benchmarks>/measure_distances.tsv"
     conda:
         "../../envs/cospadi.yaml"
-    threads: config["threads"]["prune"]
+    threads: plan.threads("distances")
     resources:
-        mem_mb=plan.mem_mb("prune"),
-        runtime=plan.runtime("prune"),
-        gpu=plan.gpus(),
+        mem_mb=plan.mem_mb("distances"),
+        runtime=plan.runtime("distances"),
+        gpu=plan.gpus("distances"),
     params:
         samples=config["pruning"]["samples"],
         walk=plan.pruning(),
+        model=plan.model_digest(WEIGHTS),
         device=config["device"],
-        code=code_digest("cospadi.pruning.distances"),
+        code=plan.code("distances"),
     message:
         "Measuring how far the activations move from block to block"
     script:
@@ -46,10 +47,10 @@ rule plot_distances:
     conda:
         "../../envs/cospadi.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 2000 * attempt,
-        runtime=lambda wildcards, attempt: 10 * attempt,
+        mem_mb=plan.mem_mb("plot_distances"),
+        runtime=plan.runtime("plot_distances"),
     params:
-        code=code_digest("cospadi.report.plots"),
+        code=plan.code("plot_distances"),
     message:
         "Plotting the distances"
     script:
@@ -70,11 +71,11 @@ rule select_blocks:
     conda:
         "../../envs/cospadi.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 1000 * attempt,
-        runtime=lambda wildcards, attempt: 10 * attempt,
+        mem_mb=plan.mem_mb("select"),
+        runtime=plan.runtime("select"),
     params:
         settings=lambda wildcards: plan.pruned_bases[wildcards.base],
-        code=code_digest("cospadi.pruning.selection"),
+        code=plan.code("select"),
     message:
         "Choosing the blocks that go ({wildcards.base})"
     script:
@@ -83,7 +84,7 @@ rule select_blocks:
 
 rule fit_transforms:
     input:
-        model=plan.model_folder,
+        model=plan.model_input(),
         structure="<results>/structure.json",
         windows=rules.prepare_calibration.output[0],
         selection=rules.select_blocks.output[0],
@@ -98,16 +99,17 @@ rule fit_transforms:
         base=one_of([base for base in plan.pruned_bases if plan.fits(base)]),
     conda:
         "../../envs/cospadi.yaml"
-    threads: config["threads"]["prune"]
+    threads: plan.threads("fit")
     resources:
-        mem_mb=plan.mem_mb("prune"),
-        runtime=plan.runtime("prune"),
-        gpu=plan.gpus(),
+        mem_mb=plan.mem_mb("fit"),
+        runtime=plan.runtime("fit"),
+        gpu=plan.gpus("fit"),
     params:
         settings=lambda wildcards: plan.pruned_bases[wildcards.base],
         walk=plan.pruning(),
+        model=plan.model_digest(WEIGHTS),
         device=config["device"],
-        code=code_digest("cospadi.pruning.fitting"),
+        code=plan.code("fit"),
     message:
         "Fitting what makes up for the blocks that go ({wildcards.base})"
     script:
@@ -116,7 +118,7 @@ rule fit_transforms:
 
 rule prune_model:
     input:
-        model=plan.model_folder,
+        model=plan.model_input(),
         structure="<results>/structure.json",
         selection=rules.select_blocks.output[0],
         fitted=lambda wildcards: (
@@ -135,13 +137,14 @@ rule prune_model:
         base=one_of(plan.pruned_bases),
     conda:
         "../../envs/cospadi.yaml"
-    threads: config["threads"]["assemble"]
+    threads: plan.threads("prune")
     resources:
-        mem_mb=plan.mem_mb("assemble"),
-        runtime=plan.runtime("assemble"),
+        mem_mb=plan.mem_mb("prune"),
+        runtime=plan.runtime("prune"),
     params:
+        model=plan.model_digest(WEIGHTS, TOKENIZER, REST),
         settings=lambda wildcards: plan.pruned_bases[wildcards.base],
-        code=code_digest("cospadi.pruning.folding"),
+        code=plan.code("prune"),
     message:
         "Writing {output.model}, without the blocks that go"
     script:

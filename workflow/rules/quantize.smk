@@ -1,6 +1,6 @@
 rule quantize_codes:
     input:
-        model=lambda wildcards: plan.base_model(plan.base_of(wildcards.variant)),
+        model=lambda wildcards: plan.model_input(plan.base_of(wildcards.variant)),
         structure=lambda wildcards: plan.structure_of(plan.base_of(wildcards.variant)),
         gram=lambda wildcards: plan.grams_of(wildcards.unit, plan.base_of(wildcards.variant)),
         factors=rules.learn_dictionary.output.factors,
@@ -15,7 +15,7 @@ rule quantize_codes:
         plan.group("quantize")
     conda:
         "../../envs/cospadi.yaml"
-    threads: config["threads"]["quantize"]
+    threads: plan.threads("quantize")
     resources:
         mem_mb=plan.mem_mb("quantize"),
         runtime=plan.runtime("quantize"),
@@ -23,7 +23,8 @@ rule quantize_codes:
     params:
         layers=lambda wildcards: layers_of(wildcards.unit),
         codes=lambda wildcards: plan.factorizing(wildcards.variant)["codes"],
-        code=code_digest("cospadi.quantization"),
+        model=lambda wildcards: plan.model_digest(WEIGHTS, base=plan.base_of(wildcards.variant)),
+        code=plan.code("quantize"),
     message:
         "Packing {wildcards.variant}, {wildcards.unit}"
     script:

@@ -1,7 +1,6 @@
-# Small models trained from scratch: a run whose config has a section `training` makes these and nothing else.
 rule train_tokenizer:
     input:
-        lambda wildcards: f"resources/text/{config['text']['name']}/calibration.jsonl",
+        lambda wildcards: plan.text_file("calibration"),
     output:
         directory("<results>/training/tokenizer"),
     log:
@@ -11,11 +10,11 @@ rule train_tokenizer:
     conda:
         "../../envs/cospadi.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 3000 * attempt,
-        runtime=lambda wildcards, attempt: 20 * attempt,
+        mem_mb=plan.mem_mb("tokenizer"),
+        runtime=plan.runtime("tokenizer"),
     params:
-        vocabulary=lambda wildcards: plan.training("language")["vocabulary"],
-        code=code_digest("cospadi.masa.text"),
+        vocabulary=lambda wildcards: plan.settings("language")["vocabulary"],
+        code=plan.code("tokenizer"),
     message:
         "Making a tokenizer of {params.vocabulary} tokens from the text"
     script:
@@ -25,8 +24,8 @@ rule train_tokenizer:
 rule tokenize_text:
     input:
         tokenizer=rules.train_tokenizer.output[0],
-        text=lambda wildcards: f"resources/text/{config['text']['name']}/calibration.jsonl",
-        heldout=lambda wildcards: f"resources/text/{config['text']['name']}/heldout.jsonl",
+        text=lambda wildcards: plan.text_file("calibration"),
+        heldout=lambda wildcards: plan.text_file("heldout"),
     output:
         "<results>/training/tokens.safetensors",
     log:
@@ -36,10 +35,10 @@ rule tokenize_text:
     conda:
         "../../envs/cospadi.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 3000 * attempt,
-        runtime=lambda wildcards, attempt: 20 * attempt,
+        mem_mb=plan.mem_mb("tokens"),
+        runtime=plan.runtime("tokens"),
     params:
-        code=code_digest("cospadi.masa.text"),
+        code=plan.code("tokens"),
     message:
         "Turning the text into tokens"
     script:
@@ -62,16 +61,16 @@ rule train_model:
         "<benchmarks>/train_model/{experiment}/{trained}/seed_{seed}.tsv"
     conda:
         "../../envs/cospadi.yaml"
-    threads: config["threads"]["train"]
+    threads: plan.threads("train")
     resources:
         mem_mb=plan.mem_mb("train"),
         runtime=plan.runtime("train"),
-        gpu=plan.gpus(),
+        gpu=plan.gpus("train"),
     params:
-        settings=lambda wildcards: plan.training(wildcards.experiment),
+        settings=lambda wildcards: plan.settings(wildcards.experiment),
         variant=lambda wildcards: config["training"][wildcards.experiment]["variants"][wildcards.trained],
         device=config["device"],
-        code=code_digest("cospadi.masa.training"),
+        code=plan.code("train"),
     message:
         "Training {wildcards.trained} from scratch ({wildcards.experiment}, seed {wildcards.seed})"
     script:
@@ -90,10 +89,10 @@ rule materialise:
     conda:
         "../../envs/cospadi.yaml"
     resources:
-        mem_mb=plan.mem_mb("train"),
-        runtime=lambda wildcards, attempt: 10 * attempt,
+        mem_mb=plan.mem_mb("materialise"),
+        runtime=plan.runtime("materialise"),
     params:
-        code=code_digest("cospadi.masa.models"),
+        code=plan.code("materialise"),
     message:
         "Writing {wildcards.trained}, seed {wildcards.seed}, as an ordinary model"
     script:
@@ -131,11 +130,11 @@ rule summarize_training:
     conda:
         "../../envs/cospadi.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 2000 * attempt,
-        runtime=lambda wildcards, attempt: 10 * attempt,
+        mem_mb=plan.mem_mb("summarize"),
+        runtime=plan.runtime("summarize"),
     params:
         training=config["training"],
-        code=code_digest("cospadi.report.training"),
+        code=plan.code("summarize"),
     message:
         "Writing the table and the curves"
     script:

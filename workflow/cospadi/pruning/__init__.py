@@ -15,9 +15,6 @@ from typing import Any
 
 from cospadi.registry import Entry
 
-# families whose block adds the MLP's output to the residual as it is; Gemma 3 has a norm between the two
-FOLDABLE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-
 _RANDOM_STATE = {"type": "integer", "minimum": 0, "default": 42, "description": "Seed of every random choice."}
 _BLOCKS = {
     "type": ["integer", "array"],

@@ -14,7 +14,7 @@ import numpy as np
 from cospadi.checkpoint import MAX_SHARD_BYTES, StoredTensor, origin_of, write_folder
 from cospadi.errors import ArtifactError, ConfigError, UnsupportedModelError
 from cospadi.files import ModelFolder, TensorFile
-from cospadi.pruning import FOLDABLE
+from cospadi.structure import FOLDABLE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,7 +1,4 @@
-"""Plots of a run. Each function takes the summary and the files to write (the suffix decides the format).
-
-Figures are made through matplotlib's objects and never through pyplot: no display, no global state.
-"""
+"""Plots of a run. Each function takes the summary and the files to write (the suffix decides the format)."""
 
 from __future__ import annotations
 
@@ -10,46 +7,21 @@ import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from cospadi.files import replacing
+from cospadi.report.figures import COLOURS, Style, draw_legend, draw_line, new_figure, style
+from cospadi.report.figures import save as _save
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-# Okabe and Ito (2008): told apart with any colour vision; yellow is left out, it vanishes on white
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-_LINES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _ERROR = r"relative error  $\|X(W-DS)\|\,/\,\|XW\|$"
-_LAYOUT = {
-    "font.size": 10,
-    "axes.titlesize": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e4e4e4",
-    "grid.linewidth": 0.8,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "cospadi",
-}
-
-
-class _Style(NamedTuple):
-    color: str
-    linestyle: Any
-    marker: str
 
 
 def plot_errors(summary: Mapping[str, Any], paths: Sequence[Path]) -> None:
     """Relative error by layer: one panel a projection, one line a variant."""
     variants = _factorized(summary)
     if not variants:
-        figure = _figure(8, 3)
+        figure = new_figure(8, 3)
         _say(figure.subplots(), "No variant of this run factorizes matrices")
         _save(figure, paths)
         return
@@ -62,12 +34,12 @@ def plot_errors(summary: Mapping[str, Any], paths: Sequence[Path]) -> None:
             panels.setdefault(projection, {}).setdefault(name, []).append((layer, numbers["relative_error"]))
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
-    figure = _figure(3.1 * columns + 0.6, 2.5 * rows + 1.1)
+    figure = new_figure(3.1 * columns + 0.6, 2.5 * rows + 1.1)
     axes = figure.subplots(rows, columns, sharex=True, squeeze=False)
     for axis, (projection, lines) in zip(axes.flat, panels.items(), strict=False):
         for name, points in lines.items():
             layers, errors = zip(*sorted(points), strict=True)
-            _line(axis, layers, errors, styles[name])
+            draw_line(axis, layers, errors, styles[name])
         axis.set_title(projection, loc="left", fontweight="bold")
         axis.set_ylim(bottom=0)
     axes[0, 0].xaxis.get_major_locator().set_params(integer=True)
@@ -78,7 +50,7 @@ def plot_errors(summary: Mapping[str, Any], paths: Sequence[Path]) -> None:
         axis.set_xlabel("layer")
     figure.supylabel(_ERROR, fontsize=10)
     figure.suptitle("Error of every compressed matrix on the calibration inputs (lower is better)", fontsize=12)
-    _legend(figure, styles)
+    draw_legend(figure, styles)
     _save(figure, paths)
 
 
@@ -87,7 +59,7 @@ def plot_pareto(summary: Mapping[str, Any], paths: Sequence[Path]) -> None:
     variants = {name: v for name, v in _compressed(summary).items() if v["word_perplexity"] is not None}
     dense = summary["variants"]["dense"]
     styles = _styles(_compressed(summary))
-    figure = _figure(8, 5.2 + 0.2 * max(0, len(variants) - 6))
+    figure = new_figure(8, 5.2 + 0.2 * max(0, len(variants) - 6))
     axis = figure.subplots()
     if not variants or dense["word_perplexity"] is None:
         _say(axis, "Perplexity was not measured in this run")
@@ -134,7 +106,7 @@ def plot_convergence(summary: Mapping[str, Any], paths: Sequence[Path]) -> None:
             # a matrix that stopped early keeps its last error
             curves[name] = np.array([errors + errors[-1:] * (length - len(errors)) for errors in histories])
     closed = [name for name in variants if name not in curves]
-    figure = _figure(10.5, 4.6)
+    figure = new_figure(10.5, 4.6)
     if not curves:
         _say(figure.subplots(), "No variant of this run was learned in iterations")
         _save(figure, paths)
@@ -150,7 +122,7 @@ def plot_convergence(summary: Mapping[str, Any], paths: Sequence[Path]) -> None:
             low, middle, high = np.quantile(values, [0.1, 0.5, 0.9], axis=0)
             if banded:
                 axis.fill_between(iterations, low, high, color=style.color, alpha=0.13, lw=0)
-            _line(axis, iterations, middle, style)
+            draw_line(axis, iterations, middle, style)
     left.set_ylim(bottom=0)
     left.set_ylabel(_ERROR)
     left.set_title("Error", loc="left", fontweight="bold")
@@ -167,7 +139,8 @@ def plot_convergence(summary: Mapping[str, Any], paths: Sequence[Path]) -> None:
     if closed:
         title += "\n" + textwrap.fill(f"learned without iterations: {', '.join(closed)}", 120)
     figure.suptitle(title, fontsize=11)
-    _legend(figure, styles, [variants[name] for name in curves])
+    solvers = [next(iter(variants[name]["matrices"].values())).get("solver") for name in curves]
+    draw_legend(figure, styles, solvers)
     _save(figure, paths)
 
 
@@ -187,7 +160,7 @@ def plot_distances(distances: Mapping[str, Any], paths: Sequence[Path]) -> None:
         "l2": "relative L2",
     }
     n_layers = distances["n_layers"]
-    figure = _figure(16, 8.2)
+    figure = new_figure(16, 8.2)
     *axes, left_over = figure.subplots(2, 3).flat
     left_over.set_axis_off()
     for axis, (name, title) in zip(axes, titles.items(), strict=True):
@@ -237,7 +210,7 @@ def _groups(variants: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
     return groups
 
 
-def _styles(variants: Mapping[str, Mapping[str, Any]]) -> dict[str, _Style]:
+def _styles(variants: Mapping[str, Mapping[str, Any]]) -> dict[str, Style]:
     """One colour a group, one line and marker a ratio in it; if all are of one group, one colour a variant."""
     groups = list(_groups(variants).values())
     if len(groups) == 1:
@@ -246,38 +219,11 @@ def _styles(variants: Mapping[str, Mapping[str, Any]]) -> dict[str, _Style]:
     for number, names in enumerate(groups):
         for position, name in enumerate(names):
             # colours come round again with another line
-            line = _LINES[(position + number // len(_COLOURS)) % len(_LINES)]
-            marker = _MARKERS[(number + 3 * position) % len(_MARKERS)]
-            styles[name] = _Style(_COLOURS[number % len(_COLOURS)], line, marker)
+            styles[name] = style(number, position + number // len(COLOURS), number + 3 * position)
     return {name: styles[name] for name in variants}
 
 
-def _figure(width: float, height: float) -> Figure:
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    matplotlib.rcParams.update(_LAYOUT)
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _line(axis: Any, x: Sequence[float], y: Sequence[float], style: _Style) -> None:
-    axis.plot(x, y, **style._asdict(), markersize=4, markevery=max(1, len(x) // 8), lw=1.6)
-
-
-def _legend(figure: Figure, styles: Mapping[str, _Style], variants: Sequence[Mapping[str, Any]] = ()) -> None:
-    from matplotlib.lines import Line2D
-
-    solvers = [next(iter(v["matrices"].values())).get("solver") for v in variants] or [None] * len(styles)
-    handles = [
-        Line2D([], [], **style._asdict(), markersize=5, label=name if solver is None else f"{name} ({solver})")
-        for (name, style), solver in zip(styles.items(), solvers, strict=True)
-    ]
-    inches = 0.75 + 0.09 * max(len(handle.get_label()) for handle in handles)
-    columns = min(len(handles), max(1, int(figure.get_figwidth() / inches)))
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, handlelength=3.2)
-
-
-def _label(axis: Any, labels: Mapping[str, tuple[str, float, float]], styles: Mapping[str, _Style]) -> None:
+def _label(axis: Any, labels: Mapping[str, tuple[str, float, float]], styles: Mapping[str, Style]) -> None:
     """Text beside each point in the point's colour, moved where two would overlap, with a line to the point then."""
     from adjustText import adjust_text
 
@@ -318,10 +264,3 @@ def _logarithmic(axis: Any) -> None:
 def _say(axis: Any, text: str) -> None:
     axis.set_axis_off()
     axis.text(0.5, 0.5, text, ha="center", va="center", transform=axis.transAxes)
-
-
-def _save(figure: Figure, paths: Sequence[Path]) -> None:
-    for path in paths:
-        with replacing(path) as temporary:
-            # no date inside: equal numbers give equal files
-            figure.savefig(temporary, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)

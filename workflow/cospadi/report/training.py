@@ -12,7 +12,7 @@ import numpy as np
 from tabulate import tabulate
 
 from cospadi.files import read_json, replacing, write_json
-from cospadi.report.plots import _COLOURS, _LINES, _MARKERS, _figure, _legend, _line, _save, _Style
+from cospadi.report.figures import draw_legend, draw_line, new_figure, save, styles_of
 from cospadi.report.tables import write_numbers
 
 _EXPERIMENTS = {"language": ("perplexity", "{:.2f}"), "vision": ("accuracy", "{:.4f}")}
@@ -78,10 +78,10 @@ def training_text(summary: Mapping[str, Any]) -> str:
     return tabulate(_cells(summary), _HEADINGS, disable_numparse=True, colalign=["left"] * 3 + ["right"] * 6)
 
 
-def training_message(plan: Any) -> str:
+def training_message(results: Path) -> str:
     """What the console shows at the end of a run that trained models: the table, and where they are."""
-    summary = read_json(Path(plan.results) / "training.json")
-    return f"\n{training_text(summary)}\n\nModels: {plan.results}/training/<experiment>/<model>/seed_<seed>/model"
+    summary = read_json(results / "training.json")
+    return f"\n{training_text(summary)}\n\nModels: {results}/training/<experiment>/<model>/seed_<seed>/model"
 
 
 def _row(
@@ -143,12 +143,8 @@ def _write_table(summary: Mapping[str, Any], path: Path) -> None:
 
 def _plot(summary: Mapping[str, Any], paths: list[Path]) -> None:
     """Training and held-out loss by step, a row an experiment: mean over the seeds, band from least to most."""
-    figure = _figure(10.5, 4.6 * len(summary))
-    names = list(dict.fromkeys(name for variants in summary.values() for name in variants))
-    styles = {
-        name: _Style(_COLOURS[i % len(_COLOURS)], _LINES[i // len(_COLOURS) % len(_LINES)], _MARKERS[i % len(_MARKERS)])
-        for i, name in enumerate(names)
-    }
+    figure = new_figure(10.5, 4.6 * len(summary))
+    styles = styles_of(dict.fromkeys(name for variants in summary.values() for name in variants))
     for axes, (experiment, variants) in zip(
         figure.subplots(len(summary), 2, squeeze=False), summary.items(), strict=True
     ):
@@ -157,9 +153,9 @@ def _plot(summary: Mapping[str, Any], paths: list[Path]) -> None:
                 curves = np.array([curve[part] for curve in row["curves"]])  # (seeds, points, 2)
                 steps, losses = curves[0, :, 0], curves[:, :, 1]
                 axis.fill_between(steps, losses.min(0), losses.max(0), color=styles[name].color, alpha=0.13, lw=0)
-                _line(axis, steps, losses.mean(0), styles[name])
+                draw_line(axis, steps, losses.mean(0), styles[name])
             axis.set_xlabel("step")
             axis.set_ylabel("cross-entropy")
             axis.set_title(f"{experiment}: {'training' if part == 'training' else 'held out'}", loc="left")
-    _legend(figure, styles)
-    _save(figure, paths)
+    draw_legend(figure, styles)
+    save(figure, paths)

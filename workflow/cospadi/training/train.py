@@ -29,7 +29,7 @@ from transformers import (
 
 from cospadi.errors import ArtifactError, NumericalError
 from cospadi.files import TensorFile, replacing, write_json
-from cospadi.masa.models import attention_parameters, keep_coefficients, low_rank_attention, share_attention
+from cospadi.training.models import attention_parameters, keep_coefficients, low_rank_attention, share_attention
 
 FORMAT_VERSION = 1
 _CURVE_WINDOWS = 128  # held-out windows that are scored along the way; at the end all are

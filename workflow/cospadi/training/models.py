@@ -29,7 +29,7 @@ from transformers import (
 
 from cospadi.errors import UnsupportedModelError
 from cospadi.files import replacing
-from cospadi.masa.sharing import (
+from cospadi.training.sharing import (
     COEFFICIENTS,
     QKVO,
     AtomPool,

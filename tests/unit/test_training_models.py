@@ -28,7 +28,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from cospadi import masa
+from cospadi import training
 from cospadi.errors import UnsupportedModelError
 from cospadi.files import TensorFile
 
@@ -43,7 +43,7 @@ FAMILIES = {
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**TEXT, head_dim=16)),
     "vit": lambda: ViTForImageClassification(ViTConfig(**PICTURE)),
 }
-ALL = dict.fromkeys(masa.QKVO, 2)
+ALL = dict.fromkeys(training.QKVO, 2)
 
 
 @pytest.fixture(autouse=True)
@@ -90,17 +90,17 @@ def loss(model) -> torch.Tensor:
 def test_as_many_atoms_as_layers_is_the_dense_model(family):
     model = new(family)
     before = logits(model)
-    atoms = dict.fromkeys(masa.QKVO, LAYERS)
-    one_hot = masa.share_attention(copy.deepcopy(model), atoms=atoms, coefficients="sequential", keep_weights=True)
+    atoms = dict.fromkeys(training.QKVO, LAYERS)
+    one_hot = training.share_attention(copy.deepcopy(model), atoms=atoms, coefficients="sequential", keep_weights=True)
     assert torch.equal(logits(one_hot), before)
     # any coefficients of full rank will do
-    free = masa.share_attention(copy.deepcopy(model), atoms=atoms, coefficients="free", keep_weights=True)
+    free = training.share_attention(copy.deepcopy(model), atoms=atoms, coefficients="free", keep_weights=True)
     assert not torch.equal(free.pools["q_proj"].atoms, one_hot.pools["q_proj"].atoms)
     assert (logits(free) - before).abs().max() < 1e-4 * before.abs().max()
 
 
 def test_weight_is_the_mixture_of_atoms():
-    model = masa.share_attention(new(), atoms={"v_proj": 3}, coefficients="mlp")
+    model = training.share_attention(new(), atoms={"v_proj": 3}, coefficients="mlp")
     pool = model.pools["v_proj"]
     coefficients = pool.coefficients()
     assert coefficients.shape == (LAYERS, 3)
@@ -123,7 +123,7 @@ def test_weight_is_the_mixture_of_atoms():
 )
 def test_sharing_whole_matrices_is_one_fixed_atom_a_layer(coefficients, atoms, chosen):
     dense = new()
-    model = masa.share_attention(
+    model = training.share_attention(
         copy.deepcopy(dense), atoms={"q_proj": atoms}, coefficients=coefficients, keep_weights=True
     )
     for layer, atom in enumerate(chosen):
@@ -135,30 +135,30 @@ def test_sharing_whole_matrices_is_one_fixed_atom_a_layer(coefficients, atoms, c
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("coefficients", masa.COEFFICIENTS)
+@pytest.mark.parametrize("coefficients", training.COEFFICIENTS)
 def test_materialised_is_the_same_model(family, coefficients):
-    model = masa.share_attention(new(family), atoms=ALL, coefficients=coefficients)
-    ordinary = masa.materialise(model)
+    model = training.share_attention(new(family), atoms=ALL, coefficients=coefficients)
+    ordinary = training.materialise(model)
     assert type(ordinary) is type(FAMILIES[family]())
     assert torch.equal(logits(ordinary), logits(model))
     assert ordinary.config.model_type == family
 
 
 def test_materialised_low_rank_is_the_same_model():
-    model = masa.low_rank_attention(new(), rank={"q_proj": 5, "o_proj": 7})
-    ordinary = masa.materialise(model)
+    model = training.low_rank_attention(new(), rank={"q_proj": 5, "o_proj": 7})
+    ordinary = training.materialise(model)
     torch.testing.assert_close(logits(ordinary), logits(model), rtol=1e-4, atol=1e-5)
     assert torch.linalg.matrix_rank(ordinary.model.layers[2].self_attn.o_proj.weight) == 7
     # nothing is lost at full rank
     dense = new()
-    full = masa.low_rank_attention(copy.deepcopy(dense), rank={"q_proj": HIDDEN})
+    full = training.low_rank_attention(copy.deepcopy(dense), rank={"q_proj": HIDDEN})
     torch.testing.assert_close(logits(full), logits(dense), rtol=1e-4, atol=1e-5)
 
 
 def test_materialised_keeps_dtype_and_leaves_the_shared_model_alone():
-    model = masa.share_attention(new().to(torch.bfloat16), atoms=ALL)
+    model = training.share_attention(new().to(torch.bfloat16), atoms=ALL)
     before = logits(model)
-    ordinary = masa.materialise(model)
+    ordinary = training.materialise(model)
     assert {parameter.dtype for parameter in ordinary.parameters()} == {torch.bfloat16}
     assert torch.equal(logits(ordinary), before)
     assert torch.equal(logits(model), before)
@@ -167,26 +167,26 @@ def test_materialised_keeps_dtype_and_leaves_the_shared_model_alone():
 def test_parameter_counts():
     query, key = HIDDEN * HIDDEN, HIDDEN * HIDDEN // 2  # two key heads for four query heads
     dense = new()
-    assert masa.attention_parameters(dense) == LAYERS * 2 * (query + key)
-    count = masa.attention_parameters
-    assert count(masa.share_attention(new(), atoms=ALL, coefficients="cyclic")) == 2 * 2 * (query + key)
+    assert training.attention_parameters(dense) == LAYERS * 2 * (query + key)
+    count = training.attention_parameters
+    assert count(training.share_attention(new(), atoms=ALL, coefficients="cyclic")) == 2 * 2 * (query + key)
     mixed = 2 * 2 * (query + key) + 4 * LAYERS * 2
-    assert count(masa.share_attention(new(), atoms=ALL, coefficients="free")) == mixed
-    model = masa.share_attention(new(), atoms=ALL, coefficients="mlp")
+    assert count(training.share_attention(new(), atoms=ALL, coefficients="free")) == mixed
+    model = training.share_attention(new(), atoms=ALL, coefficients="mlp")
     assert count(model) == mixed
-    qkv = masa.share_attention(new(), atoms=dict.fromkeys(masa.QKV, 2), coefficients="sequential")
+    qkv = training.share_attention(new(), atoms=dict.fromkeys(training.QKV, 2), coefficients="sequential")
     assert count(qkv) == 2 * (query + 2 * key) + LAYERS * query
-    assert count(masa.low_rank_attention(new(), rank={"q_proj": 4})) == count(dense) - LAYERS * (query - 8 * HIDDEN)
+    assert count(training.low_rank_attention(new(), rank={"q_proj": 4})) == count(dense) - LAYERS * (query - 8 * HIDDEN)
     # atoms are parameters once, whatever the number of layers that use them
     rest = sum(p.numel() for n, p in dense.named_parameters() if "self_attn" not in n)
-    masa.keep_coefficients(model)
+    training.keep_coefficients(model)
     assert sum(p.numel() for p in model.parameters()) == rest + mixed
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("coefficients", ["mlp", "free", "cyclic"])
 def test_saved_and_loaded(family, coefficients, tmp_path):
-    model = masa.share_attention(new(family), atoms={"q_proj": 3, "o_proj": 2}, coefficients=coefficients)
+    model = training.share_attention(new(family), atoms={"q_proj": 3, "o_proj": 2}, coefficients=coefficients)
     model.save_pretrained(tmp_path)
     file = TensorFile(tmp_path / "model.safetensors")
     # every atom once, and no weight of a layer (transformers stores a ViT's q_proj as query)
@@ -199,15 +199,15 @@ def test_saved_and_loaded(family, coefficients, tmp_path):
 
 
 def test_low_rank_saved_and_loaded(tmp_path):
-    model = masa.low_rank_attention(new(), rank={"q_proj": 5})
+    model = training.low_rank_attention(new(), rank={"q_proj": 5})
     model.save_pretrained(tmp_path)
     check_same(AutoModelForCausalLM.from_pretrained(tmp_path).eval(), model)
 
 
 def test_coefficients_kept_without_what_makes_them(tmp_path):
-    model = masa.share_attention(new(), atoms=ALL, coefficients="mlp")
+    model = training.share_attention(new(), atoms=ALL, coefficients="mlp")
     before = logits(model)
-    masa.keep_coefficients(model)
+    training.keep_coefficients(model)
     torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-4)
     model.save_pretrained(tmp_path)
     assert not [
@@ -217,7 +217,7 @@ def test_coefficients_kept_without_what_makes_them(tmp_path):
 
 
 def test_copied_and_pickled():
-    model = masa.share_attention(new(), atoms=ALL)
+    model = training.share_attention(new(), atoms=ALL)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(logits(other), logits(model))
         # the copy's layers use the copy's atoms
@@ -228,10 +228,10 @@ def test_copied_and_pickled():
 
 @pytest.mark.parametrize("coefficients", ["mlp", "free"])
 def test_gradients_are_the_sum_over_layers(coefficients):
-    model = masa.share_attention(new(), atoms={"q_proj": 2}, coefficients=coefficients)
+    model = training.share_attention(new(), atoms={"q_proj": 2}, coefficients=coefficients)
     pool = model.pools["q_proj"]
     # the same numbers from the dense model: dL/dA_s = sum_l c_ls dL/dW_l, dL/dc_ls = <A_s, dL/dW_l>
-    dense = masa.materialise(model)
+    dense = training.materialise(model)
     loss(dense).backward()
     by_layer = torch.stack([block.self_attn.q_proj.weight.grad for block in dense.model.layers])
     loss(model).backward()
@@ -246,7 +246,7 @@ def test_gradients_are_the_sum_over_layers(coefficients):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(reentrant):
-    model = masa.share_attention(new(), atoms=ALL).train()
+    model = training.share_attention(new(), atoms=ALL).train()
     loss(model).backward()
     plain = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
@@ -258,7 +258,7 @@ def test_gradient_checkpointing(reentrant):
 
 def test_compiled():
     model = LlamaForCausalLM(LlamaConfig(**{**TEXT, "num_hidden_layers": 2}))  # tracing takes seconds a layer
-    masa.share_attention(model, atoms=ALL)
+    training.share_attention(model, atoms=ALL)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(loss(compiled), loss(model))
     loss(compiled).backward()
@@ -287,7 +287,7 @@ def test_trained_by_trainer_and_resumed(tmp_path):
             logging_steps=1,
             seed=0,
         )
-        return Trainer(masa.share_attention(new(), atoms=ALL), arguments, train_dataset=data)
+        return Trainer(training.share_attention(new(), atoms=ALL), arguments, train_dataset=data)
 
     whole = trainer(20)
     whole.train()
@@ -302,10 +302,10 @@ def test_trained_by_trainer_and_resumed(tmp_path):
 
 
 def test_generates():
-    model = masa.share_attention(new(), atoms=ALL)
+    model = training.share_attention(new(), atoms=ALL)
     options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     shared = model.generate(**inputs(model), **options)
-    assert torch.equal(shared, masa.materialise(model).generate(**inputs(model), **options))
+    assert torch.equal(shared, training.materialise(model).generate(**inputs(model), **options))
     assert shared.shape == (3, 16)
 
 
@@ -328,9 +328,9 @@ def run_without_package(folder, output) -> subprocess.CompletedProcess[str]:
 
 
 def test_merged_checkpoint_loads_without_this_package(tmp_path):
-    model = masa.share_attention(new(), atoms=ALL)
+    model = training.share_attention(new(), atoms=ALL)
     model.save_pretrained(tmp_path / "shared")
-    masa.write_ordinary(tmp_path / "shared", tmp_path / "dense")
+    training.write_ordinary(tmp_path / "shared", tmp_path / "dense")
     config = json.loads((tmp_path / "dense" / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert "shared_attention" not in config
@@ -344,7 +344,7 @@ def test_merged_checkpoint_loads_without_this_package(tmp_path):
     assert result.returncode != 0
     assert "masa_llama" in result.stderr
     with pytest.raises(UnsupportedModelError, match="ordinary model already"):
-        masa.write_ordinary(tmp_path / "dense", tmp_path / "again")
+        training.write_ordinary(tmp_path / "dense", tmp_path / "again")
 
 
 @pytest.mark.parametrize(
@@ -361,24 +361,24 @@ def test_faults_are_named(arguments, message):
     model = new()
     before = logits(model)
     with pytest.raises(ValueError, match=message):
-        masa.share_attention(model, **arguments)
+        training.share_attention(model, **arguments)
     assert type(model) is LlamaForCausalLM
     assert torch.equal(logits(model), before)
 
 
 def test_faults_of_models_and_ranks():
     with pytest.raises(ValueError, match=r"rank: 33 for q_proj, but it is \(32, 32\)"):
-        masa.low_rank_attention(new(), rank={"q_proj": 33})
-    shared = masa.share_attention(new(), atoms={"q_proj": 2})
+        training.low_rank_attention(new(), rank={"q_proj": 33})
+    shared = training.share_attention(new(), atoms={"q_proj": 2})
     with pytest.raises(UnsupportedModelError, match="shares attention weights already"):
-        masa.share_attention(shared, atoms={"k_proj": 2})
+        training.share_attention(shared, atoms={"k_proj": 2})
     with pytest.raises(UnsupportedModelError, match="LlamaModel cannot share"):
-        masa.share_attention(new().model, atoms={"q_proj": 2})
+        training.share_attention(new().model, atoms={"q_proj": 2})
     with pytest.raises(UnsupportedModelError, match="none to write out"):
-        masa.materialise(new())
+        training.materialise(new())
 
 
 def test_other_linear_layers_can_share_too():
-    model = masa.share_attention(new(), atoms={"gate_proj": 3}, coefficients="free")
+    model = training.share_attention(new(), atoms={"gate_proj": 3}, coefficients="free")
     assert model.pools["gate_proj"].atoms.shape == (3, 40, HIDDEN)
-    assert torch.equal(logits(masa.materialise(model)), logits(model))
+    assert torch.equal(logits(training.materialise(model)), logits(model))

@@ -11,9 +11,9 @@ from transformers import AutoTokenizer
 
 from cospadi.errors import ArtifactError, NumericalError
 from cospadi.files import TensorFile, read_json
-from cospadi.masa import attention_parameters
-from cospadi.masa.text import END, tokenize, train_tokenizer
-from cospadi.masa.training import build_language, build_vision, train_language, train_vision
+from cospadi.training import attention_parameters
+from cospadi.training.text import END, tokenize, train_tokenizer
+from cospadi.training.train import build_language, build_vision, train_language, train_vision
 
 SETTINGS = {
     "length": 16,

@@ -1,0 +1,52 @@
+# A run that compresses a model: from the model and a text to packed models, their evaluation and a report.
+from cospadi.outside import REST, TOKENIZER, WEIGHTS
+from cospadi.plan import DENSE, layers_of, one_of
+
+
+wildcard_constraints:
+    variant=one_of(plan.variants),
+    name=one_of(plan.models),
+    base=one_of(["", *plan.pruned_bases]),
+    unit=r"layers?_[\d-]+",
+    layer=r"\d+",
+    first=r"\d+",
+    last=r"\d+",
+
+
+include: "rules/fetch.smk"
+include: "rules/text.smk"
+include: "rules/inspect.smk"
+include: "rules/prepare.smk"
+include: "rules/prune.smk"
+include: "rules/collect.smk"
+include: "rules/gram.smk"
+include: "rules/learn.smk"
+include: "rules/quantize.smk"
+include: "rules/assemble.smk"
+include: "rules/evaluate.smk"
+include: "rules/summarize.smk"
+
+
+# what the report is of
+reported = [*rules.summarize.output, *(rules.plot_distances.output if plan.pruned_bases else [])]
+
+
+include: "rules/report.smk"
+
+
+rule compress:
+    input:
+        expand(rules.assemble_model.output, variant=plan.variants),
+        expand(rules.evaluate_model.output, name=plan.models),
+        rules.summarize.output,
+        rules.report.output,
+    localrule: True
+    message:
+        "The compressed models are in {plan.results}"
+
+
+# asked for by name where nothing is trained, it says what is missing
+rule train:
+    input:
+        plan.trains_nothing,
+    localrule: True

@@ -1,0 +1,164 @@
+"""Plan: which jobs, files and resources follow from a config and the model's ``config.json``.
+
+Everything here is known when the Snakefile is parsed: no weights are read, neither torch nor transformers imported.
+`variants` says what is learned from what, and in which parts; `paths` where the files are; `stages` what each stage
+does; `faults` what the model cannot give.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from cospadi.digests import code_digest, folder_digest, modules_of
+from cospadi.errors import ConfigError
+from cospadi.outside import model_digest, untimed
+from cospadi.plan.faults import local_model_faults, planning_faults
+from cospadi.plan.names import chunk_name, layers_of, one_of
+from cospadi.plan.paths import Paths
+from cospadi.plan.stages import STAGES
+from cospadi.plan.variants import DENSE
+from cospadi.report import closing_message
+from cospadi.resources import Estimates
+from cospadi.sources import planning_config, structural
+from cospadi.stages import Staged
+from cospadi.structure import check_supported, n_layers
+
+__all__ = ["DENSE", "STAGES", "Plan", "code_digest", "layers_of", "modules_of", "one_of"]
+
+# What takes longer does not share a SLURM job: the six seconds of start-up are under 5 % of it
+SMALL_SECONDS = 120.0
+# Not more CPUs than `cores` of the profile: the executor's step would ask for more than the job has
+SHARED_CPUS = 16
+
+
+class Plan(Paths, Staged):
+    """The jobs of a run that compresses a model.
+
+    Parameters
+    ----------
+    config : mapping
+        Complete, from `config.check_config`.
+    model_config : mapping, optional
+        Content of the model's ``config.json``; by default what `sources.planning_config` finds. Then the folder of a
+        local model is checked too.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the architecture is none that can be taken apart.
+    ConfigError
+        With all faults: what the variants, the windows and the tasks ask for and the model cannot give, and what a
+        local model's folder lacks.
+    """
+
+    stages = STAGES
+
+    def __init__(self, config: Mapping[str, Any], model_config: Mapping[str, Any] | None = None) -> None:
+        reads_folder = model_config is None and config["model"]["source"] == "local"
+        model_config = planning_config(config["model"]) if model_config is None else model_config
+        check_supported(model_config)
+        Staged.__init__(self, config)
+        Paths.__init__(self, config, n_layers(model_config))
+        self._model_config = model_config
+        self._digests: dict[tuple[str, ...], str] = {}
+        self.estimates = Estimates(config, model_config)
+        shapes = self.estimates.shapes
+        faults = list(planning_faults(self, shapes, model_config))
+        if reads_folder:
+            faults += local_model_faults(self.model_folder, shapes)
+        if faults:
+            raise ConfigError(faults)
+
+    # --- what a stage depends on ---------------------------------------------------------------------------------
+
+    def collection(self) -> dict[str, Any]:
+        """Settings that decide what is collected."""
+        keys = ("mode", "dtype", "batch_tokens", "heldout_fraction")
+        return {key: self.config["calibration"][key] for key in keys}
+
+    def pruning(self) -> dict[str, Any]:
+        """Settings that decide how the model is walked to remove blocks."""
+        return {key: self.config["calibration"][key] for key in ("dtype", "batch_tokens", "blocks_per_job")}
+
+    def windows(self) -> dict[str, Any]:
+        """Settings that decide which windows are read."""
+        keys = ("source", "samples", "length", "seed", "packing")
+        return {key: self.config["calibration"][key] for key in keys}
+
+    def learning(self, variant: str) -> dict[str, Any]:
+        """Settings that decide the factors: rounding comes after them, the bits of a value before (the budget)."""
+        settings = self.factorizing(variant)
+        return {**settings, "codes": {key: value for key, value in settings["codes"].items() if key != "rounding"}}
+
+    def reported(self) -> dict[str, Any]:
+        """Settings that the report shows."""
+        return {"variants": self.config["variants"], "evaluation": {"tasks": self.config["evaluation"]["tasks"]}}
+
+    # --- what lies outside ---------------------------------------------------------------------------------------
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the model is used where it lies."""
+        return self.config["model"]["source"] == "local"
+
+    def model_input(self, base: str = "") -> str:
+        """A base's model as an input of a rule."""
+        folder = self.base_model(base)
+        return untimed(folder) if self.is_local and not base else folder
+
+    def model_digest(self, *parts: str, base: str = "") -> str | None:
+        """Digest of the parts that a rule reads of a model used where it lies; None for one that a rule makes."""
+        if base or not self.is_local:
+            return None
+        if parts not in self._digests:
+            self._digests[parts] = model_digest(self.model_folder, *parts)
+        return self._digests[parts]
+
+    def planned_digest(self) -> str:
+        """Digest of what the jobs were planned for; a model that is fetched is compared with it."""
+        return hashlib.sha256(json.dumps(structural(self._model_config), sort_keys=True).encode()).hexdigest()
+
+    def tasks_digest(self) -> str | None:
+        """Digest of the user's own tasks."""
+        return folder_digest(self.config["evaluation"]["task_path"])
+
+    def trains_nothing(self, _wildcards: Any) -> list[str]:
+        """For who asks for trained models.
+
+        Raises
+        ------
+        ConfigError
+            Always: such a run has another plan.
+        """
+        raise ConfigError(["training: missing, this run trains nothing; see config/masa-train.yaml"])
+
+    # --- resources -----------------------------------------------------------------------------------------------
+
+    def group(self, stage: str) -> Callable[..., str | None]:
+        """SLURM job that a job of `stage` shares, a function for Snakemake (local runs know no groups).
+
+        Grams are in the job of their chunk's collection, side by side, where they are few and take no longer. Small
+        units, each learned and then packed, are all called ``unit``; they run in turn, and the profile's
+        ``group-components`` says how many make a job.
+        """
+
+        def chunk(wildcards: Any) -> str | None:
+            layer = int(wildcards.first if stage == "collect" else wildcards.layer)
+            chunk = self.chunk_with(layer, wildcards.base)
+            collecting = self.estimates.collect(len(chunk)).wall(self.threads("collect"), bool(self.gpus("collect")))
+            cpus = len(chunk) * self.threads("gram")
+            if cpus > SHARED_CPUS or self.estimates.gram().wall() > max(SMALL_SECONDS, collecting):
+                return None
+            return f"chunk_{wildcards.base.replace('/', '_')}{chunk_name(chunk)}"
+
+        def unit(wildcards: Any) -> str | None:
+            return "unit" if self.work("learn", wildcards).wall() < SMALL_SECONDS else None
+
+        return chunk if stage in ("collect", "gram") else unit
+
+    def closing_message(self) -> str:
+        """What the console shows at the end of a run; nothing where it made no table."""
+        return closing_message(self) if self.has_written("summary.json") else ""

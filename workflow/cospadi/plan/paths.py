@@ -1,0 +1,83 @@
+"""Paths: where the files of a run lie, and which of them a job reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cospadi.plan.names import chunk_name, layers_of
+from cospadi.plan.variants import DENSE, Variants
+from cospadi.structure import layer_name
+
+
+class Paths(Variants):
+    """Files of a run; what is not there yet has a path too.
+
+    Attributes
+    ----------
+    results : str
+        ``results/<run>``.
+    model_folder : str
+        The dense model.
+    """
+
+    def __init__(self, config: Mapping[str, Any], n_layers: int) -> None:
+        super().__init__(config, n_layers)
+        model = config["model"]
+        self.results = f"results/{config['run']}"
+        self.model_folder = model["path"] if model["source"] == "local" else f"resources/models/{model['name']}"
+
+    def model_of(self, name: str) -> str:
+        """Folder of the model called `name`: a variant, or ``dense``."""
+        return self.model_folder if name == DENSE else f"{self.results}/{name}/model"
+
+    def base_model(self, base: str) -> str:
+        """Folder of a base's model."""
+        return f"{self.results}/{base}model" if base else self.model_folder
+
+    def text_file(self, part: str) -> list[str]:
+        """``calibration.jsonl`` or ``heldout.jsonl``, as a list that is empty when nothing reads it."""
+        needed = {
+            "calibration": self.config["calibration"]["source"] == "text",
+            "heldout": self.config["evaluation"]["perplexity"] is not None
+            or "last_word" in self.config["evaluation"]["tasks"],
+        }
+        return [f"resources/text/{self.config['text']['name']}/{part}.jsonl"] if needed[part] else []
+
+    def structure_of(self, base: str) -> str:
+        """Structure of a base's model."""
+        return f"{self.results}/{base}structure.json"
+
+    def hidden_before(self, first: int, base: str = "") -> list[str]:
+        """Hidden states that the chunk starting at layer `first` continues from; none for the first chunk."""
+        before = [chunk for chunk in self.chunks_of(base) if chunk.stop == first]
+        return [f"{self.results}/{base}activations/hidden_{chunk_name(chunk)}.h5" for chunk in before]
+
+    def activations_of(self, layer: int, base: str = "") -> str:
+        """Activations of the chunk that layer `layer` is in."""
+        return f"{self.results}/{base}activations/layers_{chunk_name(self.chunk_with(layer, base))}.h5"
+
+    def drift_of(self, variant: str) -> list[str]:
+        """How far blocks move the predicted token, for the methods that learn all layers in one job."""
+        return [f"{self.results}/{self.base_of(variant)}drift.json"] if self.learns_model(variant) else []
+
+    def grams_of(self, unit: str, base: str = "") -> list[str]:
+        """Gram files of a unit's layers."""
+        return [f"{self.results}/{base}gram/{layer_name(layer)}.h5" for layer in layers_of(unit)]
+
+    def warm_factors_of(self, variant: str, unit: str) -> list[str]:
+        """Factors that learning a unit starts from: another variant's, as a list that is empty where it has none."""
+        source = self.factorizing(variant).get("warm_start")
+        return [f"{self.results}/{source}/factors/{unit}.safetensors"] if source else []
+
+    def pruning_files(self, pattern: str) -> dict[str, str]:
+        """`pattern` with the base filled in, for every variant that loses blocks."""
+        return {name: pattern.replace("{base}", self.base_of(name)) for name in self.variants if self.base_of(name)}
+
+    def of_all_units(self, pattern: str) -> list[str]:
+        """`pattern` with ``{variant}`` and ``{unit}`` filled in, for every unit of every variant."""
+        return [
+            pattern.replace("{variant}", variant).replace("{unit}", unit)
+            for variant in self.variants
+            for unit in self.units(variant)
+        ]

@@ -1,0 +1,322 @@
+"""The stages of a run that compresses a model, in the order of the workflow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from cospadi.digests import code_digest, modules_of
+from cospadi.methods import METHODS
+from cospadi.plan.names import layers_of
+from cospadi.resources import MEBI, Work
+from cospadi.stages import Jobs, Stage, code_of, table_of
+
+if TYPE_CHECKING:
+    from cospadi.plan import Plan
+
+_TABLES_AND_PLOTS = Work(1000 * MEBI, 30)
+
+
+def _once(benchmarks: str) -> Callable[[Plan], Iterator[Jobs]]:
+    """One job."""
+    return lambda plan: iter([Jobs(1, benchmarks)])
+
+
+def _each_base(rule: str, bases: Callable[[Plan], list[str]]) -> Callable[[Plan], Iterator[Jobs]]:
+    """One job for each of some bases."""
+
+    def jobs(plan: Plan) -> Iterator[Jobs]:
+        for base in bases(plan):
+            yield Jobs(1, f"{base}{rule}.tsv", SimpleNamespace(base=base), base)
+
+    return jobs
+
+
+def _asked_for(plan: Plan) -> Iterator[Jobs]:
+    """No job is part of a run."""
+    return iter(())
+
+
+def _fetch_model(plan: Plan) -> Iterator[Jobs]:
+    if plan.config["model"]["source"] != "local":
+        yield Jobs(1, "fetch_model.tsv")
+
+
+def _fetch_text(plan: Plan) -> Iterator[Jobs]:
+    if plan.text_file("calibration") or plan.text_file("heldout"):
+        yield Jobs(1, "fetch_text/*.tsv")
+
+
+def _inspected(plan: Plan) -> list[str]:
+    # blocks are chosen and fitted in the model as it is
+    return list(dict.fromkeys([*([""] if plan.pruned_bases else []), *plan.learned_bases()]))
+
+
+def _prepare(plan: Plan) -> Iterator[Jobs]:
+    if _inspected(plan):
+        yield Jobs(1, "prepare_calibration.tsv")
+
+
+def _pruning(rule: str) -> Callable[[Plan], Iterator[Jobs]]:
+    """One job in a run that removes blocks."""
+    return lambda plan: iter([Jobs(1, f"{rule}.tsv", SimpleNamespace(base=""))] if plan.pruned_bases else [])
+
+
+def _fitted(plan: Plan) -> list[str]:
+    return [base for base in plan.pruned_bases if plan.fits(base)]
+
+
+def _drifting(plan: Plan) -> list[str]:
+    return list(dict.fromkeys(plan.base_of(name) for name in plan.factorized if plan.learns_model(name)))
+
+
+def _collect(plan: Plan) -> Iterator[Jobs]:
+    for base in plan.learned_bases():
+        chunks = plan.chunks_of(base)
+        widest = max(chunks, key=len)
+        wildcards = SimpleNamespace(base=base, first=widest[0], last=widest[-1])
+        yield Jobs(len(chunks), f"{base}collect_activations/*.tsv", wildcards, base)
+
+
+def _gram(plan: Plan) -> Iterator[Jobs]:
+    for base in plan.learned_bases():
+        wildcards = SimpleNamespace(base=base, layer=0)
+        yield Jobs(plan.n_layers_of(base), f"{base}compute_gram/*.tsv", wildcards, base)
+
+
+def _units(rule: str) -> Callable[[Plan], Iterator[Jobs]]:
+    def jobs(plan: Plan) -> Iterator[Jobs]:
+        for variant in plan.factorized:
+            units = plan.units(variant)
+            wildcards = SimpleNamespace(variant=variant, unit=units[0])
+            yield Jobs(len(units), f"{rule}/{variant}/*.tsv", wildcards, variant)
+
+    return jobs
+
+
+def _assemble(plan: Plan) -> Iterator[Jobs]:
+    if plan.factorized:
+        yield Jobs(len(plan.factorized), "assemble_model/*.tsv")
+
+
+def _evaluate(plan: Plan) -> Iterator[Jobs]:
+    yield Jobs(len(plan.models), "evaluate_model/*.tsv")
+
+
+def _walks(plan: Plan, wildcards: Any) -> Work:
+    # one walk to choose; to fit, one of the model as it is and of what is left for every cut
+    settings = plan.pruned_bases.get(getattr(wildcards, "base", ""))
+    return plan.estimates.prune(2 * settings.get("cuts", 1) if settings else 1)
+
+
+def _learn(plan: Plan, wildcards: Any) -> Work:
+    whole = plan.learns_model(wildcards.variant)
+    settings = plan.factorizing(wildcards.variant)
+    return plan.estimates.learn(settings, len(layers_of(wildcards.unit)), whole_model=whole)
+
+
+def _learning_code(plan: Plan, wildcards: Any) -> str:
+    """Of a variant its method and solver, and not those of other variants."""
+    settings = plan.factorizing(wildcards.variant)
+    return code_digest("cospadi.learning", *METHODS[settings["method"]].modules(settings))
+
+
+STAGES = table_of(
+    Stage(
+        name="fetch",
+        rule="fetch_model",
+        result="the model, as a Hugging Face folder",
+        after=(),
+        jobs=_fetch_model,
+        work=lambda plan, wildcards: plan.estimates.fetch(),
+        code=code_of("cospadi.sources.models"),
+        threads="fetch",
+    ),
+    Stage(
+        name="text",
+        rule="fetch_text",
+        result="articles, parted into calibration and held-out ones",
+        after=(),
+        jobs=_fetch_text,
+        work=lambda plan, wildcards: Work(1000 * MEBI, 300),
+        code=code_of("cospadi.sources.texts"),
+        threads="fetch",
+    ),
+    Stage(
+        name="inspect",
+        rule="inspect_model",
+        result="layers, matrices, and which of them read the same input",
+        after=("fetch", "prune"),
+        jobs=_each_base("inspect_model", _inspected),
+        work=lambda plan, wildcards: plan.estimates.inspect(),
+        code=code_of("cospadi.structure"),
+    ),
+    Stage(
+        name="prepare",
+        rule="prepare_calibration",
+        result="windows of tokens",
+        after=("fetch", "text"),
+        jobs=_prepare,
+        work=lambda plan, wildcards: plan.estimates.prepare(),
+        code=code_of("cospadi.calibration.windows"),
+        threads="prepare",
+    ),
+    Stage(
+        name="distances",
+        rule="measure_distances",
+        result="how far blocks move the hidden state",
+        after=("fetch", "inspect", "prepare"),
+        jobs=_pruning("measure_distances"),
+        work=_walks,
+        code=code_of("cospadi.pruning.distances"),
+        threads="prune",
+        uses_gpu=True,
+    ),
+    Stage(
+        name="select",
+        rule="select_blocks",
+        result="the blocks that go",
+        after=("distances",),
+        jobs=_each_base("select_blocks", lambda plan: list(plan.pruned_bases)),
+        work=lambda plan, wildcards: Work(300 * MEBI, 10),
+        code=code_of("cospadi.pruning.selection"),
+    ),
+    Stage(
+        name="fit",
+        rule="fit_transforms",
+        result="linear maps that make up for them",
+        after=("fetch", "inspect", "prepare", "select"),
+        jobs=_each_base("fit_transforms", _fitted),
+        work=_walks,
+        code=code_of("cospadi.pruning.fitting"),
+        threads="prune",
+        uses_gpu=True,
+    ),
+    Stage(
+        name="prune",
+        rule="prune_model",
+        result="a model of fewer blocks",
+        after=("fetch", "inspect", "select", "fit"),
+        jobs=_each_base("prune_model", lambda plan: list(plan.pruned_bases)),
+        work=lambda plan, wildcards: plan.estimates.assemble(),
+        code=code_of("cospadi.pruning.folding"),
+        threads="assemble",
+    ),
+    Stage(
+        name="collect",
+        rule="collect_activations",
+        result="what enters every matrix of a chunk of layers",
+        after=("fetch", "prune", "inspect", "prepare"),
+        jobs=_collect,
+        work=lambda plan, wildcards: plan.estimates.collect(int(wildcards.last) - int(wildcards.first) + 1),
+        code=code_of("cospadi.calibration.collect"),
+        threads="collect",
+        uses_gpu=True,
+    ),
+    Stage(
+        name="gram",
+        rule="compute_gram",
+        result="second moments of that, layer by layer",
+        after=("inspect", "prepare", "collect"),
+        jobs=_gram,
+        work=lambda plan, wildcards: plan.estimates.gram(),
+        # activations are temporary: once they are gone, Snakemake cannot see that their rule changed
+        code=code_of("cospadi.gram", "cospadi.calibration.collect"),
+        threads="gram",
+    ),
+    Stage(
+        name="drift",
+        rule="measure_drift",
+        result="how far blocks move the predicted token",
+        after=("fetch", "prune", "inspect", "prepare"),
+        jobs=_each_base("measure_drift", _drifting),
+        work=_walks,
+        code=code_of("cospadi.pruning.drift"),
+        threads="prune",
+        uses_gpu=True,
+    ),
+    Stage(
+        name="learn",
+        rule="learn_dictionary",
+        result="factors of a unit of layers",
+        after=("fetch", "prune", "inspect", "gram", "drift"),
+        jobs=_units("learn_dictionary"),
+        work=_learn,
+        code=_learning_code,
+        threads="learn",
+        uses_gpu=True,
+    ),
+    Stage(
+        name="quantize",
+        rule="quantize_codes",
+        result="the packed tensors of the checkpoint",
+        after=("fetch", "prune", "inspect", "gram", "learn"),
+        jobs=_units("quantize_codes"),
+        work=lambda plan, wildcards: plan.estimates.quantize(
+            plan.factorizing(wildcards.variant), len(layers_of(wildcards.unit))
+        ),
+        code=code_of("cospadi.quantization"),
+        threads="quantize",
+    ),
+    Stage(
+        name="assemble",
+        rule="assemble_model",
+        result="a packed Hugging Face folder",
+        after=("fetch", "prune", "quantize"),
+        jobs=_assemble,
+        work=lambda plan, wildcards: plan.estimates.assemble(),
+        # all of the runtime travels in the folder
+        code=lambda plan, wildcards: code_digest("cospadi.checkpoint", *modules_of("cospadi.runtime")),
+        threads="assemble",
+    ),
+    Stage(
+        name="densify",
+        rule="densify",
+        result="the same as an ordinary dense folder",
+        after=("assemble",),
+        jobs=_asked_for,
+        work=lambda plan, wildcards: plan.estimates.assemble(),
+        code=code_of("cospadi.checkpoint"),
+        threads="assemble",
+    ),
+    Stage(
+        name="evaluate",
+        rule="evaluate_model",
+        result="perplexity, tasks, generated text",
+        after=("fetch", "text", "prune", "assemble"),
+        jobs=_evaluate,
+        work=lambda plan, wildcards: plan.estimates.evaluate(),
+        # the runtime is inside every model that uses it: when it changes, that is assembled anew
+        code=code_of("cospadi.evaluation", without="cospadi.runtime", data="tasks"),
+        threads="evaluate",
+        uses_gpu=True,
+    ),
+    Stage(
+        name="plot_distances",
+        rule="plot_distances",
+        result="a plot of the distances",
+        after=("distances",),
+        jobs=_pruning("plot_distances"),
+        work=lambda plan, wildcards: _TABLES_AND_PLOTS,
+        code=code_of("cospadi.report.plots"),
+    ),
+    Stage(
+        name="summarize",
+        rule="summarize",
+        result="table, plots, generated texts side by side",
+        after=("fetch", "prune", "learn", "quantize", "assemble", "evaluate"),
+        jobs=_once("summarize.tsv"),
+        work=lambda plan, wildcards: _TABLES_AND_PLOTS,
+        code=code_of("cospadi.report"),
+    ),
+    Stage(
+        name="report",
+        rule="report",
+        result="all of it in one zip",
+        after=("summarize", "plot_distances"),
+        jobs=_once("report.tsv"),
+        work=lambda plan, wildcards: _TABLES_AND_PLOTS,
+        code=code_of(),
+    ),
+)

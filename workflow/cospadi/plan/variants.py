@@ -1,0 +1,116 @@
+"""Variants, the bases they are learned from, and the parts in which each is collected and learned."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from cospadi.methods import METHODS
+from cospadi.plan.names import parts, unit_name
+from cospadi.pruning import PRUNERS, removed_count
+
+DENSE = "dense"  # the model as it is, evaluated beside the variants
+
+
+class Variants:
+    """What follows from the config's section ``variants`` and the number of layers.
+
+    A *base* is a model that something is learned from. It is named by what stands between the results and its
+    artifacts: nothing for the model as it is, ``a/`` for the pruned model of variant a, ``b/pruned/`` for what the
+    first step of variant b leaves, where no variant is just that.
+
+    Attributes
+    ----------
+    variants : list of str
+        Names of the compressed models, in the order of the config.
+    models : list of str
+        ``dense`` and the variants: everything that is evaluated.
+    factorized, pruned : list of str
+        Variants with matrices to learn; variants that only lose blocks.
+    pruned_bases : dict
+        Base to the settings of the pruning step that makes it.
+    chunks : list of range
+        Layers of each collection job of the model as it is.
+    """
+
+    def __init__(self, config: Mapping[str, Any], n_layers: int) -> None:
+        self.config = config
+        self.n_layers = n_layers
+        self.variants = list(config["variants"])
+        self.models = [DENSE, *self.variants]
+        self.factorized = [name for name in self.variants if self.factorizing(name)]
+        self.pruned = [name for name in self.variants if not self.factorizing(name)]
+        self._base_of, self.pruned_bases = self._find_bases()
+
+    @property
+    def chunks(self) -> list[range]:
+        """Layers of each collection job of the model as it is."""
+        return self.chunks_of("")
+
+    def steps(self, variant: str) -> list[dict[str, Any]]:
+        """Settings of each step of a variant; most have one."""
+        settings = self.config["variants"][variant]
+        return settings.get("steps", [settings])
+
+    def factorizing(self, variant: str) -> dict[str, Any] | None:
+        """Settings of the step that factorizes, if there is one."""
+        return next((step for step in self.steps(variant) if step["method"] in METHODS), None)
+
+    def pruning_step(self, variant: str) -> dict[str, Any] | None:
+        """Settings of the step that removes blocks, if there is one."""
+        step = self.steps(variant)[0]
+        return step if step["method"] in PRUNERS else None
+
+    def base_of(self, variant: str) -> str:
+        """Base that a variant is learned from, or for one that only loses blocks, the one that it is."""
+        return self._base_of[variant]
+
+    def learned_bases(self) -> list[str]:
+        """Bases that something is learned from."""
+        return list(dict.fromkeys(self.base_of(variant) for variant in self.factorized))
+
+    def fits(self, base: str) -> bool:
+        """Whether transforms are fitted for a pruned base."""
+        return PRUNERS[self.pruned_bases[base]["method"]].fits
+
+    def _find_bases(self) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+        """Base of every variant, and the step that makes each; equal steps are made once."""
+        made: dict[str, str] = {}
+        bases: dict[str, str] = {}
+        for name in [*self.pruned, *self.factorized]:
+            step = self.pruning_step(name)
+            if step is None:
+                bases[name] = ""
+                continue
+            key = json.dumps(step, sort_keys=True)
+            bases[name] = f"{name}/" if name in self.pruned else made.get(key, f"{name}/pruned/")
+            made.setdefault(key, bases[name])
+        return bases, {base: self.steps(name)[0] for name, base in bases.items() if base}
+
+    def n_layers_of(self, base: str) -> int:
+        """Number of a base's decoder blocks."""
+        return self.n_layers - (removed_count(self.pruned_bases[base]) if base else 0)
+
+    def chunks_of(self, base: str) -> list[range]:
+        """Layers of each collection job of a base."""
+        layers = self.n_layers_of(base)
+        return parts(layers, self.config["calibration"]["blocks_per_job"] or layers)
+
+    def chunk_with(self, layer: int, base: str) -> range:
+        """The chunk of a base that a layer is in."""
+        return next(chunk for chunk in self.chunks_of(base) if layer in chunk)
+
+    def learns_model(self, variant: str) -> bool:
+        """Whether a variant's method learns all layers in one job."""
+        settings = self.factorizing(variant)
+        return settings is not None and METHODS[settings["method"]].whole_model is not None
+
+    def units(self, variant: str) -> list[str]:
+        """Units of a variant: what one learning job each handles; none where nothing is learned."""
+        settings = self.factorizing(variant)
+        if settings is None:
+            return []
+        layers = self.n_layers_of(self.base_of(variant))
+        size = layers if self.learns_model(variant) else settings.get("group_size", 1)
+        return [unit_name(group) for group in parts(layers, size)]

@@ -1,0 +1,168 @@
+"""Stages: what the table of a run's kind says about each, and what rules and `needs` ask of a plan that has one.
+
+A stage is one rule of Snakemake. Its entry in the table of its kind of run (`plan.stages`, `training.stages`) says how
+many jobs it has, what each takes, and which code decides what comes out; the rule's own file says what it reads and
+writes. Adding a stage is an entry and a file.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from cospadi.digests import code_digest
+from cospadi.resources import Work
+from cospadi.stage import has_gpu
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """Jobs of a stage that are alike.
+
+    Attributes
+    ----------
+    count : int
+    wildcards : namespace
+        Of the largest of them.
+    benchmarks : str
+        Pattern of their benchmark files below ``benchmarks/``.
+    of : str
+        What sets them apart from the stage's other jobs: a variant, a base.
+    """
+
+    count: int
+    benchmarks: str
+    wildcards: Any = field(default_factory=SimpleNamespace)
+    of: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage of a kind of run. Every callable gets the plan first.
+
+    Attributes
+    ----------
+    name, rule : str
+        What the rules' files and the config call it; the rule's name.
+    after : tuple of str
+        Stages whose files it reads.
+    jobs : callable
+        ``jobs(plan)`` yields `Jobs`; none for a stage that runs only when its file is asked for.
+    work : callable
+        ``work(plan, wildcards) -> Work`` of one job.
+    code : callable
+        ``code(plan, wildcards) -> digest`` of what decides the result.
+    threads : str, optional
+        Key of the config's section ``threads``; None for one thread.
+    uses_gpu : bool
+        Whether it uses a GPU where there is one.
+    result : str
+        What it makes, for a reader.
+    """
+
+    name: str
+    rule: str
+    after: tuple[str, ...]
+    jobs: Callable[[Any], Iterable[Jobs]]
+    work: Callable[[Any, Any], Work]
+    code: Callable[[Any, Any], str]
+    result: str
+    threads: str | None = None
+    uses_gpu: bool = False
+
+
+def code_of(*modules: str, **options: Any) -> Callable[[Any, Any], str]:
+    """The `code` of a stage whose modules are always the same: `digests.code_digest` of them."""
+    return lambda plan, wildcards: code_digest(*modules, **options)
+
+
+def table_of(*stages: Stage) -> dict[str, Stage]:
+    """Stages by name, in the order of the workflow."""
+    return {stage.name: stage for stage in stages}
+
+
+def drawing(stages: Mapping[str, Stage]) -> str:
+    """The stages as a Mermaid flowchart: an arrow wherever one reads what another wrote."""
+    lines = ["flowchart LR"]
+    lines += [f'    {stage.name}["{stage.rule}<br><small>{stage.result}</small>"]' for stage in stages.values()]
+    lines += [f"    {before} --> {stage.name}" for stage in stages.values() for before in stage.after]
+    return "\n".join(lines)
+
+
+def draw(document: str, tables: Mapping[str, Mapping[str, Stage]]) -> str:
+    """A Markdown document with its drawings made anew: each follows a line ``<!-- stages: name of the table -->``."""
+
+    def drawn(found: re.Match[str]) -> str:
+        return f"{found[1]}\n```mermaid\n{drawing(tables[found[2]])}\n```"
+
+    return re.sub(r"(<!-- stages: (\w+) -->)\n```mermaid\n.*?\n```", drawn, document, flags=re.DOTALL)
+
+
+class Staged:
+    """What every kind of plan answers about its stages.
+
+    Attributes
+    ----------
+    config : mapping
+        Complete.
+    results : str
+        ``results/<run>``.
+    stages : mapping
+        Name to `Stage`.
+    """
+
+    stages: Mapping[str, Stage]
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.config = config
+        self.results = f"results/{config['run']}"
+        self._started = time.time()
+
+    def gpus(self, stage: str | None = None) -> int:
+        """GPUs that a job of `stage` asks for; without a stage, that a job asks for that can use one."""
+        device = self.config["device"]
+        uses = stage is None or self.stages[stage].uses_gpu
+        return int(uses and (device == "cuda" or (device == "auto" and has_gpu())))
+
+    def threads(self, stage: str) -> int:
+        """CPU threads of a job of `stage`."""
+        key = self.stages[stage].threads
+        return 1 if key is None else self.config["threads"][key]
+
+    def work(self, stage: str, wildcards: Any) -> Work:
+        """What the job of `stage` with these wildcards does (`resources`)."""
+        return self.stages[stage].work(self, wildcards)
+
+    def mem_mb(self, stage: str) -> Callable[..., int]:
+        """Memory of a job of `stage` in MiB, a function for Snakemake: from shapes, times the attempt."""
+
+        def mem_mb(wildcards: Any, attempt: int) -> int:
+            return self.work(stage, wildcards).mem_mb(attempt)
+
+        return mem_mb
+
+    def runtime(self, stage: str) -> Callable[..., int]:
+        """Time limit of a job of `stage` in minutes, a function for Snakemake: the same way."""
+
+        def runtime(wildcards: Any, attempt: int, threads: int) -> int:
+            return self.work(stage, wildcards).runtime(attempt, threads, bool(self.gpus(stage)))
+
+        return runtime
+
+    def code(self, stage: str) -> Callable[[Any], str]:
+        """Digest of the code that decides what a job of `stage` makes, a function for Snakemake."""
+        return lambda wildcards: self.stages[stage].code(self, wildcards)
+
+    def has_written(self, name: str) -> bool:
+        """Whether file `name` of the results is newer than this plan; making one layer leaves no new table to show."""
+        path = Path(self.results, name)
+        return path.exists() and path.stat().st_mtime >= self._started
+
+    def closing_message(self) -> str:
+        """What the console shows at the end of a run; nothing where it made no table."""
+        raise NotImplementedError

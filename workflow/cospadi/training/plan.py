@@ -1,0 +1,156 @@
+"""Plan of a run that trains models from scratch: its stages, which models it trains, what a job takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from cospadi.report.training import training_message
+from cospadi.resources import FORWARD, GPU_FORWARD, MEBI, Work
+from cospadi.stages import Jobs, Stage, Staged, code_of, table_of
+from cospadi.training.config import EXPERIMENTS
+
+_TEXT = Work(1800 * MEBI, 180)
+_TABLES_AND_PLOTS = Work(1000 * MEBI, 30)
+
+
+def _with_language(benchmarks: str) -> Callable[[TrainingPlan], Iterator[Jobs]]:
+    """One job where language models are trained."""
+    return lambda plan: iter([Jobs(1, benchmarks)] if "language" in plan.experiments else [])
+
+
+def _train(plan: TrainingPlan) -> Iterator[Jobs]:
+    for name, settings in plan.experiments.items():
+        for variant in settings["variants"]:
+            benchmarks = f"train_model/{name}/{variant}/*.tsv"
+            wildcards = SimpleNamespace(experiment=name, trained=variant)
+            yield Jobs(len(plan.config["training"]["seeds"]), benchmarks, wildcards, f"{name}/{variant}")
+
+
+def _work(plan: TrainingPlan, wildcards: Any) -> Work:
+    """Forward and backward passes of all steps; weights, gradients and AdamW's moments, and what the blocks and the
+    logits keep for the backward pass."""
+    settings = plan.experiments[wildcards.experiment]
+    sizes = settings["model"]
+    hidden, vocabulary = sizes["hidden_size"], settings.get("vocabulary", 10)
+    block = 4 * hidden**2 + 3 * hidden * sizes["intermediate_size"]
+    length = settings["length"] if wildcards.experiment == "language" else (8 // settings["patch"]) ** 2 + 1
+    parameters, tokens = sizes["layers"] * block + vocabulary * hidden, settings["batch_size"] * length
+    kept = 40 * sizes["layers"] * (hidden + sizes["intermediate_size"]) + 16 * vocabulary
+    flops = 8 * parameters * tokens * settings["steps"]
+    return Work(2000 * MEBI + 16 * parameters + tokens * kept, 15, flops / FORWARD, flops / GPU_FORWARD)
+
+
+STAGES = table_of(
+    Stage(
+        name="text",
+        rule="fetch_text",
+        result="articles, parted into those to train on and held-out ones",
+        after=(),
+        jobs=_with_language("fetch_text/*.tsv"),
+        work=lambda plan, wildcards: Work(1000 * MEBI, 300),
+        code=code_of("cospadi.sources.texts"),
+        threads="fetch",
+    ),
+    Stage(
+        name="tokenizer",
+        rule="train_tokenizer",
+        result="a tokenizer made from the text",
+        after=("text",),
+        jobs=_with_language("train_tokenizer.tsv"),
+        work=lambda plan, wildcards: _TEXT,
+        code=code_of("cospadi.training.text"),
+    ),
+    Stage(
+        name="tokens",
+        rule="tokenize_text",
+        result="the text as two streams of tokens",
+        after=("text", "tokenizer"),
+        jobs=_with_language("tokenize_text.tsv"),
+        work=lambda plan, wildcards: _TEXT,
+        code=code_of("cospadi.training.text"),
+    ),
+    Stage(
+        name="train",
+        rule="train_model",
+        result="a model of each variant and seed, its loss curve",
+        after=("tokenizer", "tokens"),
+        jobs=_train,
+        work=_work,
+        code=code_of("cospadi.training.train"),
+        threads="train",
+        uses_gpu=True,
+    ),
+    Stage(
+        name="materialise",
+        rule="materialise",
+        result="the same as an ordinary model",
+        after=("train",),
+        jobs=lambda plan: iter(()),  # only where it is asked for
+        work=_work,
+        code=code_of("cospadi.training.models"),
+    ),
+    Stage(
+        name="summarize",
+        rule="summarize_training",
+        result="table and loss curves",
+        after=("train",),
+        jobs=lambda plan: iter([Jobs(1, "summarize_training.tsv")]),
+        work=lambda plan, wildcards: _TABLES_AND_PLOTS,
+        code=code_of("cospadi.report.training"),
+    ),
+    Stage(
+        name="report",
+        rule="report",
+        result="all of it in one zip",
+        after=("summarize",),
+        jobs=lambda plan: iter([Jobs(1, "report.tsv")]),
+        work=lambda plan, wildcards: _TABLES_AND_PLOTS,
+        code=code_of(),
+    ),
+)
+
+
+class TrainingPlan(Staged):
+    """The jobs of a run that trains models from scratch.
+
+    Parameters
+    ----------
+    config : mapping
+        Complete, from `training.config.check_config`.
+
+    Attributes
+    ----------
+    experiments : dict
+        ``language`` and ``vision``, those that the config asks for, to their settings.
+    """
+
+    stages = STAGES
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__(config)
+        training = config["training"]
+        self.experiments = {name: training[name] for name in EXPERIMENTS if training[name] is not None}
+
+    def text_file(self, part: str) -> str:
+        """``calibration.jsonl``, which models are trained on, or ``heldout.jsonl``."""
+        return f"resources/text/{self.config['text']['name']}/{part}.jsonl"
+
+    def settings(self, experiment: str) -> dict[str, Any]:
+        """Settings that decide how the models of an experiment are trained, without its variants."""
+        return {key: value for key, value in self.experiments[experiment].items() if key != "variants"}
+
+    def trained(self, pattern: str) -> list[str]:
+        """`pattern` with ``{experiment}``, ``{trained}`` and ``{seed}`` filled in, for every model."""
+        return [
+            pattern.replace("{experiment}", name).replace("{trained}", variant).replace("{seed}", str(seed))
+            for name, settings in self.experiments.items()
+            for variant in settings["variants"]
+            for seed in self.config["training"]["seeds"]
+        ]
+
+    def closing_message(self) -> str:
+        """What the console shows at the end of a run; nothing where it made no table."""
+        return training_message(Path(self.results)) if self.has_written("training.json") else ""

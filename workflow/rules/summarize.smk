@@ -1,0 +1,67 @@
+rule summarize:
+    input:
+        model=plan.model_input(),
+        models=[plan.model_of(variant) for variant in plan.variants],
+        evaluations=expand(rules.evaluate_model.output, name=plan.models),
+        learned=plan.of_all_units(rules.learn_dictionary.output.diagnostics),
+        packed=plan.of_all_units(rules.quantize_codes.output.diagnostics),
+        pruned=plan.pruning_files(rules.prune_model.output.report).values(),
+    output:
+        table=report(
+            "<results>/summary.tsv",
+            category="Results",
+            labels={"what": "table", "of": "all models"},
+            caption="../report/table.rst",
+        ),
+        page=report(
+            "<results>/summary.html",
+            category="Results",
+            labels={"what": "table, formatted", "of": "all models"},
+            caption="../report/table.rst",
+        ),
+        samples=report(
+            "<results>/samples.html",
+            category="Results",
+            labels={"what": "generated texts", "of": "all models"},
+            caption="../report/samples.rst",
+        ),
+        errors=report(
+            "<results>/plots/errors.svg",
+            category="Plots",
+            labels={"what": "error of every matrix", "of": "all variants"},
+            caption="../report/errors.rst",
+        ),
+        pareto=report(
+            "<results>/plots/pareto.svg",
+            category="Plots",
+            labels={"what": "bytes against perplexity", "of": "all models"},
+            caption="../report/pareto.rst",
+        ),
+        convergence=report(
+            "<results>/plots/convergence.svg",
+            category="Plots",
+            labels={"what": "convergence of learning", "of": "all variants"},
+            caption="../report/convergence.rst",
+        ),
+        summary="<results>/summary.json",
+        text="<results>/samples.md",
+        png=expand("<results>/plots/{plot}.png", plot=["errors", "pareto", "convergence"]),
+    log:
+        "<logs>/summarize.log",
+    benchmark:
+        "<benchmarks>/summarize.tsv"
+    conda:
+        "../../envs/cospadi.yaml"
+    resources:
+        mem_mb=plan.mem_mb("summarize"),
+        runtime=plan.runtime("summarize"),
+    params:
+        run=plan.reported(),
+        model=plan.model_digest(WEIGHTS),
+        units={variant: plan.units(variant) for variant in plan.variants},
+        pruned=plan.pruning_files(rules.prune_model.output.report),
+        code=plan.code("summarize"),
+    message:
+        "Writing the table and the plots"
+    script:
+        "../../scripts/summarize.py"

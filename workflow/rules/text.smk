@@ -1,0 +1,30 @@
+from cospadi.digests import files_digest
+from cospadi.outside import text_files
+
+
+# It runs where snakemake runs: on a cluster, compute nodes often reach no network.
+rule fetch_text:
+    input:
+        text_files(config["text"]),
+    output:
+        calibration="<resources>/text/{text}/calibration.jsonl",
+        heldout="<resources>/text/{text}/heldout.jsonl",
+    log:
+        "<logs>/fetch_text/{text}.log",
+    benchmark:
+        "<benchmarks>/fetch_text/{text}.tsv"
+    localrule: True
+    conda:
+        "../../envs/cospadi.yaml"
+    threads: plan.threads("text")
+    resources:
+        mem_mb=plan.mem_mb("text"),
+        runtime=plan.runtime("text"),
+    params:
+        text=config["text"],
+        content=files_digest(text_files(config["text"])),
+        code=plan.code("text"),
+    message:
+        "Fetching the text {wildcards.text}, split into calibration and held-out articles"
+    script:
+        "../../scripts/fetch_text.py"
