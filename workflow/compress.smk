@@ -1,5 +1,5 @@
 # A run that compresses a model: from the model and a text to packed models, their evaluation and a report.
-from cospadi.outside import REST, TOKENIZER, WEIGHTS
+from cospadi.outside import ALL, TOKENIZER, WEIGHTS
 from cospadi.plan import DENSE, layers_of, one_of
 
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import ast
 import itertools
+import os
 import re
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from cospadi import digests as digests_module
 from cospadi.config import check_config
-from cospadi.digests import code_digest
+from cospadi.digests import code_digest, files_digest
 from cospadi.errors import ConfigError, UnsupportedModelError
+from cospadi.files import TensorFile, write_json, write_tensors
+from cospadi.outside import WEIGHTS
 from cospadi.plan import Plan, layers_of, one_of
 
 PACKAGE = digests_module.PACKAGE
@@ -327,6 +331,180 @@ def test_imports_are_found_wherever_they_stand(package):
         after = code_digest("cospadi.one")
         assert (after != before) == reached, name
         before = after
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with a small file and one that counts as large."""
+    path = tmp_path / "folder"
+    path.mkdir()
+    (path / "config.json").write_text("{}")
+    (path / "model.safetensors").write_bytes(bytes(100))
+    return path
+
+
+def test_large_files_count_with_size_time_and_their_first_bytes(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(digests_module, "_HASHED_WHOLE", 50)
+    monkeypatch.setattr(digests_module, "_PART", 10)
+    large, files = folder / "model.safetensors", sorted(folder.iterdir())
+    before = files_digest(files, folder)
+    times = large.stat().st_mtime_ns
+    assert files_digest(files, folder) == before == files_digest(reversed(files), folder)
+    moved = shutil.copytree(folder, tmp_path / "moved")  # a copy keeps the times
+    assert files_digest(moved.iterdir(), moved) == before
+    os.utime(folder / "config.json")
+    assert files_digest(files, folder) == before
+    seen = {before}
+    for edit in (
+        lambda: os.utime(large, ns=(times, times + 1)),
+        lambda: large.write_bytes(bytes(101)),
+        lambda: large.write_bytes(b"x" + bytes(100)) and os.utime(large, ns=(times, times)),
+        lambda: (folder / "config.json").write_text("[]"),
+        lambda: large.unlink(),
+    ):
+        edit()
+        digests_module._content.cache_clear()
+        digest = files_digest(files, folder)
+        assert digest not in seen
+        seen.add(digest)
+
+
+def test_what_a_fetched_model_was_planned_for_is_shapes_and_arithmetic():
+    planned = make_plan().planned_digest()
+    assert make_plan({**MODEL, "use_cache": False, "_name_or_path": "x"}).planned_digest() == planned
+    assert make_plan({**MODEL, "rope_theta": 1e6}).planned_digest() != planned
+    assert make_plan().model_digest(WEIGHTS) is None  # a rule makes it
+
+
+def test_the_users_tasks_count_with_all_their_files(tmp_path):
+    assert make_plan().tasks_digest() is None
+    (tmp_path / "tasks/deeper").mkdir(parents=True)
+    (tmp_path / "tasks/mine.yaml").write_text("task: mine")
+    evaluation = {"perplexity": None, "task_path": str(tmp_path / "tasks")}
+    before = make_plan(evaluation=evaluation).tasks_digest()
+    (tmp_path / "tasks/deeper/helper.py").write_text("def f(): pass")
+    digests_module._content.cache_clear()
+    assert make_plan(evaluation=evaluation).tasks_digest() != before
+
+
+# --- faults of a local model -----------------------------------------------------------------------------------------
+
+SMALL = {
+    **MODEL,
+    "model_type": "llama",
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 10,
+}
+
+
+@pytest.fixture
+def local(tmp_path):
+    """A local model in two shards, and its tensors."""
+    shapes = {"embed_tokens": (10, 8)} | {
+        f"layers.{layer}.{name}": shape
+        for layer in range(2)
+        for name, shape in {
+            "self_attn.q_proj": (8, 8),
+            "self_attn.k_proj": (4, 8),
+            "self_attn.v_proj": (4, 8),
+            "self_attn.o_proj": (8, 8),
+            "mlp.gate_proj": (12, 8),
+            "mlp.up_proj": (12, 8),
+            "mlp.down_proj": (8, 12),
+        }.items()
+    }
+    names = {f"model.{name}.weight": shape for name, shape in shapes.items()}
+    shards = {"a.safetensors": list(names)[:8], "b.safetensors": list(names)[8:]}
+    for shard, members in shards.items():
+        write_tensors(tmp_path / shard, {name: np.zeros(names[name], np.float32) for name in members})
+    weight_map = {name: shard for shard, members in shards.items() for name in members}
+    write_json(tmp_path / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+    write_json(tmp_path / "config.json", SMALL)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    return tmp_path
+
+
+def local_faults(folder, **sections) -> list[str]:
+    model = {"name": "m", "source": "local", "path": str(folder)}
+    config = {"run": "r", "model": model, "calibration": {"source": "self", "length": 16}}
+    config |= {"variants": {"a": {"method": "svd_llm", "ratio": 0.2}}, "evaluation": {"perplexity": None}} | sections
+    try:
+        Plan(check_config(config))
+    except ConfigError as error:
+        return error.faults
+    return []
+
+
+def test_a_whole_local_model_has_no_faults(local):
+    assert local_faults(local) == []
+
+
+def test_all_that_a_local_model_lacks_is_found_when_planning(local):
+    write_json(local / "config.json", {**SMALL, "max_position_embeddings": 12})
+    content = (local / "b.safetensors").read_bytes()
+    (local / "b.safetensors").write_bytes(content[:-1])
+    (local / "tokenizer.json").unlink()
+    names = [name for name in TensorFile(local / "a.safetensors").names() if "embed" not in name]
+    write_tensors(
+        local / "a.safetensors", {name: np.zeros((8, 9) if "q_proj" in name else (1, 1), np.float32) for name in names}
+    )
+    faults = local_faults(local, variants={"a": {"method": "uidl", "blocks": 2}})
+    assert faults[:2] == [
+        "variants.a.blocks: 2; the model has 2 blocks",
+        "calibration.length: 16; the model has 12 positions (max_position_embeddings)",
+    ]
+    assert faults[2].startswith(f"model.path: {local}/b.safetensors: not a complete safetensors file")
+    assert faults[3] == f"model.path: {local}: lacks tensor model.embed_tokens.weight. Fetch the model again"
+    assert "a.safetensors: tensor model.layers.0.self_attn.q_proj.weight has shape (8, 9), expected (8, 8)" in faults[4]
+    assert faults[-1] == f"model.path: {local}: holds no tokenizer (tokenizer.json, tokenizer.model or vocab.json)"
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda folder: (folder / "b.safetensors").unlink(), "b.safetensors: the file does not exist"),
+        (
+            lambda folder: (folder / "model.safetensors.index.json").unlink(),
+            "model.safetensors: the file does not exist",
+        ),
+        (lambda folder: (folder / "model.safetensors.index.json").write_text("{"), "index.json: not valid JSON"),
+        (
+            lambda folder: write_json(folder / "config.json", {**SMALL, "num_hidden_layers": 3}),
+            "lacks tensors model.layers.2",
+        ),
+        (
+            lambda folder: write_json(folder / "config.json", {**SMALL, "num_hidden_layers": 3}),
+            "v_proj.weight and 4 more",
+        ),
+    ],
+)
+def test_each_fault_of_a_local_model_names_its_file(local, damage, expected):
+    damage(local)
+    faults = local_faults(local)
+    assert any(fault.startswith("model.path: ") and expected in fault for fault in faults), faults
+
+
+def test_windows_longer_than_the_models_positions_are_refused_together():
+    evaluation = {"perplexity": {"window": 300}}
+    text = {"name": "t", "source": "hub", "dataset": "d"}
+    with pytest.raises(ConfigError) as caught:
+        make_plan(
+            {**MODEL, "max_position_embeddings": 256},
+            calibration={"source": "self", "length": 257},
+            evaluation=evaluation,
+            text=text,
+        )
+    positions = "the model has 256 positions (max_position_embeddings)"
+    assert caught.value.faults == [
+        f"calibration.length: 257; {positions}",
+        f"evaluation.perplexity.window: 300; {positions}",
+    ]
+    nested = {**MODEL, "text_config": {"max_position_embeddings": 300}}
+    make_plan(nested, calibration={"source": "self", "length": 257}, evaluation=evaluation, text=text)
 
 
 # --- resources -------------------------------------------------------------------------------------------------------

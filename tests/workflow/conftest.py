@@ -149,11 +149,13 @@ def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def new_run(
     tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Path], articles: Path, snapshot: Path
 ) -> Callable[..., Run]:
-    """Factory ``new_run(family, **model_changes) -> Run`` in an empty folder."""
+    """Factory ``new_run(family, **model_changes) -> Run`` in a folder with nothing but model and text."""
 
     def make(family: str, **changes: Any) -> Run:
         folder = tmp_path_factory.mktemp(f"run-{family}")
-        return Run(folder, tiny_config(tiny_model(family, **changes), articles), snapshot)
+        model = shutil.copytree(tiny_model(family, **changes), folder / "tiny-model")
+        text = shutil.copy(articles, folder / "articles.jsonl")
+        return Run(folder, tiny_config(model.relative_to(folder), text.relative_to(folder)), snapshot)
 
     return make
 

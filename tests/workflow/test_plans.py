@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -168,3 +169,37 @@ def test_lock_files_agree():
     assert lock == set(conda)
     assert all("==" in line and "+" not in line for line in lock)
     assert {"snakemake-executor-plugin-slurm==2.8.0", "torch==2.13.0"} <= lock
+
+
+def edges(output: str) -> set[tuple[str, str]]:
+    """Pairs of rules in Snakemake's graph: one that reads what the other made."""
+    names = dict(re.findall(r'(\d+)\[label = "(\w+)"', output))
+    return {(names[before], names[after]) for before, after in re.findall(r"(\d+) -> (\d+)", output)}
+
+
+def rulegraph(folder: Path, config: dict, *targets: str) -> set[tuple[str, str]]:
+    (folder / "graph.yaml").write_text(yaml.safe_dump(config))
+    result = snakemake(folder, "--rulegraph", "--configfile", str(folder / "graph.yaml"), "--", *targets)
+    assert result.returncode == 0, result.stderr
+    return {edge for edge in edges(result.stdout) if "all" not in edge}
+
+
+def test_the_tables_of_stages_have_the_arrows_that_snakemake_finds(folder):
+    from cospadi.plan.stages import STAGES
+    from cospadi.training.plan import STAGES as TRAINING
+
+    def arrows(stages) -> set[tuple[str, str]]:
+        return {(stages[before].rule, stage.rule) for stage in stages.values() for before in stage.after}
+
+    variants = {
+        "cut": {"method": "replaceme", "blocks": 2},
+        "both": {"steps": [{"method": "uidl", "blocks": 3}, {"method": "cospadi", "ratio": 0.2}]},
+        "plain": {"method": "cospadi", "ratio": 0.2},
+        "masa": {"steps": [{"method": "replaceme", "blocks": 2}, {"method": "masa", "ratio": 0.2}]},
+    }
+    found = rulegraph(folder, {"run": "graph", "variants": variants}, "all", "results/graph/plain/dense")
+    found |= rulegraph(folder, {"run": "graph", "variants": {"masa": {"method": "masa", "ratio": 0.2}}}, "all")
+    assert found == arrows(STAGES)
+    config = yaml.safe_load((PROJECT / "config/masa-train.yaml").read_text())
+    dense = "results/masa-train/training/language/masa-qkv/seed_0/dense"
+    assert rulegraph(folder, config, "all", dense) == arrows(TRAINING)

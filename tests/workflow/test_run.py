@@ -36,6 +36,11 @@ def rules(planned: dict[str, int]) -> set[str]:
     return set(planned) - {"all", "total"}
 
 
+def append(path, text: str) -> None:
+    with open(path, "a") as file:
+        file.write(text)
+
+
 def test_llama_from_start_to_report(finished):
     check_finished(finished, ["cospadi-20", "svd_llm-40"])
     factors = TensorFile(finished.results / "cospadi-20/factors/layer_03.safetensors")
@@ -119,8 +124,9 @@ def test_editing_a_solver_reruns_what_it_learned_and_what_follows(run, project):
     run.project = project
     run.snakemake("--touch")  # the project moved: only the edit below is to be seen
     assert rules(run.planned("--rerun-triggers", "mtime", "params", "input")) <= {"report"}
-    with open(project / "workflow/cospadi/solvers/htp.py", "a") as file:
-        file.write("\n# edited\n")
+    append(project / "workflow/cospadi/solvers/htp.py", "\n# a comment changes nothing\n")
+    assert rules(run.planned()) <= {"report"}
+    append(project / "workflow/cospadi/solvers/htp.py", "\nedited = True\n")
     planned = run.planned()
     assert rules(planned) == LEARNED_AND_AFTER
     assert planned["learn_dictionary"] == 4  # cospadi-20 alone: svd_llm does not use this solver
@@ -130,13 +136,88 @@ def test_editing_a_solver_reruns_what_it_learned_and_what_follows(run, project):
 
 def test_editing_collection_reruns_it_though_its_output_is_temporary(run, project):
     run.project = project
-    with open(project / "workflow/cospadi/calibration/collect.py", "a") as file:
-        file.write("\n# edited\n")
+    append(project / "workflow/cospadi/calibration/collect.py", "\nedited = True\n")
     planned = run.planned()
     assert planned["collect_activations"] == 2
     assert planned["compute_gram"] == 4
     assert planned["learn_dictionary"] == 8
     assert not {"fetch_text", "inspect_model", "prepare_calibration"} & set(planned)
+
+
+def test_editing_a_kernel_leaves_the_dense_evaluation_alone(run, project):
+    run.project = project
+    run.snakemake("--touch")
+    append(project / "workflow/cospadi/runtime/cospadi_cuda_kernels.py", "\nedited = True\n")
+    planned = run.planned()
+    assert rules(planned) == {"assemble_model", "evaluate_model", "summarize", "report"}
+    assert planned["assemble_model"] == planned["evaluate_model"] == 2  # dense stays
+
+
+def overwrite(path, old: bytes, new: bytes) -> None:
+    """Write into a file, which keeps its size and time: what an older backup put in its place looks like."""
+    assert len(old) == len(new)
+    status, content = path.stat(), path.read_bytes()
+    assert old in content
+    path.write_bytes(content.replace(old, new, 1))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+FROM_COLLECTION = {"collect_activations", "compute_gram"} | LEARNED_AND_AFTER
+FROM_TEXT = {"prepare_calibration"} | FROM_COLLECTION
+FROM_MODEL = {"inspect_model"} | FROM_TEXT
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "expected"),
+    [
+        ("tiny-model/model.safetensors", None, None, FROM_MODEL - {"prepare_calibration"}),
+        (
+            "tiny-model/config.json",
+            b'"rms_norm_eps": 1e-06',
+            b'"rms_norm_eps": 1e-05',
+            FROM_MODEL,
+        ),
+        ("tiny-model/tokenizer.json", b"river", b"rivet", FROM_MODEL),
+        ("articles.jsonl", b"river", b"rivet", {"fetch_text"} | FROM_TEXT),
+    ],
+    ids=["weights", "config", "tokenizer", "text"],
+)
+def test_a_file_that_is_edited_in_place_runs_what_reads_it_again(run, file, old, new, expected):
+    path = run.folder / file
+    if old is None:
+        old = path.read_bytes()[-8:]
+        new = bytes(byte ^ 1 for byte in old)
+    overwrite(path, old, new)
+    planned = run.planned()
+    assert rules(planned) == expected
+    assert planned["evaluate_model"] == 3
+    overwrite(path, new, old)
+    assert run.planned() == {}
+
+
+def test_files_that_nothing_reads_and_new_times_run_nothing(run):
+    (run.folder / "tiny-model/pytorch_model.bin").write_bytes(b"the same in another format")
+    (run.folder / "tiny-model/.cache").mkdir()
+    for name in ("tiny-model/model.safetensors", "tiny-model/config.json", "articles.jsonl"):
+        os.utime(run.folder / name)
+    assert run.planned() == {}
+
+
+def test_what_only_travels_is_only_assembled_again(run):
+    (run.folder / "tiny-model/LICENSE").write_text("Do as you like.")
+    planned = run.planned()
+    assert rules(planned) == {"assemble_model", "evaluate_model", "summarize", "report"}
+    assert planned["evaluate_model"] == 2  # the dense model says what it said
+
+
+def test_a_damaged_model_is_found_before_any_work(run):
+    path = run.folder / "tiny-model/model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    run.config["evaluation"]["perplexity"]["window"] = 600
+    output = run.snakemake("--dry-run", succeeds=False)
+    assert "2 faults" in output and "Traceback" not in output
+    assert "model.path: tiny-model/model.safetensors: not a complete safetensors file" in output
+    assert "evaluation.perplexity.window: 600; the model has 512 positions" in output
 
 
 @pytest.mark.parametrize(

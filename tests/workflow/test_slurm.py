@@ -15,7 +15,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -102,7 +101,7 @@ def story(
 ) -> Story:
     local = new_run("llama")
     run = Run(tmp_path_factory.mktemp("cluster"), copy.deepcopy(local.config), local.project)
-    model = json.loads((Path(run.config["model"]["path"]) / "config.json").read_text())
+    model = json.loads((run.folder / run.config["model"]["path"] / "config.json").read_text())
     story = Story(local, run, Plan(check_config(run.config), model))
     _first_part(story, cluster)
     _second_part(story, cluster)

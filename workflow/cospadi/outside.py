@@ -14,14 +14,16 @@ from typing import Any
 
 from cospadi.digests import files_digest
 
-# What the rules read of a model's folder: its weights and sizes; what makes tokens of text and generates it (all other
-# small files that programs read); what travels along beside them into every folder made from it.
-WEIGHTS, TOKENIZER, REST = "weights", "tokenizer", "rest"
-_WEIGHTS = ("config.json", "*.safetensors", "*.safetensors.index.json")
-_TOKENIZER = ("*.json", "*.model", "*.txt", "*.jinja", "*/*.jinja")
-_REST = ("*",)
-# neither travels nor is read
-_IGNORED = ("README*", ".*", "*.bin", "*.gguf", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx")
+WEIGHTS, TOKENIZER, ALL = "weights", "tokenizer", "all"
+# What the rules read of a model's folder: weights and their sizes; what makes tokens of text and is read when text is
+# generated; all that travels into every folder that is made from it
+_PARTS = {
+    WEIGHTS: ("config.json", "*.safetensors", "*.safetensors.index.json"),
+    TOKENIZER: ("*.json", "*.model", "*.txt", "*.jinja", "*/*.jinja"),
+    ALL: ("*", "*/*.jinja"),
+}
+# neither read nor carried on
+_IGNORED = (".*", "*.bin", "*.gguf", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx")
 
 
 def untimed(path: str) -> str:
@@ -32,14 +34,11 @@ def untimed(path: str) -> str:
 
 
 def model_digest(folder: str | Path, *parts: str) -> str:
-    """Digest of some parts (`WEIGHTS`, `TOKENIZER`, `REST`) of a model's folder."""
+    """Digest of some parts (`WEIGHTS`, `TOKENIZER`, `ALL`) of a model's folder."""
     folder = Path(folder)
-    files = {part: set[Path]() for part in (WEIGHTS, TOKENIZER, REST)}
-    for part, patterns in ((WEIGHTS, _WEIGHTS), (TOKENIZER, _TOKENIZER), (REST, _REST)):
-        found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
-        files[part] = found.difference(*files.values())
-    chosen = {path for part in parts for path in files[part]}
-    return files_digest((path for path in chosen if not any(map(path.match, _IGNORED))), folder)
+    found = {path for part in parts for pattern in _PARTS[part] for path in folder.glob(pattern)}
+    read = (path for path in found if path.is_file() and not any(map(path.match, _IGNORED)))
+    return files_digest(read, folder)
 
 
 def text_files(text: Mapping[str, Any] | None) -> list[str]:

@@ -27,7 +27,7 @@ rule assemble_model:
         runtime=plan.runtime("assemble"),
     params:
         variant=lambda wildcards: config["variants"][wildcards.variant],
-        model=lambda wildcards: plan.model_digest(WEIGHTS, TOKENIZER, REST, base=plan.base_of(wildcards.variant)),
+        model=lambda wildcards: plan.model_digest(ALL, base=plan.base_of(wildcards.variant)),
         code=plan.code("assemble"),
     message:
         "Assembling the checkpoint of {wildcards.variant}"

@@ -16,7 +16,7 @@ rule prepare_calibration:
         runtime=plan.runtime("prepare"),
     params:
         windows=plan.windows(),
-        model=plan.model_digest(WEIGHTS, TOKENIZER),
+        model=plan.model_digest(TOKENIZER, *([WEIGHTS] if config["calibration"]["source"] == "self" else [])),
         code=plan.code("prepare"),
     message:
         "Cutting {params.windows[samples]} calibration windows of {params.windows[length]} tokens"

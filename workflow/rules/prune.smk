@@ -142,7 +142,7 @@ rule prune_model:
         mem_mb=plan.mem_mb("prune"),
         runtime=plan.runtime("prune"),
     params:
-        model=plan.model_digest(WEIGHTS, TOKENIZER, REST),
+        model=plan.model_digest(ALL),
         settings=lambda wildcards: plan.pruned_bases[wildcards.base],
         code=plan.code("prune"),
     message:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import wrapt
+
 if TYPE_CHECKING:
     from cospadi.training.models import (
         ORDINARY,
@@ -44,3 +46,9 @@ def __getattr__(name: str) -> Any:
     from cospadi.training import models, sharing
 
     return getattr(models if hasattr(models, name) else sharing, name)
+
+
+@wrapt.when_imported("transformers")
+def _register_classes(transformers: Any) -> None:
+    """Let ``from_pretrained`` know the classes of shared models."""
+    from cospadi.training import models  # noqa: F401
