@@ -243,11 +243,15 @@ def edit(path):
     forget()
 
 
-def digests(plan) -> dict[str, str]:
-    return {
-        **{stage: plan.code(stage)(SimpleNamespace()) for stage in plan.stages if stage != "learn"},
-        **{name: plan.code("learn")(SimpleNamespace(variant=name)) for name in plan.factorized},
-    }
+def digests(plan, each=("learn",)) -> dict[str, str]:
+    """Digests of all stages; of those in `each`, of every variant."""
+    first = plan.factorized[0]
+    found = {stage: plan.code(stage)(SimpleNamespace(variant=first)) for stage in plan.stages if stage not in each}
+    for stage in each:
+        for name in plan.factorized:
+            key = name if stage == "learn" else f"{stage} {name}"
+            found[key] = plan.code(stage)(SimpleNamespace(variant=name))
+    return found
 
 
 METHODS_AND_SOLVERS = {
@@ -314,6 +318,41 @@ def test_an_edit_changes_the_digests_of_the_stages_that_use_the_file(package, fi
     edit(package / file)
     after = digests(plan)
     assert {stage for stage in before if before[stage] != after[stage]} == changed
+
+
+NEW_CODEC = """
+
+def _encode_bf12(values, rounding):
+    return _shortened(values)
+
+
+def _shortened(values):
+    return values[:12]
+"""
+
+
+def test_a_codec_more_changes_nothing_and_an_edited_one_what_uses_it(package):
+    method = {"method": "svd_llm", "ratio": 0.2}
+    variants = {"plain": method} | {f"bits{bits}": {**method, "codes": {"value_bits": bits}} for bits in (14, 8)}
+    plan, each = make_plan(variants=variants), ("learn", "quantize")
+    before = digests(plan, each)
+    path, (entry, function) = package / "codecs.py", ('    "bf14": ValueCodec(', "def _decode_bf14(")
+    text = path.read_text()
+    assert text.count(entry) == text.count(function) == 1
+
+    path.write_text(text.replace(entry, f'    "bf12": ValueCodec(_encode_bf12, None, len, 12),\n{entry}') + NEW_CODEC)
+    forget()
+    assert digests(plan, each) == before
+
+    path.write_text(text.replace(function, "def _decode_bf14(edited, *, "))
+    forget()
+    after = digests(plan, each)
+    assert {stage for stage in before if before[stage] != after[stage]} == {"bits14", "quantize bits14"}
+
+    path.write_text(text + "\n\nEDITED = True\n")  # no entry of a table: it may mean anything
+    forget()
+    after = digests(plan, each)
+    assert all(before[stage] != after[stage] for stage in ("plain", "bits14", "quantize bits8", "assemble"))
 
 
 def test_imports_are_found_wherever_they_stand(package):

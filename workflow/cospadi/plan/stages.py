@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from cospadi.codecs import storage_of
 from cospadi.digests import code_digest, modules_of
 from cospadi.methods import METHODS
 from cospadi.plan.names import layers_of
@@ -15,6 +16,7 @@ from cospadi.stages import Jobs, Stage, code_of, table_of
 if TYPE_CHECKING:
     from cospadi.plan import Plan
 
+_UNPACKED = frozenset({"float32", "bf16"})
 _TABLES_AND_PLOTS = Work(1000 * MEBI, 30)
 
 
@@ -119,7 +121,19 @@ def _learn(plan: Plan, wildcards: Any) -> Work:
 def _learning_code(plan: Plan, wildcards: Any) -> str:
     """Of a variant its method and solver, and not those of other variants."""
     settings = plan.factorizing(wildcards.variant)
-    return code_digest("cospadi.learning", *METHODS[settings["method"]].modules(settings))
+    modules = METHODS[settings["method"]].modules(settings)
+    return code_digest("cospadi.learning", *modules, entries=_codecs(plan, wildcards.variant))
+
+
+def _codecs(plan: Plan, variant: str) -> frozenset[str]:
+    """Codecs of a variant's values and dictionaries, those of every unpacked tensor among them."""
+    stored = storage_of(plan.factorizing(variant)["codes"])
+    return _UNPACKED | {stored["value_codec"], stored["dictionary_codec"]}
+
+
+def _of_variant(*modules: str) -> Callable[[Plan, Any], str]:
+    """The code of a stage that packs a variant or writes it: other codecs than the variant's do not count."""
+    return lambda plan, wildcards: code_digest(*modules, entries=_codecs(plan, wildcards.variant))
 
 
 STAGES = table_of(
@@ -189,7 +203,7 @@ STAGES = table_of(
         after=("fetch", "inspect", "prepare", "select"),
         jobs=_each_base("fit_transforms", _fitted),
         work=_walks,
-        code=code_of("cospadi.pruning.fitting"),
+        code=code_of("cospadi.pruning.fitting", entries=_UNPACKED),
         threads="prune",
         uses_gpu=True,
     ),
@@ -200,7 +214,7 @@ STAGES = table_of(
         after=("fetch", "inspect", "select", "fit"),
         jobs=_each_base("prune_model", lambda plan: list(plan.pruned_bases)),
         work=lambda plan, wildcards: plan.estimates.assemble(),
-        code=code_of("cospadi.pruning.folding"),
+        code=code_of("cospadi.pruning.folding", entries=_UNPACKED),
         threads="assemble",
     ),
     Stage(
@@ -256,7 +270,7 @@ STAGES = table_of(
         work=lambda plan, wildcards: plan.estimates.quantize(
             plan.factorizing(wildcards.variant), len(layers_of(wildcards.unit))
         ),
-        code=code_of("cospadi.quantization"),
+        code=_of_variant("cospadi.quantization"),
         threads="quantize",
     ),
     Stage(
@@ -267,7 +281,7 @@ STAGES = table_of(
         jobs=_assemble,
         work=lambda plan, wildcards: plan.estimates.assemble(),
         # all of the runtime travels in the folder
-        code=lambda plan, wildcards: code_digest("cospadi.checkpoint", *modules_of("cospadi.runtime")),
+        code=_of_variant("cospadi.checkpoint", *modules_of("cospadi.runtime")),
         threads="assemble",
     ),
     Stage(
@@ -277,7 +291,7 @@ STAGES = table_of(
         after=("assemble",),
         jobs=_asked_for,
         work=lambda plan, wildcards: plan.estimates.assemble(),
-        code=code_of("cospadi.checkpoint"),
+        code=_of_variant("cospadi.checkpoint"),
         threads="assemble",
     ),
     Stage(
