@@ -17,7 +17,7 @@ from cospadi.config import check_config
 from cospadi.digests import code_digest, files_digest
 from cospadi.errors import ConfigError, UnsupportedModelError
 from cospadi.files import TensorFile, write_json, write_tensors
-from cospadi.outside import WEIGHTS
+from cospadi.outside import ALL, TOKENIZER, WEIGHTS, remember_fetched
 from cospadi.plan import Plan, layers_of, one_of
 
 PACKAGE = digests_module.PACKAGE
@@ -412,7 +412,19 @@ def test_what_a_fetched_model_was_planned_for_is_shapes_and_arithmetic():
     planned = make_plan().planned_digest()
     assert make_plan({**MODEL, "use_cache": False, "_name_or_path": "x"}).planned_digest() == planned
     assert make_plan({**MODEL, "rope_theta": 1e6}).planned_digest() != planned
-    assert make_plan().model_digest(WEIGHTS) is None  # a rule makes it
+
+
+def test_a_fetched_model_counts_once_it_is_edited(local, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert make_plan().model_digest(WEIGHTS, TOKENIZER) == [None, None]  # not there yet
+    folder = shutil.copytree(local, tmp_path / "resources/models/m")
+    remember_fetched("resources/models/m")
+    assert make_plan().model_digest(WEIGHTS, TOKENIZER, ALL) == [None, None, None]
+    (folder / "tokenizer.json").write_text("[]")
+    digests_module._content.cache_clear()
+    weights, tokenizer, whole = make_plan().model_digest(WEIGHTS, TOKENIZER, ALL)
+    assert weights is None and tokenizer is not None and whole is not None
+    assert make_plan().model_digest(WEIGHTS, base="a/pruned/") == [None]  # a rule makes it of the other
 
 
 def test_the_users_tasks_count_with_all_their_files(tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cospadi.digests import files_digest
+from cospadi.files import read_json, write_json
 
 WEIGHTS, TOKENIZER, ALL = "weights", "tokenizer", "all"
 # What the rules read of a model's folder: weights and their sizes; what makes tokens of text and is read when text is
@@ -33,12 +34,30 @@ def untimed(path: str) -> str:
     return ancient(path)
 
 
-def model_digest(folder: str | Path, *parts: str) -> str:
-    """Digest of some parts (`WEIGHTS`, `TOKENIZER`, `ALL`) of a model's folder."""
+def model_digest(folder: str | Path, part: str) -> str:
+    """Digest of a part (`WEIGHTS`, `TOKENIZER`, `ALL`) of a model's folder."""
     folder = Path(folder)
-    found = {path for part in parts for pattern in _PARTS[part] for path in folder.glob(pattern)}
+    found = {path for pattern in _PARTS[part] for path in folder.glob(pattern)}
     read = (path for path in found if path.is_file() and not any(map(path.match, _IGNORED)))
     return files_digest(read, folder)
+
+
+def remember_fetched(folder: str | Path) -> None:
+    """Note what a fetched model's folder holds, so that `edited_digest` knows when someone edits it."""
+    write_json(_note(Path(folder)), {part: model_digest(folder, part) for part in _PARTS})
+
+
+def edited_digest(folder: str | Path, part: str) -> str | None:
+    """`model_digest` of a part of a fetched model that is not as it was fetched; None if it is, or is not there yet."""
+    note = _note(Path(folder))
+    if not note.exists() or not Path(folder).exists():
+        return None
+    digest = model_digest(folder, part)
+    return None if read_json(note).get(part) == digest else digest
+
+
+def _note(folder: Path) -> Path:
+    return folder.parent / ".fetched" / f"{folder.name}.json"
 
 
 def text_files(text: Mapping[str, Any] | None) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from cospadi.digests import code_digest, folder_digest, modules_of
 from cospadi.errors import ConfigError
-from cospadi.outside import model_digest, untimed
+from cospadi.outside import edited_digest, model_digest, untimed
 from cospadi.plan.faults import local_model_faults, planning_faults
 from cospadi.plan.names import chunk_name, layers_of, one_of
 from cospadi.plan.paths import Paths
@@ -63,7 +63,7 @@ class Plan(Paths, Staged):
         Staged.__init__(self, config)
         Paths.__init__(self, config, n_layers(model_config))
         self._model_config = model_config
-        self._digests: dict[tuple[str, ...], str] = {}
+        self._digests: dict[str, str | None] = {}
         self.estimates = Estimates(config, model_config)
         shapes = self.estimates.shapes
         faults = list(planning_faults(self, shapes, model_config))
@@ -109,13 +109,18 @@ class Plan(Paths, Staged):
         folder = self.base_model(base)
         return untimed(folder) if self.is_local and not base else folder
 
-    def model_digest(self, *parts: str, base: str = "") -> str | None:
-        """Digest of the parts that a rule reads of a model used where it lies; None for one that a rule makes."""
-        if base or not self.is_local:
-            return None
-        if parts not in self._digests:
-            self._digests[parts] = model_digest(self.model_folder, *parts)
-        return self._digests[parts]
+    def model_digest(self, *parts: str, base: str = "") -> list[str | None]:
+        """Digests of the parts that a rule reads of a base's model, by which edits in its folder are seen.
+
+        None for a model that a rule made, and for one that was fetched and is as it was then.
+        """
+        if base:
+            return [None] * len(parts)
+        digest = model_digest if self.is_local else edited_digest
+        for part in parts:
+            if part not in self._digests:
+                self._digests[part] = digest(self.model_folder, part)
+        return [self._digests[part] for part in parts]
 
     def planned_digest(self) -> str:
         """Digest of what the jobs were planned for; a model that is fetched is compared with it."""
