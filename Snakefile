@@ -1,6 +1,6 @@
 from snakemake.utils import min_version
 
-from cospadi.runs import check_run, kind_of
+from cospadi.runs import kind_of, plan_run
 
 min_version("9.27")
 
@@ -10,12 +10,12 @@ configfile: "config.yaml"
 
 # a run compresses a model or trains models from scratch; from here on each kind goes its own way
 kind = kind_of(config)
-config = check_run(
+plan = plan_run(
     config,
     overrides=workflow.config_settings.overwrite_config,
     source=", ".join(map(str, workflow.configfiles)),
 )
-plan = kind.plan(config)
+config = plan.config
 
 
 report: f"workflow/report/{kind.name}.rst"

@@ -16,7 +16,7 @@ from cospadi.errors import ConfigError
 from cospadi.needs import measured, needs, table
 from cospadi.plan import Plan
 from cospadi.resources import JOB_MEMORY, MEBI, SLACK, SPARE, START_MINUTES, Estimates, Work
-from cospadi.runs import KINDS, Kind, check_run, kind_of
+from cospadi.runs import KINDS, Kind, check_run, kind_of, plan_run
 from cospadi.stages import drawing
 
 PROJECT = Path(__file__).parents[2]
@@ -246,6 +246,29 @@ def test_the_drawing_in_the_documentation_is_of_these_stages(kind):
     page = (PROJECT / "docs/architecture.md").read_text()
     drawn = f"<!-- stages: {kind.name} -->\n```mermaid\n{drawing(kind.stages)}\n```"
     assert drawn in page, "run: python -m cospadi.runs docs/architecture.md"
+
+
+def test_faults_of_the_config_and_of_its_plan_come_in_one_message():
+    config = yaml.safe_load((PROJECT / "config.yaml").read_text())
+    config["calibration"]["length"] = 9000
+    config["variants"]["cospadi-20"]["warm_start"] = "cospadi-20"
+    config["variants"]["gone"] = {"method": "uidl", "blocks": 30}
+    with pytest.raises(ConfigError, match=r"mine\.yaml: 3 faults") as caught:
+        plan_run(config, source="mine.yaml")
+    assert [fault.partition(":")[0] for fault in caught.value.faults] == [
+        "calibration.length",
+        "variants.cospadi-20.warm_start",
+        "variants.gone.blocks",
+    ]
+    # where one makes the other impossible, the first is told
+    config["model"]["config"] = "nowhere.json"
+    with pytest.raises(ConfigError) as caught:
+        plan_run(config)
+    assert any("model.config: 'nowhere.json' does not exist" in fault for fault in caught.value.faults)
+    config["variants"]["gone"]["blokcs"] = 1
+    with pytest.raises(ConfigError) as caught:
+        plan_run(config)
+    assert all("gone" in fault for fault in caught.value.faults)  # what the schema refuses comes before the rest
 
 
 def test_needs_of_training_count_every_model_and_every_stage():

@@ -138,11 +138,12 @@ def checked(
     concrete = _resolve(whole, result, (), faults)
     for error in _Validator(concrete).iter_errors(result):
         faults += _describe(error)
-    if not faults:
+    allowed = not faults
+    if allowed:
         _fill_defaults(concrete, result)
         faults += cross_checks(result)
     if faults:
-        raise ConfigError(sorted(set(faults)), source)
+        raise ConfigError(sorted(set(faults)), source, result if allowed else None)
     return result
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 
 class CospadiError(Exception):
@@ -19,10 +20,15 @@ class ConfigError(CospadiError):
         One line a fault: config path, value, what is allowed.
     source : str
         The config file(s) the faults were found in.
+    complete : mapping, optional
+        The config with its defaults, where it is one that the schema allows: then more can be found out about it.
     """
 
-    def __init__(self, faults: Sequence[str], source: str = "config") -> None:
+    def __init__(
+        self, faults: Sequence[str], source: str = "config", complete: Mapping[str, Any] | None = None
+    ) -> None:
         self.faults = list(faults)
+        self.complete = complete
         noun = "fault" if len(self.faults) == 1 else "faults"
         lines = "\n".join(f"  - {fault}" for fault in self.faults)
         super().__init__(f"{source}: {len(self.faults)} {noun}\n{lines}")

@@ -20,7 +20,7 @@ from tabulate import tabulate
 from cospadi.errors import ConfigError, CospadiError
 from cospadi.files import read_json
 from cospadi.resources import Work
-from cospadi.runs import COMPRESS, check_run, kind_of
+from cospadi.runs import COMPRESS, kind_of, plan_run
 from cospadi.stages import Staged
 
 GIGA = 1e9
@@ -130,10 +130,11 @@ def _table_of(options: argparse.Namespace) -> str:
     base = Path("config.yaml")
     config = _read(base) if base.exists() or not changes else {}
     update_config(config, changes)
-    config = check_run(config, overrides=changes, source=str(options.configfile or base))
-    kind = kind_of(config)
-    model = [read_json(options.model, "Give a model's config.json")] if options.model and kind is COMPRESS else []
-    return table(needs(kind.plan(config, *model)), options.results)
+    given = {}
+    if options.model and kind_of(config) is COMPRESS:
+        given["model_config"] = read_json(options.model, "Give a model's config.json")
+    plan = plan_run(config, overrides=changes, source=str(options.configfile or base), **given)
+    return table(needs(plan), options.results)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from cospadi import config as compression
 from cospadi.config import Schema
+from cospadi.errors import ConfigError, CospadiError
 from cospadi.plan import Plan
 from cospadi.stages import Stage, Staged, draw
 from cospadi.training import config as training
@@ -68,6 +69,45 @@ def check_run(
     kind = kind_of(config)
     others = [other.schema() for other in KINDS if other is not kind]
     return kind.check(_own(config, kind.schema(), others), overrides=overrides, source=source)
+
+
+def plan_run(
+    config: Mapping[str, Any], *, overrides: Mapping[str, Any] | None = None, source: str = "config", **given: Any
+) -> Staged:
+    """`check_run`, then the plan of the run; what both find wrong comes in one message.
+
+    Parameters
+    ----------
+    config, overrides, source
+        As `config.check_config` takes them.
+    **given
+        For the plan: ``model_config``, of a run that compresses.
+
+    Raises
+    ------
+    ConfigError
+        With all faults.
+    CospadiError
+        If the model cannot be read, or is none that can be taken apart.
+    """
+    kind, faults = kind_of(config), []
+    try:
+        complete = check_run(config, overrides=overrides, source=source)
+    except ConfigError as error:
+        if error.complete is None:
+            raise
+        complete, faults = error.complete, error.faults
+    try:
+        plan = kind.plan(complete, **given)
+    except ConfigError as error:
+        faults = [*faults, *error.faults]
+    except Exception as error:  # with what is wrong already, a plan may not be possible
+        if not faults:
+            raise
+        faults = [*faults, *([str(error)] if isinstance(error, CospadiError) else [])]
+    if faults:
+        raise ConfigError(sorted(set(faults)), source)
+    return plan
 
 
 def _own(config: Mapping[str, Any], schema: Schema, others: Sequence[Schema]) -> dict[str, Any]:
