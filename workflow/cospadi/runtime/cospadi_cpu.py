@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 
+from .cospadi_codecs import tensor_shapes
 from .cospadi_cpu_source import SOURCE
 
 logger = logging.getLogger("cospadi.runtime")
@@ -38,6 +39,7 @@ SUPPORTS = {"dense": 0, "bitmask": 1, "2:4": 2}
 DTYPES = (torch.bfloat16, torch.float32)
 
 _FLAGS = {"auto": ["-march=native"], "avx2": ["-mavx2", "-mfma", "-mpopcnt"], "generic": []}
+_DAMAGED = "the file is damaged. Fetch or assemble the folder again"
 _BLOCK = 16  # columns between two entries of `starts`, as in the source
 _BYTES_PER_THREAD = 2**15  # a thread for less costs more than it gives
 
@@ -64,12 +66,19 @@ class BoundMatrix:
         One entry of ``quantization_config.matrices``.
     tensors : dict
         Tensor names of `cospadi_codecs.tensor_shapes` to contiguous CPU tensors; kept alive as long as this.
+
+    Raises
+    ------
+    ValueError
+        If the tensors are not exactly those that the spec implies. The kernel trusts the numbers that it gets here, and
+        would read behind a tensor.
     """
 
     def __init__(self, compiled: Kernel, spec: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         (d_in, d_out), dictionary, codes = spec["shape"], spec["dictionary"], spec["codes"]
+        _check_tensors(spec, tensors)
         self._tensors = tensors
-        self.n_atoms, self.d_out = dictionary["n_atoms"], d_out
+        self.d_in, self.n_atoms, self.d_out = d_in, dictionary["n_atoms"], d_out
         self.stride = -(-self.n_atoms // 32) * 32  # floats a row of z takes
         self.has_dictionary = dictionary["codec"] != "identity"
         self.nbytes = sum(tensor.nbytes for tensor in tensors.values())
@@ -81,10 +90,10 @@ class BoundMatrix:
             k=self.n_atoms,
             n_nonzero=codes["n_nonzero"],
             dictionary_codec=CODECS[dictionary["codec"]],
-            dictionary_group=dictionary.get("group_size") or d_in,
+            dictionary_group=min(dictionary.get("group_size") or d_in, d_in),
             codec=CODECS[codes["codec"]],
             support=SUPPORTS[codes["support"]],
-            group=codes.get("group_size") or self.n_atoms,
+            group=min(codes.get("group_size") or self.n_atoms, self.n_atoms),
             dictionary=address.get("dictionary"),
             values=address["values"],
             positions=address.get("support"),
@@ -93,13 +102,45 @@ class BoundMatrix:
             starts=self._starts.data_ptr(),
         )
         self.address = ctypes.addressof(self._matrix)
-        compiled.library.cospadi_starts(self.address, self._starts.data_ptr())
-        if self._starts[-1, 0] != codes["n_nonzero"]:
-            # the kernel would read past the values
+        damaged = compiled.library.cospadi_starts(self.address, self._starts.data_ptr())
+        if damaged >= 0:
+            raise ValueError(f"row {damaged} of the support is no {codes['support']} of {self.n_atoms} atoms: {_DAMAGED}")
+        n_values, n_scales = self._starts[-1].tolist()
+        if n_values != codes["n_nonzero"]:
+            raise ValueError(f"the support has {n_values} positions for {codes['n_nonzero']} values: {_DAMAGED}")
+        if "scales" in tensors and n_scales != tensors["scales"].numel():
             raise ValueError(
-                f"the support has {int(self._starts[-1, 0])} positions for {codes['n_nonzero']} values: the file is "
-                "damaged. Fetch or assemble the folder again"
+                f"the columns have {n_scales} groups of {codes['group_size']} values for {tensors['scales'].numel()} "
+                f"scales: {_DAMAGED}"
             )
+
+
+def _check_tensors(spec: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    """Require numbers that make sense, and tensors of exactly the size and dtype that they imply."""
+    (d_in, d_out), dictionary, codes = spec["shape"], spec["dictionary"], spec["codes"]
+    least = {"d_in": (d_in, 1), "d_out": (d_out, 1), "n_atoms": (dictionary["n_atoms"], 1)}
+    least["n_nonzero"] = (codes["n_nonzero"], 0)
+    for name, part in (("dictionary", dictionary), ("codes", codes)):
+        if part.get("group_size") is not None:
+            least[f"{name}.group_size"] = (part["group_size"], 1)
+    for name, (number, smallest) in least.items():
+        if type(number) is not int or number < smallest:
+            raise ValueError(f"{name} is {number!r}, not a whole number from {smallest} on: {_DAMAGED}")
+    if codes["support"] not in SUPPORTS:
+        raise ValueError(f"the kernel has no support {codes['support']!r}, only {', '.join(SUPPORTS)}")
+    if codes["support"] == "dense" and codes["n_nonzero"] != d_out * dictionary["n_atoms"]:
+        raise ValueError(f"n_nonzero is {codes['n_nonzero']} for {d_out} columns of {dictionary['n_atoms']} codes: {_DAMAGED}")
+    shapes = tensor_shapes(spec)
+    for name in sorted(shapes.keys() | tensors.keys()):
+        stored = tensors.get(name)
+        found = None if stored is None else (tuple(stored.shape), stored.dtype, stored.device.type)
+        expected = (*shapes[name], "cpu") if name in shapes else None
+        if found != expected or (stored is not None and not stored.is_contiguous()):
+            raise ValueError(f"{name} is {_described(found)} where its spec says {_described(expected)}: {_DAMAGED}")
+
+
+def _described(tensor: tuple[Any, ...] | None) -> str:
+    return "absent" if tensor is None else f"{tuple(tensor[0])} {str(tensor[1]).removeprefix('torch.')} ({tensor[2]})"
 
 
 class Kernel:
@@ -111,8 +152,9 @@ class Kernel:
         library.cospadi_starts.argtypes = [pointer, pointer]
         library.cospadi_product.argtypes = [pointer, pointer, integer, *[pointer] * 4, integer, integer]
         library.cospadi_unpack.argtypes = [pointer, pointer, integer, pointer, integer]
-        for function in (library.cospadi_starts, library.cospadi_product, library.cospadi_unpack):
+        for function in (library.cospadi_product, library.cospadi_unpack):
             function.restype = None
+        library.cospadi_starts.restype = integer
         self.library = library
         self.kind = library.cospadi_kind().decode()
         self._openmp = _torch_openmp()

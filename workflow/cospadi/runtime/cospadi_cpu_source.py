@@ -16,9 +16,12 @@ SOURCE = r"""
  * values, spreads them over LANES atoms by the bits of the support, multiplies by z. The split depends on the number of
  * threads alone, so equal calls give equal bits.
  *
- * Where the processor expands 16-bit words, bfloat16 values under a bitmask go 2 LANES at a time: a word in the upper
- * half of 32 bits is a float as it is, one in the lower half after a shift, so the even and the odd of 2 LANES atoms
- * are two vectors. Each thread has a copy of z in that order. */
+ * Where the processor expands 16-bit words (with AVX2 by a table of byte shuffles), bfloat16 values under a bitmask go
+ * 2 LANES at a time: a word in the upper half of 32 bits is a float as it is, one in the lower half after a shift, so
+ * the even and the odd of 2 LANES atoms are two vectors. Each thread has a copy of z in that order.
+ *
+ * What is read from a Matrix was checked when it was bound (`cospadi_starts` and BoundMatrix): sizes, counts of bits,
+ * pairs, groups. So nothing is checked here again. */
 
 enum { BF16, BF14, INT8, INT4, IDENTITY };
 enum { DENSE, BITMASK, TWO_OF_FOUR };
@@ -120,13 +123,15 @@ static inline V bf14(const uint8_t *p, int shift) {
 }
 #if defined(__AVX512VBMI2__)
 #define HALVES
-static inline __m512i expand_words(uint32_t mask, const uint8_t *values) {
-    return _mm512_maskz_expand_epi16((__mmask32)mask, _mm512_loadu_si512(values));
+typedef __m512i Words;
+static inline Words load_words(const uint8_t *p) { return _mm512_loadu_si512(p); }
+static inline void store_words(uint16_t *p, Words a) { _mm512_storeu_si512(p, a); }
+static inline Words expand_words(uint32_t mask, const uint8_t *values) {
+    return _mm512_maskz_expand_epi16((__mmask32)mask, load_words(values));
 }
-static inline void expand_halves(uint32_t mask, const uint8_t *values, V *even, V *odd) {
-    __m512i words = expand_words(mask, values);
-    *even = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
-    *odd = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32((int)0xffff0000)));
+static inline V even_of(Words a) { return _mm512_castsi512_ps(_mm512_slli_epi32(a, 16)); }
+static inline V odd_of(Words a) {
+    return _mm512_castsi512_ps(_mm512_and_si512(a, _mm512_set1_epi32((int)0xffff0000)));
 }
 static inline void split_halves(const float *z, float *halves, int64_t stride) {
     const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
@@ -146,6 +151,7 @@ static inline void split_halves(const float *z, float *halves, int64_t stride) {
 #define ROWS 4
 typedef __m256 V;
 static uint64_t spread[256]; /* byte i: which of the next values goes to atom i */
+static uint8_t spread_words[256][16] __attribute__((aligned(16))); /* the same for the bytes of 16-bit words */
 static inline V zero(void) { return _mm256_setzero_ps(); }
 static inline V splat(float a) { return _mm256_set1_ps(a); }
 static inline V load(const float *p) { return _mm256_loadu_ps(p); }
@@ -176,6 +182,38 @@ static inline V int8(const uint8_t *p) {
 static inline V int4(uint64_t nibbles) {
     const __m256i shift = _mm256_setr_epi32(28, 24, 20, 16, 12, 8, 4, 0);
     return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_sllv_epi32(_mm256_set1_epi32((int)nibbles), shift), 28));
+}
+#define HALVES
+typedef __m256i Words;
+static inline __m128i expand_8_words(uint32_t mask, const uint8_t *values) {
+    return _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)values),
+                            _mm_load_si128((const __m128i *)spread_words[mask & 255]));
+}
+static inline Words expand_words(uint32_t mask, const uint8_t *values) {
+    const uint8_t *rest = values + 2 * (size_t)(unsigned)__builtin_popcount(mask & 255);
+    __m128i low = expand_8_words(mask, values);
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(low), expand_8_words(mask >> 8, rest), 1);
+}
+static inline Words load_words(const uint8_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
+static inline void store_words(uint16_t *p, Words a) { _mm256_storeu_si256((__m256i *)p, a); }
+static inline V even_of(Words a) { return _mm256_castsi256_ps(_mm256_slli_epi32(a, 16)); }
+static inline V odd_of(Words a) { return _mm256_castsi256_ps(_mm256_blend_epi16(_mm256_setzero_si256(), a, 0xaa)); }
+static inline void split_halves(const float *z, float *halves, int64_t stride) {
+    for (int64_t i = 0; i + 2 * LANES <= stride; i += 2 * LANES) {
+        V first = load(z + i), second = load(z + i + LANES);
+        V low = _mm256_permute2f128_ps(first, second, 0x20), high = _mm256_permute2f128_ps(first, second, 0x31);
+        V even = _mm256_shuffle_ps(low, high, 0x88), odd = _mm256_shuffle_ps(low, high, 0xdd);
+        store(halves + i, even);
+        store(halves + i + LANES, odd);
+    }
+}
+static inline void join_halves(float *z, int64_t stride) { /* undoes it, in place */
+    for (int64_t i = 0; i + 2 * LANES <= stride; i += 2 * LANES) {
+        V even = load(z + i), odd = load(z + i + LANES);
+        V low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);
+        store(z + i, _mm256_permute2f128_ps(low, high, 0x20));
+        store(z + i + LANES, _mm256_permute2f128_ps(low, high, 0x31));
+    }
 }
 #else
 #define KIND "generic"
@@ -230,12 +268,18 @@ __attribute__((constructor)) static void make_tables(void) {
     for (int byte = 0; byte < 256; byte++)
         for (int half = 0; half < 2; half++) {
             int pair = byte >> (4 * half) & 15;
-            if (pair) pair_bits[byte] |= (uint8_t)((1 << (pair & 3) | 1 << (pair >> 2)) << (4 * half));
+            if ((pair & 3) < pair >> 2) pair_bits[byte] |= (uint8_t)((1 << (pair & 3) | 1 << (pair >> 2)) << (4 * half));
         }
 #if LANES == 8 && defined(__AVX2__) && defined(__FMA__)
     for (int mask = 0; mask < 256; mask++)
         for (int i = 0, next = 0; i < 8; i++)
             if (mask >> i & 1) spread[mask] |= (uint64_t)next++ << (8 * i);
+    for (int mask = 0; mask < 256; mask++)
+        for (int i = 0, next = 0; i < 8; i++) {
+            int from = mask >> i & 1 ? 2 * next++ : 128; /* the upper bit of a byte of the control makes a zero */
+            spread_words[mask][2 * i] = (uint8_t)from;
+            spread_words[mask][2 * i + 1] = (uint8_t)(from | 1);
+        }
 #endif
 }
 
@@ -282,20 +326,33 @@ INLINE uint32_t positions_at(int support, const uint8_t *row, int64_t i, int64_t
 
 #ifdef HALVES
 /* whether a matrix of this kind is taken 2 LANES atoms at a time */
-INLINE int in_halves(int codec, int support) { return codec == BF16 && support != DENSE; }
+INLINE int in_halves(int codec, int support) { return codec == BF16 && (LANES == 8 || support != DENSE); }
 
 /* whether 2 LANES atoms from atom i on can be taken at once, the first value is number n; where so many values are
  * left, there are as many bits of the support, so nothing is read behind either */
-INLINE int two_at_once(const Matrix *m, int codec, int support, int64_t i, int64_t n) {
-    return in_halves(codec, support) && i < m->k && n + 2 * LANES <= m->n_nonzero;
+INLINE int at_once(const Matrix *m, int codec, int support, int64_t i, int64_t n) {
+    return in_halves(codec, support) && (support == DENSE ? i + 2 * LANES : i + 1) <= m->k &&
+        n + 2 * LANES <= m->n_nonzero;
 }
 
 INLINE uint32_t positions_of_two(const Matrix *m, int support, const uint8_t *row, int64_t i) {
-    uint32_t mask;
-    if (support == BITMASK) memcpy(&mask, row + i / 8, 4);
-    else mask = pair_bits[row[i / 8]] | (uint32_t)pair_bits[row[i / 8 + 1]] << 8 |
-        (uint32_t)pair_bits[row[i / 8 + 2]] << 16 | (uint32_t)pair_bits[row[i / 8 + 3]] << 24;
+    uint32_t mask = 0;
+    if (support == BITMASK) memcpy(&mask, row + i / 8, LANES / 4);
+    else
+        for (int byte = 0; byte < LANES / 4; byte++) mask |= (uint32_t)pair_bits[row[i / 8 + byte]] << (8 * byte);
     return i + 2 * LANES <= m->k ? mask : mask & ((1u << (m->k - i)) - 1);
+}
+
+/* the values of 2 LANES atoms from atom i on, in 16-bit words */
+INLINE Words step_words(const Matrix *m, int support, const uint8_t *row, int64_t i, int64_t *n) {
+    const uint8_t *values = m->values + 2 * *n;
+    if (support == DENSE) {
+        *n += 2 * LANES;
+        return load_words(values);
+    }
+    const uint32_t mask = positions_of_two(m, support, row, i);
+    *n += __builtin_popcount(mask);
+    return expand_words(mask, values);
 }
 #endif
 
@@ -329,6 +386,35 @@ INLINE void add_rows(const Task *t, int codec, int rows, int64_t i, float *z) {
     }
 }
 
+#if defined(HALVES) && LANES == 8
+enum { WORD_ROWS = 8 }; /* rows of D side by side: with z and what is decoded they fill the 16 registers */
+
+/* z += x D, in the order of halves, for WORD_ROWS rows of a bfloat16 D; vectors that end after the rows do */
+static void add_rows_of_words(const Task *t, int64_t i, float *z) {
+    const int64_t k = t->m->k, row = 2 * k, ahead = row * WORD_ROWS <= FORESEEN;
+    for (int64_t b = 0; b < t->batch; b++, z += t->stride) {
+        const uint8_t *d = t->m->dictionary + i * row, *next = d + WORD_ROWS * row;
+        V x[WORD_ROWS];
+        for (int r = 0; r < WORD_ROWS; r++)
+            x[r] = splat(t->is_bf16 ? float_of(((const uint16_t *)t->x)[b * t->m->d_in + i + r])
+                                    : ((const float *)t->x)[b * t->m->d_in + i + r]);
+        for (int64_t c = 0; c < k; c += 2 * LANES, d += 4 * LANES) {
+            V even[2] = {load(z + c), zero()}, odd[2] = {load(z + c + LANES), zero()}; /* one sum waits for itself */
+            if (ahead && b == 0) /* rows of a small matrix are too short for the processor to foresee what follows */
+                for (int line = 0; line < WORD_ROWS / 2; line++, next += 64) __builtin_prefetch(next);
+#pragma GCC unroll 8
+            for (int r = 0; r < WORD_ROWS; r++) {
+                Words words = load_words(d + r * row);
+                even[r / 4] = fma_(x[r], even_of(words), even[r / 4]);
+                odd[r / 4] = fma_(x[r], odd_of(words), odd[r / 4]);
+            }
+            store(z + c, add(even[0], even[1]));
+            store(z + c + LANES, add(odd[0], odd[1]));
+        }
+    }
+}
+#endif
+
 INLINE void project_with(const Task *t, int codec, int64_t first, int64_t last, float *z) {
     const Matrix *m = t->m;
     int64_t i = first;
@@ -343,7 +429,15 @@ INLINE void project_with(const Task *t, int codec, int64_t first, int64_t last, 
 
 static void project(const Task *t, int64_t first, int64_t last, float *z) {
     switch (t->m->dictionary_codec) {
-    case BF16: project_with(t, BF16, first, last, z); break;
+    case BF16:
+#if defined(HALVES) && LANES == 8
+        for (; first + WORD_ROWS <= last && (first + WORD_ROWS) * t->m->k + 2 * LANES <= t->m->d_in * t->m->k;
+             first += WORD_ROWS)
+            add_rows_of_words(t, first, z);
+        for (int64_t b = 0; b < t->batch; b++) join_halves(z + b * t->stride, t->stride);
+#endif
+        project_with(t, BF16, first, last, z);
+        break;
     case BF14: project_with(t, BF14, first, last, z); break;
     case INT8: project_with(t, INT8, first, last, z); break;
     default: project_with(t, INT4, first, last, z);
@@ -362,12 +456,24 @@ INLINE Walk walk_from(const Matrix *m, int codec, int64_t n, int64_t n_scales) {
     return (Walk){n, m->group, 0, codec == INT8 || codec == INT4 ? m->scales + n_scales : NULL};
 }
 
+/* where a vector can hold values of more than two groups */
+static __attribute__((noinline)) V scaled_singly(const Matrix *m, V value, int64_t count, Walk *w) {
+    float values[LANES];
+    store(values, value);
+    for (int64_t c = 0; c < count; c++) {
+        values[c] *= float_of(w->scales[w->group]);
+        if (--w->left == 0) w->left = m->group, w->group++;
+    }
+    return load(values);
+}
+
 /* the values of LANES atoms from atom i on */
 INLINE V step(const Matrix *m, int codec, int support, const uint8_t *row, int64_t i, Walk *w) {
     uint32_t mask = positions_at(support, row, i, (m->k + 7) / 8);
     int64_t count = support != DENSE ? __builtin_popcount(mask) : m->k - i < LANES ? m->k - i : LANES;
     V value = decode_safely(codec, m->values, w->n, m->n_nonzero);
-    if ((codec == INT8 || codec == INT4) && count) {
+    if ((codec == INT8 || codec == INT4) && m->group < LANES) value = scaled_singly(m, value, count, w);
+    else if ((codec == INT8 || codec == INT4) && count) {
         V scale = splat(float_of(w->scales[w->group]));
         if (count > w->left) scale = first_or((int)w->left, scale, splat(float_of(w->scales[w->group + 1])));
         value = mul(value, scale);
@@ -375,7 +481,8 @@ INLINE V step(const Matrix *m, int codec, int support, const uint8_t *row, int64
         if (w->left <= 0) w->left += m->group, w->group++;
     }
     w->n += count;
-    return support == DENSE ? value : expand(mask, value);
+    if (support != DENSE) return expand(mask, value);
+    return count == LANES ? value : first_or((int)count, value, zero());
 }
 
 INLINE int64_t scales_behind(const Matrix *m, const Walk *w) { return w->group + (w->left < m->group); }
@@ -391,15 +498,12 @@ INLINE void column(const Task *t, int codec, int support, int batch, int64_t b0,
     int64_t i = 0;
 #ifdef HALVES
     const float *halves = t->halves + b0 * t->stride;
-    for (; two_at_once(m, codec, support, i, w.n); i += 2 * LANES) {
-        const uint32_t mask = positions_of_two(m, support, row, i);
-        V first, second;
-        expand_halves(mask, m->values + 2 * w.n, &first, &second);
+    for (; at_once(m, codec, support, i, w.n); i += 2 * LANES) {
+        Words words = step_words(m, support, row, i, &w.n);
         for (int b = 0; b < batch; b++) {
-            even[b] = fma_(first, load(halves + b * t->stride + i), even[b]);
-            odd[b] = fma_(second, load(halves + b * t->stride + i + LANES), odd[b]);
+            even[b] = fma_(even_of(words), load(halves + b * t->stride + i), even[b]);
+            odd[b] = fma_(odd_of(words), load(halves + b * t->stride + i + LANES), odd[b]);
         }
-        w.n += __builtin_popcount(mask);
     }
 #endif
     for (; i < m->k; i += 2 * LANES) {
@@ -418,14 +522,83 @@ INLINE void column(const Task *t, int codec, int support, int batch, int64_t b0,
     *n_scales += scales_behind(m, &w);
 }
 
+#if defined(HALVES) && LANES == 8
+/* 4 LANES atoms of a column, of which `atoms` are still in it, times `batch` rows of z from `z` on; with one row in four
+ * sums, as two are too few to keep the multiplier busy */
+INLINE const uint8_t *add_words(const uint8_t *values, const uint8_t *row, int support, int atoms, const float *z,
+                                int64_t stride, int batch, V *sums) {
+    Words words[2];
+    if (support == DENSE) {
+        uint16_t end[4 * LANES];
+        const uint8_t *from = values;
+        if (atoms < 4 * LANES) { /* what follows may be infinite, and z's zeros do not help then */
+            for (int i = 0; i < 4 * LANES; i++) end[i] = i < atoms ? ((const uint16_t *)values)[i] : 0;
+            from = (const uint8_t *)end;
+        }
+        words[0] = load_words(from);
+        words[1] = load_words(from + 4 * LANES);
+        values += 2 * atoms;
+    } else {
+        uint32_t mask;
+        memcpy(&mask, row, 4);
+        if (support == TWO_OF_FOUR)
+            mask = pair_bits[mask & 255] | (uint32_t)pair_bits[mask >> 8 & 255] << 8 |
+                (uint32_t)pair_bits[mask >> 16 & 255] << 16 | (uint32_t)pair_bits[mask >> 24] << 24;
+        if (atoms < 4 * LANES) mask &= (1u << atoms) - 1;
+        words[0] = expand_words(mask & 0xffff, values);
+        words[1] = expand_words(mask >> 16, values + 2 * (size_t)(unsigned)__builtin_popcount(mask & 0xffff));
+        values += 2 * (size_t)(unsigned)__builtin_popcount(mask);
+    }
+    for (int b = 0; b < batch; b++) {
+        const int other = batch == 1 ? 2 : 0;
+        V *sum = sums + 4 * b;
+        sum[0] = fma_(even_of(words[0]), load(z + b * stride), sum[0]);
+        sum[1] = fma_(odd_of(words[0]), load(z + b * stride + LANES), sum[1]);
+        sum[other] = fma_(even_of(words[1]), load(z + b * stride + 2 * LANES), sum[other]);
+        sum[other + 1] = fma_(odd_of(words[1]), load(z + b * stride + 3 * LANES), sum[other + 1]);
+    }
+    return values;
+}
+
+/* A column of bfloat16 values with at least 4 LANES others behind it: its steps of 4 LANES atoms need not look where it
+ * ends. */
+INLINE void column_of_words(const Task *t, int support, int batch, int64_t b0, int64_t j, int64_t *n) {
+    const Matrix *m = t->m;
+    const uint8_t *row = m->positions + j * ((m->k + 7) / 8), *values = m->values + 2 * *n;
+    const float *z = t->halves + b0 * t->stride, *end = z + m->k / (4 * LANES) * (4 * LANES);
+    V sums[4 * 4];
+    for (int s = 0; s < 4 * batch; s++) sums[s] = zero();
+    for (; z < end; z += 4 * LANES, row += LANES / 2)
+        values = add_words(values, row, support, 4 * LANES, z, t->stride, batch, sums);
+    const int rest = (int)(m->k % (4 * LANES));
+    if (rest) values = add_words(values, row, support, rest, z, t->stride, batch, sums);
+    for (int b = 0; b < batch; b++) {
+        V *part = sums + 4 * b;
+        float y = sum(add(add(part[0], part[1]), add(part[2], part[3])));
+        if (t->is_bf16) ((uint16_t *)t->y)[(b0 + b) * m->d_out + j] = word_of(y);
+        else ((float *)t->y)[(b0 + b) * m->d_out + j] = y;
+    }
+    *n = (values - m->values) / 2;
+}
+#endif
+
 INLINE void columns_with(const Task *t, int codec, int support, int64_t first, int64_t last) {
     const Matrix *m = t->m;
     for (int64_t block = first; block < last; block++) {
         int64_t end = (block + 1) * BLOCK < m->d_out ? (block + 1) * BLOCK : m->d_out;
         int64_t b = 0;
+#if defined(HALVES) && LANES == 8
+#define WORDS_FIRST(count) \
+        for (; codec == BF16 && j < end && n + m->k + 4 * LANES <= m->n_nonzero; j++) \
+            column_of_words(t, support, count, b, j, &n);
+#else
+#define WORDS_FIRST(count)
+#endif
 #define ROWS_OF_X(count) { \
         int64_t n = m->starts[2 * block], n_scales = m->starts[2 * block + 1]; \
-        for (int64_t j = block * BLOCK; j < end; j++) column(t, codec, support, count, b, j, &n, &n_scales); \
+        int64_t j = block * BLOCK; \
+        WORDS_FIRST(count) \
+        for (; j < end; j++) column(t, codec, support, count, b, j, &n, &n_scales); \
         b += count; }
         while (b + 4 <= t->batch) ROWS_OF_X(4)
         while (b + 2 <= t->batch) ROWS_OF_X(2)
@@ -456,11 +629,8 @@ INLINE void unpack_with(const Task *t, int codec, int support, int64_t first, in
         const uint8_t *row = m->positions + j * ((m->k + 7) / 8);
         int64_t i = 0;
 #ifdef HALVES
-        for (; t->is_bf16 && two_at_once(m, codec, support, i, w.n); i += 2 * LANES) {
-            const uint32_t mask = positions_of_two(m, support, row, i);
-            _mm512_storeu_si512((uint16_t *)t->y + j * t->stride + i, expand_words(mask, m->values + 2 * w.n));
-            w.n += __builtin_popcount(mask);
-        }
+        for (; t->is_bf16 && at_once(m, codec, support, i, w.n); i += 2 * LANES)
+            store_words((uint16_t *)t->y + j * t->stride + i, step_words(m, support, row, i, &w.n));
 #endif
         for (; i < m->k; i += LANES) {
             V value = step(m, codec, support, row, i, &w);
@@ -545,8 +715,31 @@ const char *cospadi_kind(void) { return KIND; }
 /* floats a row of z takes */
 int64_t cospadi_stride(int64_t k) { return (k + 31) / 32 * 32; }
 
-/* first value and first scale of every block of columns; the number of values in the last line */
-void cospadi_starts(const Matrix *m, int64_t *starts) {
+/* Atoms of a column, by the bits of its support; -1 where it has bits behind the last atom, or a quadruple of 2:4 has
+ * other than two. */
+static int64_t count_column(const Matrix *m, const uint8_t *row) {
+    const int64_t row_bytes = (m->k + 7) / 8, behind = 8 * row_bytes - m->k;
+    int64_t count = 0;
+    if (m->support == DENSE) return m->k;
+    if (behind && (m->support == BITMASK ? row[row_bytes - 1] >> (8 - behind) : row[row_bytes - 1] >> 4)) return -1;
+    if (m->support == BITMASK)
+        for (int64_t i = 0; i < row_bytes; i += 8) {
+            uint64_t bits = 0;
+            memcpy(&bits, row + i, (size_t)(row_bytes - i < 8 ? row_bytes - i : 8));
+            count += __builtin_popcountll(bits);
+        }
+    else
+        for (int64_t i = 0; i < row_bytes; i++) {
+            int bits = __builtin_popcount(pair_bits[row[i]]);
+            if (bits != (behind && i == row_bytes - 1 ? 2 : 4)) return -1;
+            count += bits;
+        }
+    return count;
+}
+
+/* First value and first scale of every block of columns; the numbers of values and scales in the last line. Returns the
+ * first column whose support is damaged, -1 if there is none. Reads nothing but the support. */
+int64_t cospadi_starts(const Matrix *m, int64_t *starts) {
     const int64_t row_bytes = (m->k + 7) / 8;
     int64_t n = 0, n_scales = 0;
     for (int64_t j = 0; j < m->d_out; j++) {
@@ -554,19 +747,14 @@ void cospadi_starts(const Matrix *m, int64_t *starts) {
             starts[2 * (j / BLOCK)] = n;
             starts[2 * (j / BLOCK) + 1] = n_scales;
         }
-        int64_t count = 0;
-        if (m->support == BITMASK)
-            for (int64_t i = 0; i < row_bytes; i += 8) {
-                uint64_t bits = 0;
-                memcpy(&bits, m->positions + j * row_bytes + i, (size_t)(row_bytes - i < 8 ? row_bytes - i : 8));
-                count += __builtin_popcountll(bits);
-            }
-        else count = m->support == DENSE ? m->k : m->k / 2;
+        int64_t count = count_column(m, m->positions + j * row_bytes);
+        if (count < 0) return j;
         n += count;
-        if (m->group) n_scales += (count + m->group - 1) / m->group;
+        n_scales += (count + m->group - 1) / m->group;
     }
     starts[2 * ((m->d_out + BLOCK - 1) / BLOCK)] = n;
     starts[2 * ((m->d_out + BLOCK - 1) / BLOCK) + 1] = n_scales;
+    return -1;
 }
 
 /* z = x D where `x` is given, then y = z S where `y` is; z is (batch, stride), scratch `threads` times as large */
