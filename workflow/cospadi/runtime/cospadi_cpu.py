@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,46 @@ _FLAGS = {"auto": ["-march=native"], "avx2": ["-mavx2", "-mfma", "-mpopcnt"], "g
 _DAMAGED = "the file is damaged. Fetch or assemble the folder again"
 _BLOCK = 16  # columns between two entries of `starts`, as in the source
 _BYTES_PER_THREAD = 2**15  # a thread for less costs more than it gives
+
+
+@dataclass(frozen=True)
+class Paths:
+    """How products are computed, by what the processor has (docs/runtime.md has the measurements).
+
+    Attributes
+    ----------
+    few_rows : int
+        Rows of x up to which the kernel computes straight from the packed form; more rows are worth unpacking for.
+    without_zeros : bool
+        Whether many rows are multiplied with the stored codes alone, instead of with an unpacked ``S``.
+    """
+
+    few_rows: int
+    without_zeros: bool
+
+
+# by the kind of the kernel; torch's own products of many rows are best where they use wide registers
+PATHS = {"avx512": Paths(8, False), "avx2": Paths(16, True), "generic": Paths(8, False)}
+
+
+@functools.cache
+def bfloat16_is_native() -> bool:
+    """Whether this processor multiplies bfloat16; elsewhere float32 products are several times faster.
+
+    True with AVX512-BF16 or AMX (x86) or the bfloat16 instructions of Arm.
+    """
+    if hasattr(torch.cpu, "get_capabilities"):
+        found = {name for name, has in torch.cpu.get_capabilities().items() if has is True}
+    else:  # torch before 2.10
+        found = set(_processor().split())
+    if platform.machine() in ("x86_64", "AMD64"):
+        return bool(found & {"avx512_bf16", "amx_bf16"})
+    return "bf16" in found
+
+
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype in which the CPU multiplies many rows of `dtype`; what comes out is rounded to `dtype` once."""
+    return torch.float32 if dtype == torch.bfloat16 and not bfloat16_is_native() else dtype
 
 
 class _Matrix(ctypes.Structure):
@@ -81,7 +122,8 @@ class BoundMatrix:
         self.d_in, self.n_atoms, self.d_out = d_in, dictionary["n_atoms"], d_out
         self.stride = -(-self.n_atoms // 32) * 32  # floats a row of z takes
         self.has_dictionary = dictionary["codec"] != "identity"
-        self.nbytes = sum(tensor.nbytes for tensor in tensors.values())
+        self.has_zeros = codes["support"] != "dense"
+        self.most_threads = 1 + sum(tensor.nbytes for tensor in tensors.values()) // _BYTES_PER_THREAD
         self._starts = torch.empty(-(-d_out // _BLOCK) + 1, 2, dtype=torch.int64)
         address = {name: tensor.data_ptr() for name, tensor in tensors.items()}
         self._matrix = _Matrix(
@@ -104,7 +146,9 @@ class BoundMatrix:
         self.address = ctypes.addressof(self._matrix)
         damaged = compiled.library.cospadi_starts(self.address, self._starts.data_ptr())
         if damaged >= 0:
-            raise ValueError(f"row {damaged} of the support is no {codes['support']} of {self.n_atoms} atoms: {_DAMAGED}")
+            raise ValueError(
+                f"row {damaged} of the support is no {codes['support']} of {self.n_atoms} atoms: {_DAMAGED}"
+            )
         n_values, n_scales = self._starts[-1].tolist()
         if n_values != codes["n_nonzero"]:
             raise ValueError(f"the support has {n_values} positions for {codes['n_nonzero']} values: {_DAMAGED}")
@@ -128,8 +172,9 @@ def _check_tensors(spec: dict[str, Any], tensors: dict[str, torch.Tensor]) -> No
             raise ValueError(f"{name} is {number!r}, not a whole number from {smallest} on: {_DAMAGED}")
     if codes["support"] not in SUPPORTS:
         raise ValueError(f"the kernel has no support {codes['support']!r}, only {', '.join(SUPPORTS)}")
-    if codes["support"] == "dense" and codes["n_nonzero"] != d_out * dictionary["n_atoms"]:
-        raise ValueError(f"n_nonzero is {codes['n_nonzero']} for {d_out} columns of {dictionary['n_atoms']} codes: {_DAMAGED}")
+    in_all = d_out * dictionary["n_atoms"]
+    if codes["support"] == "dense" and codes["n_nonzero"] != in_all:
+        raise ValueError(f"n_nonzero is {codes['n_nonzero']} where all {in_all} codes are stored: {_DAMAGED}")
     shapes = tensor_shapes(spec)
     for name in sorted(shapes.keys() | tensors.keys()):
         stored = tensors.get(name)
@@ -151,47 +196,64 @@ class Kernel:
         library.cospadi_kind.restype = ctypes.c_char_p
         library.cospadi_starts.argtypes = [pointer, pointer]
         library.cospadi_product.argtypes = [pointer, pointer, integer, *[pointer] * 4, integer, integer]
+        library.cospadi_many.argtypes = [pointer, pointer, integer, *[pointer] * 3, integer, integer]
         library.cospadi_unpack.argtypes = [pointer, pointer, integer, pointer, integer]
-        for function in (library.cospadi_product, library.cospadi_unpack):
+        for function in (library.cospadi_product, library.cospadi_many, library.cospadi_unpack):
             function.restype = None
-        library.cospadi_starts.restype = integer
+        library.cospadi_starts.restype = library.cospadi_bench.restype = integer
         self.library = library
         self.kind = library.cospadi_kind().decode()
+        self.paths = PATHS[self.kind]
         self._openmp = _torch_openmp()
         self._openmp_address = None if self._openmp is None else ctypes.addressof(self._openmp)
         self._scratch = threading.local()
+        self._bench = library.cospadi_bench() // 4  # floats of scratch a thread takes for many rows
 
     @property
     def parallel(self) -> bool:
         """Whether the kernel works in torch's threads, or in one."""
         return self._openmp is not None
 
-    def project(self, matrix: BoundMatrix, x: torch.Tensor) -> torch.Tensor:
-        """``z = x D``: rows (n, d_in) to float32 (n, stride), zero from n_atoms on."""
-        rows = x.shape[0]
+    def product(self, matrix: BoundMatrix, x: torch.Tensor) -> torch.Tensor:
+        """``y = (x D) S``: inputs (..., d_in) to outputs (..., d_out), in the dtype of `x`."""
+        return self.product_and_projection(matrix, x, keep=False)[0]
+
+    def product_and_projection(
+        self, matrix: BoundMatrix, x: torch.Tensor, *, keep: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`product`, and with `keep` also ``z = x D``: float32 (n, stride), zero from n_atoms on."""
+        if x.shape[-1] != matrix.d_in:
+            raise ValueError(f"an input of shape {tuple(x.shape)} does not fit a matrix of {matrix.d_in} rows")
+        rows = x.numel() // matrix.d_in
         if not matrix.has_dictionary:
-            z = torch.zeros(rows, matrix.stride)
-            z[:, : matrix.n_atoms] = x
-            return z
-        z = torch.empty(rows, matrix.stride)
-        threads = self._threads(matrix)
-        scratch = self._room(threads * z.numel())
+            z = x.new_zeros((rows, matrix.stride), dtype=torch.float32)
+            z[:, : matrix.n_atoms] = x.reshape(rows, matrix.n_atoms)
+            return self.apply_codes(matrix, z, x), z
+        if not x.is_contiguous():
+            x = x.contiguous()
+        y = x.new_empty((*x.shape[:-1], matrix.d_out))
+        z = x.new_empty((rows, matrix.stride), dtype=torch.float32) if keep else None
+        threads, size = self._threads(matrix), rows * matrix.stride
+        room = self._room((threads + 1) * size)
         self.library.cospadi_product(
             matrix.address,
             self._openmp_address,
             threads,
             x.data_ptr(),
-            z.data_ptr(),
-            None,
-            scratch,
+            room if z is None else z.data_ptr(),
+            y.data_ptr(),
+            room + 4 * size,
             rows,
             x.dtype == torch.bfloat16,
         )
-        return z
+        return y, z
 
-    def apply_codes(self, matrix: BoundMatrix, z: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """``y = z S`` for z from `project`: (n, d_out) in `dtype`."""
-        y = torch.empty(z.shape[0], matrix.d_out, dtype=dtype)
+    def apply_codes(self, matrix: BoundMatrix, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """``y = z S`` for z that `product_and_projection` gave for `x`: (..., d_out), in the dtype of `x`."""
+        rows = x.numel() // x.shape[-1]
+        if z.shape != (rows, matrix.stride) or not z.is_contiguous():
+            raise ValueError(f"z of shape {tuple(z.shape)} does not fit {rows} rows and {matrix.n_atoms} atoms")
+        y = x.new_empty((*x.shape[:-1], matrix.d_out))
         threads = self._threads(matrix)
         self.library.cospadi_product(
             matrix.address,
@@ -200,31 +262,28 @@ class Kernel:
             None,
             z.data_ptr(),
             y.data_ptr(),
-            self._room(threads * z.numel()),
-            z.shape[0],
-            dtype == torch.bfloat16,
+            self._room(threads * rows * matrix.stride),
+            rows,
+            x.dtype == torch.bfloat16,
         )
         return y
 
-    def product(self, matrix: BoundMatrix, x: torch.Tensor) -> torch.Tensor:
-        """``y = (x D) S``: rows (n, d_in) to (n, d_out), in the dtype of `x`."""
-        if not matrix.has_dictionary:
-            return self.apply_codes(matrix, self.project(matrix, x), x.dtype)
-        rows = x.shape[0]
-        y = torch.empty(rows, matrix.d_out, dtype=x.dtype)
+    def apply_codes_to_many(self, matrix: BoundMatrix, z: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """``y = z S`` without the zeros of ``S``: float32 z transposed, contiguous (k, n), to (n, d_out) in `dtype`."""
+        if z.shape[0] != matrix.n_atoms or not z.is_contiguous() or not matrix.has_zeros:
+            raise ValueError(f"z of {matrix.n_atoms} atoms by rows, and codes with a support, are needed here")
+        rows = z.shape[1]
+        y = z.new_empty((rows, matrix.d_out), dtype=dtype)
         threads = self._threads(matrix)
-        size = rows * matrix.stride
-        z = self._room((threads + 1) * size)
-        self.library.cospadi_product(
+        self.library.cospadi_many(
             matrix.address,
             self._openmp_address,
             threads,
-            x.data_ptr(),
-            z,
+            z.data_ptr(),
             y.data_ptr(),
-            z + 4 * size,
+            self._room(threads * self._bench),
             rows,
-            x.dtype == torch.bfloat16,
+            dtype == torch.bfloat16,
         )
         return y
 
@@ -239,7 +298,7 @@ class Kernel:
     def _threads(self, matrix: BoundMatrix) -> int:
         if self._openmp is None:
             return 1
-        return min(torch.get_num_threads(), 1 + matrix.nbytes // _BYTES_PER_THREAD)
+        return min(torch.get_num_threads(), matrix.most_threads)
 
     def _room(self, floats: int) -> int:
         """Address of so many floats, kept from call to call; each thread of Python has its own."""

@@ -25,7 +25,7 @@ SOURCE = r"""
 
 enum { BF16, BF14, INT8, INT4, IDENTITY };
 enum { DENSE, BITMASK, TWO_OF_FOUR };
-enum { FIRST = 1, LAST = 2, UNPACK = 4 };
+enum { FIRST = 1, LAST = 2, UNPACK = 4, MANY = 8 };
 enum { BLOCK = 16 };  /* columns between two entries of `starts` */
 enum { FORESEEN = 1 << 14 }; /* bytes of rows of D up to which the next ones are asked for ahead */
 enum { MARGIN = 32 }; /* values before the end that are decoded from a padded copy */
@@ -194,6 +194,15 @@ static inline Words expand_words(uint32_t mask, const uint8_t *values) {
     __m128i low = expand_8_words(mask, values);
     return _mm256_inserti128_si256(_mm256_castsi128_si256(low), expand_8_words(mask >> 8, rest), 1);
 }
+static inline void store_bf16(uint16_t *p, V a) {
+    const __m256i bits = _mm256_castps_si256(a), upper = _mm256_srli_epi32(bits, 16);
+    __m256i words = _mm256_add_epi32(bits, _mm256_and_si256(upper, _mm256_set1_epi32(1)));
+    words = _mm256_srli_epi32(_mm256_add_epi32(words, _mm256_set1_epi32(0x7fff)), 16);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+    words = _mm256_blendv_epi8(words, _mm256_or_si256(upper, _mm256_set1_epi32(64)), nan);
+    words = _mm256_permute4x64_epi64(_mm256_packus_epi32(words, words), 0x08);
+    _mm_storeu_si128((__m128i *)p, _mm256_castsi256_si128(words));
+}
 static inline Words load_words(const uint8_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
 static inline void store_words(uint16_t *p, Words a) { _mm256_storeu_si256((__m256i *)p, a); }
 static inline V even_of(Words a) { return _mm256_castsi256_ps(_mm256_slli_epi32(a, 16)); }
@@ -252,7 +261,7 @@ static inline V bf14(const uint8_t *p, int shift) {
 }
 #endif
 
-#if LANES == 8
+#if LANES == 8 && !defined(HALVES)
 static inline void store_bf16(uint16_t *p, V a) {
     float values[LANES];
     store(values, a);
@@ -268,7 +277,8 @@ __attribute__((constructor)) static void make_tables(void) {
     for (int byte = 0; byte < 256; byte++)
         for (int half = 0; half < 2; half++) {
             int pair = byte >> (4 * half) & 15;
-            if ((pair & 3) < pair >> 2) pair_bits[byte] |= (uint8_t)((1 << (pair & 3) | 1 << (pair >> 2)) << (4 * half));
+            if ((pair & 3) < pair >> 2) /* else it is damaged, and has no bits: `cospadi_starts` finds it */
+                pair_bits[byte] |= (uint8_t)((1 << (pair & 3) | 1 << (pair >> 2)) << (4 * half));
         }
 #if LANES == 8 && defined(__AVX2__) && defined(__FMA__)
     for (int mask = 0; mask < 256; mask++)
@@ -281,6 +291,28 @@ __attribute__((constructor)) static void make_tables(void) {
             spread_words[mask][2 * i + 1] = (uint8_t)(from | 1);
         }
 #endif
+}
+
+/* Atoms of a column, by the bits of its support; -1 where it has bits behind the last atom, or a quadruple of 2:4 has
+ * other than two. */
+static int64_t count_column(const Matrix *m, const uint8_t *row) {
+    const int64_t row_bytes = (m->k + 7) / 8, behind = 8 * row_bytes - m->k;
+    int64_t count = 0;
+    if (m->support == DENSE) return m->k;
+    if (behind && (m->support == BITMASK ? row[row_bytes - 1] >> (8 - behind) : row[row_bytes - 1] >> 4)) return -1;
+    if (m->support == BITMASK)
+        for (int64_t i = 0; i < row_bytes; i += 8) {
+            uint64_t bits = 0;
+            memcpy(&bits, row + i, (size_t)(row_bytes - i < 8 ? row_bytes - i : 8));
+            count += __builtin_popcountll(bits);
+        }
+    else
+        for (int64_t i = 0; i < row_bytes; i++) {
+            int bits = __builtin_popcount(pair_bits[row[i]]);
+            if (bits != (behind && i == row_bytes - 1 ? 2 : 4)) return -1;
+            count += bits;
+        }
+    return count;
 }
 
 INLINE V decode(int codec, const uint8_t *stream, int64_t n) {
@@ -523,8 +555,8 @@ INLINE void column(const Task *t, int codec, int support, int batch, int64_t b0,
 }
 
 #if defined(HALVES) && LANES == 8
-/* 4 LANES atoms of a column, of which `atoms` are still in it, times `batch` rows of z from `z` on; with one row in four
- * sums, as two are too few to keep the multiplier busy */
+/* 4 LANES atoms of a column, of which `atoms` are still in it, times `batch` rows of z; with one row in four sums, as
+ * two are too few to keep the multiplier busy */
 INLINE const uint8_t *add_words(const uint8_t *values, const uint8_t *row, int support, int atoms, const float *z,
                                 int64_t stride, int batch, V *sums) {
     Words words[2];
@@ -618,6 +650,145 @@ static void columns(const Task *t, int64_t first, int64_t last) {
 #undef CASE
 }
 
+/* ---- y = z S for many rows, without the zeros of S ----
+ *
+ * z comes transposed: the rows of one atom lie side by side, and a stored value is multiplied with SPAN of them at a
+ * time. PANEL atoms of SPAN rows are copied together and stay in the first cache while COLUMNS columns pass, whose sums
+ * are in the second. A matrix product, which cannot leave the zeros out, has 2 to 3 times the multiplications. */
+
+enum { PANEL = 64, COLUMNS = 256, VECTORS = 12, SPAN = VECTORS * LANES };
+
+typedef struct {
+    float panel[PANEL * SPAN], sums[COLUMNS * SPAN], values[PANEL + LANES];
+    Walk walks[COLUMNS];
+} Bench; /* of one thread */
+
+/* the next `count` stored values of a column, without their positions */
+INLINE void stored_with(const Matrix *m, int codec, Walk *w, int64_t count, float *values) {
+    for (int64_t c = 0; c < count; c += LANES)
+        store(values + c, decode_safely(codec, m->values, w->n + c, m->n_nonzero));
+    w->n += count;
+    if (codec != INT8 && codec != INT4) return;
+    for (int64_t c = 0; c < count;) {
+        const float scale = float_of(w->scales[w->group]);
+        const int64_t end = count - c < w->left ? count : c + w->left;
+        w->left -= end - c;
+        for (; c < end; c++) values[c] *= scale;
+        if (w->left == 0) w->left = m->group, w->group++;
+    }
+}
+
+static void stored(const Matrix *m, Walk *w, int64_t count, float *values) {
+    switch (m->codec) {
+    case BF16: stored_with(m, BF16, w, count, values); break;
+    case BF14: stored_with(m, BF14, w, count, values); break;
+    case INT8: stored_with(m, INT8, w, count, values); break;
+    default: stored_with(m, INT4, w, count, values);
+    }
+}
+
+/* which of the PANEL atoms from atom i on a column has */
+static uint64_t positions_of_panel(const Matrix *m, int64_t j, int64_t i) {
+    const int64_t row_bytes = (m->k + 7) / 8, left = row_bytes - i / 8;
+    uint64_t mask = 0, pairs;
+    memcpy(&mask, m->positions + j * row_bytes + i / 8, (size_t)(left < 8 ? left : 8));
+    if (m->support == BITMASK) return mask;
+    pairs = mask, mask = 0;
+    for (int byte = 0; byte < 8; byte++) mask |= (uint64_t)pair_bits[pairs >> (8 * byte) & 255] << (8 * byte);
+    return mask;
+}
+
+INLINE void add_panel_with(const Matrix *m, Bench *o, int vectors, int64_t first, int64_t last, int64_t i) {
+    for (int64_t j = first; j < last; j++) {
+        uint64_t mask = positions_of_panel(m, j, i);
+        const int64_t count = __builtin_popcountll(mask);
+        float *sums = o->sums + (j - first) * SPAN;
+        const float *value = o->values;
+        V sum[VECTORS], other[VECTORS];
+        stored(m, &o->walks[j - first], count, o->values);
+#pragma GCC unroll 12
+        for (int v = 0; v < vectors; v++) sum[v] = load(sums + v * LANES), other[v] = zero();
+        if (vectors <= 4) /* a few sums wait for themselves */
+            for (; mask & (mask - 1); value += 2) {
+                const float *z = o->panel + (unsigned)__builtin_ctzll(mask) * (unsigned)(vectors * LANES);
+                mask &= mask - 1;
+                const float *next = o->panel + (unsigned)__builtin_ctzll(mask) * (unsigned)(vectors * LANES);
+                mask &= mask - 1;
+#pragma GCC unroll 12
+                for (int v = 0; v < vectors; v++) {
+                    sum[v] = fma_(splat(value[0]), load(z + v * LANES), sum[v]);
+                    other[v] = fma_(splat(value[1]), load(next + v * LANES), other[v]);
+                }
+            }
+        for (; mask; mask &= mask - 1, value++) {
+            const float *z = o->panel + (unsigned)__builtin_ctzll(mask) * (unsigned)(vectors * LANES);
+            const V s = splat(*value);
+#pragma GCC unroll 12
+            for (int v = 0; v < vectors; v++) sum[v] = fma_(s, load(z + v * LANES), sum[v]);
+        }
+#pragma GCC unroll 12
+        for (int v = 0; v < vectors; v++) store(sums + v * LANES, vectors <= 4 ? add(sum[v], other[v]) : sum[v]);
+    }
+}
+
+static void add_panel(const Matrix *m, Bench *o, int vectors, int64_t first, int64_t last, int64_t i) {
+#define CASE(count) case count: add_panel_with(m, o, count, first, last, i); break;
+    switch (vectors) {
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+    }
+#undef CASE
+}
+
+/* y of up to LANES rows and columns from the sums of the columns */
+static void turn(const Task *t, const float *sums, int64_t b, int64_t j, int64_t rows, int64_t columns) {
+    const int64_t d_out = t->m->d_out;
+    float y[LANES][LANES];
+    const int whole = rows >= LANES && columns >= LANES;
+    rows = rows < LANES ? rows : LANES, columns = columns < LANES ? columns : LANES;
+    for (int64_t c = 0; c < columns; c++)
+        for (int64_t r = 0; r < rows; r++) y[r][c] = sums[c * SPAN + r];
+    for (int64_t r = 0; r < rows; r++) {
+        const int64_t to = (b + r) * d_out + j;
+        if (whole && t->is_bf16) store_bf16((uint16_t *)t->y + to, load(y[r]));
+        else if (t->is_bf16)
+            for (int64_t c = 0; c < columns; c++) ((uint16_t *)t->y)[to + c] = word_of(y[r][c]);
+        else memcpy((float *)t->y + to, y[r], (size_t)columns * sizeof(float));
+    }
+}
+
+static void many_rows(const Task *t, Bench *o, int64_t first_block, int64_t last_block) {
+    const Matrix *m = t->m;
+    const int64_t row_bytes = (m->k + 7) / 8, in_all = (t->batch + LANES - 1) / LANES;
+    const int64_t spans = (in_all + VECTORS - 1) / VECTORS;
+    for (int64_t block = first_block; block < last_block; block += COLUMNS / BLOCK) {
+        const int64_t end_block = block + COLUMNS / BLOCK < last_block ? block + COLUMNS / BLOCK : last_block;
+        const int64_t first = block * BLOCK, last = end_block * BLOCK < m->d_out ? end_block * BLOCK : m->d_out;
+        for (int64_t span = 0; span < spans; span++) {
+            const int64_t b0 = in_all * span / spans * LANES, end = in_all * (span + 1) / spans * LANES;
+            const int64_t width = end - b0, rows = (end < t->batch ? end : t->batch) - b0;
+            int64_t n = m->starts[2 * block], n_scales = m->starts[2 * block + 1];
+            for (int64_t j = first; j < last; j++) {
+                const int64_t count = count_column(m, m->positions + j * row_bytes);
+                o->walks[j - first] = walk_from(m, (int)m->codec, n, n_scales);
+                n += count;
+                n_scales += (count + m->group - 1) / m->group;
+            }
+            memset(o->sums, 0, (size_t)(last - first) * SPAN * sizeof(float));
+            for (int64_t i = 0; i < m->k; i += PANEL) {
+                for (int64_t a = 0; a < PANEL && i + a < m->k; a++) {
+                    float *z = o->panel + a * width;
+                    memcpy(z, t->z + (i + a) * t->batch + b0, (size_t)rows * sizeof(float));
+                    for (int64_t b = rows; b < width; b++) z[b] = 0;
+                }
+                add_panel(m, o, (int)(width / LANES), first, last, i);
+            }
+            for (int64_t b = 0; b < rows; b += LANES)
+                for (int64_t j = first; j < last; j += LANES)
+                    turn(t, o->sums + (j - first) * SPAN + b, b0 + b, j, rows - b, last - j);
+        }
+    }
+}
+
 /* ---- S itself ---- */
 
 INLINE void unpack_with(const Task *t, int codec, int support, int64_t first, int64_t last) {
@@ -697,6 +868,8 @@ static void work(void *argument) {
 #endif
         columns(&mine, share(m, me, team), share(m, me + 1, team));
     }
+    if (t->stages & MANY)
+        many_rows(t, (Bench *)(void *)t->shares + me, share(m, me, team), share(m, me + 1, team));
     if (t->stages & UNPACK) unpack(t, share(m, me, team), share(m, me + 1, team));
 }
 
@@ -714,28 +887,6 @@ const char *cospadi_kind(void) { return KIND; }
 
 /* floats a row of z takes */
 int64_t cospadi_stride(int64_t k) { return (k + 31) / 32 * 32; }
-
-/* Atoms of a column, by the bits of its support; -1 where it has bits behind the last atom, or a quadruple of 2:4 has
- * other than two. */
-static int64_t count_column(const Matrix *m, const uint8_t *row) {
-    const int64_t row_bytes = (m->k + 7) / 8, behind = 8 * row_bytes - m->k;
-    int64_t count = 0;
-    if (m->support == DENSE) return m->k;
-    if (behind && (m->support == BITMASK ? row[row_bytes - 1] >> (8 - behind) : row[row_bytes - 1] >> 4)) return -1;
-    if (m->support == BITMASK)
-        for (int64_t i = 0; i < row_bytes; i += 8) {
-            uint64_t bits = 0;
-            memcpy(&bits, row + i, (size_t)(row_bytes - i < 8 ? row_bytes - i : 8));
-            count += __builtin_popcountll(bits);
-        }
-    else
-        for (int64_t i = 0; i < row_bytes; i++) {
-            int bits = __builtin_popcount(pair_bits[row[i]]);
-            if (bits != (behind && i == row_bytes - 1 ? 2 : 4)) return -1;
-            count += bits;
-        }
-    return count;
-}
 
 /* First value and first scale of every block of columns; the numbers of values and scales in the last line. Returns the
  * first column whose support is damaged, -1 if there is none. Reads nothing but the support. */
@@ -767,6 +918,16 @@ void cospadi_product(const Matrix *m, const OpenMP *omp, int64_t threads, const 
 /* S transposed, (d_out, stride) in bfloat16 or float32, for blocks of columns `first` to `last` */
 void cospadi_unpack(const Matrix *m, const OpenMP *omp, int64_t threads, void *codes, int64_t is_bf16) {
     Task t = {m, omp, NULL, NULL, codes, NULL, NULL, 0, cospadi_stride(m->k), is_bf16, UNPACK};
+    run(&t, (unsigned)threads);
+}
+
+/* bytes of scratch that a thread takes for `cospadi_many` */
+int64_t cospadi_bench(void) { return (int64_t)sizeof(Bench); }
+
+/* y = z S for z (k, batch) and a support with positions */
+void cospadi_many(const Matrix *m, const OpenMP *omp, int64_t threads, const float *z, void *y, float *scratch,
+                  int64_t batch, int64_t is_bf16) {
+    Task t = {m, omp, NULL, (float *)(uintptr_t)z, y, scratch, NULL, batch, cospadi_stride(m->k), is_bf16, MANY};
     run(&t, (unsigned)threads);
 }
 """

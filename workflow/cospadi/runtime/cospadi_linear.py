@@ -21,13 +21,13 @@ from .cospadi_codecs import (
     encode_dictionary,
     tensor_shapes,
 )
-from .cospadi_cpu import DTYPES, BoundMatrix, Kernel, kernel
+from .cospadi_cpu import DTYPES, BoundMatrix, Kernel, kernel, product_dtype
 from .cospadi_cuda import apply_codes, kernels_agree, project
 
 PARTS = ("dictionary", "dictionary_scales", "values", "scales", "support")
 
-# Rows of x up to which reading the packed form is faster than unpacking S for a matrix product (docs/runtime.md)
-KERNEL_ROWS = 8
+# Rows of x from which `D` transposed times x transposed is the faster product, where z is wanted transposed
+_TURNED_ROWS = 64
 
 # Several copies of this module can be loaded in one process, each checkpoint's own; an operator has one name in torch
 _NAMESPACE = f"cospadi_{hashlib.sha256(__name__.encode()).hexdigest()[:12]}"
@@ -82,11 +82,12 @@ class PackedLinear(nn.Linear):
             or not has_kernel(x)
         ):
             y = packed_linear(x, *self.parts(), self._spec_text)
-        elif x.device.type == "cpu":
+        elif x.is_cpu:
             y = self._product(kernel(), x)
         else:
             y = self._product_on_gpu(x)
-        return y if self.bias is None else y + self.bias
+        bias = self._parameters["bias"]
+        return y if bias is None else y + bias
 
     @property
     def weight(self) -> torch.Tensor:
@@ -148,19 +149,28 @@ class PackedLinear(nn.Linear):
         )
 
     def _product(self, compiled: Kernel, x: torch.Tensor) -> torch.Tensor:
-        """As `packed_linear`, without an operator's overhead, and with what is worth keeping from call to call."""
-        if self._binding is None or not self._binding.holds(self):
-            self._binding = _Binding(self)
-        matrix = self._binding.matrix
-        rows = x.reshape(-1, self.in_features).contiguous()
-        few = rows.shape[0] <= KERNEL_ROWS
-        if few and self.projection is None:
-            y = compiled.product(matrix, rows)
-        else:
-            project = functools.partial(compiled.project, matrix) if few else self._project_many
-            z = project(rows) if self.projection is None else self.projection.of(x, self.dictionary, project, rows)
-            y = compiled.apply_codes(matrix, z, x.dtype) if few else F.linear(z, compiled.unpack(matrix, x.dtype))
-        return y.view(*x.shape[:-1], self.out_features)
+        """As `packed_linear`, without an operator's overhead, and with what is worth keeping from call to call.
+
+        Decoding comes here hundreds of times a token, each time with cold caches: every object costs.
+        """
+        binding = self._binding
+        if binding is None or not binding.holds(self):
+            binding = self._binding = _Binding(self)
+        matrix, shared = binding.matrix, self.projection
+        if x.numel() <= compiled.paths.few_rows * matrix.d_in:
+            if shared is None:
+                return compiled.product(matrix, x)
+            z = shared.known(x, binding.dictionary)
+            if z is not None:
+                return compiled.apply_codes(matrix, z, x)
+            y, z = compiled.product_and_projection(matrix, x)
+            shared.keep(x, binding.dictionary, z)
+            return y
+        rows = x.reshape(-1, matrix.d_in)
+        dictionary, scales = self._parameters["dictionary"], self._parameters["dictionary_scales"]
+        project = functools.partial(_project_many, compiled, self.spec, dictionary, scales)
+        z = project(rows) if shared is None else shared.of(x, binding.dictionary, project, rows)
+        return _apply_to_many(compiled, matrix, z, x.dtype).view(*x.shape[:-1], matrix.d_out)
 
     def _product_on_gpu(self, x: torch.Tensor) -> torch.Tensor:
         parts = self.parts()
@@ -168,12 +178,8 @@ class PackedLinear(nn.Linear):
         from_rows = functools.partial(project, self.spec, parts)
         # dense codes take z in another order
         shared = self.projection is not None and self.support is not None
-        z = self.projection.of(x, self.dictionary, from_rows, rows) if shared else from_rows(rows)
+        z = self.projection.of(x, self.dictionary.data_ptr(), from_rows, rows) if shared else from_rows(rows)
         return apply_codes(self.spec, parts, z, x.dtype).view(*x.shape[:-1], self.out_features)
-
-    def _project_many(self, rows: torch.Tensor) -> torch.Tensor:
-        dictionary = decode_dictionary(self.spec, self.dictionary, self.dictionary_scales, rows.dtype)
-        return rows if dictionary is None else rows @ dictionary
 
     def _packed(self) -> list[nn.Parameter]:
         return [part for part in self.parts() if part is not None]
@@ -240,23 +246,34 @@ class SharedProjection:
     def of(
         self,
         x: torch.Tensor,
-        dictionary: torch.Tensor,
+        dictionary: int,
         project: Callable[[torch.Tensor], torch.Tensor],
         rows: torch.Tensor,
     ) -> torch.Tensor:
-        """``project(rows)``, or what it gave for this very `x` and `dictionary` before."""
-        # changes of an inference tensor are not counted: a copy tells, where comparing costs no wait
-        copied = x.is_inference()
-        if copied and x.device.type != "cpu":
-            return project(rows)
-        state = (None if copied else x._version, dictionary.data_ptr())
-        last = self._last
-        if last is not None and last[0]() is x and last[1] == state and (not copied or torch.equal(last[2], rows)):
-            return last[3]
-        z = project(rows)
-        # nothing is kept longer than the input itself
-        self._last = (weakref.ref(x, self._forget), state, rows.clone() if copied else None, z)
+        """``project(rows)``, or what it gave for this very `x` and the dictionary at this address before."""
+        z = self.known(x, dictionary)
+        if z is None:
+            z = project(rows)
+            self.keep(x, dictionary, z)
         return z
+
+    def known(self, x: torch.Tensor, dictionary: int) -> torch.Tensor | None:
+        """What `keep` was given for this very `x`, unchanged, and the dictionary at this address."""
+        last = self._last
+        if last is None or last[0]() is not x or last[1] != dictionary:
+            return None
+        unchanged = torch.equal(last[2], x) if x.is_inference() else last[2] == x._version
+        return last[3] if unchanged else None
+
+    def keep(self, x: torch.Tensor, dictionary: int, z: torch.Tensor) -> None:
+        """Remember z for as long as `x` lives, and no longer."""
+        if not x.is_inference():
+            state = x._version
+        elif x.device.type == "cpu":
+            state = x.clone()  # changes of an inference tensor are not counted
+        else:
+            return  # comparing would wait for the device
+        self._last = (weakref.ref(x, self._forget), dictionary, state, z)
 
     def _forget(self, x: Any) -> None:
         if self._last is not None and self._last[0] is x:
@@ -270,28 +287,29 @@ class _Binding:
     """The kernel's view of a layer's tensors, as long as they are the same and unchanged."""
 
     def __init__(self, layer: PackedLinear) -> None:
-        self._parts = [(None if part is None else weakref.ref(part)) for part in layer.parts()]
-        self._state = self._state_of(layer)
-        self.matrix = bind(layer.spec, layer.parts())
-
-    def holds(self, layer: PackedLinear) -> bool:
-        return self._state == self._state_of(layer) and all(
-            part is reference if reference is None else part is reference()
-            for part, reference in zip(layer.parts(), self._parts, strict=True)
-        )
-
-    @staticmethod
-    def _state_of(layer: PackedLinear) -> list[tuple[int, int]]:
-        return [
-            (part.data_ptr(), 0 if part.is_inference() else part._version)
-            for part in layer._parameters.values()
+        self._seen = [
+            (name, weakref.ref(part), part.data_ptr(), None if part.is_inference() else part._version)
+            for name, part in layer._parameters.items()
             if part is not None
         ]
+        self.matrix = bind(layer.spec, layer.parts())
+        dictionary = layer._parameters["dictionary"]
+        self.dictionary = 0 if dictionary is None else dictionary.data_ptr()
+
+    def holds(self, layer: PackedLinear) -> bool:
+        parameters = layer._parameters
+        for name, reference, address, version in self._seen:
+            part = parameters[name]
+            if part is not reference() or part.data_ptr() != address:
+                return False
+            if version is not None and part._version != version:
+                return False
+        return True
 
 
 def has_kernel(x: torch.Tensor) -> bool:
     """Whether products with `x` have compiled code on its device."""
-    if x.device.type == "cpu":
+    if x.is_cpu:
         return x.dtype in DTYPES and kernel() is not None
     return x.device.type == "cuda" and x.dtype in (*DTYPES, torch.float16) and kernels_agree(x.device)
 
@@ -300,6 +318,26 @@ def bind(spec: dict[str, Any], parts: list[torch.Tensor | None]) -> BoundMatrix:
     """What the kernel needs of a matrix whose packed tensors, in the order of `PARTS`, are on the CPU."""
     tensors = {name: part.contiguous() for name, part in zip(PARTS, parts, strict=True) if part is not None}
     return BoundMatrix(kernel(), spec, tensors)
+
+
+def _project_many(
+    compiled: Kernel | None, spec: dict[str, Any], dictionary: Any, scales: Any, rows: torch.Tensor
+) -> torch.Tensor:
+    """``z = x D`` for many rows (n, d_in) on the CPU, (n, k)."""
+    rows = rows.to(product_dtype(rows.dtype))
+    atoms = decode_dictionary(spec, dictionary, scales, rows.dtype)
+    if atoms is None:
+        return rows
+    if compiled is not None and compiled.paths.without_zeros and len(rows) >= _TURNED_ROWS:
+        return (atoms.T @ rows.T).T  # which is how `apply_codes_to_many` wants it
+    return rows @ atoms
+
+
+def _apply_to_many(compiled: Kernel, matrix: BoundMatrix, z: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``y = z S`` for z from `_project_many`: (n, d_out) in `dtype`."""
+    if compiled.paths.without_zeros and matrix.has_zeros:
+        return compiled.apply_codes_to_many(matrix, z.float().T.contiguous(), dtype)
+    return F.linear(z, compiled.unpack(matrix, z.dtype)).to(dtype)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -346,15 +384,16 @@ def packed_linear(
     on_cpu = x.device.type == "cpu" and has_kernel(x)
     if x.device.type == "cuda" and has_kernel(x):
         y = apply_codes(matrix_spec, parts, project(matrix_spec, parts, rows), x.dtype)
-    elif on_cpu and rows.shape[0] <= KERNEL_ROWS:
-        y = kernel().product(bind(matrix_spec, parts), rows.contiguous())
+    elif on_cpu and rows.shape[0] <= kernel().paths.few_rows:
+        y = kernel().product(bind(matrix_spec, parts), rows)
+    elif on_cpu:
+        z = _project_many(kernel(), matrix_spec, dictionary, dictionary_scales, rows)
+        y = _apply_to_many(kernel(), bind(matrix_spec, parts), z, x.dtype)
     else:
-        if on_cpu:
-            atoms = decode_dictionary(matrix_spec, dictionary, dictionary_scales, x.dtype)
-            codes = kernel().unpack(bind(matrix_spec, parts), x.dtype)
-        else:
-            atoms, codes = _factors(matrix_spec, x.dtype, *parts)
-        y = F.linear(rows if atoms is None else rows @ atoms, codes)
+        dtype = product_dtype(x.dtype) if x.device.type == "cpu" else x.dtype
+        atoms, codes = _factors(matrix_spec, dtype, *parts)
+        rows = rows.to(dtype)
+        y = F.linear(rows if atoms is None else rows @ atoms, codes).to(x.dtype)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
