@@ -1,4 +1,4 @@
-"""Speed and memory of packed checkpoints beside dense bfloat16, in the same process, step by step in turn.
+"""Speed and memory of packed checkpoints beside dense ones, in the same process, step by step in turn.
 
 ``make bench-runtime``, or ``python benchmarks/runtime.py`` (``--help`` says what can be chosen). The packed models have
 the demo model's sizes and random factors of the shapes that the budget gives for each ratio: how fast a product is does
@@ -9,8 +9,10 @@ every matrix has its own. Where there is a GPU, `runtime_gpu` measures on it, to
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import gc
+import itertools
 import json
 import subprocess
 import sys
@@ -33,8 +35,7 @@ from cospadi.checkpoint import assemble, target_bytes
 from cospadi.factorization import Factorization
 from cospadi.files import ModelFolder, write_tensors
 from cospadi.learning import Matrix, shared_problems, split_codes
-from cospadi.runtime import cospadi_linear
-from cospadi.runtime.cospadi_cpu import kernel
+from cospadi.runtime.cospadi_cpu import bfloat16_is_native, kernel
 from cospadi.runtime.cospadi_linear import PackedLinear
 
 PROJECT = Path(__file__).parents[1]
@@ -43,8 +44,13 @@ RATIOS = (0.2, 0.4, 0.5)
 SHARED_RHO = {0.2: 2.5, 0.4: 3.0, 0.5: 3.0}  # as in the demo's config
 SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 DECODE_GOALS = {0.2: 1.0, 0.4: 1.25, 0.5: 1.5}
+PREFILL_GOALS = {0.2: 0.9, 0.4: 1.0, 0.5: 1.0}
 MATRIX = (4096, 11008)
-HEADERS = ["measure", "threads", "ratio", "dictionaries", "dense", "packed", "speed-up", "limit by bytes", "goal"]
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+PREFILLS = (128, 512)
+HEADERS = ["measure", "threads", "ratio", "dictionaries"]
+HEADERS += [f"{which} {dtype}" for which in ("dense", "packed") for dtype in DTYPES]
+HEADERS += ["speed-up", "limit by bytes", "goal"]
 
 # Replaced by --cpu-time
 clock: Callable[[], float] = time.perf_counter
@@ -71,12 +77,14 @@ def main() -> None:
     torch.set_grad_enabled(False)
     transformers.utils.logging.disable_progress_bar()
     compiled = kernel()
-    print(f"torch {torch.__version__}, {cores} cores, kernel: {compiled.kind if compiled else 'none'}\n")
+    native = "" if bfloat16_is_native() else "no "
+    kind = compiled.kind if compiled else "none"
+    print(f"torch {torch.__version__}, {cores} cores, {native}bfloat16 instructions, kernel: {kind}\n")
     if arguments.crossover:
         if compiled is None:
             raise SystemExit("there is no kernel here to compare with")
         torch.set_num_threads(arguments.threads[0])
-        print(table(crossover(arguments.rounds), ["matrix", "rows", "kernel us", "unpacked us", "dense us"]))
+        print(table(crossover(arguments.rounds), ["matrix", "dtype", "rows", "kernel us", "unpacked us", "dense us"]))
         return
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -88,9 +96,10 @@ def main() -> None:
         rows += [[row[0], "", *row[1:]] for row in fresh_processes(folders)]
     print(table(rows, HEADERS))
     print(
-        "\nMedians; least times in brackets. A limit counts the bytes that are read; a speed-up above it means that the"
+        "\nMedians; least times in brackets. A speed-up compares dense and packed, each in the dtype that is faster for it."
     )
-    print("dense product does not reach the memory's speed. Memory is all that a fresh process holds, Python included.")
+    print("A limit counts the bytes that are read; a speed-up above it means that the dense product does not reach the")
+    print("memory's speed. Memory is all that a fresh process holds, Python included.")
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps(dict(zip(HEADERS, row, strict=True))) for row in rows]
@@ -173,55 +182,60 @@ def interleaved(steps: dict[Any, Callable[[], object]], rounds: int) -> dict[Any
 
 
 def models(folders: dict[Name, Path], rounds: int) -> list[list[Any]]:
-    """Decoding and prefill of the whole model."""
+    """Decoding and prefill of the whole model, in both dtypes that a CPU computes in."""
     loaded = {
-        name: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16) for name, folder in folders.items()
+        (name, dtype): AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        for name, folder in folders.items()
+        for dtype in DTYPES.values()
     }
-    ids = torch.randint(3, 1000, (1, 512), generator=torch.Generator().manual_seed(0))
-    caches = {name: DynamicCache(config=model.config) for name, model in loaded.items()}
-    for name, model in loaded.items():
-        model(ids[:, :16], past_key_values=caches[name])
-    decode = interleaved(
-        {n: lambda m=m, n=n: m(ids[:, :1], past_key_values=caches[n], logits_to_keep=1) for n, m in loaded.items()},
-        rounds,
-    )
-    prefill = interleaved(
-        {n: lambda m=m: m(ids, logits_to_keep=1, use_cache=False) for n, m in loaded.items()}, max(5, rounds // 5)
-    )
+    ids = torch.randint(3, 1000, (1, max(PREFILLS)), generator=torch.Generator().manual_seed(0))
+    caches = {key: DynamicCache(config=model.config) for key, model in loaded.items()}
+    for key, model in loaded.items():
+        model(ids[:, :16], past_key_values=caches[key])
+    measured = {
+        "decode, tokens/s": (
+            1,
+            interleaved(
+                {
+                    key: lambda model=model, key=key: model(ids[:, :1], past_key_values=caches[key], logits_to_keep=1)
+                    for key, model in loaded.items()
+                },
+                rounds,
+            ),
+        )
+    }
+    for tokens in PREFILLS:
+        steps = {
+            key: lambda model=model, tokens=tokens: model(ids[:, :tokens], logits_to_keep=1, use_cache=False)
+            for key, model in loaded.items()
+        }
+        measured[f"prefill of {tokens}, tokens/s"] = (tokens, interleaved(steps, max(3, rounds // 8)))
     rows = []
     all_bytes = sum(file.stat().st_size for file in folders["dense"].glob("*.safetensors"))
-    for name in PACKED:
-        count = target_bytes(folders[name])
-        limit = all_bytes / (all_bytes - count["dense_nbytes"] + count["nbytes"])
-        dense, packed = decode["dense"], decode[name]
-        rows.append(
-            [
-                "decode, tokens/s",
-                *name.cells(),
-                shown(1 / t for t in dense),
-                shown(1 / t for t in packed),
-                speedup(dense, packed),
-                f"{limit:.2f} with head",
-                f"{DECODE_GOALS[name.ratio]:.2f}",
-            ]
-        )
-    for name in PACKED:
-        dense, packed = prefill["dense"], prefill[name]
-        rows.append(
-            [
-                "prefill 512 tokens, ms",
-                *name.cells(),
-                shown(1e3 * t for t in dense),
-                shown(1e3 * t for t in packed),
-                speedup(dense, packed),
-                "",
-                "1.00",
-            ]
-        )
+    for measure, (tokens, taken) in measured.items():
+        for name in PACKED:
+            count = target_bytes(folders[name])
+            limit = all_bytes / (all_bytes - count["dense_nbytes"] + count["nbytes"])
+            goals = DECODE_GOALS if tokens == 1 else PREFILL_GOALS
+            rows.append(
+                [
+                    measure,
+                    *name.cells(),
+                    *(shown(tokens / t for t in taken[which, d]) for which in ("dense", name) for d in DTYPES.values()),
+                    speedup(best(taken, "dense"), best(taken, name)),
+                    f"{limit:.2f} with head" if tokens == 1 else "",
+                    f"{goals[name.ratio]:.2f}",
+                ]
+            )
     loaded.clear()
     caches.clear()
     gc.collect()
     return rows
+
+
+def best(taken: dict[Any, tuple[float, float]], name: Name) -> tuple[float, float]:
+    """Median and least seconds of a model in the dtype that is the faster one for it."""
+    return min(taken[name, dtype] for dtype in DTYPES.values())
 
 
 @functools.cache
@@ -243,36 +257,41 @@ def packed_layer(factors: Factorization) -> tuple[PackedLinear, int]:
 def one_matrix(rounds: int) -> list[list[Any]]:
     """One row times one large matrix."""
     d_in, d_out = MATRIX
-    weight = torch.randn(d_out, d_in).bfloat16()
-    x = torch.randn(1, d_in).bfloat16()
+    weights = {dtype: torch.randn(d_out, d_in).to(dtype) for dtype in DTYPES.values()}
+    inputs = {dtype: torch.randn(1, d_in).to(dtype) for dtype in DTYPES.values()}
     rows = []
     for ratio in RATIOS:
         layer, nbytes = large_layer(ratio)
-        taken = interleaved(
-            {"dense": lambda: torch.nn.functional.linear(x, weight), "packed": lambda layer=layer: layer(x)}, rounds
-        )
+        steps: dict[Any, Callable[[], object]] = {}
+        for dtype, x in inputs.items():
+            steps["dense", dtype] = lambda x=x, weight=weights[dtype]: torch.nn.functional.linear(x, weight)
+            steps["packed", dtype] = lambda x=x, layer=layer: layer(x)
+        taken = interleaved(steps, rounds)
         limit = dense_nbytes(d_in, d_out) / nbytes
         rows.append(
             [f"{d_in}x{d_out}, one row, ms", ratio, ""]
-            + [shown(1e3 * t for t in taken[name]) for name in ("dense", "packed")]
-            + [speedup(taken["dense"], taken["packed"]), f"{limit:.2f}", f"{0.8 * limit:.2f}"]
+            + [shown(1e3 * t for t in taken[name, d]) for name in ("dense", "packed") for d in DTYPES.values()]
+            + [speedup(best(taken, "dense"), best(taken, "packed")), f"{limit:.2f}", f"{0.8 * limit:.2f}"]
         )
     return rows
 
 
 def crossover(rounds: int) -> list[list[str]]:
-    """Both paths of a product, by the rows of its input: where `KERNEL_ROWS` comes from."""
+    """Both paths of a product, by the rows of its input and its dtype: where `cospadi_cpu.PATHS` comes from."""
     rows = []
+    compiled = kernel()
     for d_in, d_out in ((576, 576), (576, 1536), (1536, 576), MATRIX):
         layers = [packed_layer(random_factors(d_in, d_out, 0.4))[0] for _ in range(max(1, 2**24 // (d_in * d_out)))]
-        weights = [torch.randn(d_out, d_in).bfloat16() for _ in layers]
-        for n in (1, 2, 4, 8, 16, 32, 64):
-            x = torch.randn(n, d_in).bfloat16()
+        for dtype, n in itertools.product(DTYPES.values(), (1, 2, 4, 8, 16, 24, 32, 64)):
+            weights = [torch.randn(d_out, d_in).to(dtype) for _ in layers]
+            x = torch.randn(n, d_in).to(dtype)
 
-            def through(kernel_rows: int, x: torch.Tensor = x, layers: list[PackedLinear] = layers) -> None:
-                cospadi_linear.KERNEL_ROWS = kernel_rows
+            def through(few_rows: int, x: torch.Tensor = x, layers: list[PackedLinear] = layers) -> None:
+                kept = compiled.paths
+                compiled.paths = dataclasses.replace(kept, few_rows=few_rows)
                 for layer in layers:
                     layer(x)
+                compiled.paths = kept
 
             def dense(x: torch.Tensor = x, weights: list[torch.Tensor] = weights) -> None:
                 for weight in weights:
@@ -286,7 +305,9 @@ def crossover(rounds: int) -> list[list[str]]:
                 },
                 max(3, rounds // 4),
             )
-            rows.append([f"{d_in}x{d_out}", n] + [shown(1e6 * t / len(layers) for t in taken[name]) for name in taken])
+            rows.append(
+                [f"{d_in}x{d_out}", dtype, n] + [shown(1e6 * t / len(layers) for t in taken[name]) for name in taken]
+            )
     return rows
 
 
@@ -327,14 +348,16 @@ def fresh_processes(folders: dict[Name, Path]) -> list[list[Any]]:
     seconds = {name: sorted(run[0] for run in runs) for name, runs in found.items()}
     for name in PACKED:
         dense, packed = ((seconds[which][1], seconds[which][0]) for which in ("dense", name))
-        cells = [shown(dense, 2), shown(packed, 2), speedup(dense, packed)]
+        cells = [shown(dense, 2), "", shown(packed, 2), "", speedup(dense, packed)]
         rows.append(["load, s", *name.cells(), *cells, "", "1.00"])
     for name in PACKED:
         size = sum(file.stat().st_size for file in folders[name].glob("*.safetensors"))
         limit = f"at most {(1.25 * size + 3e8) / 1e6:.0f}"
         for what, which, goal in (("after loading", 1, limit), ("after one token", 2, "")):
-            memory = [f"{max(run[which] for run in found[key]) / 1e6:.0f}" for key in ("dense", name)]
-            rows.append([f"resident {what}, MB", *name.cells(), *memory, "", f"file {size / 1e6:.0f}", goal])
+            dense, packed = (f"{max(run[which] for run in found[key]) / 1e6:.0f}" for key in ("dense", name))
+            rows.append(
+                [f"resident {what}, MB", *name.cells(), dense, "", packed, "", "", f"file {size / 1e6:.0f}", goal]
+            )
     return rows
 
 
