@@ -95,9 +95,7 @@ def main() -> None:
             rows += [[row[0], threads, *row[1:]] for row in one_matrix(arguments.rounds)]
         rows += [[row[0], "", *row[1:]] for row in fresh_processes(folders)]
     print(table(rows, HEADERS))
-    print(
-        "\nMedians; least times in brackets. A speed-up compares dense and packed, each in the dtype that is faster for it."
-    )
+    print("\nMedians; least times in brackets. A speed-up compares each in the dtype that is faster for it.")
     print("A limit counts the bytes that are read; a speed-up above it means that the dense product does not reach the")
     print("memory's speed. Memory is all that a fresh process holds, Python included.")
     if arguments.output:
