@@ -129,6 +129,7 @@ def test_model_card_names_base_licence_bytes_figures_and_load_line(packed_model,
         f"{nbytes:,}",
         "| word perplexity | 12.5 |",
         'from_pretrained("out", trust_remote_code=True)',
+        "On CPUs without bfloat16 instructions (most laptops) load with `dtype=torch.float32`",
         '{"ratio": 0.2}',
     ):
         assert text in card

@@ -141,6 +141,7 @@ def test_layout_of_the_file(job):
             "model": paths.model.name,
             "seed": 42,
             "dtype": "bfloat16",
+            "dtype_reason": "the config asks for it",
             "n_windows": 10,
             "mode": "store",
             "heldout_from": 10,
@@ -297,6 +298,37 @@ def test_hidden_states_of_another_chunk_or_dtype(job):
         job(layers=range(1, 3), name="1", hidden_in=paths.hidden, dtype="float32")
     with pytest.raises(ValueError, match="hidden_in"):
         job(layers=range(1, 3), name="1")
+
+
+@pytest.mark.parametrize("mode", ["store", "stream"])
+def test_auto_goes_on_in_the_dtype_of_the_chunk_before(job, mode, monkeypatch):
+    natively = {"first machine": ("float32", "no instructions"), "second machine": ("bfloat16", "AMX")}
+    machine, lines = "first machine", []
+    monkeypatch.setattr(
+        "cospadi.calibration.collect.choose_dtype",
+        lambda dtype, device: natively[machine] if dtype == "auto" else (dtype, "asked"),
+    )
+    first = job(layers=range(1), name="0", dtype="auto", mode=mode, log=lines.append)
+    assert "computing in float32: no instructions" in lines
+    machine = "second machine"
+    second = job(layers=range(1, 4), name="1", hidden_in=first.hidden, dtype="auto", mode=mode, log=lines.append)
+    reason = "the chunk before was computed in it; for this machine alone it would be bfloat16 (AMX)"
+    assert f"computing in float32: {reason}" in lines
+    # what is found is what one machine finds with that dtype
+    whole = job(name="whole", dtype="float32", mode=mode)
+    for path, said in ((first.rows, "no instructions"), (second.rows, reason), (second.hidden, reason)):
+        with h5py.File(path) as file:
+            assert (file.attrs["dtype"], file.attrs["dtype_reason"]) == ("float32", said)
+    with h5py.File(second.hidden) as ours, h5py.File(whole.hidden) as theirs:
+        assert ours["hidden"].dtype == np.float32 and np.array_equal(ours["hidden"], theirs["hidden"])
+
+
+def test_auto_refuses_hidden_states_of_an_unknown_dtype(job):
+    paths = job(layers=range(1), name="0")
+    with h5py.File(paths.hidden, "a") as file:
+        file.attrs["dtype"] = "float8"
+    with pytest.raises(ArtifactError, match=r"hidden_0.h5: dtype is 'float8'; allowed: bfloat16, float16, float32"):
+        job(layers=range(1, 2), name="1", hidden_in=paths.hidden, dtype="auto")
 
 
 def test_corrupted_hidden_states_are_found_by_their_checksum(job):

@@ -22,7 +22,9 @@ from cospadi.errors import ArtifactError, ConfigError, CospadiError, NumericalEr
 from cospadi.evaluation import TASKS, evaluate, generate, heldout_pieces, last_word_passages
 from cospadi.files import ModelFolder, write_tensors
 
-PERPLEXITY = {"perplexity": {"max_tokens": 300, "window": 64}}
+# bounds are those of float32, whatever the processor is best at
+EXACT = {"dtype": "float32"}
+PERPLEXITY = EXACT | {"perplexity": {"max_tokens": 300, "window": 64}}
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +52,17 @@ def changed(folder: Path, destination: Path, change) -> Path:
     change(tensors)
     save_file(tensors, destination / "model.safetensors", {"format": "pt"})
     return destination
+
+
+def pack_two(base: Path, folder: Path) -> Path:
+    """``folder/packed``: `base` with two of its matrices packed."""
+    weights, tensors, specs = ModelFolder(base), {}, {}
+    for name in ("model.layers.0.mlp.up_proj", "model.layers.2.self_attn.q_proj"):
+        packed, specs[name] = factorize(weights.read_weight(name), method="svd_llm", ratio=0.5).pack(name)
+        tensors |= packed
+    write_tensors(folder / "codes.safetensors", tensors, {"format_version": 1, "matrices": specs})
+    assemble(base, [folder / "codes.safetensors"], folder / "packed", variant={"method": "svd_llm"})
+    return folder / "packed"
 
 
 def read_articles(folder: Path) -> list[str]:
@@ -103,12 +116,7 @@ def test_plain_lm_eval_gives_the_same_given_the_path(llama, tiny_text, tmp_path)
 
 
 def test_packed_checkpoint_scores_like_its_dense_copy(llama, tiny_text, tmp_path):
-    weights, tensors, specs = ModelFolder(llama), {}, {}
-    for name in ("model.layers.0.mlp.up_proj", "model.layers.2.self_attn.q_proj"):
-        packed, specs[name] = factorize(weights.read_weight(name), method="svd_llm", ratio=0.5).pack(name)
-        tensors |= packed
-    write_tensors(tmp_path / "codes.safetensors", tensors, {"format_version": 1, "matrices": specs})
-    assemble(llama, [tmp_path / "codes.safetensors"], tmp_path / "packed", variant={"method": "svd_llm"})
+    pack_two(llama, tmp_path)
     densify(tmp_path / "packed", tmp_path / "dense")
     dense, packed, original = (
         evaluate(folder, PERPLEXITY, heldout=tiny_text / "heldout.jsonl", output=tmp_path / "eval.json")
@@ -145,6 +153,24 @@ def test_batches_of_windows_change_nothing(llama, tiny_text, tmp_path):
     assert scores[0] == pytest.approx(scores[1], rel=1e-5)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_models_compute_in_the_dtype_asked_for(packed, tiny_model, tiny_text, tmp_path):
+    folder = direct = tiny_model("llama")  # stored in bfloat16
+    if packed:
+        # the base in float32, so that densify does not round what was packed
+        folder, direct = pack_two(tiny_model("llama", dtype="float32"), tmp_path), tmp_path / "dense"
+        densify(folder, direct)
+    pieces = heldout_pieces(read_articles(tiny_text), max_tokens=300, window=64)
+    total, tokens = np.sum([direct_loglikelihood(direct, piece, 64) for piece in pieces], axis=0)
+    error = {}
+    for dtype in ("float32", "bfloat16"):
+        evaluation = {**PERPLEXITY, "dtype": dtype}
+        result = evaluate(folder, evaluation, heldout=tiny_text / "heldout.jsonl", output=tmp_path / "eval.json")
+        assert (result["dtype"], result["dtype_reason"]) == (dtype, "the config asks for it")
+        error[dtype] = abs(math.log(result["perplexity"]["token"]) + total / tokens)
+    assert 20 * error["float32"] < error["bfloat16"] < 0.05
+
+
 def test_uniform_model_has_the_perplexity_of_its_vocabulary(llama, tiny_text, tmp_path):
     def zero(tensors):
         tensors["model.norm.weight"][:] = 0
@@ -154,17 +180,19 @@ def test_uniform_model_has_the_perplexity_of_its_vocabulary(llama, tiny_text, tm
     assert result["perplexity"]["token"] == pytest.approx(400, rel=1e-5)
 
 
-def test_what_is_recorded(tiny_model, tiny_text, tmp_path):
+def test_what_is_recorded(tiny_model, tiny_text, tmp_path, monkeypatch):
     lines = []
+    monkeypatch.setattr("cospadi.evaluation.choose_dtype", lambda dtype, device: ("bfloat16", f"{dtype} on {device}"))
     result = evaluate(
         tiny_model("qwen3"),
-        PERPLEXITY | {"generate": {"prompts": ["The old river", "A"], "max_new_tokens": 5}},
+        {**PERPLEXITY, "dtype": "auto", "generate": {"prompts": ["The old river", "A"], "max_new_tokens": 5}},
         heldout=tiny_text / "heldout.jsonl",
         output=tmp_path / "eval.json",
         threads=1,
         log=lines.append,
     )
     assert (result["dtype"], result["device"], result["threads"]) == ("bfloat16", "cpu", 1)
+    assert result["dtype_reason"] == "auto on cpu" and any(line.endswith("as bfloat16: auto on cpu") for line in lines)
     assert result["seconds"]["total"] >= result["seconds"]["perplexity"] >= result["seconds"]["perplexity_model"] > 0
     assert result["peak_rss_bytes"] > 50e6
     assert set(result["versions"]) == {"lm_eval", "python", "torch", "transformers"}
@@ -175,7 +203,7 @@ def test_what_is_recorded(tiny_model, tiny_text, tmp_path):
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "gemma3_text"])
 def test_families(family, tiny_model, tiny_text, tmp_path):
     folder = tiny_model(family)
-    evaluation = {"perplexity": {"max_tokens": 100, "window": 32}}
+    evaluation = EXACT | {"perplexity": {"max_tokens": 100, "window": 32}}
     result = evaluate(folder, evaluation, heldout=tiny_text / "heldout.jsonl", output=tmp_path / "eval.json")
     articles = read_articles(tiny_text)
     pieces = heldout_pieces(articles, max_tokens=100, window=32)
@@ -230,7 +258,9 @@ metric_list:
   - {{metric: acc, aggregation: mean, higher_is_better: true}}
   - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
 """)
-    result = evaluate(llama, {"tasks": ["tiny_questions"], "task_path": str(folder)}, output=tmp_path / "eval.json")
+    result = evaluate(
+        llama, EXACT | {"tasks": ["tiny_questions"], "task_path": str(folder)}, output=tmp_path / "eval.json"
+    )
     model = AutoModelForCausalLM.from_pretrained(llama)
     tokenizer = AutoTokenizer.from_pretrained(llama)
     correct = {"acc": 0, "acc_norm": 0}
@@ -257,7 +287,9 @@ metric_list:
 
 def test_last_words_equal_a_direct_computation(llama, tiny_text, tmp_path):
     heldout = tiny_text / "heldout.jsonl"
-    result = evaluate(llama, {"tasks": ["last_word"], "limit": 20}, heldout=heldout, output=tmp_path / "eval.json")
+    result = evaluate(
+        llama, EXACT | {"tasks": ["last_word"], "limit": 20}, heldout=heldout, output=tmp_path / "eval.json"
+    )
     tokenizer = AutoTokenizer.from_pretrained(llama)
     model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
     total, right = 0.0, 0

@@ -35,7 +35,7 @@ def write_rows(path: Path, dtype: str = "bfloat16") -> dict[str, np.ndarray]:
     draw = np.random.default_rng(1)
     exact = {}
     with h5py.File(path, "w") as file:
-        file.attrs.update(model="m", seed=42, dtype=dtype, n_windows=5, mode="store", heldout_from=5)
+        file.attrs.update(model="m", seed=42, dtype=dtype, dtype_reason="r", n_windows=5, mode="store", heldout_from=5)
         for site in STRUCTURE["layers"][1]["sites"]:
             # columns of very different size and a common offset, as real activations have
             rows = (draw.standard_normal((5000, site["d_in"])) + 0.5) * 10 ** draw.uniform(-2, 2, site["d_in"])
@@ -89,11 +89,11 @@ def test_gram_is_the_second_moment_of_the_rows(tmp_path, dtype):
             read_gram(tmp_path / "gram.h5", site, heldout=True)
     with h5py.File(tmp_path / "gram.h5") as file:
         assert file["attn.q/gram"].fletcher32
-        assert {key: file.attrs[key] for key in ("format_version", "model", "seed", "dtype", "layer")} == {
-            "format_version": 1,
+        assert {key: file.attrs[key] for key in ("model", "seed", "dtype", "dtype_reason", "layer")} == {
             "model": "m",
             "seed": 42,
             "dtype": dtype,
+            "dtype_reason": "r",
             "layer": 1,
         }
 

@@ -105,6 +105,7 @@ def make_run(folder: Path) -> Path:
             "tasks": tasks,
             "samples": [{"prompt": "A <b> & c", "text": f"{variant}\n| <script>", "n_tokens": 3, "chat": False}],
             "seconds": {"total": 12.5},
+            "dtype": "float32",
         }
         write(results / variant / "eval.json", evaluation)
     (results / "dense-model").mkdir()
@@ -165,13 +166,27 @@ def test_details(finished):
     assert summary["variants"]["dense"]["model"] == str(finished / "dense-model")
 
 
-def test_closing_message(finished, tmp_path):
+def test_closing_message(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr("cospadi.report.choose_dtype", lambda dtype, device: ("bfloat16", f"{dtype} on {device}"))
+    monkeypatch.setattr("cospadi.report.choose_device", lambda device: "a device")
     assert closing_message(SimpleNamespace(results=str(tmp_path))) == ""
     text = closing_message(SimpleNamespace(results=str(finished)))
     cospadi = next(line for line in text.splitlines() if line.startswith("cospadi-20  cospadi"))
     assert {"0.20", "0.2000", "40.00", "20.00", "0.750", "0.2500"} <= set(cospadi.split())
     assert f"svd_llm-20  {finished}/svd_llm-20/model" in text
-    assert f'AutoModelForCausalLM.from_pretrained("{finished}/cospadi-20/model"' in text
+    assert "in the dtype that this machine computes fastest in (auto on a device)" in text
+    line = (
+        f'AutoModelForCausalLM.from_pretrained("{finished}/cospadi-20/model", trust_remote_code=True, dtype="bfloat16")'
+    )
+    assert line in text and "Not evaluated in one dtype" not in text
+
+
+def test_closing_message_tells_of_several_dtypes(results, dense_model):
+    evaluation = json.loads((results / "cospadi-20/eval.json").read_text())
+    write(results / "cospadi-20/eval.json", {**evaluation, "dtype": "bfloat16"})
+    summarize(RUN, results, dense_model=dense_model)
+    text = closing_message(SimpleNamespace(results=results))
+    assert "Not evaluated in one dtype: dense in float32, cospadi-20 in bfloat16, svd_llm-20 in float32" in text
 
 
 def test_pages_are_self_contained_and_escaped(finished):
@@ -208,7 +223,7 @@ def test_equal_numbers_give_equal_files(finished, tmp_path):
 
 def test_run_without_iterations_perplexity_and_samples(results, dense_model):
     for variant in WORD_PERPLEXITY:
-        write(results / variant / "eval.json", {"seconds": {"total": 1.0}})
+        write(results / variant / "eval.json", {"seconds": {"total": 1.0}, "dtype": "float32"})
     run = {"variants": {"svd_llm-20": RUN["variants"]["svd_llm-20"]}}
     summary = summarize(run, results, dense_model=dense_model)
     assert summary["variants"]["svd_llm-20"]["recovery"] is None

@@ -74,6 +74,19 @@ def test_the_demo_stays_within_what_is_asked_for(stage, variant):
     assert seconds < 60 * work.runtime(threads=threads) / 4
 
 
+@pytest.mark.parametrize("stage", ["collect", "gram", "distances", "drift", "prepare", "evaluate"])
+def test_auto_is_planned_as_the_larger_of_its_dtypes(stage):
+    works = {}
+    for dtype in ("auto", "bfloat16", "float32"):
+        calibration = {"dtype": dtype, "source": "self", "mode": "store"}
+        plan = plan_of(calibration=calibration, evaluation={"dtype": dtype})
+        works[dtype] = plan.work(stage, wildcards())
+    assert works["auto"] == works["float32"]
+    smaller = works["bfloat16"]
+    assert works["auto"].memory + works["auto"].fixed > smaller.memory + smaller.fixed
+    assert works["auto"].disk >= smaller.disk
+
+
 def test_what_is_asked_for():
     work = Work(1000 * MEBI, 30.0, 240.0, 12.0)
     assert work.mem_mb() == JOB_MEMORY / MEBI + SPARE * 1000
@@ -125,7 +138,10 @@ def test_a_chunk_and_its_grams_are_one_job():
     assert collect(wildcards(first="15", last="29")) == gram(wildcards(layer="29")) == "chunk_15-29"
     assert gram(wildcards(layer="14")) == "chunk_00-14"
     # Grams that take longer than collecting would only hold its CPUs, or its GPU
-    long = plan_of("Llama-3.2-1B", calibration={"samples": 256, "length": 1024, "mode": "store", "blocks_per_job": 2})
+    long = plan_of(
+        "Llama-3.2-1B",
+        calibration={"samples": 256, "length": 1024, "mode": "store", "blocks_per_job": 2, "dtype": "bfloat16"},
+    )
     assert long.group("collect")(wildcards(first="00", last="01")) is None
     assert long.group("gram")(wildcards(layer="01")) is None
 
@@ -153,8 +169,8 @@ def test_needs_of_every_rule_with_a_model():
     assert rows["collect_activations"].n_jobs == 2 and rows["compute_gram"].n_jobs == 30
     assert [need.n_jobs for need in needs(plan) if need.name.startswith("learn_dictionary")] == [30] * 4
     assert rows["evaluate_model"].n_jobs == 5
-    # rows of 15 layers in bfloat16, and the hidden states
-    assert rows["collect_activations"].work.disk == 2 * 64 * 512 * (15 * (3 * 576 + 1536) + 576)
+    # rows of 15 layers and the hidden states, in the larger of the dtypes that `auto` may be
+    assert rows["collect_activations"].work.disk == 4 * 64 * 512 * (15 * (3 * 576 + 1536) + 576)
     assert rows["compute_gram"].work.disk == 8 * (3 * 576**2 + 1536**2)
     # the rules ask for the same
     assert rows["compute_gram"].limit == plan.runtime("gram")(wildcards(), attempt=1, threads=1)

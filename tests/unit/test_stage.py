@@ -96,6 +96,55 @@ def test_device_is_chosen_without_torch_where_there_is_no_driver(monkeypatch):
     assert stage.choose_device("cuda") == "cuda"
 
 
+CPUINFO = {
+    "flags\t\t: fpu avx2 avx512f avx512_bf16 amx_bf16 amx_tile": ("bfloat16", "AMX and AVX512-BF16"),
+    "Features\t: fp asimd bf16 i8mm": ("bfloat16", "Arm's bfloat16"),
+    "flags\t\t: fpu avx2 fma f16c": ("float32", "the processor has no bfloat16 instructions"),
+    "flags\t\t: fpu avx2 avx512f avx512bw avx512_vnni amx_tile": ("float32", "the processor has no bfloat16"),
+    "model name\t: riscv": ("float32", "unknown"),
+}
+
+
+@pytest.mark.parametrize("line", CPUINFO)
+def test_auto_is_bfloat16_where_linux_says_that_the_processor_has_it(line, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(stage.Path, "read_text", lambda path: f"processor\t: 0\n{line}\nbugs\t: bf16 avx512_bf16\n")
+    dtype, reason = stage.choose_dtype("auto", "cpu")
+    assert dtype == CPUINFO[line][0] and CPUINFO[line][1] in reason
+    assert stage.choose_dtype("float16", "cpu") == ("float16", "the config asks for it")
+
+
+@pytest.mark.parametrize(("answer", "dtype"), [("1\n", "bfloat16"), ("0\n", "float32"), ("", "float32")])
+def test_auto_on_a_mac_asks_sysctl(answer, dtype, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=answer))
+    assert stage.choose_dtype("auto", "cpu")[0] == dtype
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError("no /proc"), PermissionError("sandbox")])
+def test_auto_is_float32_where_the_processor_cannot_be_asked(error, monkeypatch):
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(stage.Path, "read_text", refuse)
+    monkeypatch.setattr(subprocess, "run", refuse)
+    assert stage.choose_dtype("auto", "cpu")[0] == "float32"
+
+
+def test_auto_on_a_gpu_counts_only_what_it_computes_natively(monkeypatch):
+    import contextlib
+
+    import torch
+
+    for native in (True, False):
+        monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+        # an old GPU emulates it, and says that it is supported where emulation counts
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation=True, n=native: n or including_emulation
+        )
+        assert stage.choose_dtype("auto", "cuda:0")[0] == ("bfloat16" if native else "float32")
+
+
 @pytest.mark.parametrize("module", ["cospadi.stage", "cospadi.learning", "cospadi.gram", "cospadi.quantization"])
 def test_jobs_of_one_layer_start_without_torch(module):
     program = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'matplotlib') if m in sys.modules])"

@@ -15,6 +15,7 @@ import pytest
 from cospadi.calibration.windows import prepare_windows
 from cospadi.errors import ArtifactError, ConfigError, NumericalError
 from cospadi.files import ModelFolder, write_tensors
+from cospadi.stage import choose_dtype
 
 EOS = 2
 
@@ -268,10 +269,23 @@ def test_self_sampling_is_seeded_and_leaves_the_global_state_alone(tiny_model, t
     input_ids, attention_mask, attributes = windows(tmp_path / "a.h5")
     assert input_ids.shape == (18, 20) and (attention_mask == 1).all()
     assert attributes["source"] == "self" and attributes["n_documents"] == 0
+    assert (attributes["dtype"], attributes["dtype_reason"]) == choose_dtype("auto", "cpu")
     assert len(np.unique(input_ids, axis=0)) == 18 and len(np.unique(input_ids[:, 0])) > 8
     assert not np.isin(input_ids[:, 0], (0, 1, 2)).any()
     assert not np.array_equal(input_ids, windows(tmp_path / "c.h5")[0])
     assert any(line.startswith("windows 17-18 of 18: token 20/20") for line in lines)
+
+
+def test_self_sampling_computes_in_the_dtype_of_the_config(tiny_model, tmp_path):
+    ids = {}
+    for dtype in ("bfloat16", "float32"):
+        chosen = settings(source="self", samples=8, length=40, dtype=dtype)
+        prepare_windows(tiny_model("llama"), chosen, None, tmp_path / "c.h5", log=quiet)
+        ids[dtype], _, attributes = windows(tmp_path / "c.h5")
+        assert attributes["dtype"] == dtype
+    # equal draws, probabilities a little apart: the windows begin alike, and one parts from the other somewhere
+    assert 0 < np.mean(ids["bfloat16"] != ids["float32"]) < 0.9
+    assert np.array_equal(ids["bfloat16"][:, 0], ids["float32"][:, 0])
 
 
 def test_self_sampling_follows_the_model_at_temperature_one(copy_of, tmp_path):

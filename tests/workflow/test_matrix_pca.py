@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from cospadi.files import TensorFile, read_json
+from cospadi.stage import choose_dtype
 
 from .conftest import rows
 
@@ -30,6 +31,7 @@ def learned(new_run: Callable):
 
 def test_one_job_learns_the_attention_of_all_layers(learned):
     drift = read_json(learned.results / "drift.json")
+    assert (drift["dtype"], drift["dtype_reason"]) == choose_dtype("auto", "cpu")
     assert len(drift["drift"]) == 3 and min(drift["drift"]) > 0
     factors = TensorFile(learned.results / "masa-30/factors/layers_00-02.safetensors")
     names = factors.metadata["matrices"]

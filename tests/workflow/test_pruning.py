@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import h5py
 import pytest
 
 from cospadi.files import TensorFile, read_json
+from cospadi.stage import choose_dtype
 
 from .conftest import rows
 
@@ -44,6 +46,18 @@ def test_table(pruned):
     assert table["short-1_svd-40"]["method"] == "shortgpt + svd_llm"
     assert table["dense"]["removed_blocks"] == ""
     assert all(0 <= float(row["last_word"]) <= 1 for row in table.values())
+
+
+def test_every_walk_says_what_it_was_computed_in(pruned):
+    dtype, reason = choose_dtype("auto", "cpu")
+    for path in ("pruning/distances.json", "ls-1/pruning/transforms.json", "dense/eval.json", "ls-1/eval.json"):
+        found = read_json(pruned.results / path)
+        assert (found["dtype"], found["dtype_reason"]) == (dtype, reason)
+    for base in ("ls-1", "short-1_svd-40/pruned"):
+        with h5py.File(pruned.results / base / "gram/layer_00.h5") as file:
+            assert (file.attrs["dtype"], file.attrs["dtype_reason"]) == (dtype, reason)
+    for log in ("measure_distances", "ls-1/fit_transforms"):
+        assert f"computing in {dtype}: {reason}" in (pruned.results / "logs" / f"{log}.log").read_text()
 
 
 def test_models(pruned):

@@ -463,7 +463,8 @@ def _model_card(base: ModelFolder, folder: Path, path: Path, card: Mapping[str, 
         f'tokenizer = AutoTokenizer.from_pretrained("{path.name}", trust_remote_code=True)',
         "```",
         "",
-        "With `import cospadi` first, the flag is not needed.",
+        "With `import cospadi` first, the flag is not needed. On CPUs without bfloat16 instructions (most laptops) "
+        "load with `dtype=torch.float32`: the packed tensors stay as small as in the file, and the model is faster.",
         "",
     ]
     return "\n".join(lines)

@@ -34,6 +34,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from cospadi.errors import ArtifactError, ConfigError, CospadiError, NumericalError
 from cospadi.files import write_json
 from cospadi.runtime.cospadi_linear import unpack_
+from cospadi.stage import choose_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -70,7 +71,7 @@ def evaluate(
     Parameters
     ----------
     model_folder : Path
-        Hugging Face folder, dense or packed. It is run in the dtype of the checkpoint.
+        Hugging Face folder, dense or packed.
     evaluation : mapping
         Any of
 
@@ -79,7 +80,8 @@ def evaluate(
           (0), ``limit`` (documents a task) and ``task_path``; ``last_word`` is made of the held-out text;
         - ``generate``: ``prompts``, ``max_new_tokens`` (40) and ``chat`` (false): greedy text, through the chat
           template of the tokenizer where there is one;
-        - ``batch_size`` (1): windows, or documents of a task, that go through the model together.
+        - ``batch_size`` (1): windows, or documents of a task, that go through the model together;
+        - ``dtype`` (``auto``): what the model computes in, see `stage.choose_dtype`.
     heldout : Path, optional
         JSONL file, one article ``{"title", "text"}`` a line; needed for ``perplexity`` and the task ``last_word``.
     output : Path
@@ -111,6 +113,7 @@ def evaluate(
     started = time.perf_counter()
     evaluation = {key: value for key, value in evaluation.items() if value}
     batch_size = evaluation.get("batch_size", 1)
+    dtype, reason = choose_dtype(evaluation.get("dtype", "auto"), device)
     if threads:
         torch.set_num_threads(threads)
     transformers.utils.logging.disable_progress_bar()
@@ -118,14 +121,16 @@ def evaluate(
 
     with _offline():
         pieces = _read_pieces(heldout, evaluation["perplexity"]) if "perplexity" in evaluation else []
-        model, tokenizer = _load(model_folder, device, window=evaluation.get("perplexity", {}).get("window", 0))
+        window = evaluation.get("perplexity", {}).get("window", 0)
+        model, tokenizer = _load(model_folder, device, getattr(torch, dtype), window=window)
     seconds = {"loading": time.perf_counter() - started}
-    log(f"loaded {model_folder} as {model.dtype} in {seconds['loading']:.1f} s")
+    log(f"loaded {model_folder} in {seconds['loading']:.1f} s, as {dtype}: {reason}")
 
     result: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "model": str(model_folder),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": dtype,
+        "dtype_reason": reason,
         "device": device,
         "threads": torch.get_num_threads(),
     }
@@ -475,7 +480,9 @@ def _unknown_task(name: str, folder: str | None, known: Sequence[str]) -> str:
     return f"evaluation.tasks: {name!r} is not a task of lm-eval {version('lm_eval')}{where}{hint}"
 
 
-def _load(model_folder: Path, device: str, *, window: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load(
+    model_folder: Path, device: str, dtype: torch.dtype, *, window: int
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     remedy = "Delete the folder and run again"
     if not (model_folder / "config.json").is_file():
         raise ArtifactError(model_folder / "config.json", "the file does not exist", "Give a Hugging Face model folder")
@@ -485,7 +492,7 @@ def _load(model_folder: Path, device: str, *, window: int) -> tuple[PreTrainedMo
         if positions is not None and window > positions:
             raise ConfigError([f"evaluation.perplexity.window: {window}, but {model_folder} has {positions} positions"])
         model, report = AutoModelForCausalLM.from_pretrained(
-            model_folder, config=config, dtype="auto", output_loading_info=True
+            model_folder, config=config, dtype=dtype, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(model_folder)
     except ConfigError:
@@ -502,7 +509,7 @@ def _load(model_folder: Path, device: str, *, window: int) -> tuple[PreTrainedMo
             "Set bos_token in tokenizer_config.json",
         )
     # a packed model would unpack its matrices in every forward pass
-    return unpack_(model.to(device).eval()), tokenizer
+    return unpack_(model.to(device).eval(), dtype), tokenizer
 
 
 def _read_pieces(heldout: Path | None, options: Mapping[str, Any]) -> list[str]:

@@ -71,7 +71,7 @@ def compute_gram(
     """
     name = layer_name(layer)
     with reading(activations, _ROWS_REMEDY) as file:
-        header = {key: file.attrs[key] for key in ("model", "seed", "dtype")}
+        header = {key: file.attrs[key] for key in ("model", "seed", "dtype", "dtype_reason")}
         n_windows, mode, streamed_from = int(file.attrs["n_windows"]), file.attrs["mode"], file.attrs["heldout_from"]
     heldout_from = first_heldout(n_windows, heldout_fraction)
     if mode == "stream" and streamed_from != heldout_from:

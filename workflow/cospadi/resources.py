@@ -112,7 +112,7 @@ class Estimates:
         self._evaluation = config["evaluation"]
         self._source = config["model"]["source"]
         self._tokens = calibration["samples"] * calibration["length"]
-        self._width = 4 if calibration["dtype"] == "float32" else 2
+        self._width = _value_bytes(calibration["dtype"])
 
     def fetch(self) -> Work:
         """Copying the model; a GGUF is dequantized to float32 before it is written as bfloat16."""
@@ -131,7 +131,7 @@ class Estimates:
             return Work(2 * _NUMPY + 100 * disk, 10, disk=disk)
         # one token of each window at a time: assumed, a quarter of the speed of a long forward pass
         core = 8 * self.shapes.parameters * self._tokens / FORWARD
-        return Work(_TORCH + 4.4 * self.shapes.parameters, 15, core, disk=disk)
+        return Work(_TORCH + 2.2 * self._width * self.shapes.parameters, 15, core, disk=disk)
 
     def collect(self, n_layers: int) -> Work:
         """A forward pass of a chunk over all windows; in mode ``stream`` its Grams too."""
@@ -226,8 +226,14 @@ class Estimates:
             generate = evaluation["generate"]
             flops += 10 * 2 * shapes.parameters * len(generate["prompts"]) * generate["max_new_tokens"]
         # loading a packed checkpoint holds one more layer, dense
-        memory = _TORCH + 2.2 * shapes.parameters + 4 * shapes.layer_parameters + logits
+        width = _value_bytes(evaluation["dtype"])
+        memory = _TORCH + 1.1 * width * shapes.parameters + 4 * shapes.layer_parameters + logits
         return Work(memory, 20 + 4 * shapes.parameters / READ, flops / FORWARD, flops / GPU_FORWARD)
+
+
+def _value_bytes(dtype: str) -> int:
+    """Bytes a value; ``auto`` may be either, and a job may run on another machine than the one that plans."""
+    return 2 if dtype in ("bfloat16", "float16") else 4
 
 
 def _targets(shapes: Shapes, settings: Mapping[str, Any]) -> dict[str, tuple[int, int]]:

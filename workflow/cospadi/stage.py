@@ -12,6 +12,7 @@ import faulthandler
 import logging
 import os
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -30,6 +31,8 @@ _THREAD_VARIABLES = (
     "NUMBA_NUM_THREADS",
     "RAYON_NUM_THREADS",
 )
+# what Linux calls the instructions that multiply bfloat16, on x86 and on Arm, and what people call them
+_BFLOAT16_FLAGS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "bf16": "Arm's bfloat16"}
 # the log file has every line; the console one a job in this many seconds
 _CONSOLE_SECONDS = 2.0
 
@@ -93,6 +96,54 @@ def has_gpu() -> bool:
         return False
     count = ctypes.c_int(0)
     return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+
+
+def choose_dtype(dtype: str, device: str) -> tuple[str, str]:
+    """The dtype to compute in, and why.
+
+    Parameters
+    ----------
+    dtype : {"auto", "bfloat16", "float16", "float32"}
+        From the config. ``auto`` is bfloat16 where `device` multiplies it natively, otherwise float32: a processor
+        without such instructions converts every product, which takes several times as long.
+    device : str
+        ``cpu``, ``cuda`` or ``cuda:1``. torch is imported for CUDA alone.
+
+    Returns
+    -------
+    dtype : str
+        Never ``auto``.
+    reason : str
+        In words, for log and artifact.
+    """
+    if dtype != "auto":
+        return dtype, "the config asks for it"
+    if device.startswith("cuda"):
+        import torch
+
+        with torch.cuda.device(device):
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return ("bfloat16", "the GPU computes in it") if native else ("float32", "the GPU has no bfloat16 instructions")
+    flags = _processor_flags()
+    found = [words for flag, words in _BFLOAT16_FLAGS.items() if flag in flags]
+    if found:
+        return "bfloat16", f"the processor has {' and '.join(found)} instructions"
+    if not flags:
+        return "float32", "whether the processor has bfloat16 instructions is unknown"
+    return "float32", f"the processor has no bfloat16 instructions ({', '.join(_BFLOAT16_FLAGS.values())})"
+
+
+def _processor_flags() -> frozenset[str]:
+    """What the operating system says that the processor can do; nothing where it cannot be asked."""
+    try:
+        if sys.platform == "darwin":
+            command = ["sysctl", "-n", "hw.optional.arm.FEAT_BF16"]
+            answer = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout
+            return frozenset({"bf16"} if answer.strip() == "1" else ())
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return frozenset()
+    return frozenset(next((line.split(":")[1].split() for line in lines if line.startswith(("flags", "Features"))), ()))
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ import numpy as np
 
 from cospadi.calibration.activations import FORMAT_VERSION, STORED_AS, first_heldout, reading, writing
 from cospadi.errors import ArtifactError, NumericalError
+from cospadi.stage import choose_dtype
 from cospadi.structure import find_blocks, load_layers
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def collect(
     rows_out: str | Path,
     hidden_out: str | Path | None,
     mode: Literal["store", "stream"],
-    dtype: Literal["bfloat16", "float16", "float32"],
+    dtype: Literal["auto", "bfloat16", "float16", "float32"],
     batch_tokens: int,
     device: str = "cpu",
     heldout_fraction: float = 0.0,
@@ -69,8 +70,10 @@ def collect(
     hidden_out : path-like or None
         Written: ``hidden (samples, length, hidden_size)``, what the last block gives, before any final norm.
     mode : {"store", "stream"}
-    dtype : {"bfloat16", "float16", "float32"}
-        Dtype of the forward pass and of what is stored; bfloat16 is stored as its bits in uint16.
+    dtype : {"auto", "bfloat16", "float16", "float32"}
+        Dtype of the forward pass and of what is stored; bfloat16 is stored as its bits in uint16. ``auto`` is that of
+        `hidden_in`, so that all chunks of a run have one whatever machine they are on; for the first chunk it is what
+        `stage.choose_dtype` gives. Written as the attributes ``dtype`` and ``dtype_reason``.
     batch_tokens : int
         Tokens in a forward pass; at least one window is taken.
     device : str
@@ -96,6 +99,8 @@ def collect(
     input_ids, attention_mask, seed = read_windows(windows, structure["vocab_size"])
     samples, length = input_ids.shape
     hidden_shape = (samples, length, structure["hidden_size"])
+    dtype, reason = _chosen_dtype(dtype, device, hidden_in, layers.start - 1)
+    log(f"computing in {dtype}: {reason}")
     if hidden_in is not None:
         _check_hidden(hidden_in, hidden_shape, dtype, layers.start - 1)
     heldout_from = first_heldout(samples, heldout_fraction)
@@ -105,6 +110,7 @@ def collect(
         "model": structure["model"],
         "seed": seed,
         "dtype": dtype,
+        "dtype_reason": reason,
         "n_windows": samples,
         "mode": mode,
         "heldout_from": heldout_from,
@@ -296,6 +302,20 @@ def read_windows(path: str | Path, vocab_size: int) -> tuple[np.ndarray, np.ndar
 
 def _hidden_remedy(last_layer: int) -> str:
     return f"Delete it and run again to collect the layers up to {last_layer} anew"
+
+
+def _chosen_dtype(dtype: str, device: str, hidden_in: str | Path | None, last_layer: int) -> tuple[str, str]:
+    """Dtype to compute in and why; ``auto`` goes on in the dtype of the chunk before."""
+    chosen, reason = choose_dtype(dtype, device)
+    if dtype != "auto" or hidden_in is None:
+        return chosen, reason
+    with reading(hidden_in, _hidden_remedy(last_layer)) as file:
+        before = str(file.attrs["dtype"])
+    if before not in STORED_AS:
+        problem = f"dtype is {before!r}; allowed: {', '.join(STORED_AS)}"
+        raise ArtifactError(hidden_in, problem, _hidden_remedy(last_layer))
+    follows = "the chunk before was computed in it"
+    return before, follows if before == chosen else f"{follows}; for this machine alone it would be {chosen} ({reason})"
 
 
 def _check_hidden(path: str | Path, shape: tuple[int, ...], dtype: str, last_layer: int) -> None:

@@ -15,6 +15,7 @@ from cospadi.errors import ArtifactError, ConfigError, NumericalError
 from cospadi.files import ModelFolder, read_json, replacing
 from cospadi.sources.models import embedding_rows
 from cospadi.sources.texts import read_documents
+from cospadi.stage import choose_dtype
 
 FORMAT_VERSION = 1
 
@@ -42,7 +43,8 @@ def prepare_windows(
         A Hugging Face folder.
     calibration : mapping
         ``source`` (``text``, or ``self``: sampled from the model), ``samples``, ``length`` (tokens a window), ``seed``,
-        ``packing``. With ``packed`` documents are joined in random order and windows are cut at random places of the
+        ``packing``; for ``self`` also ``dtype``, which the model computes in (see `stage.choose_dtype`; default
+        ``auto``). With ``packed`` documents are joined in random order and windows are cut at random places of the
         whole stream, never overlapping; with ``single`` a window holds the beginning of one document, padded on
         the right.
     text_file : path-like or None
@@ -50,7 +52,7 @@ def prepare_windows(
     output : path-like
         HDF5: ``input_ids (samples, length) int32``, ``attention_mask (samples, length) uint8``, 0 on padding.
         Attributes: ``format_version``, ``model``, ``seed``, ``source``, ``packing``, ``vocabulary_size`` (of the
-        tokenizer), ``n_documents`` (used).
+        tokenizer), ``n_documents`` (used); for ``source: self`` also ``dtype`` and ``dtype_reason``.
     log : callable
 
     Raises
@@ -71,9 +73,12 @@ def prepare_windows(
         raise ConfigError([f"calibration.length: {length}; the model has {positions} positions"])
     tokenizer = _load_tokenizer(model_folder)
 
+    arithmetic: dict[str, str] = {}
     if calibration["source"] == "self":
-        log(f"sampling {samples} windows of {length} tokens from the model itself")
-        input_ids = _sample_from_model(model_folder, tokenizer, samples, length, seed, log)
+        dtype, reason = choose_dtype(calibration.get("dtype", "auto"), "cpu")
+        arithmetic = {"dtype": dtype, "dtype_reason": reason}
+        log(f"sampling {samples} windows of {length} tokens from the model itself, in {dtype}: {reason}")
+        input_ids = _sample_from_model(model_folder, tokenizer, samples, length, seed, dtype, log)
         attention_mask, n_documents = np.ones_like(input_ids), 0
     elif text_file is None:
         raise ConfigError(["calibration.source: 'text' needs a text file"])
@@ -102,6 +107,7 @@ def prepare_windows(
             packing=calibration.get("packing", "packed"),
             vocabulary_size=tokenizer.size,
             n_documents=n_documents,
+            **arithmetic,
         )
     log(f"{samples} windows of {length} tokens, {int(attention_mask.sum())} tokens in all")
 
@@ -229,7 +235,7 @@ def _cut_single(
 
 
 def _sample_from_model(
-    folder: Path, tokenizer: _Tokenizer, samples: int, length: int, seed: int, log: Log
+    folder: Path, tokenizer: _Tokenizer, samples: int, length: int, seed: int, dtype: str, log: Log
 ) -> np.ndarray:
     """Token ids (samples, length) drawn from the model's own distribution at temperature 1.
 
@@ -253,7 +259,7 @@ def _sample_from_model(
                 log(f"windows {self.first + 1}-{last} of {samples}: token {done}/{length} {seconds:.1f}s")
             return torch.zeros(len(input_ids), dtype=torch.bool)
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True).eval()
     rows = model.get_input_embeddings().num_embeddings
     if tokenizer.bos is not None and tokenizer.bos in tokenizer.encode([""])[0]:
         starts = np.full(samples, tokenizer.bos)

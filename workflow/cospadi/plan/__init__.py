@@ -85,7 +85,9 @@ class Plan(Paths, Staged):
 
     def windows(self) -> dict[str, Any]:
         """Settings that decide which windows are read."""
-        keys = ("source", "samples", "length", "seed", "packing")
+        keys = ["source", "samples", "length", "seed", "packing"]
+        # the model that samples them computes in some dtype
+        keys += ["dtype"] if self.config["calibration"]["source"] == "self" else []
         return {key: self.config["calibration"][key] for key in keys}
 
     def learning(self, variant: str) -> dict[str, Any]:

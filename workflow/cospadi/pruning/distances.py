@@ -78,7 +78,7 @@ def measure(walk: Walk, output: str | Path, *, samples: int | None) -> dict[str,
     result = {
         "format_version": FORMAT_VERSION,
         "model": walk.structure["model"],
-        "dtype": walk.dtype,
+        **walk.arithmetic,
         "n_layers": n_layers,
         "n_tokens": n_tokens,
         "n_windows": n_windows,

@@ -90,6 +90,7 @@ def fit_transforms(
             "format_version": FORMAT_VERSION,
             "settings": dict(settings),
             "device": walk.device,
+            **walk.arithmetic,
             "seconds": sum(report["seconds"] for report in reports),
             "cuts": reports,
         },

@@ -17,7 +17,7 @@ import numpy as np
 from cospadi.calibration.collect import read_windows
 from cospadi.errors import NumericalError
 from cospadi.files import read_json
-from cospadi.stage import choose_device
+from cospadi.stage import choose_device, choose_dtype
 from cospadi.structure import find_blocks, load_layers
 
 if TYPE_CHECKING:
@@ -67,7 +67,9 @@ class Walk:
     windows : path-like
         The calibration windows; pads are left out.
     dtype, batch_tokens, device
-        As in `calibration.collect.collect`.
+        As in `calibration.collect.collect`, `dtype` without ``auto``.
+    dtype_reason : str
+        Why this dtype, for the artifacts.
     blocks_per_job : int
         Blocks in memory at a time; 0 is all.
     log : callable
@@ -80,19 +82,28 @@ class Walk:
     batch_tokens: int
     blocks_per_job: int
     device: str = "cpu"
+    dtype_reason: str = ""
     log: Callable[[str], None] = print
 
     @classmethod
     def of_job(cls, job: Any, log: Callable[[str], None]) -> Walk:
         """What Snakemake's `job` walks: its inputs model, structure and windows, its params walk and device."""
+        device = choose_device(job.params.device)
+        dtype, reason = choose_dtype(job.params.walk["dtype"], device)
+        log(f"computing in {dtype}: {reason}")
         return cls(
             model_folder=job.input.model,
             structure=read_json(job.input.structure),
             windows=job.input.windows,
-            device=choose_device(job.params.device),
+            device=device,
             log=log,
-            **job.params.walk,
+            **{**job.params.walk, "dtype": dtype, "dtype_reason": reason},
         )
+
+    @property
+    def arithmetic(self) -> dict[str, str]:
+        """What every artifact of a walk says about the numbers in it."""
+        return {"dtype": self.dtype, "dtype_reason": self.dtype_reason}
 
     def groups(
         self, places: Sequence[Place], *, edit: Edit | None = None, samples: int | None = None

@@ -10,6 +10,7 @@ from cospadi.files import read_json, write_json
 from cospadi.report.plots import plot_convergence, plot_errors, plot_pareto
 from cospadi.report.summary import collect
 from cospadi.report.tables import console_text, write_page, write_samples, write_table
+from cospadi.stage import choose_device, choose_dtype
 
 __all__ = ["closing_message", "collect", "summarize"]
 
@@ -72,7 +73,7 @@ def summarize(
 
 
 def closing_message(plan: Any) -> str:
-    """What the console shows at the end of a run: the table, where each model lies, and how one is loaded.
+    """What the console shows at the end of a run: the table, where each model lies, and how one is loaded here.
 
     Parameters
     ----------
@@ -85,4 +86,4 @@ def closing_message(plan: Any) -> str:
         Empty if there is no summary, as after making a single file.
     """
     path = Path(plan.results) / "summary.json"
-    return console_text(read_json(path)) if path.exists() else ""
+    return console_text(read_json(path), *choose_dtype("auto", choose_device("auto"))) if path.exists() else ""

@@ -68,11 +68,13 @@ def write_table(summary: Mapping[str, Any], path: Path) -> None:
             writer.writerow([name, *(f"{value:.6g}" if isinstance(value, float) else value for value in values)])
 
 
-def console_text(summary: Mapping[str, Any]) -> str:
-    """The table, the folder of every model, and the line that loads one."""
+def console_text(summary: Mapping[str, Any], dtype: str, reason: str) -> str:
+    """The table, the folder of every model, and the line that loads one in `dtype`, the best here for a `reason`."""
     headings, rows = _cells(summary)
     folders = [[name, variant["model"]] for name, variant in summary["variants"].items()]
     example = folders[min(1, len(folders) - 1)][1]
+    dtypes = {name: variant["evaluation"]["dtype"] for name, variant in summary["variants"].items()}
+    mixed = ", ".join(f"{name} in {found}" for name, found in dtypes.items()) if len(set(dtypes.values())) > 1 else ""
     return "\n".join(
         [
             "",
@@ -82,8 +84,9 @@ def console_text(summary: Mapping[str, Any]) -> str:
             "",
             tabulate(folders, tablefmt="plain"),
             "",
-            "Load a model with",
-            f'  AutoModelForCausalLM.from_pretrained("{example}", trust_remote_code=True, dtype="auto")',
+            *([f"Not evaluated in one dtype: {mixed}. Set evaluation.dtype to compare closely", ""] if mixed else []),
+            f"Load a model, in the dtype that this machine computes fastest in ({reason}), with",
+            f'  AutoModelForCausalLM.from_pretrained("{example}", trust_remote_code=True, dtype="{dtype}")',
         ]
     )
 
