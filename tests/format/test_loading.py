@@ -135,7 +135,9 @@ def without_package(packed_model, tmp_path_factory) -> dict[str, Any]:
 @pytest.mark.parametrize("family", PACKINGS)
 def test_logits_equal_the_densified_folder_s(without_package, family):
     found = without_package["families"][family]
-    assert found["float32_error"] < 2e-5
+    # three roundings (W = D S of the dense folder, z = x D, y = z S) where the dense product has one: sqrt(3) times it
+    errors = found["float32_error"]
+    assert 0 < errors["packed"] < 2 * 3**0.5 * errors["dense"]
     # in bfloat16 one rounds z = x D, the other W: neither is closer to the exact logits by more than a factor of two
     errors = found["bfloat16_error"]
     assert 0 < errors["packed"] < 2 * errors["dense"]
