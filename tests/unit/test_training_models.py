@@ -73,6 +73,14 @@ def logits(model) -> torch.Tensor:
     return model(**inputs(model)).logits
 
 
+@torch.no_grad()
+def check_rounding(factored, plain) -> None:
+    """Logits of the float32 models apart by a few roundings; one column of one matrix .1 % off is hundreds of them."""
+    exact = logits(copy.deepcopy(plain).double())
+    errors = [(logits(model).double() - exact).square().mean().sqrt() for model in (factored, plain)]
+    assert 0 < errors[0] < 10 * errors[1]
+
+
 def check_same(loaded, model) -> None:
     """Equal tensors; logits to rounding, which depends on where in memory a tensor begins."""
     expected = model.state_dict()
@@ -147,12 +155,12 @@ def test_materialised_is_the_same_model(family, coefficients):
 def test_materialised_low_rank_is_the_same_model():
     model = training.low_rank_attention(new(), rank={"q_proj": 5, "o_proj": 7})
     ordinary = training.materialise(model)
-    torch.testing.assert_close(logits(ordinary), logits(model), rtol=1e-4, atol=1e-5)
+    check_rounding(model, ordinary)
     assert torch.linalg.matrix_rank(ordinary.model.layers[2].self_attn.o_proj.weight) == 7
     # nothing is lost at full rank
     dense = new()
     full = training.low_rank_attention(copy.deepcopy(dense), rank={"q_proj": HIDDEN})
-    torch.testing.assert_close(logits(full), logits(dense), rtol=1e-4, atol=1e-5)
+    check_rounding(full, dense)
 
 
 def test_materialised_keeps_dtype_and_leaves_the_shared_model_alone():
