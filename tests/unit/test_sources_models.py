@@ -17,7 +17,7 @@ import pytest
 
 from cospadi.errors import ArtifactError, ConfigError
 from cospadi.files import BFLOAT16, ModelFolder, write_tensors
-from cospadi.sources import check_model_folder, fetch_model, planning_config
+from cospadi.sources import MODEL_SOURCES, check_model_folder, fetch_model, planning_config
 
 ROOT = Path(__file__).parents[2]
 MEMBER = "tiny_llm/tiny.gguf"
@@ -407,7 +407,7 @@ def test_hub_model(hub, tiny_model, tmp_path):
 
 
 def test_hub_model_that_changed_since_planning_is_refused(hub, tmp_path):
-    section = {"source": "hub", "repo": "someone/tiny"}
+    section = {"source": "hub", "repo": "someone/tiny", "revision": "main"}
     config = planning_config(section, resources=tmp_path)
     (tmp_path / "configs" / "someone--tiny@main.json").write_text(json.dumps(config | {"hidden_size": 8}))
     with pytest.raises(ArtifactError, match=r"hidden_size is 48, planned 8.*for a hub model: delete it"):
@@ -438,7 +438,7 @@ def test_hub_errors_name_the_remedy(hub, monkeypatch, tmp_path, number):
     def fail(*args, **kwargs):
         raise error
 
-    section = {"source": "hub", "repo": "someone/tiny"}
+    section = {"source": "hub", "repo": "someone/tiny", "revision": "main"}
     planning_config(section, resources=tmp_path)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
@@ -469,6 +469,11 @@ def test_planning_refuses_what_is_no_model_configuration(tmp_path):
     path.write_text("[]")
     with pytest.raises(ArtifactError, match=r"no model_type.*Correct model.config"):
         planning_config({"source": "wheel_gguf", "config": str(path)})
+
+
+@pytest.mark.parametrize("source", MODEL_SOURCES.values(), ids=MODEL_SOURCES)
+def test_every_option_of_a_model_source_is_read(source):
+    assert source.names_read() == set(source.options)
 
 
 def test_unknown_source_lists_those_there_are(tmp_path):

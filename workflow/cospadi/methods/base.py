@@ -75,10 +75,6 @@ class Method(Entry):
     joint: Callable[[Mapping[str, Any]], Callable[..., list[Factorization]] | None] = lambda options: None
     whole_model: Callable[..., Iterator[tuple[int, Factorization]]] | None = None
 
-    def defaults(self) -> dict[str, Any]:
-        """Option name to default value."""
-        return {name: schema["default"] for name, schema in self.options.items()}
-
     def own(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The options that `factorize` takes: all but those of whitening and sharing, which are settled before it."""
         settled = {**WHITENING_OPTIONS, **SHARING_OPTIONS}

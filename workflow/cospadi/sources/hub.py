@@ -8,6 +8,14 @@ from pathlib import Path
 
 from cospadi.errors import ArtifactError
 
+REVISION = {
+    "type": "string",
+    "pattern": r"^\S+$",
+    "maxLength": 100,
+    "default": "main",
+    "description": "Branch, tag or commit; a commit makes the run repeatable.",
+}
+
 _OFFLINE = (
     "Run this step where the hub can be reached (on a cluster: the login node), unset HF_HUB_OFFLINE, or bring the "
     "files here by other means and use model.source: local, text.source: jsonl"

