@@ -14,6 +14,7 @@ plan = plan_run(
     config,
     overrides=workflow.config_settings.overwrite_config,
     source=", ".join(map(str, workflow.configfiles)),
+    files=workflow.configfiles,
 )
 config = plan.config
 

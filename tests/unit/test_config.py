@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import collections
 import copy
+import datetime
+import random
+import re
 from pathlib import Path
 
 import jsonschema
 import pytest
 import yaml
 
-from cospadi.config import check_config, documentation, schema
+from cospadi.config import RESERVED, check_config, documentation, schema
 from cospadi.errors import ConfigError
 from cospadi.methods import METHODS
 from cospadi.training import config as training_config
@@ -98,6 +102,36 @@ def test_two_checks_share_no_state(minimal):
             [["q_proj", "k_proj"], ["v_proj", "q_proj"]],
             "variants.a.share_within: q_proj is in 2 lists",
         ),
+        ("run", "demo\n", 'run: "demo\\n" is not allowed; it has to match'),
+        ("run", True, "run: true is not allowed; expected text (put it in quotes)"),
+        ("run", datetime.date(2024, 1, 1), "run: 2024-01-01 is not allowed; expected text (put it in quotes)"),
+        ("run", 2024, "run: 2024 is not allowed; expected text (put it in quotes)"),
+        ("run", "r" * 101, f"run: {'r' * 57}... has 101 characters; at most 100 are allowed"),
+        ("model.name", "m\n", 'model.name: "m\\n" is not allowed; it has to match'),
+        ("model.repo", "owner/m\n", 'model.repo: "owner/m\\n" is not allowed; it has to match'),
+        ("model.revision", "", "model.revision: '' is not allowed; it has to match"),
+        ("model", [], "model: [] is not allowed; expected a mapping of keys to values"),
+        ("model", {"name": "m"}, "model.source: missing; one of hub, local, wheel_gguf"),
+        ("model.source", {}, "model.source: {} is not known; one of hub, local, wheel_gguf"),
+        ("model.source", ["hub"], "model.source: [hub] is not known"),
+        ("calibration", None, "calibration: null is not allowed; expected a mapping of keys to values"),
+        ("calibration", ["samples"], "calibration: [samples] is not allowed; expected a mapping of keys to values"),
+        ("calibration.x\n", 1, 'calibration."x\\n": unknown key; known: source'),
+        ("calibration.samples", 10**400, "calibration.samples: 1000"),
+        ("calibration.samples", 2**53 + 1, "calibration.samples: 9007199254740993 is not allowed; from 1 to 9007"),
+        ("calibration.heldout_fraction", float("inf"), "calibration.heldout_fraction: .inf is not allowed; expected a"),
+        ("variants", None, "variants: null is not allowed; expected a mapping"),
+        ("variants", [], "variants: [] is not allowed; expected a mapping"),
+        ("variants.a.method", [], "variants.a.method: [] is not known; one of basis_sharing, compot"),
+        ("variants.a.ratio", -0.0, "variants.a.ratio: -0.0 is not allowed; from 0.01 to 0.95"),
+        (
+            "variants.a.share",
+            ["q_proj"],
+            "variants.a.share: [q_proj] shares nothing with group_size: 1, a layer alone; ",
+        ),
+        ("variants.a\n", {"method": "svd_llm", "ratio": 0.2}, 'variants: "a\\n" is not allowed; it has to match'),
+        ("evaluation.task_path", "a\0b", "evaluation.task_path:"),
+        ("evaluation.task_path", "x" * 5000, "evaluation.task_path:"),
         ("evaluation.tasks", ["piqa", "piqa"], "evaluation.tasks: [piqa, piqa] names something twice"),
         ("evaluation.perplexity", {}, "evaluation.perplexity: needs the section text"),
         ("calibration.source", "text", "calibration.source: 'text' needs the section text"),
@@ -112,6 +146,230 @@ def test_a_fault_names_path_value_and_what_is_allowed(minimal, path, value, expe
     found = faults(minimal)
     assert len(found) == 1, found
     assert found[0].startswith(expected), found[0]
+
+
+def test_a_variant_is_called_like_nothing_else_in_the_folder_of_a_run(minimal):
+    """The list is what the rules write there."""
+    written = {"dense"}
+    for file in (PROJECT / "workflow" / "rules").glob("*.smk"):
+        text = file.read_text()
+        written |= set(re.findall(r"<results>/(?:\{base\})?([\w.]+)[\"/]", text))
+        written |= {folder for folder in ("logs", "benchmarks") if f"<{folder}>/" in text}
+    own = {"model", "factors", "codes", "eval.json"}  # in the folder of a model, never beside it
+    assert written - own - {"dense"} == set(RESERVED) - {"dense"}
+    for name in RESERVED:
+        minimal["variants"] = {name: {"method": "svd_llm", "ratio": 0.2}}
+        assert faults(minimal) == [f"variants: {name} is a reserved name; choose another"]
+
+
+@pytest.mark.parametrize(
+    ("variant", "expected"),
+    [
+        # a word that is not known: what else is wrong is found as far as it is wrong whatever was meant
+        (
+            {"method": "cospody", "ratio": 3},
+            ["method: cospody is not known (did you mean cospadi?)", "ratio: 3 is not"],
+        ),
+        ({"method": "cospody"}, ["method: cospody is not known", "ratio: missing"]),
+        ({"method": "xyz", "ratio": 0.2, "blocks": 2}, ["method: xyz is not known; one of basis_sharing"]),
+        ({"method": "xyz", "ratoi": 0.2}, ["method: xyz is not known", "ratoi: unknown key (did you mean ratio?)"]),
+        ({"method": [], "rho": 0.5}, ["method: [] is not known", "rho: 0.5 is not allowed; from 1 to 16"]),
+        # the word's own key
+        ({"metod": "cospadi", "ratio": 0.2}, ["metod: unknown key (did you mean method?)"]),
+        ({"Method": "cospadi", "ratio": 2}, ["Method: unknown key (did you mean method?)", "ratio: 2 is not allowed"]),
+        ({"kind": "svd_llm", "rho": 2}, ["kind: unknown key (did you mean method?)", "ratio: missing", "rho: unknown"]),
+        ({"metod": "x", "ratio": 0.2}, ["metod: unknown key (did you mean method?)", "metod: x is not known"]),
+        ({"ratio": 0.2, "rank": 3}, ["method: missing; one of", "rank: unknown key"]),
+        ({"ratio": 3}, ["method: missing; one of", "ratio: 3 is not allowed"]),
+        ({}, ["method: missing; one of basis_sharing"]),
+        (
+            {"stepz": [{"method": "uidl"}, {"method": "svd_llm", "ratio": 0.2}]},
+            ["stepz.0.blocks: missing", "stepz: unknown key (did you mean steps?)"],
+        ),
+        ({"steps": [{"metod": "uidl", "blocks": 2}] * 2}, ["steps.0.metod: unknown key", "steps.1.metod: unknown key"]),
+    ],
+)
+def test_a_typo_in_what_a_section_means_hides_nothing_else_of_it(minimal, variant, expected):
+    minimal["variants"]["a"] = variant
+    found = faults(minimal)
+    assert len(found) == len(expected), found
+    for fault, start in zip(found, expected, strict=True):
+        assert fault.startswith(f"variants.a.{start}"), found
+
+
+def test_a_typo_in_source_is_found_with_the_rest_of_the_section(minimal):
+    minimal["model"] = {"name": "m", "sourse": "hub", "repo": "gpt2"}
+    minimal["text"] = {"name": "t", "source": "jsnl", "path": "", "seed": -1}
+    found = faults(minimal)
+    expected = ["model.repo: gpt2", "model.sourse: unknown key (did you mean source?)", "text.path: '' is empty"]
+    expected += ["text.seed: -1 is not allowed; at least 0", "text.source: jsnl is not known (did you mean jsonl?)"]
+    assert len(found) == len(expected) and all(map(str.startswith, found, expected)), found
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (
+            {"method": "basis_sharing", "group_size": 1},
+            ["share: [q_proj, k_proj, v_proj, gate_proj, up_proj] shares not"],
+        ),
+        ({"group_size": 2, "share": ["up_proj"], "targets": ["q_proj"]}, ["share: [up_proj] shares nothing: targets"]),
+        (
+            {"share_within": [["q_proj", "k_proj"]], "targets": ["q_proj", "o_proj"]},
+            ["share_within.0: [q_proj, k_proj]"],
+        ),
+        ({"share_within": [["q_proj", "k_proj"]], "targets": ["q_proj", "k_proj"]}, []),
+        ({"group_size": 2, "share": ["q_proj", "up_proj"], "targets": ["q_proj"]}, []),
+    ],
+)
+def test_sharing_that_shares_nothing_is_refused(minimal, options, expected):
+    minimal["variants"]["a"] |= options
+    found = faults(minimal) if expected else check_config(minimal) and []
+    assert len(found) == len(expected) and all(
+        fault.startswith(f"variants.a.{start}") for fault, start in zip(found, expected, strict=True)
+    ), found
+
+
+def test_keys_that_are_no_text(minimal):
+    minimal["variants"] = {20: {"method": "svd_llm", "ratio": 0.2}, True: None, "a": {1: 2, "method": "svd_llm"}}
+    assert faults(minimal)[0] == "variants.True: null is not allowed; expected a mapping of keys to values"
+    assert [fault.partition(";")[0] for fault in faults(minimal)[1:]] == [
+        "variants.a.1: unknown key",
+        "variants.a.ratio: missing",
+        "variants: 20 is not allowed",
+        "variants: true is not allowed",
+    ]
+
+
+@pytest.mark.parametrize("config", [None, [], 3, "run: demo", {}])
+def test_what_is_no_config(config):
+    assert faults(config)
+
+
+def test_a_config_that_contains_itself(minimal):
+    minimal["calibration"]["source"] = minimal
+    assert faults(minimal) == ["a section contains itself, or is nested without end"]
+
+
+def test_mappings_of_any_class_are_read(minimal):
+    """Snakemake reads JSON into ordered dictionaries."""
+    minimal["variants"]["a"] = collections.OrderedDict(minimal["variants"]["a"])
+    assert check_config(minimal)["variants"]["a"]["solver"] == "htp"
+    minimal["variants"]["a"]["ratio"] = collections.OrderedDict(x=1)
+    assert faults(minimal) == ["variants.a.ratio: {x: 1} is not allowed; expected a number"]
+
+
+def test_a_number_that_equals_one_of_those_allowed_is_that_one(minimal):
+    minimal["variants"]["a"]["codes"] = {"value_bits": 8.0}
+    bits = check_config(minimal)["variants"]["a"]["codes"]["value_bits"]
+    assert bits == 8 and isinstance(bits, int)
+
+
+def test_keys_that_stand_twice_in_a_file(minimal, tmp_path):
+    file = tmp_path / "twice.yaml"
+    text = "run: a\ncalibration: &c {samples: 3, samples: 4}\nvariants:\n  a: {<<: *c, <<: *c}\n  b: 1\n  'a': 2\n"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        check_config(minimal, files=[file, tmp_path / "missing.yaml"])
+    assert caught.value.faults == [
+        f"calibration.samples: stands twice in {file}, in lines 2 and 2",
+        f"variants.a: stands twice in {file}, in lines 4 and 6",
+    ]
+    file.write_text("run: [unclosed")
+    assert check_config(minimal, files=[file])["run"] == "r"  # who reads the file says what is wrong with it
+
+
+def test_files_are_files_and_folders_are_folders(minimal, tmp_path):
+    minimal["model"] = {"name": "m", "source": "local", "path": __file__}
+    minimal["text"] = {"name": "t", "source": "file", "path": str(tmp_path)}
+    minimal["evaluation"]["task_path"] = str(tmp_path / "none")
+    assert [fault.partition(" ")[2].replace(str(tmp_path), "tmp") for fault in faults(minimal)] == [
+        f"'tmp/none' does not exist (looked in {Path.cwd()})",
+        f"{__file__!r} is a file; expected a folder",
+        "'tmp' is a folder; expected a file",
+    ]
+
+
+_STRANGE = (
+    None,
+    True,
+    0,
+    -1,
+    -0.0,
+    0.5,
+    float("nan"),
+    float("inf"),
+    10**400,
+    2**60,
+    "",
+    "a",
+    "demo\n",
+    "a\0b",
+    "x" * 300,
+)
+_STRANGE += ("\ud800", [], {}, [[]], {"a": 1}, {1: 2}, {None: None}, datetime.date(2024, 1, 1), b"x", {1, 2}, (1, 2))
+_STRANGE += ("1e-4", "auto", ["q_proj"], ["q_proj"] * 2, [1, "a"], 16.0, object(), collections.OrderedDict(a=1))
+
+
+def _places(value, path=()):
+    yield path
+    if len(path) < 8 and isinstance(value, dict | list):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from _places(value[key], (*path, key))
+
+
+def _at(value, path):
+    for key in path:
+        value = value[key]
+    return value
+
+
+def _mutate(config, draw, keys):
+    """Change one place: another value, no value, one key more, a typo, what stands elsewhere, that thing itself."""
+    places = list(_places(config))[1:]
+    if not places:
+        return
+    *above, key = draw.choice(places)
+    parent, elsewhere = _at(config, above), _at(config, draw.choice(places))
+    match draw.randrange(6):
+        case 0:
+            parent[key] = copy.deepcopy(draw.choice(_STRANGE))
+        case 1:
+            del parent[key]
+        case 2 if isinstance(parent, dict):
+            parent[draw.choice([*keys, 1, None, True, "x\n", 2.5, (1, 2)])] = copy.deepcopy(draw.choice(_STRANGE))
+        case 3 if isinstance(parent, dict):
+            parent[str(key)[:-1]] = parent.pop(key)
+        case 4:
+            parent[key] = copy.deepcopy(elsewhere)
+        case 5:
+            parent[key] = elsewhere
+
+
+def test_whatever_a_config_is_only_a_config_error_comes_of_it(monkeypatch):
+    monkeypatch.chdir(PROJECT)
+    base = yaml.safe_load((PROJECT / "config.yaml").read_text())
+    base["variants"] |= {
+        "steps": {"steps": [{"method": "replaceme", "blocks": 4}, {"method": "basis_sharing", "ratio": 0.2}]},
+        "masa": {"method": "masa", "ratio": 0.2},
+        "warm": {"method": "cospadi", "ratio": 0.2, "warm_start": "cospadi-40"},
+    }
+    check_config(base)
+    keys = sorted(set(re.findall(r"^\| `(\w+)` \|", documentation(), re.MULTILINE)))
+    valid = refused = 0
+    for seed in range(1000):
+        config, draw = copy.deepcopy(base), random.Random(seed)
+        for _ in range(draw.randint(1, 3)):
+            _mutate(config, draw, keys)
+        try:
+            complete = check_config(config)
+        except ConfigError as error:
+            assert all(fault.isprintable() for fault in error.faults), (seed, error.faults)
+            refused += 1
+        else:
+            assert check_config(complete) == complete, seed
+            valid += 1
+    assert valid > 20 and refused > 500, (valid, refused)
 
 
 @pytest.mark.parametrize(

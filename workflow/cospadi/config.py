@@ -8,11 +8,14 @@ config: this module checks against it, fills in defaults from it and writes ``do
 from __future__ import annotations
 
 import copy
+import datetime
 import difflib
+import json
 import math
+import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,16 @@ from cospadi.sources.texts import SPLIT_OPTIONS
 SCHEMAS = Path(__file__).resolve().parents[1] / "schemas"
 # a config file that names one of these means it instead of the base config's, not besides it
 REPLACED = ("model", "text", "variants")
+# What else is in the folder of a run, where every variant has a folder of its own
+RESERVED = (
+    *("dense", "structure.json", "calibration.h5", "activations", "gram", "pruning", "drift.json", "plots", "logs"),
+    *("benchmarks", "summary.tsv", "summary.html", "summary.json", "samples.html", "samples.md", "report.zip"),
+    *("config.yaml", "training", "training.tsv", "training.html", "training.json"),
+)
+# Where no maximum is named; larger ones are no longer exact as floating-point numbers
+LARGEST = 2**53
+# No config comes near; one that contains itself gets there
+DEEPEST = 50
 
 _MISSING = object()
 # ten times as fast as the loader in Python, which every job of SLURM would wait for
@@ -46,6 +59,7 @@ def schema() -> Schema:
     common = parts.pop("variant")["properties"]
     alternatives = [_entry_schema(method, "method", common) for method in METHODS.values()]
     alternatives += [_entry_schema(pruner, "method", {"method": _PRUNING}) for pruner in PRUNERS.values()]
+    whole["properties"]["variants"]["propertyNames"]["not"] = {"enum": list(RESERVED)}
     parts["steps"]["properties"]["steps"]["items"] = {"oneOf": alternatives}
     parts["variant"] = {"oneOf": [*alternatives, parts.pop("steps")]}
     return without_references(whole)
@@ -106,7 +120,11 @@ def _entry_schema(entry: Entry, word: str, common: Mapping[str, Schema], after: 
 
 
 def check_config(
-    config: Mapping[str, Any], *, overrides: Mapping[str, Any] | None = None, source: str = "config"
+    config: Mapping[str, Any],
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    source: str = "config",
+    files: Iterable[str | Path] = (),
 ) -> dict[str, Any]:
     """Check a config and fill in the defaults.
 
@@ -119,6 +137,8 @@ def check_config(
         there whole when named there; Snakemake would merge them into the base config's.
     source : str
         Named in the error message.
+    files : iterable of path-like
+        YAML files that it was merged from: looked through for keys that stand twice, of which YAML keeps the last.
 
     Returns
     -------
@@ -130,7 +150,7 @@ def check_config(
     ConfigError
         With all faults: config path, value, what is allowed.
     """
-    return checked(config, schema(), _cross_checks, overrides=overrides, source=source)
+    return checked(config, schema(), _cross_checks, overrides=overrides, source=source, files=files)
 
 
 def checked(
@@ -140,35 +160,90 @@ def checked(
     *,
     overrides: Mapping[str, Any] | None = None,
     source: str = "config",
+    files: Iterable[str | Path] = (),
 ) -> dict[str, Any]:
     """`check_config` for any schema (without references) and what no schema can say, as lines of faults."""
-    result = copy.deepcopy(dict(config))
-    for section in REPLACED:
-        if overrides and section in overrides and section in whole["properties"]:
-            result[section] = copy.deepcopy(overrides[section])
-    faults: list[str] = []
+    faults = [fault for file in files for fault in repeated_keys(file)]
+    given = dict(config) if isinstance(config, Mapping) else config
+    if isinstance(given, dict) and overrides:
+        known = [section for section in REPLACED if section in whole["properties"]]
+        given |= {section: overrides[section] for section in known if section in overrides}
+    try:
+        result = _plain(given)
+    except RecursionError:
+        raise ConfigError(["a section contains itself, or is nested without end"], source) from None
+    if not isinstance(result, dict):
+        raise ConfigError([f"{_show(result)} is not allowed; expected {_KINDS['object']}"], source)
     concrete = _resolve(whole, result, (), faults)
     for error in _Validator(concrete).iter_errors(result):
         faults += _describe(error)
     allowed = not faults
     if allowed:
-        _fill_defaults(concrete, result)
+        result = _complete(concrete, result)
         faults += cross_checks(result)
+        faults += _file_faults(concrete, result)
     if faults:
         raise ConfigError(sorted(set(faults)), source, result if allowed else None)
     return result
 
 
+def _plain(value: Any, depth: int = 0) -> Any:
+    """A copy of plain dictionaries and lists: what YAML and JSON readers give is of many classes."""
+    if depth > DEEPEST:
+        raise RecursionError
+    if isinstance(value, Mapping):
+        return {key: _plain(child, depth + 1) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(child, depth + 1) for child in value]
+    return copy.deepcopy(value)
+
+
+def repeated_keys(path: str | Path) -> list[str]:
+    """Keys that stand twice in one section of a YAML file: readers keep the last, and say nothing."""
+    try:
+        root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return []  # who reads the file itself says what is wrong with it
+    faults: list[str] = []
+    seen: set[int] = set()
+
+    def walk(node: yaml.Node | None, where: tuple[str, ...]) -> None:
+        if id(node) in seen or not isinstance(node, yaml.CollectionNode):
+            return  # an anchor's second use is the same node
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            for index, child in enumerate(node.value):
+                walk(child, (*where, str(index)))
+            return
+        lines: dict[str, int] = {}
+        for key, child in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in lines and key.tag != "tag:yaml.org,2002:merge":
+                faults.append(f"{_at(*where, name)}: stands twice in {path}, in lines {lines[name]} and {line}")
+            lines[name] = line
+            walk(child, (*where, name))
+
+    walk(root, ())
+    return faults
+
+
 def _finite(_checker: Any, value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return _whole(_checker, value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _whole(_checker: Any, value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _pattern(_validator: Any, pattern: str, value: Any, _part: Schema) -> Iterator[ValidationError]:
+    """`$` is the end in JSON Schema; in Python a line's end may follow it."""
+    if isinstance(value, str) and not re.search(re.sub(r"\$$", r"\\Z", pattern), value):
+        yield ValidationError(f"{value!r} does not match {pattern!r}")
+
+
 _Validator = validators.extend(
     Draft202012Validator,
+    {"pattern": _pattern},
     type_checker=Draft202012Validator.TYPE_CHECKER.redefine_many({"number": _finite, "integer": _whole}),
 )
 
@@ -191,19 +266,26 @@ def _resolve(part: Schema, value: Any, path: tuple[str, ...], faults: list[str])
             part["properties"][key] = _resolve(child, given.get(key, default), (*path, key), faults)
         if isinstance(part.get("additionalProperties"), dict):
             extra = part["additionalProperties"]
-            names = [key for key in given if isinstance(key, str) and key not in part["properties"]]
-            part["properties"] |= {key: _resolve(extra, given[key], (*path, key), faults) for key in names}
+            names = [key for key in given if key not in part["properties"]]
+            part["properties"] |= {key: _resolve(extra, given[key], (*path, str(key)), faults) for key in names}
             part["additionalProperties"] = False
     if part.get("type") == "array" and "oneOf" in part.get("items", {}) and isinstance(value, list):
         entries = [_resolve(part["items"], entry, (*path, str(i)), faults) for i, entry in enumerate(value)]
         part = {**part, "prefixItems": entries, "items": False}
+    if {"integer", "number"} & set(_kinds(part)) and "maximum" not in part:
+        part = {**part, "maximum": LARGEST}
     part.pop("$defs", None)
     return part
 
 
+def _kinds(part: Schema) -> list[str]:
+    kinds = part.get("type", [])
+    return kinds if isinstance(kinds, list) else [kinds]
+
+
 def _alternative(alternatives: list[Schema], value: Any, path: tuple[str, ...], faults: list[str]) -> Schema | None:
     """The alternative of a ``oneOf`` that `value` means; None if it is missing, or means none (a fault is noted)."""
-    where = ".".join(path)
+    where = _at(*path)
     null = next((alternative for alternative in alternatives if alternative.get("type") == "null"), None)
     objects = [alternative for alternative in alternatives if alternative.get("type") == "object"]
     if value is _MISSING:
@@ -215,67 +297,139 @@ def _alternative(alternatives: list[Schema], value: Any, path: tuple[str, ...], 
         return None
     if len(objects) == 1:
         return objects[0]
-    for alternative in list(objects):
-        if not any("const" in child for child in alternative["properties"].values()):
-            if any(key in value for key in alternative["required"]):
-                return alternative
-            objects.remove(alternative)
-    key = next(name for name, child in objects[0]["properties"].items() if "const" in child)
-    kinds = {alternative["properties"][key]["const"]: alternative for alternative in objects}
-    if value.get(key) in kinds:
-        return kinds[value[key]]
-    found = f"{_show(value[key])} is not known{_meant(value[key], kinds)}" if key in value else "missing"
-    faults.append(f"{where}.{key}: {found}; one of {', '.join(sorted(kinds))}")
-    return None
+    named = [alternative for alternative in objects if _word(alternative)]
+    key = _word(named[0])
+    kinds = {alternative["properties"][key]["const"]: alternative for alternative in named}
+    # alternatives without such a word are known by what they require
+    others = {
+        name: alternative for alternative in objects if not _word(alternative) for name in alternative["required"]
+    }
+    for name, alternative in others.items():
+        if name in value:
+            return alternative
+    if key in value:
+        return _named(kinds, key, key, value, where, faults)
+    known = {name for alternative in objects for name in alternative["properties"]}
+    for name in value:
+        if name not in known:
+            meant = _close(name, [key, *others]) or (key if value[name] in list(kinds) else None)
+            if meant in others:
+                faults.append(f"{_at(*path, name)}: unknown key (did you mean {meant}?)")
+                return _renamed(others[meant], meant, name, others[meant]["properties"][meant])
+            if meant:
+                faults.append(f"{_at(*path, name)}: unknown key (did you mean {meant}?)")
+                return _named(kinds, key, name, value, where, faults)
+    faults.append(f"{where}.{key}: missing; one of {', '.join(sorted(kinds))}")
+    return _likeliest(named, None, key, key, value)
 
 
-def _fill_defaults(part: Schema, value: Any) -> None:
+def _word(alternative: Schema) -> str | None:
+    """The key that says that a section means this alternative."""
+    return next((name for name, child in alternative["properties"].items() if "const" in child), None)
+
+
+def _named(
+    kinds: Mapping[str, Schema], key: str, name: str, value: Mapping[str, Any], where: str, faults: list[str]
+) -> Schema:
+    """The alternative that `value` means by `key`, which it calls `name`."""
+    word = value[name]
+    if word in list(kinds):  # never hashed: it may be a list
+        return kinds[word] if name == key else _renamed(kinds[word], key, name, {})
+    meant = _close(word, kinds)
+    faults.append(f"{where}.{name}: {_show(word)} is not known{_meant(word, kinds)}; one of {', '.join(sorted(kinds))}")
+    return _likeliest(list(kinds.values()), kinds.get(meant), key, name, value)
+
+
+def _renamed(alternative: Schema, key: str, name: str, part: Schema) -> Schema:
+    """An alternative whose `key` a section calls `name`, which is a fault already told."""
+    properties = {known: child for known, child in alternative["properties"].items() if known != key}
+    required = [known for known in alternative["required"] if known != key]
+    return {**alternative, "properties": {**properties, name: part}, "required": required}
+
+
+def _likeliest(
+    alternatives: Sequence[Schema], meant: Schema | None, key: str, name: str, value: Mapping[str, Any]
+) -> Schema:
+    """A schema for a section that does not say what it means: it finds what is wrong whichever of them it is."""
+    best = meant or max(alternatives, key=lambda part: sum(known in part["properties"] for known in value))
+    properties: Schema = {}
+    for alternative in [best, *alternatives]:
+        for known, part in alternative["properties"].items():
+            if known not in properties or (known in value and not _fits(properties[known], value[known])):
+                fits_better = known in value and _fits(part, value[known])
+                properties[known] = part if known not in properties or fits_better else properties[known]
+    required = set(best["required"]) if meant else set.intersection(*(set(part["required"]) for part in alternatives))
+    whole = {**best, "properties": properties, "required": [known for known in best["required"] if known in required]}
+    return _renamed(whole, key, name, {})
+
+
+def _fits(part: Schema, value: Any) -> bool:
+    faults: list[str] = []
+    return _Validator(_resolve(part, value, (), faults)).is_valid(value) and not faults
+
+
+def _complete(part: Schema, value: Any) -> Any:
+    """A valid value with its defaults; 16.0 is 16 where that is one of those allowed."""
     if isinstance(value, list):
-        for child, entry in zip(part.get("prefixItems", []), value, strict=False):
-            _fill_defaults(child, entry)
+        children = [*part.get("prefixItems", []), *[part.get("items") or {}] * len(value)]
+        return [_complete(child, entry) for child, entry in zip(children, value, strict=False)]
     if not isinstance(value, dict):
-        return
-    for key, child in part.get("properties", {}).items():
-        if key not in value and "default" in child:
-            value[key] = copy.deepcopy(child["default"])
-        if key in value:
-            _fill_defaults(child, value[key])
+        return next((allowed for allowed in part.get("enum", []) if allowed == value), value)
+    properties = part.get("properties", {})
+    missing = {key: copy.deepcopy(child["default"]) for key, child in properties.items() if "default" in child}
+    filled = {**value, **{key: default for key, default in missing.items() if key not in value}}
+    return {key: _complete(properties.get(key, {}), child) for key, child in filled.items()}
+
+
+def _close(name: Any, known: Iterable[str]) -> str | None:
+    close = difflib.get_close_matches(str(name).lower(), known, n=1)
+    return close[0] if close else None
 
 
 def _meant(name: Any, known: Iterable[Any]) -> str:
-    close = difflib.get_close_matches(str(name), [str(value) for value in known], n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
+    close = _close(name, [str(value) for value in known])
+    return f" (did you mean {close}?)" if close else ""
+
+
+def _at(*path: Any) -> str:
+    """A place in the config, ``variants.a.ratio``."""
+    return ".".join(str(step) if str(step).isprintable() else json.dumps(str(step)) for step in path)
 
 
 def _show(value: Any) -> str:
-    """A value as YAML would have it, shortened."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("\n").removesuffix("\n...")
+    """A value in one line as YAML would have it, shortened."""
+    try:
+        text = yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("\n").removesuffix("\n...")
+    except yaml.YAMLError:  # of no kind that YAML can write
+        text = repr(value)
+    if not text.isprintable():
+        text = json.dumps(value, default=repr) if isinstance(value, str) else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _describe(error: ValidationError) -> list[str]:
     """A fault in one line (several of them where keys are unknown or missing)."""
-    steps = [str(step) for step in error.absolute_path]
-    where = ".".join(steps)
+    steps = list(error.absolute_path)
+    where = _at(*steps)
     value, limit, part = error.instance, error.validator_value, error.schema
     match error.validator:
         case "additionalProperties":
             known = part["properties"]
             unknown = [key for key in value if key not in known]
             names = ", ".join(known)
-            return [
-                f"{'.'.join([*steps, str(key)])}: unknown key{_meant(key, known)}; known: {names}" for key in unknown
-            ]
+            return [f"{_at(*steps, key)}: unknown key{_meant(key, known)}; known: {names}" for key in unknown]
         case "required":
-            return [f"{'.'.join([*steps, key])}: missing" for key in limit if key not in value]
+            return [f"{_at(*steps, key)}: missing" for key in limit if key not in value]
         case "type":
             kinds = [limit] if isinstance(limit, str) else limit
             expected = " or ".join(_KINDS[kind] for kind in kinds)
-            return [f"{where}: {_show(value)} is not allowed; expected {expected}{_text_number(value, kinds)}"]
+            return [f"{where}: {_show(value)} is not allowed; expected {expected}{_remedy(value, kinds)}"]
         case "enum":
             return [
                 f"{where}: {_show(value)} is not allowed{_meant(value, limit)}; one of {', '.join(map(_show, limit))}"
             ]
+        case "minimum" if part["maximum"] == LARGEST:
+            return [f"{where}: {_show(value)} is not allowed; at least {limit}"]
         case "minimum" | "maximum":
             return [f"{where}: {_show(value)} is not allowed; {_interval(part)}"]
         case "pattern":
@@ -284,6 +438,8 @@ def _describe(error: ValidationError) -> list[str]:
             return [f"{where}: {_show(value)} is a reserved name; choose another"]
         case "uniqueItems":
             return [f"{where}: {_show(value)} names something twice"]
+        case "maxLength":
+            return [f"{where}: {_show(value)} has {len(value)} characters; at most {limit} are allowed"]
         case "minItems" | "minLength" | "minProperties":
             found = "is empty" if len(value) == 0 else f"has {len(value)}"
             return [f"{where}: {_show(value)} {found}; at least {limit} expected"]
@@ -303,15 +459,18 @@ _KINDS = {
 }
 
 
-def _text_number(value: Any, kinds: list[str]) -> str:
-    """YAML reads 1e-4 as text; say so."""
-    if not isinstance(value, str) or not {"number", "integer"} & set(kinds):
-        return ""
-    try:
-        number = float(value)
-    except ValueError:
-        return ""
-    return f" (YAML reads this as text: write {number:.1e})" if "e" in value.lower() else " (remove the quotes)"
+def _remedy(value: Any, kinds: list[str]) -> str:
+    """YAML reads 1e-4 as text, and 2024, on and 2024-01-01 as none; say so."""
+    numeric = {"number", "integer"} & set(kinds)
+    if isinstance(value, str) and numeric:
+        try:
+            number = float(value)
+        except ValueError:
+            return ""
+        return f" (YAML reads this as text: write {number:.1e})" if "e" in value.lower() else " (remove the quotes)"
+    if "string" in kinds and not numeric and isinstance(value, bool | int | float | datetime.date):
+        return " (put it in quotes)"
+    return ""
 
 
 def _interval(part: Schema) -> str:
@@ -333,16 +492,22 @@ def _cross_checks(config: dict[str, Any]) -> Iterator[str]:
     for name, variant in config["variants"].items():
         yield from _step_faults(f"variants.{name}", variant)
     yield from _warm_start_faults(config["variants"])
-    files = [("model", "config"), ("model", "path"), ("text", "path"), ("evaluation", "task_path")]
-    yield from missing_files(config, files)
 
 
-def missing_files(config: Mapping[str, Any], places: Iterable[tuple[str, str]]) -> Iterator[str]:
-    """Faults of the places (section and key) that name a file or folder that is not there."""
-    for section, key in places:
-        path = (config[section] or {}).get(key)
-        if path is not None and not Path(path).exists():
-            yield f"{section}.{key}: {path!r} does not exist (looked in {Path.cwd()})"
+def _file_faults(part: Schema, value: Any, path: tuple[str, ...] = ()) -> Iterator[str]:
+    """Files and folders of this machine that are named and are not there."""
+    if isinstance(value, dict):
+        for key, child in part.get("properties", {}).items():
+            yield from _file_faults(child, value[key], (*path, str(key)))
+    elif part.get("format") in ("file", "folder") and value is not None:
+        where, file = _at(*path), Path(value)
+        try:
+            if not file.exists():
+                yield f"{where}: {value!r} does not exist (looked in {Path.cwd()})"
+            elif file.is_dir() != (part["format"] == "folder"):
+                yield f"{where}: {value!r} is {'a folder' if file.is_dir() else 'a file'}; expected a {part['format']}"
+        except (OSError, ValueError) as error:
+            yield f"{where}: {_show(value)} cannot be looked at ({error})"
 
 
 def _step_faults(where: str, variant: dict[str, Any]) -> Iterator[str]:
@@ -350,8 +515,7 @@ def _step_faults(where: str, variant: dict[str, Any]) -> Iterator[str]:
     if steps is None:
         entry = (PRUNERS | METHODS)[variant["method"]]
         yield from (f"{where}.{fault}" for fault in entry.faults(variant))
-        sharing = Counter(name for bundle in variant.get("share_within", ()) for name in bundle)
-        yield from (f"{where}.share_within: {name} is in {n} lists" for name, n in sharing.items() if n > 1)
+        yield from (f"{where}.{fault}" for fault in _sharing_faults(variant))
         return
     first, second = (step["method"] for step in steps)
     if first not in PRUNERS or second not in METHODS:
@@ -361,6 +525,24 @@ def _step_faults(where: str, variant: dict[str, Any]) -> Iterator[str]:
         )
     for index, step in enumerate(steps):
         yield from _step_faults(f"{where}.steps.{index}", step)
+
+
+def _sharing_faults(variant: Mapping[str, Any]) -> Iterator[str]:
+    """Sharing that cannot be, or is none."""
+    share, bundles, targets = variant.get("share", ()), variant.get("share_within", ()), variant.get("targets")
+    for name, count in Counter(name for bundle in bundles for name in bundle).items():
+        if count > 1:
+            yield f"share_within: {name} is in {count} lists"
+    for index, bundle in enumerate(bundles):
+        if targets is not None and len(set(bundle) & set(targets)) < 2:
+            yield f"share_within.{index}: {_show(bundle)} shares nothing: targets has fewer than two of them"
+    if share and variant["group_size"] == 1:
+        yield (
+            f"share: {_show(share)} shares nothing with group_size: 1, a layer alone; "
+            "set group_size to 2 or more, or share to []"
+        )
+    if share and targets is not None and not set(share) & set(targets):
+        yield f"share: {_show(share)} shares nothing: targets has none of them; set share to []"
 
 
 def _warm_start_faults(variants: Mapping[str, Any]) -> Iterator[str]:

@@ -133,17 +133,21 @@ def _table_of(options: argparse.Namespace) -> str:
     given = {}
     if options.model and kind_of(config) is COMPRESS:
         given["model_config"] = read_json(options.model, "Give a model's config.json")
-    plan = plan_run(config, overrides=changes, source=str(options.configfile or base), **given)
+    files = [file for file in (base, options.configfile) if file is not None and file.exists()]
+    plan = plan_run(config, overrides=changes, source=str(options.configfile or base), files=files, **given)
     return table(needs(plan), options.results)
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return yaml.safe_load(path.read_text()) or {}
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise ConfigError([f"cannot be read ({error.strerror})"], str(path)) from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError([f"not YAML ({error})"], str(path)) from error
+    if not isinstance(content, dict):
+        raise ConfigError([f"holds {type(content).__name__}; expected a mapping of keys to values"], str(path))
+    return content
 
 
 if __name__ == "__main__":

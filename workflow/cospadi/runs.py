@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ class Kind:
     schema : callable
         Schema of its config.
     check : callable
-        ``check(config, overrides=, source=)`` gives a complete config, as `config.check_config`.
+        ``check(config, overrides=, source=, files=)`` gives a complete config, as `config.check_config`.
     plan : callable
         ``plan(config)`` of a complete config.
     """
@@ -59,7 +59,11 @@ def kind_of(config: Mapping[str, Any]) -> Kind:
 
 
 def check_run(
-    config: Mapping[str, Any], *, overrides: Mapping[str, Any] | None = None, source: str = "config"
+    config: Mapping[str, Any],
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    source: str = "config",
+    files: Iterable[str | Path] = (),
 ) -> dict[str, Any]:
     """Check a config and fill in the defaults, whichever kind of run it asks for.
 
@@ -68,17 +72,22 @@ def check_run(
     """
     kind = kind_of(config)
     others = [other.schema() for other in KINDS if other is not kind]
-    return kind.check(_own(config, kind.schema(), others), overrides=overrides, source=source)
+    return kind.check(_own(config, kind.schema(), others), overrides=overrides, source=source, files=files)
 
 
 def plan_run(
-    config: Mapping[str, Any], *, overrides: Mapping[str, Any] | None = None, source: str = "config", **given: Any
+    config: Mapping[str, Any],
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    source: str = "config",
+    files: Iterable[str | Path] = (),
+    **given: Any,
 ) -> Staged:
     """`check_run`, then the plan of the run; what both find wrong comes in one message.
 
     Parameters
     ----------
-    config, overrides, source
+    config, overrides, source, files
         As `config.check_config` takes them.
     **given
         For the plan: ``model_config``, of a run that compresses.
@@ -92,7 +101,7 @@ def plan_run(
     """
     kind, faults = kind_of(config), []
     try:
-        complete = check_run(config, overrides=overrides, source=source)
+        complete = check_run(config, overrides=overrides, source=source, files=files)
     except ConfigError as error:
         if error.complete is None:
             raise

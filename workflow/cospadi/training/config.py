@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from cospadi.config import Schema, checked, document, missing_files, read_schema, without_references
+from cospadi.config import Schema, checked, document, read_schema, without_references
 
 # each a section of the config and a folder of the results
 EXPERIMENTS = ("language", "vision")
@@ -24,10 +24,14 @@ def schema() -> Schema:
 
 
 def check_config(
-    config: Mapping[str, Any], *, overrides: Mapping[str, Any] | None = None, source: str = "config"
+    config: Mapping[str, Any],
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    source: str = "config",
+    files: Iterable[str | Path] = (),
 ) -> dict[str, Any]:
     """Check a config and fill in the defaults, as `config.check_config` does for the other kind of run."""
-    return checked(config, schema(), _cross_checks, overrides=overrides, source=source)
+    return checked(config, schema(), _cross_checks, overrides=overrides, source=source, files=files)
 
 
 def _cross_checks(config: dict[str, Any]) -> Iterator[str]:
@@ -39,7 +43,6 @@ def _cross_checks(config: dict[str, Any]) -> Iterator[str]:
     for experiment in EXPERIMENTS:
         if training[experiment] is not None:
             yield from _experiment_faults(experiment, training[experiment])
-    yield from missing_files(config, [("text", "path")])
 
 
 def _experiment_faults(experiment: str, settings: Mapping[str, Any]) -> Iterator[str]:
