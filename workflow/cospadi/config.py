@@ -541,7 +541,9 @@ def _sharing_faults(variant: Mapping[str, Any]) -> Iterator[str]:
             f"share: {_show(share)} shares nothing with group_size: 1, a layer alone; "
             "set group_size to 2 or more, or share to []"
         )
-    if share and targets is not None and not set(share) & set(targets):
+    # a method's own default is for all projections, whichever are chosen
+    given = share and share != METHODS[variant["method"]].options["share"]["default"]
+    if given and targets is not None and not set(share) & set(targets):
         yield f"share: {_show(share)} shares nothing: targets has none of them; set share to []"
 
 

@@ -1,0 +1,227 @@
+"""Every value of every option of the schema is planned: enum members, both ends of ranges, defaults, null, lists.
+
+From `check_config` through `Plan` and `needs`, all of them; through a dry run of the workflow, one of every option.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from cospadi.config import LARGEST, check_config, schema
+from cospadi.errors import ConfigError
+from cospadi.methods import METHODS
+from cospadi.needs import needs, table
+from cospadi.plan import Plan
+from cospadi.pruning import PRUNERS
+
+from .test_plans import jobs, snakemake
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 256,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+}
+# Values of options that the schema alone does not tell: texts with a pattern, names of files, what depends on the model
+TOLD: dict[str, list[Any]] = {
+    "name": ["m", "n" * 100],
+    "rho": [1, 2.0, 16, "auto"],
+    "warm_start": [None, "start"],
+    "repo": ["owner/model"],
+    "revision": ["main", "0123abc", "refs/pr/1"],
+    "package": ["some-wheel==1.0"],
+    "sha256": ["0" * 64],
+    "blocks": [1, 2, [1], [1, 2]],
+    "cuts": [1, 2],
+    "tasks": [[], ["last_word"], ["piqa", "last_word"]],
+    "prompts": [["The"], ["The", "A"]],
+    "share_within": [[], [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]],
+    "path": ["model"],
+    "config": ["model/config.json"],
+    "task_path": [None, "model"],
+}
+TOLD_OF_TEXT = {**TOLD, "path": ["texts.jsonl"], "config": [None, "de"]}
+# What an option needs beside it to mean something
+BESIDE: dict[tuple[str, str], dict[str, Any]] = {
+    ("cospadi", "atom_update"): {"solver": "ksvd"},
+    ("cospadi", "polish"): {"solver": "ksvd"},
+    **{(method, "support"): {"rho": 2.0} for method in METHODS},
+    **{(method, "share"): {"group_size": 2} for method in METHODS},
+    **{(method, "group_size"): {"share": []} for method in METHODS},
+    **{("replaceme", name): {"objective": "cosine"} for name in ("loss", "start", "epochs", "lr", "batch_tokens")},
+    **{("replaceme", name): {"objective": "cosine"} for name in ("l1", "l2", "random_state")},
+    ("replaceme", "cuts"): {"blocks": 2},
+}
+
+
+def values(name: str, part: Mapping[str, Any], told: Mapping[str, list[Any]] = TOLD) -> list[Any]:
+    """Values that an option may have, each once; 1 and True are two."""
+    kinds = part.get("type", ())
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    found = [part[key] for key in ("const", "default", "minimum") if key in part]
+    found += part.get("enum", [])
+    if name in told:
+        found = [value for value in told[name] if "array" in kinds or not isinstance(value, list)]
+    elif {"integer", "number"} & set(kinds):
+        found.append(part.get("maximum", LARGEST))
+    elif "boolean" in kinds:
+        found += [False, True]
+    elif "array" in kinds:
+        items = part["items"]["enum"]
+        found += [*([item] for item in items), items]
+    elif "string" in kinds:
+        found.append("x")
+    if "null" in kinds:
+        found.append(None)
+    return list({repr(value): copy.deepcopy(value) for value in found}.values())
+
+
+def followed(part: Mapping[str, Any]) -> Mapping[str, Any]:
+    return schema()["$defs"][part["$ref"].rsplit("/", 1)[1]] if "$ref" in part else part
+
+
+def alternatives(part: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Title to schema of the mappings that a section may be."""
+    objects = [followed(alternative) for alternative in followed(part).get("oneOf", [part])]
+    return {part.get("title", ""): part for part in objects if part.get("type") == "object"}
+
+
+def variants() -> Iterator[tuple[tuple[str, ...], Any, dict[str, Any]]]:
+    """Place, value and settings of variants that between them have every value of every option of method and pruner."""
+    parts = alternatives(schema()["properties"]["variants"]["additionalProperties"])
+    assert set(parts) == {*METHODS, *PRUNERS, "steps"}
+    for method in (*METHODS, *PRUNERS):
+        needed = {"method": method, **({"ratio": 0.2} if method in METHODS else {"blocks": 1})}
+        for option, part in parts[method]["properties"].items():
+            for value in values(option, part):
+                place = method, option
+                yield place, value, {**needed, **BESIDE.get(place, {}), option: value}
+            for name, child in part.get("properties", {}).items():
+                for value in values(name, child):
+                    yield (method, option, name), value, {**needed, option: {name: value}}
+    for pruner in PRUNERS:
+        for method in METHODS:
+            first, second = {"method": pruner, "blocks": 1}, {"method": method, "ratio": 0.2}
+            yield ("steps", f"{pruner}-{method}"), None, {"steps": [first, second]}
+
+
+def sections(base: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any, dict[str, Any]]]:
+    """Place, value and config: `base` with one key of one section changed."""
+
+    def changed(path: tuple[str, ...], part: Mapping[str, Any], told: Mapping[str, list[Any]]) -> Iterator[Any]:
+        for title, alternative in alternatives(part).items():
+            properties = alternative["properties"]
+            needed = {name: values(name, properties[name], told)[0] for name in alternative.get("required", ())}
+            for name, child in properties.items():
+                if child.get("type") == "object" or "oneOf" in child:
+                    yield from changed((*path, name), child, told)
+                    continue
+                for value in values(name, child, told):
+                    config = copy.deepcopy(base)
+                    section = config
+                    for key in path[:-1]:
+                        section = section.setdefault(key, {})
+                    old = section.get(path[-1], {}) if not title or not needed else {}
+                    section[path[-1]] = {**old, **needed, name: value}
+                    yield (*path, title, name), value, config
+
+    for section, part in schema()["properties"].items():
+        if section in ("variants", "training"):  # `training` is another workflow
+            continue
+        if followed(part).get("type") == "object" or "oneOf" in part:
+            yield from changed((section,), part, TOLD_OF_TEXT if section == "text" else TOLD)
+        else:
+            for value in values("name" if section == "run" else section, followed(part)):
+                yield (section,), value, {**copy.deepcopy(base), section: value}
+    nothing = {"perplexity": None, "tasks": [], "generate": None}
+    yield ("text",), None, {**base, "text": None, "calibration": {"source": "self"}, "evaluation": nothing}
+
+
+@pytest.fixture
+def base(tmp_path, monkeypatch) -> dict[str, Any]:
+    """A config, in a working directory that has what it names."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(LLAMA))
+    (tmp_path / "texts.jsonl").write_text('{"text": "One."}\n{"text": "Two."}\n')
+    monkeypatch.chdir(tmp_path)
+    return {
+        "run": "sweep",
+        "model": {"name": "m", "source": "local", "path": "model"},
+        "text": {"name": "t", "source": "jsonl", "path": "texts.jsonl"},
+        "calibration": {"samples": 8, "length": 64},
+        "evaluation": {"perplexity": {"window": 64}},
+        "variants": {"start": {"method": "cospadi", "ratio": 0.3}},
+    }
+
+
+def is_end(place: tuple[str, ...], value: Any) -> bool:
+    """Whether a value is an end of a range, where a model of four small layers may refuse what another would take."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def planned(config: Mapping[str, Any]) -> Plan:
+    """A plan of which every function of the rules was asked."""
+    plan = Plan(check_config(config), LLAMA)
+    assert "expected in all" in table(needs(plan))
+    for variant in plan.factorized:
+        for unit in plan.units(variant):
+            wildcards = SimpleNamespace(variant=variant, unit=unit, base=plan.base_of(variant))
+            for stage in ("learn", "quantize"):
+                assert plan.mem_mb(stage)(wildcards, attempt=1) > 0
+                assert plan.runtime(stage)(wildcards, attempt=1, threads=1) > 0
+                plan.group(stage)(wildcards)
+            plan.warm_factors_of(variant, unit)
+        json.dumps([plan.learning(variant), plan.learning_code(variant), plan.drift_of(variant)])
+    json.dumps([plan.collection(), plan.pruning(), plan.windows(), plan.reported(), plan.text_file("heldout")])
+    return plan
+
+
+def test_every_value_of_every_option_of_a_variant_is_planned_and_one_of_each_dry_run(base, tmp_path):
+    start, accepted, refused = base["variants"]["start"], {}, []
+    for number, (place, value, settings) in enumerate(variants()):
+        config = {**base, "variants": {"start": start, f"v{number}": settings}}
+        try:
+            planned(config)
+        except ConfigError as error:
+            refused.append(f"{place} {value!r}: {error}")
+            assert is_end(place, value), refused[-1]
+            assert all(f"variants.v{number}." in fault for fault in error.faults), refused[-1]
+        else:
+            accepted.setdefault(place, {})[f"v{number}"] = settings
+    assert number > 250 and len(refused) < 12, refused
+    # the last of every option's values: the other end, or the last word
+    chosen = dict(list(settings.items())[-1] for settings in accepted.values())
+    config = {**base, "variants": {"start": start, **chosen}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    result = snakemake(tmp_path)
+    assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
+    found = jobs(result.stdout + result.stderr)
+    plan = planned(config)
+    assert found["evaluate_model"] == len(chosen) + 2
+    assert found["learn_dictionary"] == sum(len(plan.units(variant)) for variant in plan.factorized)
+
+
+def test_every_value_of_every_other_key_is_planned(base):
+    refused, places = [], []
+    for place, value, config in sections(base):
+        places.append(place)
+        try:
+            planned(config)
+        except ConfigError as error:
+            refused.append(f"{place} {value!r}: {error}")
+            assert is_end(place, value), refused[-1]
+            assert all(place[-1] in fault for fault in error.faults), refused[-1]
+    assert len(places) > 120 and len(refused) < 6, refused
