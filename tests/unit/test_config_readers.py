@@ -15,13 +15,14 @@ import pytest
 from cospadi.config import schema
 from cospadi.methods import METHODS
 from cospadi.pruning import PRUNERS
+from cospadi.runs import COMPRESS, KINDS, TRAIN, Kind
 from cospadi.sources import MODEL_SOURCES, TEXT_SOURCES
 
 PROJECT = Path(__file__).parents[2]
 LIBRARY = PROJECT / "workflow" / "cospadi"
 
-PLAN = ("workflow/cospadi/plan*", "workflow/cospadi/plan/*.py")
-RULES = ("Snakefile", "workflow/rules/*.smk")
+PLAN = ("workflow/cospadi/plan/*.py", "workflow/cospadi/stages.py")
+RULES = ("Snakefile", "workflow/*.smk", "workflow/rules/*.smk")
 LEARNING = (
     *("workflow/cospadi/learning.py", "workflow/cospadi/quantization.py", "workflow/cospadi/codecs.py"),
     *("workflow/cospadi/factorization.py", "workflow/cospadi/methods/base.py", "scripts/learn_dictionary.py"),
@@ -33,7 +34,7 @@ READERS = {
     "gram": ("scripts/compute_gram.py",),
     "pruning": RULES,
     "evaluation": ("workflow/cospadi/evaluation*", "workflow/cospadi/evaluation/*.py"),
-    "threads": RULES,
+    "training": ("workflow/cospadi/training/*.py", *RULES),
     "variants": (*PLAN, *LEARNING),
     "steps": PLAN,
 }
@@ -108,28 +109,25 @@ def keys(part: dict[str, Any], readers: set[str], where: str) -> Iterator[tuple[
     for name, child in part.get("properties", {}).items():
         yield f"{where}.{name}", name, readers
         yield from keys(child, readers, f"{where}.{name}")
-        for alternative in child.get("oneOf", ()):
-            yield from keys(_followed(alternative), readers, f"{where}.{name}")
+    more = part.get("additionalProperties")
+    for alternative in [*part.get("oneOf", ()), *([more] if isinstance(more, dict) else [])]:
+        yield from keys(alternative, readers, where)
 
 
-def _followed(part: dict[str, Any]) -> dict[str, Any]:
-    return schema()["$defs"][part["$ref"].rsplit("/", 1)[1]] if "$ref" in part else part
-
-
-def all_keys(whole: dict[str, Any]) -> Iterator[tuple[str, str, set[str]]]:
+def all_keys(kind: Kind, whole: dict[str, Any]) -> Iterator[tuple[str, str, set[str]]]:
     for section, part in whole["properties"].items():
         yield section, section, reads(*READERS[""])
-        if section in ("model", "text"):
-            sources = MODEL_SOURCES | TEXT_SOURCES
-            registry = MODEL_SOURCES if section == "model" else TEXT_SOURCES
-            for alternative in map(_followed, part["oneOf"]):
+        registry = {"model": MODEL_SOURCES, "text": TEXT_SOURCES}.get(section)
+        if registry is not None:
+            for alternative in part["oneOf"]:
                 if alternative["type"] == "object":
                     name = alternative["title"]
-                    assert name in registry and name in sources
                     yield from keys(alternative, read_by_source(registry[name]), f"{section}: {name}")
         elif section == "variants":
-            for alternative in map(_followed, _followed(part["additionalProperties"])["oneOf"]):
+            for alternative in part["additionalProperties"]["oneOf"]:
                 yield from variant_keys(alternative)
+        elif section == "threads":
+            yield from keys(part, {stage.threads for stage in kind.stages.values()}, section)
         elif part.get("type") == "object":
             yield from keys(part, reads(*READERS[section]), section)
 
@@ -145,14 +143,20 @@ def variant_keys(alternative: dict[str, Any]) -> Iterator[tuple[str, str, set[st
         yield from keys(alternative, reads(*READERS["steps"]), "variants: steps")
 
 
-def unread(whole: dict[str, Any]) -> list[str]:
-    return [where for where, name, readers in all_keys(whole) if name not in readers]
+def unread(kind: Kind, whole: dict[str, Any]) -> list[str]:
+    return [where for where, name, readers in all_keys(kind, whole) if name not in readers]
 
 
-def test_every_key_is_read():
-    where = [place for place, _, _ in all_keys(schema())]
-    assert len(where) > 150 and "text: hub.max_documents" in where and "variants: cospadi.codes.rounding" in where
-    assert unread(schema()) == []
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_every_key_is_read(kind):
+    assert unread(kind, kind.schema()) == []
+
+
+def test_every_key_is_looked_for():
+    places = {place for kind in KINDS for place, _, _ in all_keys(kind, kind.schema())}
+    assert len(places) > 200
+    assert {"text: hub.max_documents", "variants: cospadi.codes.rounding", "calibration.packing"} <= places
+    assert {"training.language.variants.coefficients", "evaluation.generate.chat", "threads.learn"} <= places
 
 
 @pytest.mark.parametrize(
@@ -170,14 +174,17 @@ def test_an_option_that_nothing_reads_is_found(monkeypatch, registry, entry):
     monkeypatch.setitem(registry[entry].options, "subset", option)
     schema.cache_clear()
     try:
-        found = unread(schema())
+        found = unread(COMPRESS, schema())
     finally:
         monkeypatch.undo()
         schema.cache_clear()
     assert found and all(place.endswith(f": {entry}.subset") for place in found), found
 
 
-@pytest.mark.parametrize("section", ["calibration", "gram", "pruning", "evaluation", "threads"])
-def test_a_key_of_a_section_that_nothing_reads_is_found(section):
+@pytest.mark.parametrize(
+    ("kind", "section"),
+    [*((COMPRESS, name) for name in ("calibration", "gram", "pruning", "evaluation", "threads")), (TRAIN, "training")],
+)
+def test_a_key_of_a_section_that_nothing_reads_is_found(kind, section):
     whole = {"properties": {section: {"type": "object", "properties": {"lenght": {"type": "integer"}}}}}
-    assert unread(whole) == [f"{section}.lenght"]
+    assert unread(kind, whole) == [f"{section}.lenght"]

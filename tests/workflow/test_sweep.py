@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator, Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -38,7 +37,7 @@ LLAMA = {
 # Values of options that the schema alone does not tell: texts with a pattern, names of files, what depends on the model
 TOLD: dict[str, list[Any]] = {
     "name": ["m", "n" * 100],
-    "rho": [1, 2.0, 16, "auto"],
+    "rho": [1, 2.0, 16],
     "warm_start": [None, "start"],
     "repo": ["owner/model"],
     "revision": ["main", "0123abc", "refs/pr/1"],
@@ -89,13 +88,9 @@ def values(name: str, part: Mapping[str, Any], told: Mapping[str, list[Any]] = T
     return list({repr(value): copy.deepcopy(value) for value in found}.values())
 
 
-def followed(part: Mapping[str, Any]) -> Mapping[str, Any]:
-    return schema()["$defs"][part["$ref"].rsplit("/", 1)[1]] if "$ref" in part else part
-
-
 def alternatives(part: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """Title to schema of the mappings that a section may be."""
-    objects = [followed(alternative) for alternative in followed(part).get("oneOf", [part])]
+    objects = part.get("oneOf", [part])
     return {part.get("title", ""): part for part in objects if part.get("type") == "object"}
 
 
@@ -139,12 +134,12 @@ def sections(base: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any, di
                     yield (*path, title, name), value, config
 
     for section, part in schema()["properties"].items():
-        if section in ("variants", "training"):  # `training` is another workflow
+        if section == "variants":
             continue
-        if followed(part).get("type") == "object" or "oneOf" in part:
+        if part.get("type") == "object" or "oneOf" in part:
             yield from changed((section,), part, TOLD_OF_TEXT if section == "text" else TOLD)
         else:
-            for value in values("name" if section == "run" else section, followed(part)):
+            for value in values("name" if section == "run" else section, part):
                 yield (section,), value, {**copy.deepcopy(base), section: value}
     nothing = {"perplexity": None, "tasks": [], "generate": None}
     yield ("text",), None, {**base, "text": None, "calibration": {"source": "self"}, "evaluation": nothing}
@@ -155,11 +150,15 @@ def base(tmp_path, monkeypatch) -> dict[str, Any]:
     """A config, in a working directory that has what it names."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(LLAMA))
+    # what the hub would be asked for
+    stored = tmp_path / "resources" / "configs" / "owner--model@main.json"
+    stored.parent.mkdir(parents=True)
+    stored.write_text(json.dumps(LLAMA))
     (tmp_path / "texts.jsonl").write_text('{"text": "One."}\n{"text": "Two."}\n')
     monkeypatch.chdir(tmp_path)
     return {
         "run": "sweep",
-        "model": {"name": "m", "source": "local", "path": "model"},
+        "model": {"name": "m", "source": "hub", "repo": "owner/model"},
         "text": {"name": "t", "source": "jsonl", "path": "texts.jsonl"},
         "calibration": {"samples": 8, "length": 64},
         "evaluation": {"perplexity": {"window": 64}},
@@ -176,16 +175,15 @@ def planned(config: Mapping[str, Any]) -> Plan:
     """A plan of which every function of the rules was asked."""
     plan = Plan(check_config(config), LLAMA)
     assert "expected in all" in table(needs(plan))
-    for variant in plan.factorized:
-        for unit in plan.units(variant):
-            wildcards = SimpleNamespace(variant=variant, unit=unit, base=plan.base_of(variant))
-            for stage in ("learn", "quantize"):
-                assert plan.mem_mb(stage)(wildcards, attempt=1) > 0
-                assert plan.runtime(stage)(wildcards, attempt=1, threads=1) > 0
-                plan.group(stage)(wildcards)
-            plan.warm_factors_of(variant, unit)
-        json.dumps([plan.learning(variant), plan.learning_code(variant), plan.drift_of(variant)])
-    json.dumps([plan.collection(), plan.pruning(), plan.windows(), plan.reported(), plan.text_file("heldout")])
+    for name, stage in plan.stages.items():
+        for alike in stage.jobs(plan):
+            assert plan.mem_mb(name)(alike.wildcards, attempt=1) > 0
+            assert plan.runtime(name)(alike.wildcards, attempt=1, threads=plan.threads(name)) > 0
+            assert len(plan.code(name)(alike.wildcards)) == 64
+            if name in ("collect", "gram", "learn"):
+                plan.group(name)(alike.wildcards)
+    parts = [plan.learning(variant) for variant in plan.factorized]
+    json.dumps([*parts, plan.collection(), plan.pruning(), plan.windows(), plan.reported()])
     return plan
 
 
