@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from cospadi.config import schema
+from cospadi.config import read_schema, schema
 from cospadi.methods import METHODS
 from cospadi.pruning import PRUNERS
 from cospadi.runs import COMPRESS, KINDS, TRAIN, Kind
@@ -172,11 +172,13 @@ def test_an_option_that_nothing_reads_is_found(monkeypatch, registry, entry):
     """The test above tried on every entry of every registry, with the name of the fault that made it needed."""
     option = {"type": "integer", "default": 1, "description": "Read by nobody."}
     monkeypatch.setitem(registry[entry].options, "subset", option)
+    read_schema.cache_clear()
     schema.cache_clear()
     try:
         found = unread(COMPRESS, schema())
     finally:
         monkeypatch.undo()
+        read_schema.cache_clear()
         schema.cache_clear()
     assert found and all(place.endswith(f": {entry}.subset") for place in found), found
 

@@ -201,7 +201,7 @@ def _plain(value: Any, depth: int = 0) -> Any:
 def repeated_keys(path: str | Path) -> list[str]:
     """Keys that stand twice in one section of a YAML file: readers keep the last, and say nothing."""
     try:
-        root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=_LOADER)
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return []  # who reads the file itself says what is wrong with it
     faults: list[str] = []
