@@ -179,9 +179,10 @@ def planned(config: Mapping[str, Any]) -> Plan:
         for alike in stage.jobs(plan):
             assert plan.mem_mb(name)(alike.wildcards, attempt=1) > 0
             assert plan.runtime(name)(alike.wildcards, attempt=1, threads=plan.threads(name)) > 0
-            assert len(plan.code(name)(alike.wildcards)) == 64
             if name in ("collect", "gram", "learn"):
                 plan.group(name)(alike.wildcards)
+            if name == "learn":
+                assert len(plan.code(name)(alike.wildcards)) == 64
     parts = [plan.learning(variant) for variant in plan.factorized]
     json.dumps([*parts, plan.collection(), plan.pruning(), plan.windows(), plan.reported()])
     return plan
