@@ -22,8 +22,9 @@ START_MINUTES = 5
 # A SLURM job is two Snakemake processes before it is the stage's own: measured 123 and 135 MB
 JOB_MEMORY = 300 * MEBI
 
-# Operations a second of one core. Measured in the demo: forward passes in bfloat16 35 G, Grams 120 G, the products of
-# htp 43 to 48 G, eigenvectors and triangular solves of svd_llm 15 to 18 G; K-SVD 17 to 20 G (benchmarks/README.md).
+# Operations a second of one core. Measured in the demo: forward passes 35 G in bfloat16 on AVX-512, 53 G in float32 on
+# AVX2 (AMD EPYC Milan), Grams 120 G, the products of htp 43 to 48 G, eigenvectors and triangular solves of svd_llm 15
+# to 18 G; K-SVD 17 to 20 G (benchmarks/README.md).
 FORWARD = 30e9
 GRAM = 80e9
 PRODUCT = 40e9
@@ -225,9 +226,9 @@ class Estimates:
         if evaluation["generate"]:
             generate = evaluation["generate"]
             flops += 10 * 2 * shapes.parameters * len(generate["prompts"]) * generate["max_new_tokens"]
-        # loading a packed checkpoint holds one more layer, dense
+        # unpacked factors, the zeros of the codes among them, are larger than dense weights; a layer is made at a time
         width = _value_bytes(evaluation["dtype"])
-        memory = _TORCH + 1.1 * width * shapes.parameters + 4 * shapes.layer_parameters + logits
+        memory = _TORCH + 1.5 * width * shapes.parameters + 4 * shapes.layer_parameters + logits
         return Work(memory, 20 + 4 * shapes.parameters / READ, flops / FORWARD, flops / GPU_FORWARD)
 
 
