@@ -2,6 +2,8 @@
 
 import itertools
 import os
+import platform
+import re
 import subprocess
 import sys
 
@@ -189,6 +191,112 @@ def test_thread_counts_do_not_change_a_byte():
         out[threads] = done.stdout.split()
     assert [out["1"][0], out["2"][0]] == ["1", "2"]
     assert out["1"][1] == out["2"][1]
+
+
+def panel_product(width):
+    """The kernel's product of a panel, in vectors of `width` bytes."""
+    numba = pytest.importorskip("numba")
+    from cospadi.solvers import _kernels
+
+    @numba.njit(fastmath={"reassoc", "contract"})
+    def product(out, factor, position, weights, n_rows):
+        _kernels._subtract_product(out, factor, position, factor.shape[1], weights, n_rows, width)
+
+    return product
+
+
+def panel_operands(dtype, n_rows=37, n_columns=160):
+    rng = np.random.default_rng(0)
+    shapes = (4, n_columns), (n_rows, n_columns), (n_rows, 4)
+    return [rng.standard_normal(shape).astype(dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_panel_product_is_right_in_vectors_of_every_width(dtype):
+    position, columns = 16, {}
+    for width in (16, 32, 64):
+        out, factor, weights = panel_operands(dtype)
+        block = slice(position, position + 3 * width // out.itemsize)
+        exact = out.astype(np.float64)
+        exact[:, block] -= weights.T.astype(np.float64) @ factor[:, block].astype(np.float64)
+        # sums of n terms, one rounding a product and a sum at most, and the last difference
+        terms = abs(out) + abs(weights).T @ abs(factor)
+        bound = 2 * (len(factor) + 1) * np.finfo(dtype).eps * terms
+        before = out.copy()
+        panel_product(width)(out, factor, position, weights, len(factor))
+        assert (abs(out - exact) <= bound).all()
+        assert not (out == before)[:, block].any()
+        outside = np.delete(np.arange(out.shape[1]), np.r_[block])
+        assert (out[:, outside] == before[:, outside]).all()
+        columns[width] = out[:, block]
+    # a number is summed in the same order whatever the width
+    for width in (16, 32):
+        assert (columns[width] == columns[64][:, : columns[width].shape[1]]).all()
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="assembly of x86-64")
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("processor", "features", "register"),
+    [("haswell", "+sse2,+avx,+avx2,+fma,-avx512f", "ymm"), ("skylake-avx512", "+avx,+avx2,+fma,+avx512f", "zmm")],
+)
+def test_sums_of_the_panel_product_stay_in_the_registers_a_processor_has(processor, features, register, dtype):
+    llvm = pytest.importorskip("llvmlite.binding")
+    from cospadi.solvers import _kernels
+
+    product = panel_product(_kernels.vector_bytes(features))
+    out, factor, weights = panel_operands(dtype)
+    product(out, factor, 0, weights, len(factor))
+    module = llvm.parse_assembly(product.inspect_llvm(product.signatures[0]))
+    machine = llvm.Target.from_default_triple().create_target_machine(cpu=processor, opt=3)
+    parts = re.split(r"^\S+:.*$", machine.emit_assembly(module), flags=re.MULTILINE)
+    sums = [re.findall(r"^\s+vfmadd\d+p[sd]\s.*", part, flags=re.MULTILINE) for part in parts]
+    loops = [(part, lines) for part, lines in zip(parts, sums, strict=True) if lines]
+    assert loops
+    for part, lines in loops:
+        # four rows of three vectors, once or a few times unrolled: more are pieces of vectors wider than a register
+        assert len(lines) % 12 == 0
+        assert all(set(re.findall(r"%([xyz]mm)\d+", line)) == {register} for line in lines)
+        assert not re.search(r"\(%r[sb]p", part), "sums go through the stack"
+        assert not re.search(r"^\s+v?mov\S+\s+%[xyz]mm\d+, .*\(", part, flags=re.MULTILINE), "sums are stored"
+
+
+def test_vectors_are_as_wide_as_the_registers_of_this_processor():
+    pytest.importorskip("numba")
+    from cospadi.solvers import _kernels
+
+    try:
+        with open("/proc/cpuinfo") as file:
+            flags = set(re.search(r"^flags\s*:(.*)$", file.read(), flags=re.MULTILINE)[1].split())
+    except (OSError, TypeError):
+        pytest.skip("no flags of an x86-64 processor in /proc/cpuinfo")
+    if {"NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", "NUMBA_ENABLE_AVX"} & set(os.environ):
+        pytest.skip("numba compiles for another processor")
+    expected = 64 if "avx512f" in flags else 32 if "avx" in flags else 16
+    assert expected == _kernels._VECTOR_BYTES
+
+
+def test_code_for_another_processor_is_compiled_anew_and_right(tmp_path):
+    """Nodes of a cluster share a home folder, and the cache in it."""
+    code = """
+import sys, numpy as np
+from cospadi.solvers import _kernels
+rng = np.random.default_rng(0)
+factor, gram, rows = rng.standard_normal((30, 144)), rng.standard_normal((100, 100)), np.zeros((4, 144))
+panel, order = np.array([31, 77, 40, 99], np.uint32), rng.permutation(100).astype(np.uint32)
+_kernels._prepare(panel, 4, rows, factor, gram, order, 30, 100, np.zeros((30, 4)))
+exact = gram[order[panel]][:, order[30:]] - factor[:, panel].T @ factor[:, 30:100]
+error = abs(rows[:, 30:100] - exact).max()
+print(_kernels._VECTOR_BYTES, len(_kernels._prepare.stats.cache_hits), error < 1e-12)
+"""
+    found = []
+    for features in ("", "+avx", "+avx") if platform.machine() in ("x86_64", "AMD64") else ("", ""):
+        env = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "NUMBA_CPU_NAME": "generic"}
+        env["NUMBA_CPU_FEATURES"] = features
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+        found.append(done.stdout.split())
+    expected = [["16", "0", "True"], ["32", "0", "True"], ["32", "1", "True"]]
+    assert found == (expected if len(found) == 3 else [["16", "0", "True"], ["16", "1", "True"]])
 
 
 def test_masks_have_exactly_the_count_asked_for_even_with_ties():
