@@ -19,6 +19,8 @@ import pytest
 import torch
 from format_reader import numbers, read_matrix
 from format_writer import BFLOAT16, pack14, random_matrix
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from cospadi.runtime import cospadi_cpu, cospadi_linear
 from cospadi.runtime.cospadi_codecs import VALUE_CODECS, decode_codes, decode_support, encode_codes, encode_dictionary
@@ -356,6 +358,69 @@ def test_casting_moves_the_bias_and_leaves_the_packed_tensors():
     assert layer.bias.dtype == torch.float64
     meta = copy.deepcopy(layer).to("meta")
     assert meta.dictionary.is_meta and meta.dictionary.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("rows", [2, 20])
+def test_parameters_that_a_tool_cast_in_place_are_read_as_what_they_are(machine, rows, dtype):
+    for codec, support, dictionary in KINDS:
+        layer, weight = make(codec=codec, support=support, dictionary=dictionary)
+        before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+        x = torch.randn(rows, weight.shape[0], generator=torch.Generator().manual_seed(rows))
+        expected = x.double() @ weight.double()
+        size = x.double().abs() @ weight.double().abs() + 1
+        layer(x)  # the kernel has seen the tensors as they were
+        for which in (lambda p: p.dtype == torch.bfloat16, lambda p: True):
+            for parameter in layer.parameters():
+                if which(parameter):
+                    parameter.data = parameter.data.to(dtype)
+            # float16 rounds what is below its normal numbers, and nothing else of bfloat16
+            bound = 1e-3 if dtype == torch.float16 else 1e-5
+            assert ((layer(x).double() - expected).abs() / size).max() < bound, (codec, support, dictionary, dtype)
+            called = cospadi_linear.packed_linear(x, *layer.parts(), layer._spec_text)
+            assert ((called.double() - expected).abs() / size).max() < bound
+        saved = layer.state_dict()
+        assert {name: tensor.dtype for name, tensor in saved.items()} == {n: t.dtype for n, t in before.items()}
+        assert all(part is None or part.dtype == kept for part, kept in zip(layer.parts(), layer._dtypes, strict=True))
+        if dtype != torch.float16:
+            assert all(torch.equal(saved[name], tensor) for name, tensor in before.items())
+
+
+def test_tensors_on_another_device_or_of_another_width_are_an_error():
+    layer, _ = make()
+    with pytest.raises(RuntimeError):
+        copy.deepcopy(layer).to("meta")(torch.randn(1, 48)).sum().item()
+    for x in (torch.randn(1, 5), torch.randn(1, 5, requires_grad=True), torch.randn(1, 96, requires_grad=True)):
+        with pytest.raises((RuntimeError, ValueError), match="shape"):
+            layer(x)
+
+
+@pytest.mark.parametrize("rows", [3, 20])
+def test_recorded_and_transformed_products_are_right(rows):
+    layer, weight = make(bias=True)
+    example, x = torch.randn(rows, 48), torch.randn(rows, 48)
+    bias = layer.bias.detach()
+    recorded = {
+        "jit.trace": lambda: torch.jit.trace(layer, (example,)),
+        "make_fx": lambda: make_fx(layer)(example),
+        "make_fx with fake tensors": lambda: make_fx(layer, tracing_mode="fake", _allow_non_fake_inputs=True)(example),
+        "symbolic_trace": lambda: torch.fx.symbolic_trace(layer),
+        "export": lambda: torch.export.export(layer, (example,)).module(),
+        "vmap": lambda: torch.vmap(layer),
+    }
+    for name, record in recorded.items():
+        made = record()
+        torch.testing.assert_close(made(x).detach(), x @ weight + bias, rtol=1e-5, atol=1e-5, msg=name)
+        graph = getattr(made, "graph", "packed_linear")
+        assert "packed_linear" in str(graph), f"{name} recorded something else than the operator"
+    gradient = torch.func.grad(lambda t: layer(t).sum())(x)
+    torch.testing.assert_close(gradient, torch.ones(rows, 40) @ weight.T, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        torch.func.jvp(layer, (x,), (example,))[1].detach(), example @ weight, rtol=1e-5, atol=1e-5
+    )
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, example))).tangent
+    torch.testing.assert_close(tangent.detach(), example @ weight, rtol=1e-5, atol=1e-5)
 
 
 def test_gradient_reaches_the_input_and_the_bias():

@@ -151,7 +151,7 @@ def decode_dictionary(
     if stored is None:
         return None
     (d_in, _), k = spec["shape"], spec["dictionary"]["n_atoms"]
-    numbers = _codec(spec["dictionary"]["codec"]).decode(stored, (d_in, k))
+    numbers = _decode(spec["dictionary"]["codec"], stored, (d_in, k))
     if scales is None:
         return numbers.to(dtype)
     size = spec["dictionary"]["group_size"] or d_in
@@ -167,13 +167,13 @@ def decode_codes(
 ) -> torch.Tensor:
     """Codes S transposed, (d_out, k) with zeros, in `dtype`: one output neuron is one row."""
     d_out, k = spec["shape"][1], spec["dictionary"]["n_atoms"]
-    codec = _codec(spec["codes"]["codec"])
+    codec = spec["codes"]["codec"]
     if support is None:
         mask = None
-        codes = codec.decode(values, (d_out, k))
+        codes = _decode(codec, values, (d_out, k))
     else:
         mask = decode_support(spec, support)
-        numbers = codec.decode(values, (spec["codes"]["n_nonzero"],))
+        numbers = _decode(codec, values, (spec["codes"]["n_nonzero"],))
         codes = torch.zeros(d_out, k, dtype=numbers.dtype, device=values.device).masked_scatter(mask, numbers)
     if scales is None or not len(scales):
         return codes.to(dtype)
@@ -196,6 +196,7 @@ def _group_of(mask: torch.Tensor, group_size: int | None, n_scales: int) -> torc
 def decode_support(spec: dict[str, Any], support: torch.Tensor) -> torch.Tensor:
     """Mask (d_out, k) of the stored codes, from either kind of stored support."""
     k = spec["dictionary"]["n_atoms"]
+    support = support.to(torch.uint8)
     if spec["codes"]["support"] == "bitmask":
         return unpack_support(support, k)
     pairs = torch.stack([support & 15, support >> 4], dim=2).flatten(1)[:, : k // 4].unsqueeze(2)  # (d_out, k / 4, 1)
@@ -213,6 +214,12 @@ def _codec(name: str) -> ValueCodec:
     if name not in VALUE_CODECS:
         raise ValueError(f"codec {name!r} is not known; this code reads {', '.join(VALUE_CODECS)}")
     return VALUE_CODECS[name]
+
+
+def _decode(name: str, stored: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Numbers of that shape. A tool may have cast what is stored: integers are in it unchanged, bfloat16 rounded."""
+    codec = _codec(name)
+    return codec.decode(stored if codec.dtype.is_floating_point else stored.to(codec.dtype), shape)
 
 
 def encode_dictionary(spec: dict[str, Any], dictionary: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:

@@ -37,8 +37,10 @@ class PackedLinear(nn.Linear):
     """A linear layer whose weight is kept as packed dictionary and codes.
 
     The packed tensors keep the dtype of the file whatever the model is cast to, so memory stays the file's and saving
-    gives back the same bytes. A product is computed in the dtype of its input. Adapters take it for the `nn.Linear` it
-    stands for; its ``weight`` has a shape and no numbers, so nothing can be merged into it.
+    gives back the same bytes. Where a tool casts them one by one (``p.data = p.data.float()``), products take what it
+    made of them, without the kernels, until the model is cast, moved or saved. A product is computed in the dtype of
+    its input. Adapters take it for the `nn.Linear` it stands for; its ``weight`` has a shape and no numbers, so nothing
+    can be merged into it.
 
     Parameters
     ----------
@@ -68,6 +70,7 @@ class PackedLinear(nn.Linear):
         # set where other layers have the same dictionary
         self.projection: SharedProjection | None = None
         self._spec_text = json.dumps(spec)
+        self._dtypes = _stored_dtypes(self._spec_text)
         self._binding: _Binding | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -75,12 +78,9 @@ class PackedLinear(nn.Linear):
         if self.unpacked_codes is not None:
             z = x if self.unpacked_dictionary is None else x @ self.unpacked_dictionary
             return F.linear(z, self.unpacked_codes, self.bias)
-        if (
-            torch.compiler.is_compiling()
-            or type(x) is not torch.Tensor
-            or (x.requires_grad and torch.is_grad_enabled())
-            or not has_kernel(x)
-        ):
+        if _is_watched(x):
+            y = self._shown(x)
+        elif not has_kernel(x):
             y = packed_linear(x, *self.parts(), self._spec_text)
         elif x.is_cpu:
             y = self._product(kernel(), x)
@@ -114,6 +114,7 @@ class PackedLinear(nn.Linear):
 
     def store(self) -> None:
         """Write trained unpacked factors into the packed tensors, rounded to their codecs; scales stay as they are."""
+        self._restore_dtypes()
         with torch.no_grad():
             if self.unpacked_dictionary is not None:
                 self.dictionary.copy_(encode_dictionary(self.spec, self.unpacked_dictionary, self.dictionary_scales))
@@ -132,6 +133,12 @@ class PackedLinear(nn.Linear):
             packed.requires_grad_(False)
         self._arrange()
 
+    def _restore_dtypes(self) -> None:
+        """Give packed tensors that a tool has cast the dtype of the file again."""
+        for part, dtype in zip(self.parts(), self._dtypes, strict=True):
+            if part is not None and part.dtype != dtype:
+                part.data = part.data.to(dtype)
+
     def _arrange(self) -> None:
         """Lay the dictionary out as its device reads it: by columns on a GPU, by rows elsewhere. Numbers stay."""
         if self.dictionary is not None and self.dictionary.ndim == 2:
@@ -148,6 +155,14 @@ class PackedLinear(nn.Linear):
             f"bias={self.bias is not None}"
         )
 
+    def _shown(self, x: torch.Tensor) -> torch.Tensor:
+        """The product as torch can record or transform it."""
+        if _is_transformed(x):
+            # plain operations have rules for everything, an operator of ours only a gradient
+            dictionary, codes = self.factors(x.dtype)
+            return F.linear(x if dictionary is None else x @ dictionary, codes)
+        return packed_linear(x, *self.parts(), self._spec_text)
+
     def _product(self, compiled: Kernel, x: torch.Tensor) -> torch.Tensor:
         """As `packed_linear`, without an operator's overhead, and with what is worth keeping from call to call.
 
@@ -155,6 +170,9 @@ class PackedLinear(nn.Linear):
         """
         binding = self._binding
         if binding is None or not binding.holds(self):
+            self._binding = None
+            if not _is_stored(self.parts(), self._dtypes, x.device):
+                return packed_linear(x, *self.parts(), self._spec_text)
             binding = self._binding = _Binding(self)
         matrix, shared = binding.matrix, self.projection
         if x.numel() <= compiled.paths.few_rows * matrix.d_in:
@@ -174,6 +192,8 @@ class PackedLinear(nn.Linear):
 
     def _product_on_gpu(self, x: torch.Tensor) -> torch.Tensor:
         parts = self.parts()
+        if not _is_stored(parts, self._dtypes, x.device):
+            return packed_linear(x, *parts, self._spec_text)
         rows = x.reshape(-1, self.in_features)
         from_rows = functools.partial(project, self.spec, parts)
         # dense codes take z in another order
@@ -185,6 +205,7 @@ class PackedLinear(nn.Linear):
         return [part for part in self.parts() if part is not None]
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedLinear:
+        self._restore_dtypes()
         packed = {id(part) for part in self._packed()}
 
         def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
@@ -201,6 +222,7 @@ class PackedLinear(nn.Linear):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if self.unpacked_codes is not None and self.unpacked_codes.requires_grad:
             self.store()
+        self._restore_dtypes()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in ("unpacked_dictionary", "unpacked_codes"):
             destination.pop(prefix + name, None)
@@ -314,9 +336,37 @@ def has_kernel(x: torch.Tensor) -> bool:
     return x.device.type == "cuda" and x.dtype in (*DTYPES, torch.float16) and kernels_agree(x.device)
 
 
+def _is_stored(parts: list[torch.Tensor | None], dtypes: tuple[torch.dtype | None, ...], device: torch.device) -> bool:
+    """Whether these packed tensors are what the kernels of a device read: there, and of the dtypes of the file."""
+    return all(
+        part is None or (part.dtype == dtype and part.device == device)
+        for part, dtype in zip(parts, dtypes, strict=True)
+    )
+
+
+def _is_watched(x: torch.Tensor) -> bool:
+    """Whether torch records or transforms the operations on `x`: it has to be shown some, and no addresses."""
+    return (
+        torch.compiler.is_compiling()
+        or type(x) is not torch.Tensor
+        or (x.requires_grad and torch.is_grad_enabled())
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0  # make_fx, fake tensors, counters of operations
+        or _is_transformed(x)
+    )
+
+
+def _is_transformed(x: torch.Tensor) -> bool:
+    """Whether torch derives something else from operations on `x`: vmap, grad, jvp of torch.func, dual numbers."""
+    if torch.compiler.is_compiling() or not isinstance(x, torch.Tensor):
+        return False
+    return torch._C._functorch.is_functorch_wrapped_tensor(x) or torch.autograd.forward_ad._current_level >= 0
+
+
 def bind(spec: dict[str, Any], parts: list[torch.Tensor | None]) -> BoundMatrix:
     """What the kernel needs of a matrix whose packed tensors, in the order of `PARTS`, are on the CPU."""
-    tensors = {name: part.contiguous() for name, part in zip(PARTS, parts, strict=True) if part is not None}
+    # detached: whoever gives a parameter other data leaves these where the kernel reads
+    tensors = {name: part.detach().contiguous() for name, part in zip(PARTS, parts, strict=True) if part is not None}
     return BoundMatrix(kernel(), spec, tensors)
 
 
@@ -343,6 +393,13 @@ def _apply_to_many(compiled: Kernel, matrix: BoundMatrix, z: torch.Tensor, dtype
 @functools.lru_cache(maxsize=4096)
 def _parsed(spec: str) -> dict[str, Any]:
     return json.loads(spec)
+
+
+@functools.lru_cache(maxsize=4096)
+def _stored_dtypes(spec: str) -> tuple[torch.dtype | None, ...]:
+    """Dtypes that the file has, in the order of `PARTS`; None for those that the matrix does not have."""
+    shapes = tensor_shapes(_parsed(spec))
+    return tuple(shapes[part][1] if part in shapes else None for part in PARTS)
 
 
 def _factors(
@@ -380,9 +437,10 @@ def packed_linear(
     """
     matrix_spec = _parsed(spec)
     parts = [dictionary, dictionary_scales, values, scales, support]
-    rows = x.reshape(-1, x.shape[-1])
-    on_cpu = x.device.type == "cpu" and has_kernel(x)
-    if x.device.type == "cuda" and has_kernel(x):
+    rows = x.reshape(-1, matrix_spec["shape"][0])
+    compiled = has_kernel(x) and _is_stored(parts, _stored_dtypes(spec), x.device)
+    on_cpu = compiled and x.device.type == "cpu"
+    if compiled and not on_cpu:
         y = apply_codes(matrix_spec, parts, project(matrix_spec, parts, rows), x.dtype)
     elif on_cpu and rows.shape[0] <= kernel().paths.few_rows:
         y = kernel().product(bind(matrix_spec, parts), rows)
@@ -399,7 +457,9 @@ def packed_linear(
 
 @packed_linear.register_fake
 def _(x: torch.Tensor, *parts_and_spec: Any) -> torch.Tensor:
-    return x.new_empty(*x.shape[:-1], _parsed(parts_and_spec[-1])["shape"][1])
+    *parts, spec = parts_and_spec
+    device = parts[PARTS.index("values")].device  # a layer without memory gives no numbers, whatever x is
+    return x.new_empty(*x.shape[:-1], _parsed(spec)["shape"][1], device=device)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
