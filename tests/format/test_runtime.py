@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import errno
 import functools
 import itertools
 import logging
 import mmap
+import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -336,14 +339,119 @@ def test_without_a_compiler_plain_torch_computes_and_the_log_says_why(undecided,
         cospadi_cpu.kernel()
 
 
-def test_the_kernel_is_compiled_once_and_found_again(monkeypatch, tmp_path):
+_STUB = """
+const char *cospadi_kind(void) { return "generic"; }
+long long cospadi_starts(void) { return 0; }
+long long cospadi_bench(void) { return 0; }
+void cospadi_product(void) {} void cospadi_many(void) {} void cospadi_unpack(void) {}
+"""
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    """Empty folder of compiled kernels, which take no time to compile."""
+    monkeypatch.setattr(cospadi_cpu, "SOURCE", _STUB)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
-    Kernel(cospadi_cpu._load("generic"))
-    (library,) = (tmp_path / "cospadi").iterdir()
+    return tmp_path / "cospadi"
+
+
+def compilations(monkeypatch) -> list[list[str]]:
+    """Commands that are run from now on."""
+    commands, run = [], subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda command, **kwargs: commands.append(command) or run(command, **kwargs))
+    return commands
+
+
+def test_the_kernel_is_compiled_once_and_found_again(monkeypatch, cache):
+    previous = os.umask(0o002)  # what a group may write is nobody's own
+    try:
+        Kernel(cospadi_cpu._load("generic"))
+    finally:
+        os.umask(previous)
+    assert sorted(path.suffix for path in cache.iterdir()) == [".sha256", ".so"]
+    assert not any(path.stat().st_mode & 0o022 for path in (cache, *cache.iterdir()))
     monkeypatch.setattr(subprocess, "run", None)
     assert Kernel(cospadi_cpu._load("generic")).kind == "generic"
-    assert library.suffix == ".so"
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda library: os.truncate(library, 0),
+        lambda library: os.truncate(library, library.stat().st_size // 2),
+        lambda library: library.write_bytes(library.read_bytes()[:-1] + b"!"),
+        lambda library: library.with_suffix(".sha256").unlink(),
+        lambda library: library.with_suffix(".sha256").write_bytes(b"\xff\xfe"),
+        lambda library: library.chmod(0o775),
+        lambda library: library.with_suffix(".sha256").chmod(0o666),
+        lambda library: (library.rename(library.with_name("other")), library.symlink_to(library.with_name("other"))),
+        lambda library: (library.unlink(), library.mkdir()),
+    ],
+    ids=["empty", "cut", "changed", "no digest", "no text", "group", "digest of all", "link", "folder"],
+)
+def test_a_damaged_kernel_is_compiled_anew(monkeypatch, cache, harm):
+    cospadi_cpu._load("generic")
+    (library,) = cache.glob("*.so")
+    shutil.copy2(library, cache / "in use")  # the loaded one keeps its own bytes
+    os.replace(cache / "in use", library)
+    harm(library)
+    commands = compilations(monkeypatch)
+    assert Kernel(cospadi_cpu._load("generic")).kind == "generic"
+    assert len(commands) >= 1
+    if library.is_file():
+        monkeypatch.setattr(subprocess, "run", None)
+        assert Kernel(cospadi_cpu._load("generic")).kind == "generic", "and kept"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_a_kernel_of_somebody_else_is_not_loaded(monkeypatch, cache):
+    cospadi_cpu._load("generic")
+    (library,) = cache.glob("*.so")
+    for foreign in (library, library.with_suffix(".sha256")):
+        os.chown(foreign, 12345, 12345)
+        commands = compilations(monkeypatch)
+        cospadi_cpu._load("generic")
+        assert len(commands) == 1 and foreign.stat().st_uid == 0
+    os.chown(cache, 12345, 12345)
+    before = library.stat()
+    commands = compilations(monkeypatch)
+    assert Kernel(cospadi_cpu._load("generic")).kind == "generic"
+    assert len(commands) == 1 and library.stat() == before, "compiled for this process alone"
+
+
+def test_without_a_home_the_kernel_is_compiled_for_the_process(monkeypatch, cache):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    assert Kernel(cospadi_cpu._load("generic")).kind == "generic"
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing_but_time(monkeypatch, cache):
+    cache.parent.joinpath("cospadi").write_text("a file where the folder would be")
+    assert Kernel(cospadi_cpu._load("generic")).kind == "generic"
+    cache.unlink()
+
+    def full(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    monkeypatch.setattr(os, "replace", full)
+    assert Kernel(cospadi_cpu._load("generic")).kind == "generic"
+    assert list(cache.iterdir()) == []
+
+
+def test_the_compiler_may_have_flags(monkeypatch, cache):
+    default = cospadi_cpu._compiler()
+    monkeypatch.setenv("CC", f"{default[0]} -g '-DNAME=a b'")
+    commands = compilations(monkeypatch)
+    assert Kernel(cospadi_cpu._load("generic")).kind == "generic"
+    assert commands[0][:3] == [*default, "-g", "-DNAME=a b"]
+    monkeypatch.setenv("CC", "gcc 'unclosed")
+    with pytest.raises(OSError, match=r"CC is .* which is no command: No closing quotation"):
+        cospadi_cpu._load("generic")
 
 
 def test_casting_moves_the_bias_and_leaves_the_packed_tensors():

@@ -19,11 +19,14 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -331,33 +334,96 @@ def kernel() -> Kernel | None:
 
 
 def _load(choice: str) -> ctypes.CDLL:
-    """The library from the cache, compiled if it is not there."""
+    """The library from the cache, compiled if it is not there or not as it was made."""
     flags = ["-O3" if choice != "generic" else "-O2", "-shared", "-fPIC", *_FLAGS[choice]]
-    digest = hashlib.sha256("\0".join([SOURCE, *flags, _processor()]).encode()).hexdigest()[:20]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cospadi"
-    library = folder / f"cpu-{digest}.so"
-    if library.exists():
-        return ctypes.CDLL(str(library))
-    compiler = next((found for name in _compilers() if (found := shutil.which(name))), None)
-    if compiler is None:
-        raise FileNotFoundError(f"no C compiler was found ({', '.join(_compilers())})")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.TemporaryDirectory(dir=folder, prefix=".compile-")
-    except OSError:  # a home that cannot be written: compile for this process alone
-        temporary = tempfile.TemporaryDirectory(prefix="cospadi-")
-        library = Path(temporary.name) / "loaded.so"
-    with temporary as work:
-        source, made = Path(work) / "kernel.c", Path(work) / "kernel.so"
-        source.write_text(SOURCE)
-        command = [compiler, *flags, "-o", str(made), str(source)]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+    parts = [SOURCE, *flags, os.environ.get("CC", ""), _processor()]
+    name = f"cpu-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:20]}.so"
+    folder = _cache_folder()
+    if folder is not None and _is_as_made(folder / name):
+        try:
+            return ctypes.CDLL(str(folder / name))
+        except OSError as error:  # a file system that forbids to run its files
+            logger.info("packed products: %s; compiling for this process alone", error)
+            folder = None
+    command = _compiler()
+    # where the cache is of no use, or has no room: compile for this process alone
+    for place in (folder, None) if folder is not None else (None,):
+        try:
+            with tempfile.TemporaryDirectory(dir=place, prefix=".compile-") as work:
+                return _compile([*command, *flags], Path(work), None if place is None else place / name)
+        except (OSError, subprocess.SubprocessError):
+            if place is None:
+                raise
+    raise AssertionError("unreachable")
+
+
+def _compile(command: list[str], work: Path, library: Path | None) -> ctypes.CDLL:
+    source, made = work / "kernel.c", work / "kernel.so"
+    source.write_text(SOURCE)
+    command = [*command, "-o", str(made), str(source)]
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+    made.chmod(0o700)
+    loaded = ctypes.CDLL(str(made))
+    if library is not None:
+        digest = work / "digest"
+        digest.write_text(_digest(made))
+        digest.chmod(0o600)
+        # a stop in between leaves a library that its digest does not fit: it is compiled anew
         os.replace(made, library)
-        return ctypes.CDLL(str(library))
+        os.replace(digest, _digest_file(library))
+    return loaded
 
 
-def _compilers() -> list[str]:
-    return [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "cc", "clang"]
+def _cache_folder() -> Path | None:
+    """Folder that only this user writes into; None where there is none and none can be made."""
+    try:
+        # a container may run as a user without a home
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cospadi"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder.stat().st_mode & 0o022:
+            folder.chmod(0o700)
+        return folder if _is_private(folder, stat.S_ISDIR) else None
+    except (OSError, RuntimeError):
+        return None
+
+
+def _is_as_made(library: Path) -> bool:
+    """Whether a library of the cache has the bytes that its compiler wrote, and nobody else can have written it."""
+    try:
+        return (
+            _is_private(library, stat.S_ISREG)
+            and _is_private(_digest_file(library), stat.S_ISREG)
+            and _digest_file(library).read_text() == _digest(library)
+        )
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _is_private(path: Path, kind: Callable[[int], bool]) -> bool:
+    status = path.lstat()
+    owners = {0, os.geteuid()} if hasattr(os, "geteuid") else {status.st_uid}
+    return kind(status.st_mode) and status.st_uid in owners and not status.st_mode & 0o022
+
+
+def _digest_file(library: Path) -> Path:
+    return library.with_suffix(".sha256")
+
+
+def _digest(library: Path) -> str:
+    return hashlib.sha256(library.read_bytes()).hexdigest()
+
+
+def _compiler() -> list[str]:
+    """Command of the C compiler, which may have flags of its own: ``CC='gcc -m64'``."""
+    said = os.environ.get("CC")
+    try:
+        commands = [shlex.split(said)] if said and said.strip() else [["gcc"], ["cc"], ["clang"]]
+    except ValueError as error:
+        raise FileNotFoundError(f"CC is {said!r}, which is no command: {error}") from error
+    for name, *flags in commands:
+        if found := shutil.which(name):
+            return [found, *flags]
+    raise FileNotFoundError(f"no C compiler was found ({', '.join(name for name, *_ in commands)})")
 
 
 def _processor() -> str:
