@@ -1,6 +1,6 @@
 """Config: is it right, and what does it say once the defaults are filled in.
 
-The schema (``workflow/schemas/config.schema.yaml`` and the options every method brings) is the only description of a
+The schema (``schemas/config.schema.yaml`` and the options every method brings) is the only description of a
 config: this module checks against it, fills in defaults from it and writes ``docs/configuration.md`` from it
 (``python -m cospadi.config docs/configuration.md``).
 """
@@ -30,7 +30,7 @@ from cospadi.registry import Entry
 from cospadi.sources import MODEL_SOURCES, TEXT_SOURCES
 from cospadi.sources.texts import SPLIT_OPTIONS
 
-SCHEMAS = Path(__file__).resolve().parents[1] / "schemas"
+SCHEMAS = Path(__file__).parent / "schemas"
 # a config file that names one of these means it instead of the base config's, not besides it
 REPLACED = ("model", "text", "variants")
 # What else is in the folder of a run, where every variant has a folder of its own

@@ -121,15 +121,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _table_of(options: argparse.Namespace) -> str:
-    # Snakemake's own, so that the table is of what Snakemake would run
-    from snakemake.utils import update_config
-
     changes = _read(options.configfile) if options.configfile else {}
     if options.device:
         changes["device"] = options.device
     base = Path("config.yaml")
     config = _read(base) if base.exists() or not changes else {}
-    update_config(config, changes)
+    if config and changes:
+        # Snakemake's own, so that the table is of what Snakemake would run
+        from snakemake.utils import update_config
+
+        update_config(config, changes)
+    else:
+        config = config or changes
     given = {}
     if options.model and kind_of(config) is COMPRESS:
         given["model_config"] = read_json(options.model, "Give a model's config.json")
