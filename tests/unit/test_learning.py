@@ -6,11 +6,12 @@ import h5py
 import numpy as np
 import pytest
 
-from cospadi.budget import sparse_shape
+from cospadi.budget import nbytes_left, sparse_shape
 from cospadi.errors import ArtifactError, NumericalError
 from cospadi.factorization import tensor_names, unpack
-from cospadi.files import BFLOAT16, TensorFile, read_json, write_json, write_tensors
-from cospadi.learning import learn_unit, shared_problems
+from cospadi.files import BFLOAT16, ModelFolder, TensorFile, read_json, write_json, write_tensors
+from cospadi.learning import learn_unit
+from cospadi.problem import matrices_of, shared
 from cospadi.quantization import quantize_unit
 
 D, INNER = 32, 48
@@ -157,14 +158,10 @@ def test_sharing_inside_a_layer(unit, tmp_path):
 
 
 def test_problems_of_both_kinds_of_sharing(unit):
-    from cospadi.learning import matrices_of
-
-    _, structure, grams = unit
-    matrices = list(matrices_of(structure, [0, 1], grams))
+    folder, structure, grams = unit
+    matrices = list(matrices_of(ModelFolder(folder), structure, [0, 1], grams))
     options = {"share": ["q_proj", "k_proj"], "share_within": [["q_proj", "k_proj"]]}
-    problems = [
-        [m.name.removeprefix("model.layers.") for m in problem] for problem in shared_problems(matrices, options)
-    ]
+    problems = [[m.name.removeprefix("model.layers.") for m in problem] for problem in shared(matrices, options)]
     assert problems[0] == ["0.q_proj", "0.k_proj", "1.q_proj", "1.k_proj"]
     assert problems[1:] == [[f"{layer}.{name}"] for layer in (0, 1) for name in ("gate_proj", "up_proj", "down_proj")]
 
@@ -244,7 +241,10 @@ def test_rho_auto_takes_the_best_of_its_grid(unit, tmp_path):
         searched = {float(rho): error for rho, error in report["rho_search"].items()}
         best = min(searched, key=searched.__getitem__)
         assert len(searched) >= 3
-        assert report["n_atoms"] == sparse_shape(*report["shape"], ratio=0.3, rho=best).n_atoms
+        assert (
+            report["n_atoms"]
+            == sparse_shape(*report["shape"], nbytes=nbytes_left([report["shape"]], 0.3), rho=best).n_atoms
+        )
         assert report["history"][-1]["relative_error"] == pytest.approx(searched[best], rel=1e-6)
     compot = run(unit, tmp_path, [0], method="compot", rho="auto", max_iter=3)[1]["matrices"]
     assert all(report["n_atoms"] <= min(report["shape"]) for report in compot.values())

@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from cospadi.budget import nbytes_left
 from cospadi.calibration.windows import prepare_windows
 from cospadi.checkpoint import assemble, target_bytes
 from cospadi.errors import ConfigError
 from cospadi.factorization import tensor_names, unpack
 from cospadi.files import BFLOAT16, ModelFolder, TensorFile, read_json
-from cospadi.gram import whitening_factor
-from cospadi.learning import learn_unit, matrices_of
+from cospadi.learning import learn_unit
 from cospadi.methods import METHODS, masa, svd_llm
+from cospadi.problem import Matrix, Metric, Problem, matrices_of
 from cospadi.pruning import drift
 from cospadi.pruning.walk import Walk
 from cospadi.quantization import quantize_unit
@@ -29,9 +30,9 @@ NAMES = [f"model.layers.{layer}.self_attn.{p}" for layer in range(LAYERS) for p 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
-def whitenings(n, d_in=D_IN):
+def metrics_of(n, d_in=D_IN):
     inputs = [RNG.normal(size=(300, d_in)) * np.linspace(0.3, 2, d_in) for _ in range(n)]
-    return [whitening_factor(x.T @ x) for x in inputs]
+    return [Metric.of(x.T @ x) for x in inputs]
 
 
 def related(n, shape=(D_IN, D_OUT), own=0.2):
@@ -47,8 +48,8 @@ def related(n, shape=(D_IN, D_OUT), own=0.2):
 def error(weights, metrics, factors):
     """Mean relative squared error."""
     errors = [
-        np.sum((w.factor @ (weight - f.reconstruct())) ** 2) / np.sum((w.factor @ weight) ** 2)
-        for weight, w, f in zip(weights, metrics, factors, strict=True)
+        metric.squared_norm(weight - f.reconstruct()) / metric.squared_norm(weight)
+        for weight, metric, f in zip(weights, metrics, factors, strict=True)
     ]
     return float(np.mean(errors))
 
@@ -62,11 +63,18 @@ def nbytes(factors):
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def factorize(weights, metrics, names, **options):
-    n_layers = 1 + max(int(name.split(".")[2]) for name in names)
-    options = {"ratio": 0.3, "storage": BF16, "groups": 1, **options}
-    found = dict(masa.factorize_layers(names, weights, metrics, [1.0] * n_layers, log=lambda line: None, **options))
-    return [found[index] for index in range(len(names))]
+def problem_of(weights, metrics, names, **changes):
+    matrices = [
+        Matrix(name, int(name.split(".")[2]), "site", weight.shape, metric, lambda weight=weight: weight)
+        for name, weight, metric in zip(names, weights, metrics, strict=True)
+    ]
+    return Problem(matrices, **changes)
+
+
+def factorize(weights, metrics, names, *, ratio=0.3, **options):
+    drift = [1.0] * (1 + max(int(name.split(".")[2]) for name in names))
+    problem = problem_of(weights, metrics, names, drift=drift, in_memory=False)
+    return masa.fit(problem, nbytes_left(problem.shapes, ratio), **{"storage": BF16, "groups": 1, **options})
 
 
 @pytest.mark.parametrize("n_atoms", [1, 3, 6])
@@ -89,25 +97,27 @@ def test_as_many_atoms_as_layers_reproduce_every_matrix():
     for weight, c in zip(weights, coefficients, strict=True):
         np.testing.assert_allclose(np.tensordot(c, atoms, 1), weight, atol=1e-5)
     rounded = [weight.astype(BFLOAT16).astype(np.float32) for weight in weights]
-    factors = factorize(rounded, whitenings(LAYERS), NAMES[::2], atoms=LAYERS, ratio=0.0)
+    factors = factorize(rounded, metrics_of(LAYERS), NAMES[::2], atoms=LAYERS, ratio=0.0)
     assert nbytes(factors) == LAYERS * 2 * D_IN * D_OUT
     for weight, factor in zip(rounded, factors, strict=True):
         np.testing.assert_array_equal(factor.quantized().reconstruct(), weight)
 
 
 def test_related_layers_share_atoms_and_beat_low_rank_at_equal_bytes():
-    weights, metrics, names = related(LAYERS), whitenings(LAYERS), NAMES[::2]
+    weights, metrics, names = related(LAYERS), metrics_of(LAYERS), NAMES[::2]
     factors = factorize(weights, metrics, names, ratio=0.5)
     assert {len(factor.plus) for factor in factors} == {1}
     assert {factor.plus[0].n_nonzero for factor in factors} == {2}, "as many atoms as there are"
     dense = LAYERS * 2 * D_IN * D_OUT
     assert 0.45 * dense < nbytes(factors) <= 0.5 * dense
-    low_rank = [svd_llm.factorize(w, m, ratio=0.5, storage=BF16) for w, m in zip(weights, metrics, strict=True)]
+    low_rank = []
+    for weight, metric, name in zip(weights, metrics, names, strict=True):
+        low_rank += svd_llm.fit(problem_of([weight], [metric], [name]), dense // LAYERS // 2, storage=BF16)
     assert error(weights, metrics, factors) < 0.1 * error(weights, metrics, low_rank)
 
 
 def test_unrelated_layers_share_none_and_bytes_go_where_they_lower_the_error():
-    metrics = whitenings(2 * LAYERS)
+    metrics = metrics_of(2 * LAYERS)
     easy = [
         RNG.normal(size=(D_IN, 4)) @ RNG.normal(size=(4, D_OUT)) + 0.01 * RNG.normal(size=(D_IN, D_OUT))
         for _ in range(LAYERS)
@@ -123,7 +133,7 @@ def test_unrelated_layers_share_none_and_bytes_go_where_they_lower_the_error():
 
 @pytest.mark.parametrize("codec", ["int8", "int4"])
 def test_atoms_in_few_bits_are_made_up_for_by_the_rest(codec):
-    weights, metrics = related(LAYERS), whitenings(LAYERS)
+    weights, metrics = related(LAYERS), metrics_of(LAYERS)
     storage = {**BF16, "dictionary_codec": codec}
     factors = factorize(weights, metrics, NAMES[::2], ratio=0.6, atoms=2, storage=storage)
     assert nbytes(factors) <= 0.4 * LAYERS * 2 * D_IN * D_OUT
@@ -134,8 +144,10 @@ def test_atoms_in_few_bits_are_made_up_for_by_the_rest(codec):
 
 
 def test_a_ratio_that_the_atoms_do_not_leave_room_for_is_an_error():
-    with pytest.raises(ConfigError, match=r"ratio 0.9 leaves .* is the least with these atoms"):
-        factorize(related(LAYERS), whitenings(LAYERS), NAMES[::2], ratio=0.9, atoms=3)
+    with pytest.raises(
+        ConfigError, match=r"ratio: 2303 bytes are left .* is the least with these atoms. Lower the ratio"
+    ):
+        factorize(related(LAYERS), metrics_of(LAYERS), NAMES[::2], ratio=0.9, atoms=3)
 
 
 def test_groups_are_parted_where_the_prediction_drifts():
@@ -234,9 +246,9 @@ def learned(tiny_model, tmp_path_factory):
 def test_every_matrix_is_learned_from_its_own_weight_and_inputs(learned):
     folder, structure = learned
     grams = [folder / f"layer_{layer:02d}.h5" for layer in range(4)]
-    matrices = list(matrices_of(chosen(structure, ATTENTION), range(4), grams))
+    matrices = list(matrices_of(ModelFolder(folder / "dense"), chosen(structure, ATTENTION), range(4), grams))
     weights = [ModelFolder(folder / "dense").read_weight(matrix.name) for matrix in matrices]
-    metrics = [whitening_factor(matrix.gram()) for matrix in matrices]
+    metrics = [matrix.metric for matrix in matrices]
     expected = factorize(weights, metrics, [matrix.name for matrix in matrices])
     file = TensorFile(folder / "factors.safetensors")
     for matrix, factors in zip(matrices, expected, strict=True):
@@ -276,5 +288,5 @@ def test_learning_and_packing_from_files_to_files(learned):
 
 
 def test_the_registry_has_the_method_and_says_that_it_learns_the_model_in_one_job():
-    assert METHODS["masa"] is masa.METHOD and masa.METHOD.whole_model is masa.factorize_layers
-    assert not any(method.whole_model for name, method in METHODS.items() if name != "masa")
+    assert METHODS["masa"] is masa.METHOD
+    assert [name for name, method in METHODS.items() if method.scope == "model"] == ["masa"]

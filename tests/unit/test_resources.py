@@ -11,13 +11,18 @@ import pytest
 import yaml
 
 from cospadi import needs as needs_module
+from cospadi.budget import nbytes_left
+from cospadi.codecs import storage_of
 from cospadi.config import check_config
 from cospadi.errors import ConfigError
+from cospadi.methods import cospadi
 from cospadi.needs import measured, needs, table
 from cospadi.plan import Plan
-from cospadi.resources import JOB_MEMORY, MEBI, SLACK, SPARE, START_MINUTES, Estimates, Work
+from cospadi.problem import Target
+from cospadi.resources import Estimates
 from cospadi.runs import KINDS, Kind, check_run, kind_of, plan_run
 from cospadi.stages import drawing
+from cospadi.work import JOB_MEMORY, MEBI, SLACK, SPARE, START_MINUTES, Work
 
 PROJECT = Path(__file__).parents[2]
 MODELS = PROJECT / "config/models"
@@ -125,12 +130,20 @@ def test_settings_decide_what_learning_takes():
 
 def test_benchmarked_solvers_take_the_time_that_benchmarks_say():
     # benchmarks/README.md, one thread: 576 x 1536 at ratio .2
-    from cospadi.resources import _learning_seconds, _n_atoms
+    targets, nbytes = [Target(0, "up_proj", (576, 1536))], nbytes_left([(576, 1536)], 0.2)
+    seconds = [cospadi.work(targets, nbytes, {"solver": solver}, storage_of({})).core for solver in ("htp", "ksvd")]
+    assert 3.40 < seconds[0] < 2 * 3.40
+    assert 183 < seconds[1] < 2 * 183
 
-    sparse = {"ratio": 0.2, "rho": 2.0}
-    assert _n_atoms(576, 1536, sparse) == pytest.approx(491, abs=2)
-    assert 3.40 < _learning_seconds(576, 1536, sparse) < 2 * 3.40
-    assert 183 < _learning_seconds(576, 1536, {**sparse, "solver": "ksvd"}) < 2 * 183
+
+def test_searching_rho_takes_more_than_a_rho_that_is_given():
+    estimates = plan_of().estimates
+    given, searched = (estimates.learn({"method": "cospadi", "ratio": 0.2, "rho": rho}).core for rho in (2.0, "auto"))
+    assert 1.2 * given < searched < 5 * given
+    # a whole run can be planned with it
+    assert plan_of(variants={"a": {"method": "cospadi", "ratio": 0.2, "rho": "auto"}}).mem_mb("learn")(
+        wildcards(variant="a"), 1
+    )
 
 
 def test_a_chunk_and_its_grams_are_one_job():

@@ -17,7 +17,7 @@ from cospadi.solvers.omp import encode_rows
 
 torch = pytest.importorskip("torch")
 
-from cospadi.solvers.api import dict_learning, sparse_encode  # noqa: E402
+from cospadi.solvers.coding import dict_learning, sparse_encode  # noqa: E402
 
 
 def problem(d=30, k=20, n=50, seed=0):

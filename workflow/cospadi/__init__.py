@@ -14,7 +14,7 @@ import wrapt
 if TYPE_CHECKING:
     from cospadi.api import factorize
     from cospadi.factorization import Factorization
-    from cospadi.solvers.api import dict_learning, sparse_encode
+    from cospadi.solvers.coding import dict_learning, sparse_encode
 
 __version__ = "0.1.0"
 __all__ = ["Factorization", "dict_learning", "factorize", "sparse_encode"]
@@ -22,9 +22,9 @@ __all__ = ["Factorization", "dict_learning", "factorize", "sparse_encode"]
 # Loaded on first use: a stage pays only for what it needs
 _LAZY = {
     "Factorization": "cospadi.factorization",
-    "dict_learning": "cospadi.solvers.api",
+    "dict_learning": "cospadi.solvers.coding",
     "factorize": "cospadi.api",
-    "sparse_encode": "cospadi.solvers.api",
+    "sparse_encode": "cospadi.solvers.coding",
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from cospadi.arrays import to_numpy
+from cospadi.budget import nbytes_left
 from cospadi.codecs import CODEC_OF_BITS, GROUP_SIZE, ROUNDINGS, storage_of
-from cospadi.errors import ConfigError
+from cospadi.errors import ConfigError, NumericalError
 from cospadi.factorization import Factorization
-from cospadi.learning import check_weight, whitening_of
 from cospadi.methods import METHODS
+from cospadi.problem import Matrix, Metric, Problem, Target, check_finite
 
 
 def factorize(
@@ -68,25 +68,27 @@ def factorize(
     ConfigError
         Listing every unknown or impossible argument.
     NumericalError
-        If weight or Gram hold NaN or infinity, or the Gram is zero.
+        If weight or Gram hold NaN or infinity, or are zero throughout.
     """
-    _check(
-        weight, gram, method, ratio, {"value_bits": value_bits, "dictionary_bits": dictionary_bits}, rounding, options
-    )
+    codes = {"value_bits": value_bits, "dictionary_bits": dictionary_bits, "group_size": group_size}
+    _check(weight, gram, method, ratio, codes, rounding, options)
     is_tensor = not isinstance(weight, np.ndarray)
     if device is None:
         device = str(weight.device) if is_tensor else "cpu"
-    weight_array = check_weight(np.ascontiguousarray(to_numpy(weight), np.float32), "weight")
-    gram_array = None if gram is None else np.ascontiguousarray(to_numpy(gram), np.float64)
-    given = {**METHODS[method].defaults(), **options}
-    factorization = METHODS[method].factorize(
-        weight_array,
-        whitening_of(gram_array, given, weight_array.shape[0]),
-        ratio=ratio,
-        storage=storage_of({"value_bits": value_bits, "dictionary_bits": dictionary_bits, "group_size": group_size}),
+    weight_array = check_finite(np.ascontiguousarray(to_numpy(weight), np.float32), "weight")
+    if not weight_array.any():
+        raise NumericalError("weight is zero throughout; there is nothing to factorize")
+    shape = weight_array.shape
+    metric = Metric.identity(shape[0]) if gram is None else Metric.of(np.ascontiguousarray(to_numpy(gram), np.float64))
+    matrix = Matrix("weight", 0, "gram", shape, metric, lambda: weight_array)
+    complete = METHODS[method].complete(options)
+    (factorization,) = METHODS[method].fit(
+        Problem([matrix]),
+        nbytes_left([shape], ratio),
+        storage=storage_of(codes),
         device=device,
         log=log,
-        **METHODS[method].own(given),
+        **METHODS[method].own(complete),
     )
     factorization = replace(factorization, rounding=rounding)
     if is_tensor:
@@ -100,28 +102,38 @@ def factorize(
     return factorization
 
 
-def _check(weight: Any, gram: Any, method: str, ratio: float, bits: dict, rounding: str, options: dict) -> None:
+def _check(
+    weight: Any,
+    gram: Any,
+    method: str,
+    ratio: float,
+    codes: dict[str, Any],
+    rounding: str,
+    options: dict[str, Any],
+) -> None:
+    """Everything that is wrong with the arguments; options by the schema that a config is checked with."""
+    from cospadi.config import option_faults
+
     faults = []
-    if method not in METHODS:
-        faults.append(f"method is {method!r}; allowed: {', '.join(METHODS)}")
     if not 0 < ratio < 1:
         faults.append(f"ratio is {ratio}; allowed: more than 0, less than 1")
-    allowed_bits = {"value_bits": tuple(CODEC_OF_BITS), "dictionary_bits": (16, 8, 4)}
-    for name, value in bits.items():
-        if value not in allowed_bits[name]:
-            faults.append(f"{name} is {value}; allowed: {', '.join(map(str, allowed_bits[name]))}")
+    for name, allowed in (("value_bits", tuple(CODEC_OF_BITS)), ("dictionary_bits", (16, 8, 4))):
+        if codes[name] not in allowed:
+            faults.append(f"{name} is {codes[name]}; allowed: {', '.join(map(str, allowed))}")
+    if codes["group_size"] is not None and codes["group_size"] < 1:
+        faults.append(f"group_size is {codes['group_size']}; allowed: at least 1, or None")
     if rounding not in ROUNDINGS:
         faults.append(f"rounding is {rounding!r}; allowed: {', '.join(ROUNDINGS)}")
-    if weight.ndim != 2:
+    if weight.ndim != 2 or 0 in weight.shape:
         faults.append(f"weight has shape {tuple(weight.shape)}; expected (d_in, d_out)")
     elif gram is not None and tuple(gram.shape) != (weight.shape[0], weight.shape[0]):
         faults.append(f"gram has shape {tuple(gram.shape)}; expected {(weight.shape[0], weight.shape[0])}")
-    if method in METHODS:
-        allowed = METHODS[method].options
-        for name in sorted(set(options) - set(allowed)):
-            close = difflib.get_close_matches(name, allowed, n=1)
-            hint = f"; did you mean {close[0]}?" if close else f"; allowed: {', '.join(allowed)}"
-            faults.append(f"{name}: not an option of method {method}{hint}")
-        faults += METHODS[method].faults({**METHODS[method].defaults(), **options})
+    if method not in METHODS:
+        faults.append(f"method is {method!r}; allowed: {', '.join(METHODS)}")
+    else:
+        faults += option_faults(METHODS[method].own(METHODS[method].options), options)
+    if not faults:
+        settings = {**METHODS[method].complete(options), "ratio": ratio, "codes": codes}
+        faults += METHODS[method].faults(settings, [[Target(0, "weight", tuple(weight.shape))]])
     if faults:
         raise ConfigError(faults, "factorize")

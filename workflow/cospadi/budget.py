@@ -1,12 +1,14 @@
-"""Budget: which number of atoms and nonzeros (or which rank) meets a ratio, in bytes of the file.
+"""Budget: which number of atoms and nonzeros (or which rank) so many bytes of the file are enough for.
 
-`ratio` is the fraction of bytes removed from a matrix that costs ``2 * d_in * d_out`` bytes in bfloat16. The
-count includes dictionary, values, scales and support exactly as `codecs` stores them, so the file keeps the promise.
+`ratio` is the fraction of bytes removed from matrices that cost ``2 * d_in * d_out`` bytes each in bfloat16; it becomes
+bytes in `nbytes_left` and nowhere else. The count includes dictionary, values, scales and support exactly as `codecs`
+stores them, so the file keeps the promise.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from cospadi.codecs import GROUP_SIZE, IDENTITY, codec_bits, scales_nbytes, stored_nbytes, support_nbytes
@@ -16,6 +18,11 @@ from cospadi.errors import ConfigError
 def dense_nbytes(d_in: int, d_out: int) -> int:
     """Bytes of the dense matrix in bfloat16."""
     return 2 * d_in * d_out
+
+
+def nbytes_left(shapes: Iterable[tuple[int, int]], ratio: float) -> int:
+    """Whole bytes that matrices of these shapes may take together once the fraction `ratio` of them is removed."""
+    return math.floor((1 - ratio) * sum(dense_nbytes(*shape) for shape in shapes))
 
 
 def factors_nbytes(
@@ -61,19 +68,18 @@ def sparse_shape(
     d_in: int,
     d_out: int,
     *,
-    ratio: float,
+    nbytes: int,
     rho: float,
     support: str = "bitmask",
     value_codec: str = "bf16",
     dictionary_codec: str = "bf16",
     group_size: int | None = GROUP_SIZE,
 ) -> SparseShape:
-    """Largest dictionary with ``n_nonzero_coefs = n_atoms / rho`` within the bytes that `ratio` leaves.
+    """Largest dictionary with ``n_nonzero_coefs = n_atoms / rho`` within `nbytes`.
 
-    With bfloat16 values and a 1-bit mask this is
-    ``k = (1 - ratio) d_in d_out / (d_in + d_out / rho + d_out / 16)``; with 14-bit values and ``rho = 2`` it is the
-    paper's Eq. 11, ``k = (1 - ratio) d_in d_out / (d_in + d_out / rho)``. Rounding to whole atoms and bytes is exact:
-    the atoms are maximal, then the nonzeros are raised while a whole one more a column still fits.
+    With bfloat16 values and a 1-bit mask this is ``k = nbytes / 2 / (d_in + d_out / rho + d_out / 16)``; with 14-bit
+    values and ``rho = 2`` it is the paper's Eq. 11, ``k = nbytes / 2 / (d_in + d_out / rho)``. Rounding to whole atoms
+    and bytes is exact: the atoms are maximal, then the nonzeros are raised while a whole one more a column still fits.
     Support ``"2:4"`` has a multiple of 4 atoms and half as many nonzeros, whatever `rho`.
 
     Raises
@@ -81,9 +87,8 @@ def sparse_shape(
     ConfigError
         If not even one atom with one nonzero fits (of ``"2:4"``, four with two).
     """
-    allowed = (1 - ratio) * dense_nbytes(d_in, d_out)
 
-    def nbytes(n_atoms: int, n_nonzero_coefs: int) -> int:
+    def taken(n_atoms: int, n_nonzero_coefs: int) -> int:
         return factors_nbytes(
             d_in,
             d_out,
@@ -104,14 +109,14 @@ def sparse_shape(
 
     value_bytes = codec_bits(value_codec) / 8
     atom_bytes = codec_bits(dictionary_codec) / 8
-    n_atoms = (math.ceil(allowed / (atom_bytes * d_in + value_bytes * d_out / rho + d_out / 8)) + 2) // step * step
-    while n_atoms > 0 and nbytes(n_atoms, coefs(n_atoms)) > allowed:
+    n_atoms = (math.ceil(nbytes / (atom_bytes * d_in + value_bytes * d_out / rho + d_out / 8)) + 2) // step * step
+    while n_atoms > 0 and taken(n_atoms, coefs(n_atoms)) > nbytes:
         n_atoms -= step
     if n_atoms <= 0:
         smallest = "four atoms fit" if quads else "one atom fits"
-        raise ConfigError([f"ratio {ratio} leaves {allowed:.0f} bytes of a {d_in}x{d_out} matrix: not {smallest}"])
+        raise ConfigError([f"{nbytes} bytes for a {d_in}x{d_out} matrix: not {smallest}"])
     n_nonzero_coefs = coefs(n_atoms)
-    while not quads and n_nonzero_coefs < n_atoms and nbytes(n_atoms, n_nonzero_coefs + 1) <= allowed:
+    while not quads and n_nonzero_coefs < n_atoms and taken(n_atoms, n_nonzero_coefs + 1) <= nbytes:
         n_nonzero_coefs += 1
     return SparseShape(n_atoms, n_nonzero_coefs)
 
@@ -120,21 +125,21 @@ def low_rank(
     d_in: int,
     d_out: int,
     *,
-    ratio: float,
+    nbytes: int,
     value_codec: str = "bf16",
     dictionary_codec: str = "bf16",
     group_size: int | None = GROUP_SIZE,
 ) -> int:
-    """Largest rank r with ``r (d_in + d_out)`` stored numbers within the bytes that `ratio` leaves (SVD-LLM).
+    """Largest rank r with ``r (d_in + d_out)`` stored numbers within `nbytes` (SVD-LLM).
 
     Raises
     ------
     ConfigError
         If not even rank 1 fits.
     """
-    allowed = (1 - ratio) * dense_nbytes(d_in, d_out)
-    rank = min(d_in, d_out)
-    while rank > 0 and allowed < factors_nbytes(
+    bits = codec_bits(dictionary_codec) * d_in + codec_bits(value_codec) * d_out  # of rank 1, without scales
+    rank = min(d_in, d_out, 8 * nbytes // bits)
+    while rank > 0 and nbytes < factors_nbytes(
         d_in,
         d_out,
         rank,
@@ -145,8 +150,6 @@ def low_rank(
         group_size=group_size,
     ):
         rank -= 1
-    if rank == 0:
-        raise ConfigError(
-            [f"ratio {ratio} leaves {allowed:.0f} bytes of a {d_in}x{d_out} matrix: not even rank 1 fits"]
-        )
+    if rank <= 0:
+        raise ConfigError([f"{nbytes} bytes for a {d_in}x{d_out} matrix: not even rank 1 fits"])
     return rank

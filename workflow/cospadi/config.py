@@ -24,7 +24,7 @@ import yaml
 from jsonschema import Draft202012Validator, ValidationError, validators
 
 from cospadi.errors import ConfigError
-from cospadi.methods import METHODS
+from cospadi.methods import METHODS, warm_start_faults
 from cospadi.pruning import PRUNERS
 from cospadi.registry import Entry
 from cospadi.sources import MODEL_SOURCES, TEXT_SOURCES
@@ -225,6 +225,13 @@ def repeated_keys(path: str | Path) -> list[str]:
 
     walk(root, ())
     return faults
+
+
+def option_faults(options: Mapping[str, Schema], given: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with values of options, by the schema of each."""
+    part = {"type": "object", "additionalProperties": False, "properties": dict(options)}
+    for error in _Validator(part).iter_errors(dict(given)):
+        yield from _describe(error)
 
 
 def _finite(_checker: Any, value: Any) -> bool:
@@ -562,8 +569,7 @@ def _warm_start_faults(variants: Mapping[str, Any]) -> Iterator[str]:
             continue
         if pruned[source] != pruned[name]:
             yield f"{where} starts from another model"
-        if learned[source].get("group_size") != settings.get("group_size"):
-            yield f"{where} has another group_size"
+        yield from (f"{where} {fault}" for fault in warm_start_faults(settings, learned[source]))
         seen = [name]
         while source in learned and source not in seen:
             seen.append(source)

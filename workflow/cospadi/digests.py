@@ -16,6 +16,8 @@ PACKAGE = Path(__file__).parent
 # What a run takes from these is chosen by name in the config, and the chooser names the chosen module: their tables
 # are no part of a digest, so a line more in one changes nothing that was there
 REGISTRIES = {"cospadi.methods", "cospadi.pruning", "cospadi.solvers", "cospadi.sources"}
+# Estimates of memory and time decide nothing in an artifact
+ESTIMATES = {"cospadi.work"}
 
 # Modules with tables of which a stage may say what it takes: other entries, and the private functions and classes that
 # only those use, are then no part of its digest
@@ -50,7 +52,7 @@ def code_digest(
     waiting = list(modules)
     while waiting:
         module = waiting.pop()
-        left_out = module in REGISTRIES or (without and f"{module}.".startswith(f"{without}."))
+        left_out = module in REGISTRIES | ESTIMATES or (without and f"{module}.".startswith(f"{without}."))
         if module not in found and not left_out:
             found[module], imports = _read(module, entries if module in TABLES else None)
             waiting += imports

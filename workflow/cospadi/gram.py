@@ -228,16 +228,26 @@ def relative_error(weight: np.ndarray, approximation: np.ndarray, gram: np.ndarr
         If a value is not finite, or the denominator is zero.
     """
     weight = np.asarray(weight, dtype=np.float64)
-    difference = weight - np.asarray(approximation, dtype=np.float64)
-    error, size = (
-        np.sum(matrix * (matrix if gram is None else np.asarray(gram, dtype=np.float64) @ matrix))
-        for matrix in (difference, weight)
-    )
-    if not (np.isfinite(error) and np.isfinite(size)):
-        raise NumericalError("weight, approximation or Gram holds NaN or infinity")
+    error = squared_norm(weight - np.asarray(approximation, dtype=np.float64), gram)
+    size = squared_norm(weight, gram)
     if size <= 0:
         raise NumericalError("the weight is zero on the calibration data: no relative error exists")
-    return math.sqrt(max(float(error), 0.0) / float(size))
+    return math.sqrt(max(error, 0.0) / size)
+
+
+def squared_norm(matrix: np.ndarray, gram: np.ndarray | None = None) -> float:
+    """``||X M||_F^2 = tr(M^T G M)`` of a matrix M (d_in, n), in float64; without a Gram ``||M||_F^2``.
+
+    Raises
+    ------
+    NumericalError
+        If a value is not finite.
+    """
+    matrix = np.asarray(matrix, dtype=np.float64)
+    size = float(np.sum(matrix * (matrix if gram is None else np.asarray(gram, dtype=np.float64) @ matrix)))
+    if not math.isfinite(size):
+        raise NumericalError("weight, approximation or Gram holds NaN or infinity")
+    return size
 
 
 def _gram_of_rows(rows: h5py.Dataset, start: int, stop: int, dtype: str) -> np.ndarray:

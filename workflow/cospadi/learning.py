@@ -2,93 +2,25 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from cospadi.budget import nbytes_left
 from cospadi.codecs import storage_of
-from cospadi.errors import ArtifactError, NumericalError
+from cospadi.errors import ArtifactError
 from cospadi.factorization import Factorization, dictionary_names, tensor_names, unpack
 from cospadi.files import ModelFolder, TensorFile, read_json, write_json, write_tensors
-from cospadi.gram import Whitening, read_gram, relative_error, sites, whitening_factor
+from cospadi.gram import squared_norm
 from cospadi.methods import METHODS, Method
+from cospadi.problem import Matrix, Metric, Problem, matrices_of, shared
 
 FORMAT_VERSION = 1
-
-# Where all layers are one problem, so many whitenings stay in memory: those of a few layers that share
-_WHITENINGS_HELD = 4
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """One target matrix: where its inputs are measured, what it is called, and its shape (d_in, d_out)."""
-
-    gram_file: Path
-    site: str
-    name: str
-    shape: tuple[int, int]
-
-    @property
-    def projection(self) -> str:
-        """Last part of the name, ``q_proj``."""
-        return self.name.rsplit(".", 1)[-1]
-
-    @property
-    def inputs(self) -> tuple[Path, str]:
-        """What its inputs are, equal for matrices that read the same ones."""
-        return self.gram_file, self.site
-
-    def gram(self) -> np.ndarray:
-        """Gram of the matrix's inputs."""
-        return read_gram(self.gram_file, self.site)
-
-    def heldout_gram(self) -> np.ndarray | None:
-        """Gram of the calibration rows that were kept out, None where none were."""
-        if not sites(self.gram_file)[self.site]["n_heldout"]:
-            return None
-        return read_gram(self.gram_file, self.site, heldout=True)
-
-
-def matrices_of(structure: Mapping[str, Any], layers: Sequence[int], gram_files: Sequence[Path]) -> Iterator[Matrix]:
-    """Every target matrix of `layers`, in the order of the model; one Gram file a layer."""
-    for layer, gram_file in zip(layers, gram_files, strict=True):
-        for site in structure["layers"][layer]["sites"]:
-            for matrix in site["matrices"]:
-                yield Matrix(gram_file, site["name"], matrix["name"], tuple(matrix["shape"]))
-
-
-def shared_problems(matrices: Sequence[Matrix], options: Mapping[str, Any]) -> list[list[Matrix]]:
-    """Matrices that share a dictionary, together; a list of one for a matrix with its own.
-
-    ``share`` names the projections whose matrices share across the layers of the unit, each projection for itself;
-    ``share_within`` lists projections that share inside a layer (q, k and v; gate and up). A projection in both
-    shares both ways.
-    """
-    bundle_of = {name: f"bundle {i}" for i, bundle in enumerate(options["share_within"]) for name in bundle}
-    problems: dict[tuple[str, str], list[Matrix]] = {}
-    for matrix in matrices:
-        layer = "all" if matrix.projection in options["share"] else str(matrix.gram_file)
-        problems.setdefault((layer, bundle_of.get(matrix.projection, matrix.projection)), []).append(matrix)
-    return list(problems.values())
-
-
-def method_options(variant: Mapping[str, Any]) -> dict[str, Any]:
-    """The method's own options of a variant, defaults filled in."""
-    method = METHODS[variant["method"]]
-    return {name: variant.get(name, default) for name, default in method.defaults().items()}
-
-
-def whitening_of(gram: np.ndarray | None, options: Mapping[str, Any], d_in: int) -> Whitening:
-    """Whitening that a method's options ask for: of `gram`, ridged by ``eta``, or of the identity."""
-    if gram is None or not options["whiten"]:
-        return whitening_factor(np.eye(d_in))
-    return whitening_factor(gram, eta=options["eta"])
 
 
 def learn_unit(
@@ -107,9 +39,10 @@ def learn_unit(
 ) -> None:
     """Learn every matrix of a unit and write ``factors`` (float32) and diagnostics.
 
-    Matrices that share a dictionary are one problem: their weights side by side, in the metric of their mean Gram
-    (the paper's grouped variant), or each in its own where the method can (`Method.joint`); a shared dictionary is
-    stored once, under the name of its first matrix.
+    Matrices that share a dictionary are one `Problem`, and so are all matrices of a model where the method is for that
+    (`Method.scope`). A shared dictionary is stored once, under the name of its first matrix. A matrix without outputs
+    on the calibration data (its weight or all of its inputs are zero) has nothing to be factorized: it is left out,
+    stays as it is in the model, and the diagnostics list it under ``kept_dense``.
 
     Parameters
     ----------
@@ -127,37 +60,49 @@ def learn_unit(
     warm_factors : Path, optional
         Factors of the same unit from another variant, to start from (option ``warm_start``).
     drift : Path, optional
-        From `pruning.drift.measure`, for a method that learns the whole model at once (`Method.whole_model`).
+        From `pruning.drift.measure`, for a method that learns the whole model at once.
 
     Raises
     ------
     NumericalError
-        If a weight holds NaN or infinity, or is zero throughout.
+        If a weight holds NaN or infinity.
     """
-    job = _Job(ModelFolder(model_folder), variant, device, log)
-    matrices = list(matrices_of(structure, layers, gram_files))
+    method = METHODS[variant["method"]]
+    options = method.complete(variant)
+    job = _Job(
+        method=method,
+        options=options,
+        ratio=variant["ratio"],
+        storage=storage_of(variant["codes"]),
+        warm=None if warm_factors is None else TensorFile(warm_factors),
+        drift=None if drift is None else read_json(drift)["drift"],
+        device=device,
+        log=log,
+    )
+    whole = method.scope == "model"
+    matrices = list(matrices_of(ModelFolder(model_folder), structure, layers, gram_files, keep_grams=not whole))
     tensors: dict[str, np.ndarray] = {}
     specs: dict[str, Any] = {}
     reports: dict[str, Any] = {}
+    kept_dense: dict[str, str] = {}
     started = time.perf_counter()
-    if job.method.whole_model is None:
-        warm = None if warm_factors is None else TensorFile(warm_factors)
-        learned = _learn_problems(job, matrices, warm, n_layers=len(layers))
-    else:
-        learned = _learn_together(job, matrices, read_json(drift)["drift"])
-    for one in learned:
-        name = one.matrix.name
+    for one in _learn(job, [matrices] if whole else shared(matrices, options), n_layers=len(layers)):
+        if one.factors is None:
+            kept_dense[one.name] = one.report["reason"]
+            log(f"warning: {one.name} stays as it is: {one.report['reason']}")
+            continue
         stored = one.factors.with_storage(value_codec="float32", dictionary_codec="float32")
-        packed, specs[name] = stored.pack(name, dictionary=one.factors.tensor or f"{one.owner}.dictionary")
+        packed, specs[one.name] = stored.pack(one.name)
         tensors.update(packed)
-        reports[name] = {**_report(one), "seconds": one.seconds, **one.factors.diagnostics}
-        log(f"{name}: relative error {reports[name]['relative_error']:.4f} in {one.seconds:.1f} s")
+        reports[one.name] = {**one.report, **one.factors.diagnostics}
+        log(f"{one.name}: relative error {one.report['relative_error']:.4f} in {one.report['seconds']:.1f} s")
     dictionaries = {name: set(dictionary_names(spec)) for name, spec in specs.items()}
     for name, report in reports.items():
         report["shared_with"] = [
             other for other, theirs in dictionaries.items() if other != name and theirs & dictionaries[name]
         ]
-    write_tensors(output, tensors, {"format_version": FORMAT_VERSION, "matrices": specs})
+    header = {"format_version": FORMAT_VERSION, "matrices": specs, "kept_dense": kept_dense}
+    write_tensors(output, tensors, header)
     write_json(
         diagnostics,
         {
@@ -165,150 +110,120 @@ def learn_unit(
             "unit": output.stem,
             "method": variant["method"],
             "ratio": variant["ratio"],
-            "options": job.options,
+            "options": options,
             "device": device,
             "seconds": time.perf_counter() - started,
+            "kept_dense": kept_dense,
             "matrices": reports,
         },
     )
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What all matrices of a unit have in common."""
+class _Job(NamedTuple):
+    """What all problems of a unit have in common."""
 
-    folder: ModelFolder
-    variant: Mapping[str, Any]
+    method: Method
+    options: dict[str, Any]
+    ratio: float
+    storage: dict[str, Any]
+    warm: TensorFile | None
+    drift: Sequence[float] | None
     device: str
     log: Callable[[str], None]
 
-    @cached_property
-    def method(self) -> Method:
-        return METHODS[self.variant["method"]]
-
-    @cached_property
-    def options(self) -> dict[str, Any]:
-        return method_options(self.variant)
-
-    def weight(self, matrix: Matrix) -> np.ndarray:
-        """The weight (d_in, d_out), float32."""
-        return check_weight(self.folder.read_weight(matrix.name), f"{self.folder.path}: {matrix.name}.weight")
-
-    def whitening(self, matrices: Sequence[Matrix]) -> Whitening:
-        """Of the mean Gram of what the matrices read."""
-        return whitening_of(mean_gram(matrices), self.options, matrices[0].shape[0])
-
-    def arguments(self, label: str) -> dict[str, Any]:
-        """What every method is called with."""
-        return {
-            "ratio": self.variant["ratio"],
-            "storage": storage_of(self.variant["codes"]),
-            "device": self.device,
-            "log": lambda line: self.log(f"{label}: {line}"),
-            **self.method.own(self.options),
-        }
-
 
 class _Learned(NamedTuple):
-    """Factors of a matrix, whose name their dictionary goes by, and how long they took."""
+    """Factors of a matrix and what the diagnostics say of it whatever the method; None for one that stays dense."""
 
-    matrix: Matrix
-    weight: np.ndarray
-    whitening: Whitening
-    factors: Factorization
-    owner: str
-    seconds: float
+    name: str
+    factors: Factorization | None
+    report: dict[str, Any]
 
 
-def _learn_problems(
-    job: _Job, matrices: Sequence[Matrix], warm: TensorFile | None, *, n_layers: int
-) -> Iterator[_Learned]:
-    """One problem after the other, each of the matrices that share a dictionary."""
+def _learn(job: _Job, groups: Sequence[Sequence[Matrix]], *, n_layers: int) -> Iterator[_Learned]:
+    """One problem after the other."""
     started = time.perf_counter()
-    problems = shared_problems(matrices, job.options)
-    allowed = None if job.options.get("max_seconds") is None else job.options["max_seconds"] * n_layers
-    held: dict[frozenset[tuple[Path, str]], Whitening] = {}
-    for index, problem in enumerate(problems):
-        problem_started = time.perf_counter()
-        weights = [job.weight(matrix) for matrix in problem]
-        names = [matrix.name for matrix in problem]
-        arguments = job.arguments(" + ".join(names))
-        if allowed is not None:
-            left = allowed - (problem_started - started)
-            arguments["max_seconds"] = max(1e-3, left * _cost(problem) / sum(map(_cost, problems[index:])))
-        if warm is not None:
-            arguments["warm"] = _read_side_by_side(warm, names)
-        joint = job.method.joint(job.options) if len(_inputs(problem)) > 1 else None
-        metrics = [problem] if joint is None else [[matrix] for matrix in problem]
-        # q, k and v follow each other and share a metric; of other metrics none stays in memory
-        held = {inputs: whitening for inputs, whitening in held.items() if inputs in map(_inputs, metrics)}
-        for sharing in metrics:
-            if _inputs(sharing) not in held:
-                held[_inputs(sharing)] = job.whitening(sharing)
-        if joint is None:
-            whitenings = [held[_inputs(problem)]] * len(problem)
-            factorization = job.method.factorize(np.concatenate(weights, axis=1), whitenings[0], **arguments)
-            parts = split_codes(factorization, [weight.shape[1] for weight in weights])
-        else:
-            whitenings = [held[_inputs([matrix])] for matrix in problem]
-            parts = joint(weights, whitenings, **arguments)
-        seconds = (time.perf_counter() - problem_started) / len(problem)
-        for matrix, weight, part, whitening in zip(problem, weights, parts, whitenings, strict=True):
-            yield _Learned(matrix, weight, whitening, part, names[0], seconds)
+    means: dict[frozenset[Metric], Metric] = {}  # q, k and v follow each other and share a metric
+    for index, group in enumerate(groups):
+        in_memory = job.method.scope == "problem"
+        weights = [matrix.weight() for matrix in group] if in_memory else None
+        sizes = [
+            matrix.metric.squared_norm(matrix.weight() if weights is None else weights[i])
+            for i, matrix in enumerate(group)
+        ]
+        for matrix, size in zip(group, sizes, strict=True):
+            if size <= 0:
+                yield _Learned(matrix.name, None, {"reason": _why_dense(matrix)})
+        kept = [i for i, size in enumerate(sizes) if size > 0]
+        if kept:
+            problem_started = time.perf_counter()
+            metrics = frozenset(group[i].metric for i in kept)
+            problem = Problem(
+                [group[i] for i in kept],
+                weights=weights and [weights[i] for i in kept],
+                metric=means.get(metrics),
+                drift=job.drift,
+                in_memory=in_memory,
+            )
+            if in_memory:
+                means[metrics] = problem.metric
+            arguments = _arguments(job, problem)
+            if arguments.get("max_seconds") is not None:
+                left = job.options["max_seconds"] * n_layers - (problem_started - started)
+                costs = [_cost(other) for other in groups[index:]]
+                arguments["max_seconds"] = max(1e-3, left * costs[0] / sum(costs))
+            found = job.method.fit(problem, nbytes_left(problem.shapes, job.ratio), **arguments)
+            seconds = (time.perf_counter() - problem_started) / len(kept)
+            for place, i in enumerate(kept):
+                factors, found[place] = found[place], None  # each is freed once it is packed
+                weight = group[i].weight() if weights is None else weights[i]
+                report = _report(group[i], weight, factors, sizes[i])
+                yield _Learned(group[i].name, factors, {**report, "seconds": seconds})
+        # of metrics that no other problem needs none stays in memory
+        later = [frozenset(matrix.metric for matrix in other) for other in groups[index + 1 :]]
+        for metric in {matrix.metric for matrix in group} - frozenset().union(*later):
+            metric.forget()
+        means = {key: mean for key, mean in means.items() if key in later}
 
 
-def _learn_together(job: _Job, matrices: Sequence[Matrix], drift: Sequence[float]) -> Iterator[_Learned]:
-    """All matrices in one problem, which reads what it needs when it needs it."""
-    reading = {matrix.inputs: matrix for matrix in matrices}
-    whitening_at = lru_cache(_WHITENINGS_HELD)(lambda inputs: job.whitening([reading[inputs]]))
-    weights = _OnDemand(matrices, job.weight)
-    whitenings = _OnDemand(matrices, lambda matrix: whitening_at(matrix.inputs))
-    names = [matrix.name for matrix in matrices]
-    before = time.perf_counter()
-    for index, factors in job.method.whole_model(names, weights, whitenings, drift, **job.arguments("all layers")):
-        now = time.perf_counter()
-        yield _Learned(matrices[index], weights[index], whitenings[index], factors, names[index], now - before)
-        before = now
+def _arguments(job: _Job, problem: Problem) -> dict[str, Any]:
+    """What `Method.fit` is called with."""
+    label = "all layers" if job.method.scope == "model" else " + ".join(problem.names)
+    return {
+        **job.method.own(job.options),
+        "storage": job.storage,
+        "device": job.device,
+        "log": lambda line: job.log(f"{label}: {line}"),
+        "warm": None if job.warm is None else _read_side_by_side(job.warm, problem.names),
+    }
 
 
-class _OnDemand(Sequence):
-    """A sequence whose entries are made anew each time they are asked for."""
-
-    def __init__(self, matrices: Sequence[Matrix], make: Callable[[Matrix], Any]) -> None:
-        self._matrices = matrices
-        self._make = make
-
-    def __len__(self) -> int:
-        return len(self._matrices)
-
-    def __getitem__(self, index: int) -> Any:
-        return self._make(self._matrices[index])
+def _why_dense(matrix: Matrix) -> str:
+    if matrix.weight().any():
+        return f"its outputs are zero for all inputs of the calibration data ({matrix.site})"
+    return "its weight is zero throughout"
 
 
-def _report(learned: _Learned) -> dict[str, Any]:
-    """What the diagnostics say of every matrix, whatever the method."""
-    matrix, weight, whitening = learned.matrix, learned.weight, learned.whitening
-    approximation = learned.factors.reconstruct()
+def _report(matrix: Matrix, weight: np.ndarray, factors: Factorization, size: float) -> dict[str, Any]:
+    difference = weight.astype(np.float64) - factors.reconstruct()
+    error = matrix.metric.squared_norm(difference)
     report = {
         "shape": list(weight.shape),
         "site": matrix.site,
-        "relative_error": relative_error(weight, approximation, matrix.gram()),
-        "shift": whitening.shift,
-        "eta": whitening.eta,
+        "squared_norm": size,
+        "squared_error": error,
+        "relative_error": math.sqrt(max(error, 0.0) / size),
     }
-    heldout = matrix.heldout_gram()
-    if heldout is not None:
-        report["relative_error_heldout"] = relative_error(weight, approximation, heldout)
+    heldout = matrix.metric.heldout_gram()
+    heldout_size = 0.0 if heldout is None else squared_norm(weight, heldout)
+    if heldout_size > 0:
+        report["relative_error_heldout"] = math.sqrt(max(squared_norm(difference, heldout), 0.0) / heldout_size)
     return report
 
 
-def _inputs(matrices: Sequence[Matrix]) -> frozenset[tuple[Path, str]]:
-    return frozenset(matrix.inputs for matrix in matrices)
-
-
-def _cost(problem: Sequence[Matrix]) -> int:
+def _cost(group: Sequence[Matrix]) -> int:
     """What learning a problem costs, in units of its own: products of a dictionary with the weights."""
-    d_in, d_out = problem[0].shape[0], sum(matrix.shape[1] for matrix in problem)
+    d_in, d_out = group[0].shape[0], sum(matrix.shape[1] for matrix in group)
     return d_in * d_out * min(d_in, d_out)
 
 
@@ -327,33 +242,3 @@ def _read_side_by_side(factors: TensorFile, names: Sequence[str]) -> Factorizati
             raise ArtifactError(factors.path, f"has no factors of {name}", "Name another variant as warm_start")
         found.append(unpack({tensor: factors.read(tensor) for tensor in tensor_names(name, spec)}, spec, name))
     return replace(found[0], codes=np.concatenate([part.codes for part in found], axis=1))
-
-
-def mean_gram(problem: Sequence[Matrix]) -> np.ndarray:
-    """Mean Gram of the distinct sites of a problem, the paper's metric of a group."""
-    distinct = {matrix.inputs: matrix for matrix in problem}
-    return sum(matrix.gram() for matrix in distinct.values()) / len(distinct)
-
-
-def split_codes(factorization: Factorization, widths: Sequence[int]) -> list[Factorization]:
-    """Factors of the matrices whose weights stood side by side: one dictionary, each its columns of the codes."""
-    edges = np.cumsum([0, *widths])
-    return [
-        replace(factorization, codes=factorization.codes[:, first:last]) for first, last in itertools.pairwise(edges)
-    ]
-
-
-def check_weight(weight: np.ndarray, where: str) -> np.ndarray:
-    """`weight` itself, refused where no method could mean anything.
-
-    Raises
-    ------
-    NumericalError
-        If it holds NaN or infinity, or is zero throughout; names `where` it comes from.
-    """
-    bad = np.count_nonzero(~np.isfinite(weight))
-    if bad:
-        raise NumericalError(f"{where} holds {bad} non-finite values; repair it, or fetch the model again")
-    if not weight.any():
-        raise NumericalError(f"{where} is zero throughout; there is nothing to factorize")
-    return weight

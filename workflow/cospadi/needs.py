@@ -19,9 +19,9 @@ from tabulate import tabulate
 
 from cospadi.errors import ConfigError, CospadiError
 from cospadi.files import read_json
-from cospadi.resources import Work
 from cospadi.runs import COMPRESS, kind_of, plan_run
 from cospadi.stages import Staged
+from cospadi.work import Work
 
 GIGA = 1e9
 

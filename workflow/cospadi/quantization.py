@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -12,10 +13,11 @@ import numpy as np
 
 from cospadi.budget import dense_nbytes
 from cospadi.codecs import MIXTURE, storage_of
+from cospadi.errors import ArtifactError
 from cospadi.factorization import Factorization, dictionary_names, tensor_names, unpack
 from cospadi.files import ModelFolder, TensorFile, write_json, write_tensors
-from cospadi.gram import relative_error
-from cospadi.learning import FORMAT_VERSION, matrices_of
+from cospadi.learning import FORMAT_VERSION
+from cospadi.problem import Metric, matrices_of
 
 
 def quantize_unit(
@@ -43,30 +45,44 @@ def quantize_unit(
     tensors: dict[str, np.ndarray] = {}
     specs: dict[str, Any] = {}
     reports: dict[str, Any] = {}
+    kept_dense = learned.metadata.get("kept_dense", {})
     dense_nbytes_all = 0
-    for matrix in matrices_of(structure, layers, gram_files):
+    metric: Metric | None = None
+    for matrix in matrices_of(folder, structure, layers, gram_files):
         name = matrix.name
         dense_nbytes_all += dense_nbytes(*matrix.shape)
-        if name not in learned_specs:  # not among the variant's targets
+        if matrix.metric is not metric and metric is not None:  # q, k and v follow each other and share one
+            metric.forget()
+        metric = matrix.metric
+        if name not in learned_specs:  # not among the variant's targets, or kept dense
             continue
         spec = learned_specs[name]
         parts = {tensor: learned.read(tensor) for tensor in tensor_names(name, spec)}
-        weight = folder.read_weight(name)
-        gram = matrix.gram()
-        factorization = round_factors(unpack(parts, spec, name), codes, weight, gram)
+        weight = matrix.weight()
+        factorization = round_factors(unpack(parts, spec, name), codes, weight, metric)
         packed, specs[name] = factorization.pack(name)
         tensors.update(packed)
         stored = unpack(packed, specs[name], name)
+        size, error = metric.squared_norm(weight), metric.squared_norm(weight - stored.reconstruct().astype(np.float64))
         reports[name] = {
             # a shared dictionary is in the file once: each matrix counts its part of it
             "nbytes": sum(
                 tensor.nbytes / max(1, sharers[part.removesuffix("_scales")]) for part, tensor in packed.items()
             ),
             "dense_nbytes": dense_nbytes(*weight.shape),
-            "relative_error": relative_error(weight, stored.reconstruct(), gram),
+            "squared_norm": size,
+            "squared_error": error,
+            "relative_error": math.sqrt(max(error, 0.0) / size),
         }
         log(f"{name}: {reports[name]['nbytes']:.0f} bytes, relative error {reports[name]['relative_error']:.4f}")
-    write_tensors(output, tensors, {"format_version": FORMAT_VERSION, "matrices": specs})
+    strange = learned_specs.keys() - specs.keys()
+    if strange:
+        raise ArtifactError(
+            factors,
+            f"holds factors of {', '.join(sorted(strange))}, which are not of this unit",
+            "Learn this unit again",
+        )
+    write_tensors(output, tensors, {"format_version": FORMAT_VERSION, "matrices": specs, "kept_dense": kept_dense})
     write_json(
         diagnostics,
         {
@@ -74,13 +90,14 @@ def quantize_unit(
             "unit": output.stem,
             # of these layers, with the matrices that the variant leaves as they are
             "dense_nbytes_all": dense_nbytes_all,
+            "kept_dense": kept_dense,
             "matrices": reports,
         },
     )
 
 
 def round_factors(
-    factorization: Factorization, codes: Mapping[str, Any], weight: np.ndarray, gram: np.ndarray
+    factorization: Factorization, codes: Mapping[str, Any], weight: np.ndarray, metric: Metric
 ) -> Factorization:
     """Learned float32 factors with the codecs, scales and rounding that the config's section ``codes`` asks for.
 
@@ -100,6 +117,6 @@ def round_factors(
         weight = weight - part.reconstruct()
     mask = np.ones(chosen.codes.shape, bool) if held.mask is None else held.mask
     rounded, scales = round_codes(
-        chosen.codes, mask, held.dictionary, weight, gram, codec=chosen.value_codec, group_size=chosen.group_size
+        chosen.codes, mask, held.dictionary, weight, metric.gram, codec=chosen.value_codec, group_size=chosen.group_size
     )
     return replace(chosen, codes=rounded, mask=held.mask, scales=scales)

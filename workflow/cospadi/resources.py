@@ -1,73 +1,32 @@
-"""Resources: what a job of each stage needs, from matrix shapes and measured rates.
+"""Resources: what a job of each stage needs, from matrix shapes and measured rates (`work`).
 
-Rates and constants are fitted to the benchmark files of the demo run (SmolLM2-135M, 64 windows of 512 tokens, one or
-two virtual cores of an AMD EPYC with AVX-512) and to `benchmarks/`; what that fit leaves open, other processors and
-larger models, is what `SLACK` and `SPARE` are for. `cospadi.needs` prints the result as a table, beside what a
-finished run measured.
+`cospadi.needs` prints the result as a table, beside what a finished run measured.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
-MEBI = 2**20
-
-# What a job may take above its estimate before it is killed and submitted again with more
-SLACK = 4.0  # of time
-SPARE = 1.5  # of memory
-START_MINUTES = 5
-# A SLURM job is two Snakemake processes before it is the stage's own: measured 123 and 135 MB
-JOB_MEMORY = 300 * MEBI
-
-# Operations a second of one core. Measured in the demo: forward passes 35 G in bfloat16 on AVX-512, 53 G in float32 on
-# AVX2 (AMD EPYC Milan), Grams 120 G, the products of htp 43 to 48 G, eigenvectors and triangular solves of svd_llm 15
-# to 18 G; K-SVD 17 to 20 G (benchmarks/README.md).
-FORWARD = 30e9
-GRAM = 80e9
-PRODUCT = 40e9
-FACTOR = 15e9
-KSVD = 15e9
-READ = 100e6  # bytes a second of a slow shared file system
-# NumPy's elementwise work stays on one core: assumed, eight threads do the work of five
-THREAD_EXPONENT = 0.8
-# Operations a second of one GPU of a data centre. Assumed, not measured: a tenth of what an A100 can do in bfloat16,
-# and a quarter of what it can in float32
-GPU_FORWARD = 30e12
-GPU_PRODUCT = 5e12
-# documents of a task of lm-eval, with four answers and 120 tokens each: the mean of the paper's
-TASK_TOKENS = 4 * 120
-TASK_DOCUMENTS = 3500
+from cospadi.budget import nbytes_left
+from cospadi.codecs import storage_of
+from cospadi.methods import METHODS
+from cospadi.methods.base import planned_problems
+from cospadi.work import (
+    FACTOR,
+    FORWARD,
+    GPU_FORWARD,
+    GPU_PRODUCT,
+    GRAM,
+    MEBI,
+    READ,
+    TASK_DOCUMENTS,
+    TASK_TOKENS,
+    Work,
+)
 
 _NUMPY = 110 * MEBI  # a process with NumPy, SciPy, numba and h5py
 _TORCH = 600 * MEBI  # and with torch and transformers
-
-
-@dataclass(frozen=True)
-class Work:
-    """What one job does: bytes at the peak of memory, seconds that neither threads nor a GPU shorten (start, reading,
-    writing), seconds of one core for the rest or of one GPU, bytes it writes.
-    """
-
-    memory: float
-    fixed: float
-    core: float = 0.0
-    gpu: float = 0.0
-    disk: float = 0.0
-
-    def mem_mb(self, attempt: int = 1) -> int:
-        """Memory to ask for, in MiB."""
-        return attempt * math.ceil((JOB_MEMORY + SPARE * self.memory) / MEBI)
-
-    def runtime(self, attempt: int = 1, threads: int = 1, gpu: bool = False) -> int:
-        """Time limit to ask for, in minutes."""
-        return attempt * (START_MINUTES + math.ceil(SLACK * self.wall(threads, gpu) / 60))
-
-    def wall(self, threads: int = 1, gpu: bool = False) -> float:
-        """Expected seconds."""
-        return self.fixed + (self.gpu if gpu else self.core / threads**THREAD_EXPONENT)
 
 
 class Shapes:
@@ -177,31 +136,31 @@ class Estimates:
         flops = 4 * walks * self._tokens * shapes.n_layers * shapes.layer_parameters
         return Work(memory, 15, flops / FORWARD, flops / GPU_FORWARD)
 
-    def learn(self, settings: Mapping[str, Any], n_layers: int = 1, *, whole_model: bool = False) -> Work:
-        """Learning a unit of `n_layers` layers, problem after problem; `whole_model`: all matrices at once."""
-        matrices = _targets(self.shapes, settings)
-        problems = _problems(matrices, settings, n_layers)
-        core = sum(_learning_seconds(d_in, d_out, settings) for d_in, d_out in problems)
-        sizes = [d_in * d_out for d_in, d_out in matrices.values()]
-        factors = 4 * (1 - settings["ratio"]) * n_layers * sum(sizes)
-        if whole_model:
-            # one projection of a group in double precision, twice; where the groups are parted is not known yet
-            mean_group = n_layers / (settings.get("groups") or -(-n_layers // 3))
-            widest = max(d_in for d_in, _ in matrices.values())
-            at_once = 20 * min(n_layers, 3 * mean_group) * max(sizes) + 10 * 8 * widest**2
-        else:
-            at_once = max(_learning_bytes(d_in, d_out, settings) for d_in, d_out in problems)
-        # only the products move to a GPU: eigenvectors and whitening stay where they are, a quarter of the time
-        gpu = core * (0.25 / 8**THREAD_EXPONENT + PRODUCT / GPU_PRODUCT)
-        return Work(_NUMPY + factors + at_once, 1 + factors / READ, core, gpu, factors)
+    def learn(self, settings: Mapping[str, Any], n_layers: int = 1) -> Work:
+        """Learning a unit of `n_layers` layers, problem after problem, each as its method says."""
+        method, storage = METHODS[settings["method"]], storage_of(settings.get("codes", {}))
+        options = method.complete(settings)
+        problems = planned_problems(settings, method, self.shapes.matrices, n_layers)
+        works, factors, grams = [], 0.0, 0.0
+        for targets in problems:
+            shapes = [target.shape for target in targets]
+            nbytes = nbytes_left(shapes, settings["ratio"])
+            works.append(method.work(targets, nbytes, options, storage))
+            factors += 2 * nbytes  # in float32 until they are packed
+            if method.scope == "problem":  # Grams of the other layers that share, until the last has been measured
+                grams = max(grams, 8 * (len({target.layer for target in targets}) - 1) * shapes[0][0] ** 2)
+        core, gpu = sum(work.core for work in works), sum(work.gpu for work in works)
+        memory = _NUMPY + factors + grams + max(work.memory for work in works)
+        return Work(memory, 1 + factors / READ, core, gpu, factors)
 
     def quantize(self, settings: Mapping[str, Any], n_layers: int = 1) -> Work:
         """Packing a unit, matrix after matrix, with the error of what is stored (float64)."""
-        matrices, ratio = _targets(self.shapes, settings), settings["ratio"]
-        packed = 2 * (1 - ratio) * n_layers * sum(d_in * d_out for d_in, d_out in matrices.values())
+        chosen = settings.get("targets") or self.shapes.matrices
+        matrices = [shape for name, shape in self.shapes.matrices.items() if name in chosen]
+        packed = n_layers * nbytes_left(matrices, settings["ratio"])
         at_once, flops = 0.0, 0.0
-        for d_in, d_out in matrices.values():
-            k = _n_atoms(d_in, d_out, settings)
+        for d_in, d_out in matrices:
+            k = min(d_in, d_out)  # atoms, about: bytes are for fewer, but for many bits in the codes
             at_once = max(at_once, 2 * 8 * d_in**2 + 4 * 8 * d_in * d_out + 4 * 4 * k * d_out)
             flops += 4 * d_in**2 * d_out + 4 * d_in * d_out * k
         # rounding in the metric goes through the atoms one by one
@@ -235,62 +194,3 @@ class Estimates:
 def _value_bytes(dtype: str) -> int:
     """Bytes a value; ``auto`` may be either, and a job may run on another machine than the one that plans."""
     return 2 if dtype in ("bfloat16", "float16") else 4
-
-
-def _targets(shapes: Shapes, settings: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """Projection to shape (d_in, d_out), of those that a variant factorizes."""
-    chosen = settings.get("targets") or shapes.matrices
-    return {name: shape for name, shape in shapes.matrices.items() if name in chosen}
-
-
-def _problems(
-    matrices: Mapping[str, tuple[int, int]], settings: Mapping[str, Any], n_layers: int
-) -> Sequence[tuple[int, int]]:
-    """Shapes that a unit's solver sees: matrices that share a dictionary stand side by side (`learning`)."""
-    share, bundles = settings.get("share") or (), settings.get("share_within") or ()
-    bundle_of = {name: number for number, bundle in enumerate(bundles) for name in bundle}
-    widths: dict[tuple[Any, ...], int] = {}
-    for layer in range(n_layers):
-        for name, (d_in, d_out) in matrices.items():
-            key = ("all" if name in share else layer, bundle_of.get(name, name), d_in)
-            widths[key] = widths.get(key, 0) + d_out
-    return [(key[2], d_out) for key, d_out in widths.items()]
-
-
-def _n_atoms(d_in: int, d_out: int, settings: Mapping[str, Any]) -> int:
-    """Number of atoms that meets the budget, to a percent (`budget` counts bytes exactly)."""
-    codes = settings.get("codes", {})
-    value = (codes.get("value_bits") or 16) / 8
-    atom = (codes.get("dictionary_bits") or 16) / 8
-    allowed = 2 * (1 - settings["ratio"]) * d_in * d_out
-    if "rho" not in settings:
-        return max(1, round(allowed / (atom * d_in + value * d_out)))
-    return max(1, round(allowed / (atom * d_in + value * d_out / settings["rho"] + d_out / 8)))
-
-
-def _learning_bytes(d_in: int, d_out: int, settings: Mapping[str, Any]) -> float:
-    """Peak of one problem: Gram and whitening factor in float64, the solver's codes and signals in float32."""
-    k, square = _n_atoms(d_in, d_out, settings), 8 * d_in**2
-    # measured by tracemalloc for htp: 12, 45 and 22 MiB for 576 x 576, 576 x 1536 and 1536 x 576; this gives 13, 44, 29
-    solver = 8 * 4 * k * d_out + 6 * 4 * d_in * d_out
-    error = 3 * 8 * d_in * d_out  # measured in float64 once the solver is done
-    return 3 * square + 2 * 4 * d_in * d_out + max(solver + 3 * 8 * min(d_in, d_out) ** 2, error)
-
-
-def _learning_seconds(d_in: int, d_out: int, settings: Mapping[str, Any]) -> float:
-    """Seconds of one core for one problem: its cubic terms at the rates above."""
-    k, d, n = _n_atoms(d_in, d_out, settings), d_in, d_out
-    whitening = d**3 / 3 + 2 * d * d * n
-    error = 4 * d * d * n
-    eigenvectors = 10 * min(d, n) ** 3
-    if "rho" not in settings:  # low rank
-        return (whitening + error + eigenvectors + 2 * d * n * k) / FACTOR
-    rounds, solver = settings.get("max_iter"), settings.get("solver", "htp")
-    if solver == "ksvd":
-        # pursuit: Gram rows against every column; sweep: eight power iterations, two products each, and the update
-        s = k / settings["rho"]
-        return (rounds or 60) * n * s * (k * s + 36 * d) / KSVD + (whitening + error) / FACTOR
-    conjugate_gradients, pursuit_and_dictionary = 3, 2
-    a_round = 2 * n * k * k * (conjugate_gradients + pursuit_and_dictionary) + 6 * n * k * d + 2 * k * k * d + k**3 / 3
-    start = 3 * (4 * n * k * d + 20 * k * k * d)
-    return ((rounds or 25) * a_round + 20 * n * k * k) / PRODUCT + (whitening + error + eigenvectors + start) / FACTOR

@@ -16,8 +16,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from cospadi.digests import code_digest
-from cospadi.resources import Work
 from cospadi.stage import has_gpu
+from cospadi.work import Work
 
 
 @dataclass(frozen=True)

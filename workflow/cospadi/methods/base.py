@@ -1,14 +1,18 @@
-"""What every method provides."""
+"""What every method provides, and the options that several of them have."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+from cospadi.budget import nbytes_left
+from cospadi.errors import ConfigError
 from cospadi.factorization import Factorization
+from cospadi.problem import Target, shared, side_by_side
 from cospadi.registry import Entry
 from cospadi.structure import PROJECTIONS
+from cospadi.work import FACTOR, GPU_PRODUCT, PRODUCT, THREAD_EXPONENT, Work
 
 WHITENING_OPTIONS: dict[str, dict[str, Any]] = {
     "whiten": {
@@ -48,34 +52,135 @@ SHARING_OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+WARM_OPTIONS: dict[str, dict[str, Any]] = {
+    "warm_start": {
+        "type": ["string", "null"],
+        "default": None,
+        "description": "Variant of the same run whose factors are the start, at another ratio say; null: none.",
+    },
+}
+
+TIME_OPTIONS: dict[str, dict[str, Any]] = {
+    "max_seconds": {
+        "type": ["number", "null"],
+        "minimum": 0.1,
+        "default": None,
+        "description": "Seconds that learning a layer may take; its matrices share them by their cost. The result then "
+        "depends on the machine. null: no limit.",
+    },
+}
+
+Problems = Sequence[Sequence[Target]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method(Entry):
-    """A way to factorize matrices; every option has a default.
+    """A way to factorize matrices; every option has a default. What a method knows is in its module, and only there.
 
     Attributes
     ----------
-    factorize : callable
-        ``factorize(weight, whitening, *, ratio, storage, device, log, **options) -> Factorization`` with weight
-        (d_in, d_out) float32 and a `gram.Whitening`, which `whiten` and `eta` have shaped already: they are not passed.
+    factors : str
+        What `fit` gives, in a word or two; a warm start (`WARM_OPTIONS`) is from factors of the same kind.
+    fit : callable
+        ``fit(problem, nbytes, *, storage, device, log, warm, **options) -> list of Factorization``, one for each matrix
+        of the `problem.Problem`, which take `nbytes` in the file at most, all together. `storage` says how they will
+        be stored (`codecs.storage_of`); `warm` are factors of the matrices side by side to start from, or None. Options
+        are complete but for those of `SHARING_OPTIONS` and `WARM_OPTIONS`, which are settled before; ``max_seconds``
+        (`TIME_OPTIONS`) is what this problem may take.
+    work : callable
+        ``work(targets, nbytes, options, storage) -> Work``: what `fit` takes for a problem of these `problem.Target`,
+        besides the process and the factors that it gives.
     modules : callable
         ``modules(options) -> list[str]``: the modules whose code decides the result, for rerun triggers.
-    joint : callable
-        ``joint(options)``: a function for matrices that share and have different inputs,
-        ``(weights, whitenings, *, ratio, storage, device, log, **options) -> list[Factorization]``, each matrix in its
-        own metric; or None where the mean Gram of their inputs is the metric of all of them, as of one wide matrix.
-    whole_model : callable, optional
-        For methods that learn all layers in one job, with different projections in one problem:
-        ``(names, weights, whitenings, drift, *, ratio, storage, device, log, **options)`` yields the index of each name
-        with its factors; `drift`: how far every layer moves the predicted token (`pruning.drift`). Weights and
-        whitenings are read when they are asked for.
+    faults : callable
+        ``faults(settings, problems=()) -> lines``: what is wrong with complete settings that no schema can say,
+        ``key: what``; with the problems of the planned model (lists of `problem.Target`) also what it cannot do there.
+    scope : {"problem", "model"}
+        What `fit` gets: the matrices that share a dictionary, or all matrices of the model in one job, with its drift.
     """
 
-    factorize: Callable[..., Factorization]
+    factors: str
+    fit: Callable[..., list[Factorization]]
+    work: Callable[[Sequence[Target], int, Mapping[str, Any], Mapping[str, Any]], Work]
     modules: Callable[[Mapping[str, Any]], list[str]]
-    joint: Callable[[Mapping[str, Any]], Callable[..., list[Factorization]] | None] = lambda options: None
-    whole_model: Callable[..., Iterator[tuple[int, Factorization]]] | None = None
+    faults: Callable[..., Iterable[str]] = lambda settings, problems=(): ()
+    scope: Literal["problem", "model"] = "problem"
+
+    def complete(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The method's own options among a variant's settings, defaults filled in."""
+        return {name: settings.get(name, default) for name, default in self.defaults().items()}
 
     def own(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """The options that `factorize` takes: all but those of whitening and sharing, which are settled before it."""
-        settled = {**WHITENING_OPTIONS, **SHARING_OPTIONS}
+        """The options that `fit` takes: all but those that are settled before it."""
+        settled = {**SHARING_OPTIONS, **WARM_OPTIONS}
         return {name: value for name, value in options.items() if name not in settled}
+
+
+def planned_problems(
+    settings: Mapping[str, Any], method: Method, matrices: Mapping[str, tuple[int, int]], n_layers: int
+) -> list[list[Target]]:
+    """What `Method.fit` will get of a unit with `n_layers` layers.
+
+    Parameters
+    ----------
+    settings : mapping
+        Of a variant.
+    method : Method
+        That the settings name.
+    matrices : mapping
+        Projection to (d_in, d_out), of one layer.
+    """
+    chosen = settings.get("targets") or matrices
+    targets = [Target(i, name, shape) for i in range(n_layers) for name, shape in matrices.items() if name in chosen]
+    return [targets] if method.scope == "model" else shared(targets, settings)
+
+
+def sharing_faults(problems: Problems) -> Iterator[str]:
+    """Projections that cannot have one dictionary: a dictionary has as many rows as they have inputs."""
+    for problem in problems:
+        widths = {target.projection: target.shape[0] for target in problem}
+        if len(set(widths.values())) > 1:
+            found = ", ".join(f"{projection} has {width} inputs" for projection, width in widths.items())
+            yield f"share_within: {found}; those that share have the same number"
+
+
+def budget_faults(
+    settings: Mapping[str, Any], problems: Problems, fits: Callable[[tuple[int, int], int], Any]
+) -> Iterator[str]:
+    """What the ratio leaves too few bytes for, by trying.
+
+    Parameters
+    ----------
+    fits : callable
+        ``fits(shape, nbytes)`` of matrices side by side; raises `ConfigError` where not even the least is possible.
+    """
+    for problem in problems:
+        shape = side_by_side([target.shape for target in problem])
+        try:
+            fits(shape, nbytes_left([target.shape for target in problem], settings["ratio"]))
+        except ConfigError as error:
+            yield f"ratio: {settings['ratio']} leaves {error.faults[0]}"
+
+
+def work_of(d_in: int, d_out: int, n_atoms: int, solver_flops: float, *, seconds: float = 0.0) -> Work:
+    """Work of one problem: whitening, solver, error.
+
+    Parameters
+    ----------
+    d_in, d_out : int
+        Of its matrices side by side.
+    n_atoms : int
+    solver_flops : float
+        At the rate of eigenvectors and triangular solves.
+    seconds : float
+        Of one core in what the solver does at other rates.
+    """
+    square = 8 * d_in**2
+    # measured by tracemalloc for htp: 12, 45 and 22 MiB for 576 x 576, 576 x 1536 and 1536 x 576; this gives 13, 44, 29
+    solver = 8 * 4 * n_atoms * d_out + 6 * 4 * d_in * d_out + 3 * 8 * min(d_in, d_out) ** 2
+    error = 3 * 8 * d_in * d_out  # measured in float64 once the solver is done
+    memory = 3 * square + 2 * 4 * d_in * d_out + max(solver, error)
+    whitening_and_error = d_in**3 / 3 + 6 * d_in * d_in * d_out
+    core = seconds + (whitening_and_error + solver_flops) / FACTOR
+    # only the products move to a GPU: eigenvectors and whitening stay where they are, a quarter of the time
+    return Work(memory, 0, core, core * (0.25 / 8**THREAD_EXPONENT + PRODUCT / GPU_PRODUCT))

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from cospadi.methods import svd_llm
-from cospadi.methods.base import Method
 
 # The published protocol: pairs of layers share q, k, v, gate and up; o and down keep their own basis
 DEFAULTS = {"group_size": 2, "share": ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]}
 
-METHOD = Method(
+METHOD = replace(
+    svd_llm.METHOD,
     name="basis_sharing",
     summary="Truncated SVD with one basis for the same projection of consecutive layers (Basis Sharing).",
     options={
         name: {**schema, "default": DEFAULTS.get(name, schema["default"])}
         for name, schema in svd_llm.METHOD.options.items()
     },
-    factorize=svd_llm.factorize,
     modules=lambda options: [__name__, *svd_llm.modules(options)],
 )

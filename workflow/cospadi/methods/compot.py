@@ -9,12 +9,15 @@ from cospadi.methods.base import Method
 
 # The solver is the method; its codes are exact, and another metric's atoms would not be orthonormal
 _NOT_HERE = ("solver", "atom_update", "polish", "group_metric")
+_SOLVER = {"solver": "procrustes"}
 
 METHOD = Method(
     name="compot",
     summary="Orthonormal dictionary by Procrustes with thresholded codes (COMPOT).",
     options={name: schema for name, schema in cospadi.METHOD.options.items() if name not in _NOT_HERE},
-    factorize=partial(cospadi.factorize, solver="procrustes"),
-    modules=lambda options: [__name__, *cospadi.modules({**options, "solver": "procrustes"})],
-    faults=lambda options: cospadi.faults({**options, "solver": "procrustes"}),
+    factors=cospadi.METHOD.factors,
+    fit=partial(cospadi.fit, **_SOLVER),
+    work=lambda targets, nbytes, options, storage: cospadi.work(targets, nbytes, {**options, **_SOLVER}, storage),
+    modules=lambda options: [__name__, *cospadi.modules({**options, **_SOLVER})],
+    faults=lambda settings, problems=(): cospadi.faults({**settings, **_SOLVER}, problems),
 )

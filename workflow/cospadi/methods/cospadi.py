@@ -4,26 +4,40 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from cospadi.arrays import on_device, to_numpy
-from cospadi.budget import SparseShape, sparse_shape
+from cospadi.budget import SparseShape, nbytes_left, sparse_shape
+from cospadi.codecs import storage_of
 from cospadi.factorization import Factorization
 from cospadi.gram import Whitening, whitening_factor
-from cospadi.methods.base import SHARING_OPTIONS, WHITENING_OPTIONS, Method
+from cospadi.methods.base import (
+    SHARING_OPTIONS,
+    TIME_OPTIONS,
+    WARM_OPTIONS,
+    WHITENING_OPTIONS,
+    Method,
+    Problems,
+    budget_faults,
+    sharing_faults,
+    work_of,
+)
+from cospadi.problem import Problem, Target, side_by_side
 from cospadi.solvers import SOLVERS
 from cospadi.solvers.starts import STARTS, dictionary_start, warm_start
+from cospadi.work import KSVD, PRODUCT, Work
 
 AUTO = "auto"
 # What `rho: auto` tries: from 3 to its neighbours as long as the error falls, in rounds enough to tell
 RHO_GRID = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0)
 RHO_FIRST = 3.0
 RHO_ROUNDS = 8
+RHO_TRIALS = 4  # that the search takes, most often
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "solver": {
@@ -63,11 +77,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "the whitened weight; spectral_original: of the weight itself; procrustes: orthonormal and improved; null: the "
         "solver's own.",
     },
-    "warm_start": {
-        "type": ["string", "null"],
-        "default": None,
-        "description": "Variant of the same run whose factors are the start, at another ratio say; null: none.",
-    },
+    **WARM_OPTIONS,
     "atom_update": {
         "enum": [None, "power", "block", "svd", "mod"],
         "default": None,
@@ -91,13 +101,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "default": None,
         "description": "Stop when an iteration lowers the error by less than this share of it; null: the solver's own.",
     },
-    "max_seconds": {
-        "type": ["number", "null"],
-        "minimum": 0.1,
-        "default": None,
-        "description": "Seconds that learning a layer may take; its matrices share them by their cost. The result then "
-        "depends on the machine. null: no limit.",
-    },
+    **TIME_OPTIONS,
     "random_state": {
         "type": "integer",
         "minimum": 0,
@@ -110,102 +114,113 @@ OPTIONS: dict[str, dict[str, Any]] = {
 _SOLVER_OPTIONS = ("support", "atom_update", "polish", "max_iter", "tol", "max_seconds")
 
 
-def factorize(
-    weight: Any,
-    whitening: Whitening,
+def fit(
+    problem: Problem,
+    nbytes: int,
     *,
-    ratio: float,
-    storage: Mapping[str, Any],
-    device: str = "cpu",
-    log: Callable[[str], None] | None = None,
-    warm: Factorization | None = None,
-    **options: Any,
-) -> Factorization:
-    """``min ||L W - D_L S||_F`` with ``||s_j||_0 <= s``, then ``D = L^{-1} D_L`` (Eqs. 5 to 8).
-
-    Parameters
-    ----------
-    weight : array (d_in, d_out), float32
-    whitening : Whitening
-        Of the matrix's Gram, ``L^T L = G``.
-    ratio : float
-        Fraction of bytes to remove; k and s follow from it (`budget.sparse_shape`).
-    storage : mapping
-        How the factors will be stored (`codecs.storage_of`).
-    device : str
-    log : callable, optional
-    warm : Factorization, optional
-        Factors of the same matrix to start from.
-    **options
-        Those of `OPTIONS` that shape a single problem; defaults where missing.
-    """
-    options = _with_defaults(options)
-    target = on_device(whitening.whiten(weight), device)
-    shape, searched = _choose_shape(target, weight.shape, ratio, storage, options, log)
-    solution = _learn(target, shape, options, log, **_start(target, shape, weight, whitening, warm, options))
-    diagnostics = _diagnostics(shape, options, searched, solution.history)
-    dictionary = whitening.unwhiten(to_numpy(solution.dictionary))
-    return Factorization(
-        dictionary, to_numpy(solution.codes), support=options["support"], **storage, diagnostics=diagnostics
-    )
-
-
-def factorize_jointly(
-    weights: Sequence[Any],
-    whitenings: Sequence[Whitening],
-    *,
-    ratio: float,
     storage: Mapping[str, Any],
     device: str = "cpu",
     log: Callable[[str], None] | None = None,
     warm: Factorization | None = None,
     **options: Any,
 ) -> list[Factorization]:
-    """``min sum_l ||L_l (W_l - D S_l)||_F^2``: one dictionary for several matrices, each in its own metric.
-
-    The start is the solution in the metric of the mean Gram, in whose whitened space all of this happens.
+    """``min ||L W - D_L S||_F`` with ``||s_j||_0 <= s``, then ``D = L^{-1} D_L`` (Eqs. 5 to 8).
 
     Parameters
     ----------
-    weights : sequence of array (d_in, d_out_l), float32
-    whitenings : sequence of Whitening
-        One a weight, ``L_l^T L_l = G_l``.
+    problem : Problem
+    nbytes : int
+        k and s follow from it (`budget.sparse_shape`).
+    storage : mapping
+        How the factors will be stored (`codecs.storage_of`).
+    device : str
+    log : callable, optional
+    warm : Factorization, optional
+        Factors of the matrices side by side to start from.
+    **options
+        Those of `OPTIONS` that shape a single problem; defaults where missing.
+    """
+    options = _with_defaults(options)
+    common = {"storage": storage, "device": device, "log": log, "warm": warm, "options": options}
+    if options["group_metric"] == "exact" and problem.n_metrics > 1:
+        return _fit_exactly(problem, nbytes, **common)
+    whitening = problem.metric.whitening(whiten=options["whiten"], eta=options["eta"])
+    return problem.split(_fit_as_one(problem, nbytes, whitening, **common))
+
+
+def _fit_as_one(
+    problem: Problem,
+    nbytes: int,
+    whitening: Whitening,
+    *,
+    storage: Mapping[str, Any],
+    device: str,
+    log: Any,
+    warm: Factorization | None,
+    options: Mapping[str, Any],
+) -> Factorization:
+    """Factors of the matrices side by side, in one metric."""
+    weight = problem.weight
+    target = on_device(whitening.whiten(weight), device)
+    shape, searched = _choose_shape(target, weight.shape, nbytes, storage, options, log)
+    solution = _learn(target, shape, options, log, **_start(target, shape, weight, whitening, warm, options))
+    diagnostics = _diagnostics(shape, options, searched, solution.history, whitening)
+    dictionary = whitening.unwhiten(to_numpy(solution.dictionary))
+    return Factorization(
+        dictionary, to_numpy(solution.codes), support=options["support"], **storage, diagnostics=diagnostics
+    )
+
+
+def _fit_exactly(
+    problem: Problem,
+    nbytes: int,
+    *,
+    storage: Mapping[str, Any],
+    device: str,
+    log: Any,
+    warm: Factorization | None,
+    options: Mapping[str, Any],
+) -> list[Factorization]:
+    """``min sum_l ||L_l (W_l - D S_l)||_F^2``: one dictionary for several matrices, each in its own metric.
+
+    The start is the solution in the metric of the mean Gram, in whose whitened space all of this happens.
     """
     # by name, so that variants with the mean metric do not rerun when it changes (`modules` says who depends on it)
     multi_metric = importlib.import_module("cospadi.solvers.multi_metric")
-    options = _with_defaults(options)
+    whitenings = list(problem.whitenings(whiten=options["whiten"], eta=options["eta"]))
     factors = [whitening.factor for whitening in whitenings]
     mean = whitening_factor(sum(factor.T @ factor for factor in factors) / len(factors))
-    start = factorize(
-        np.concatenate(weights, axis=1),
-        mean,
-        ratio=ratio,
-        storage=storage,
-        device=device,
-        log=log,
-        warm=warm,
-        **options,
+    start = problem.split(
+        _fit_as_one(problem, nbytes, mean, storage=storage, device=device, log=log, warm=warm, options=options)
     )
-    edges = np.cumsum([0, *(weight.shape[1] for weight in weights)])
     # L_l seen from the space of the mean: the sum of its squares is the identity there
     seen = [mean.unwhiten_right(factor) for factor in factors]
     given = {name: options[name] for name in ("tol", "max_seconds") if options[name] is not None}
     solution = multi_metric.learn(
-        [on_device(mean.whiten(weight), device) for weight in weights],
+        [on_device(mean.whiten(weight), device) for weight in problem.weights],
         [on_device((factor.T @ factor).astype(np.float32), device) for factor in seen],
-        n_nonzero_coefs=start.diagnostics["n_nonzero_coefs"],
-        dictionary_init=mean.whiten(start.dictionary),
-        codes_init=[start.codes[:, first:last] for first, last in itertools.pairwise(edges)],
+        n_nonzero_coefs=start[0].diagnostics["n_nonzero_coefs"],
+        dictionary_init=mean.whiten(start[0].dictionary),
+        codes_init=[part.codes for part in start],
         random_state=options["random_state"],
         support=options["support"],
         log=log,
         **given,
     )
     dictionary = mean.unwhiten(to_numpy(solution.dictionary))
-    diagnostics = {**start.diagnostics, "history_exact": solution.history}
     return [
-        Factorization(dictionary, to_numpy(codes), support=options["support"], **storage, diagnostics=diagnostics)
-        for codes in solution.codes
+        replace(
+            part,
+            dictionary=dictionary,
+            codes=to_numpy(codes),
+            diagnostics={
+                **part.diagnostics,
+                "shift": whitening.shift,
+                "eta": whitening.eta,
+                "history_exact": solution.history,
+            },
+        )
+        for part, codes, whitening in zip(start, solution.codes, whitenings, strict=True)
     ]
 
 
@@ -226,10 +241,15 @@ def _learn(target: Any, shape: SparseShape, options: Mapping[str, Any], log: Any
     )
 
 
+def _most_atoms(size: tuple[int, int], options: Mapping[str, Any]) -> float:
+    """As many atoms as can be, where they have to be orthonormal."""
+    return min(size) if options["solver"] == "procrustes" else math.inf
+
+
 def _choose_shape(
     target: Any,
     size: tuple[int, int],
-    ratio: float,
+    nbytes: int,
     storage: Mapping[str, Any],
     options: Mapping[str, Any],
     log: Any,
@@ -237,14 +257,14 @@ def _choose_shape(
     """k and s; with ``rho: auto`` those of least error among short runs, whose errors are returned by rho."""
 
     def shape_at(rho: float) -> SparseShape:
-        return sparse_shape(*size, ratio=ratio, rho=rho, support=options["support"], **storage)
+        return sparse_shape(*size, nbytes=nbytes, rho=rho, support=options["support"], **storage)
 
     if options["rho"] != AUTO:
         return shape_at(options["rho"]), {}
     trial = {**options, "max_iter": RHO_ROUNDS, "polish": False}
     if options["max_seconds"] is not None:  # about half of the time for the search, which takes three runs or four
         trial["max_seconds"] = options["max_seconds"] / 8
-    most = min(size) if options["solver"] == "procrustes" else math.inf  # more atoms cannot be orthonormal
+    most = _most_atoms(size, options)
     grid = [rho for rho in RHO_GRID if shape_at(rho).n_atoms <= most]
     errors: dict[float, float] = {}
 
@@ -296,17 +316,42 @@ def _start(
 
 
 def _diagnostics(
-    shape: SparseShape, options: Mapping[str, Any], searched: Mapping[float, float], history: list[dict[str, Any]]
+    shape: SparseShape,
+    options: Mapping[str, Any],
+    searched: Mapping[float, float],
+    history: list[dict[str, Any]],
+    whitening: Whitening,
 ) -> dict[str, Any]:
     found = {
         "solver": options["solver"],
         "n_atoms": shape.n_atoms,
         "n_nonzero_coefs": shape.n_nonzero_coefs,
+        "shift": whitening.shift,
+        "eta": whitening.eta,
         "history": history,
     }
     if searched:
         found["rho_search"] = {f"{rho:g}": error for rho, error in searched.items()}
     return found
+
+
+def work(targets: Sequence[Target], nbytes: int, options: Mapping[str, Any], storage: Mapping[str, Any]) -> Work:
+    """Work of a problem: the solver's cubic terms at measured rates; ``rho: auto`` is the grid's mean, and a search."""
+    options = _with_defaults(options)
+    d, n = side_by_side([target.shape for target in targets])
+    searching = options["rho"] == AUTO
+    rho = sum(RHO_GRID) / len(RHO_GRID) if searching else options["rho"]
+    k = sparse_shape(d, n, nbytes=nbytes, rho=rho, support=options["support"], **storage).n_atoms
+    runs = [options["max_iter"], *[RHO_ROUNDS] * (RHO_TRIALS if searching else 0)]
+    if options["solver"] == "ksvd":
+        # pursuit: Gram rows against every column; sweep: eight power iterations, two products each, and the update
+        s = k / rho
+        return work_of(d, n, k, 0, seconds=sum((rounds or 60) * n * s * (k * s + 36 * d) / KSVD for rounds in runs))
+    conjugate_gradients, pursuit_and_dictionary = 3, 2
+    a_round = 2 * n * k * k * (conjugate_gradients + pursuit_and_dictionary) + 6 * n * k * d + 2 * k * k * d + k**3 / 3
+    start = 10 * min(d, n) ** 3 + 3 * (4 * n * k * d + 20 * k * k * d)
+    seconds = sum(((rounds or 25) * a_round + 20 * n * k * k) / PRODUCT for rounds in runs)
+    return work_of(d, n, k, len(runs) * start, seconds=seconds)
 
 
 def modules(options: Mapping[str, Any]) -> list[str]:
@@ -315,9 +360,9 @@ def modules(options: Mapping[str, Any]) -> list[str]:
     return [__name__, f"cospadi.solvers.{options['solver']}", *["cospadi.solvers.multi_metric"] * exact]
 
 
-def faults(options: Mapping[str, Any]) -> Iterator[str]:
-    """Options that the solver does not take, or that contradict each other."""
-    options = _with_defaults(options)
+def faults(settings: Mapping[str, Any], problems: Problems = ()) -> Iterator[str]:
+    """Options that the solver does not take or that contradict each other; shapes that it cannot have."""
+    options = _with_defaults(settings)
     taken = inspect.signature(SOLVERS[options["solver"]]).parameters
     for name in (*_SOLVER_OPTIONS, "start"):
         parameter = "dictionary_init" if name == "start" else name
@@ -327,14 +372,42 @@ def faults(options: Mapping[str, Any]) -> Iterator[str]:
         yield f"rho: {options['rho']}; support 2:4 has two nonzeros in four atoms, which is rho: 2"
     if options["start"] is not None and options["warm_start"] is not None:
         yield "start: warm_start is a start too; leave one of them out"
+    yield from sharing_faults(problems)
+    yield from _shape_faults(settings, options, problems)
+
+
+def _shape_faults(settings: Mapping[str, Any], options: Mapping[str, Any], problems: Problems) -> Iterator[str]:
+    """What the bytes leave no room for, and more orthonormal atoms than there can be."""
+    storage = storage_of(settings.get("codes", {}))
+    rhos = RHO_GRID if options["rho"] == AUTO else [options["rho"]]
+
+    def n_atoms(shape: tuple[int, int], nbytes: int) -> int:
+        # the fewest, of what is searched
+        return min(
+            sparse_shape(*shape, nbytes=nbytes, rho=rho, support=options["support"], **storage).n_atoms for rho in rhos
+        )
+
+    budget = list(budget_faults(settings, problems, n_atoms))
+    yield from budget
+    for problem in problems if not budget else ():
+        shape = side_by_side([target.shape for target in problem])
+        most = _most_atoms(shape, options)
+        k = n_atoms(shape, nbytes_left([target.shape for target in problem], settings["ratio"]))
+        if k > most:
+            names = ", ".join(dict.fromkeys(target.projection for target in problem))
+            yield (
+                f"rho: {options['rho']} at ratio {settings['ratio']} is {k} atoms for {names} ({shape[0]}x{shape[1]}); "
+                f"at most {most} can be orthonormal: raise the ratio or the bits, or lower rho"
+            )
 
 
 METHOD = Method(
     name="cospadi",
     summary="Learned dictionary with column-sparse codes, calibrated on activations (CoSpaDi).",
     options=OPTIONS,
-    factorize=factorize,
+    factors="sparse codes",
+    fit=fit,
+    work=work,
     modules=modules,
-    joint=lambda options: factorize_jointly if options["group_metric"] == "exact" else None,
     faults=faults,
 )

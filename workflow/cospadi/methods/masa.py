@@ -8,19 +8,23 @@ layers of a group are consecutive, and the distribution of the predicted token d
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from cospadi.arrays import on_device, to_numpy
-from cospadi.budget import dense_nbytes, factors_nbytes
+from cospadi.allocation import Menu, Point, choose
+from cospadi.budget import factors_nbytes, nbytes_left
 from cospadi.codecs import IDENTITY, MIXTURE
 from cospadi.errors import ConfigError
 from cospadi.factorization import Factorization
 from cospadi.files import BFLOAT16
+from cospadi.methods import svd_llm
 from cospadi.methods.base import WHITENING_OPTIONS, Method
+from cospadi.problem import Problem, Target
+from cospadi.work import Work
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "groups": {
@@ -39,22 +43,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     **WHITENING_OPTIONS,
 }
-
-
-@dataclass(frozen=True)
-class Choice:
-    """How one projection of a group of layers is stored.
-
-    Attributes
-    ----------
-    n_atoms : int
-        Matrix atoms; 0 for none.
-    ranks : tuple of (int or None)
-        Rank of what is left, a layer; None: the weight stays as it is.
-    """
-
-    n_atoms: int
-    ranks: tuple[int | None, ...]
 
 
 def groups_by_drift(drift: Sequence[float], n_groups: int) -> list[range]:
@@ -112,8 +100,11 @@ def atom_counts(n_layers: int, atoms: int | None) -> list[int]:
     return [0, *(2**i for i in range(n_layers.bit_length()) if 2**i < n_layers), n_layers]
 
 
-class _Problem:
+class _Menu(Menu):
     """One projection of a group of layers: its spectra, and what every choice costs.
+
+    A choice is a `Point` with options ``atoms`` (number of matrix atoms, 0 for none) and ``ranks`` (of what is left, a
+    layer each; None: the weight stays as it is). Its error is the sum of the layers' relative squared errors.
 
     Parameters
     ----------
@@ -152,12 +143,11 @@ class _Problem:
             ]
         self._n_layers = len(weights)
 
-    def choose(self, price: float) -> Choice:
-        """The choice of least squared error plus `price` times bytes."""
+    def at(self, price: float) -> Point:
         options = []
         for n_atoms, left in self._left.items():
             if n_atoms == self._n_layers:
-                options.append((price * self._n_layers * self._exact, Choice(0, (None,) * n_atoms)))
+                options.append((price * self._n_layers * self._exact, 0, (None,) * n_atoms))
                 continue
             value, ranks = price * self._atoms_nbytes(n_atoms), []
             for errors in left:
@@ -168,25 +158,27 @@ class _Problem:
                 exact = free and price * self._exact <= costs[rank]
                 value += price * self._exact if exact else costs[rank]
                 ranks.append(None if exact else rank)
-            options.append((value, Choice(0 if set(ranks) == {None} else n_atoms, tuple(ranks))))
-        return min(options, key=lambda option: option[0])[1]
+            options.append((value, 0 if set(ranks) == {None} else n_atoms, tuple(ranks)))
+        return self._point(*min(options, key=lambda option: option[0])[1:])
 
-    def nbytes(self, choice: Choice) -> int:
-        """Bytes in the file."""
-        ranks = (self._exact if rank is None else self._rank_nbytes(rank) for rank in choice.ranks)
-        unused = 2 * choice.n_atoms * choice.ranks.count(None)
-        return self._atoms_nbytes(choice.n_atoms) - unused + sum(ranks)
-
-    def raised(self, choice: Choice) -> list[tuple[float, int, Choice]]:
-        """The choices with one rank more in one layer: what each lowers the squared error by, its bytes, itself."""
+    def raised(self, point: Point) -> list[tuple[float, int, Point]]:
         found = []
-        for layer, rank in enumerate(choice.ranks):
-            left = self._left[choice.n_atoms][layer] if rank is not None else ()
+        n_atoms, ranks = point.options["atoms"], point.options["ranks"]
+        for layer, rank in enumerate(ranks):
+            left = self._left[n_atoms][layer] if rank is not None else ()
             if rank is not None and rank + 1 < len(left):
-                nbytes = self._rank_nbytes(rank + 1) - self._rank_nbytes(rank)
-                ranks = (*choice.ranks[:layer], rank + 1, *choice.ranks[layer + 1 :])
-                found.append((left[rank] - left[rank + 1], nbytes, Choice(choice.n_atoms, ranks)))
+                gain, more = left[rank] - left[rank + 1], self._rank_nbytes(rank + 1) - self._rank_nbytes(rank)
+                options = {"atoms": n_atoms, "ranks": (*ranks[:layer], rank + 1, *ranks[layer + 1 :])}
+                found.append((gain, more, Point(point.nbytes + more, point.error - gain, "masa", options)))
         return found
+
+    def _point(self, n_atoms: int, ranks: tuple[int | None, ...]) -> Point:
+        unused = 2 * n_atoms * ranks.count(None)
+        nbytes = sum(self._exact if rank is None else self._rank_nbytes(rank) for rank in ranks)
+        error = sum(self._left[n_atoms][layer][rank] for layer, rank in enumerate(ranks) if rank is not None)
+        return Point(
+            self._atoms_nbytes(n_atoms) - unused + nbytes, float(error), "masa", {"atoms": n_atoms, "ranks": ranks}
+        )
 
     def _atoms_nbytes(self, n_atoms: int) -> int:
         """Of the atoms, and the coefficients of all layers."""
@@ -209,53 +201,6 @@ def _squares_left(whitened: np.ndarray) -> np.ndarray:
     return np.append(np.cumsum(squares)[::-1], 0.0)
 
 
-def choose_all(problems: Mapping[Any, _Problem], ratio: float) -> dict[Any, Choice]:
-    """The choices of least summed relative squared error within the bytes that `ratio` leaves of all matrices.
-
-    One price a byte for all of them, by bisection; what is left over goes where one more rank lowers the error most.
-
-    Raises
-    ------
-    ConfigError
-        If the least that can be stored is more than that.
-    """
-    dense = sum(len(p.choose(0.0).ranks) * dense_nbytes(*p.shape) for p in problems.values())
-    allowed = (1 - ratio) * dense
-
-    def at(price: float) -> tuple[dict[Any, Choice], int]:
-        choices = {key: problem.choose(price) for key, problem in problems.items()}
-        return choices, sum(problems[key].nbytes(choice) for key, choice in choices.items())
-
-    low, high = 1e-15, 1.0
-    best, nbytes = at(high)
-    if nbytes > allowed:
-        raise ConfigError(
-            [
-                f"ratio {ratio} leaves {allowed:.0f} bytes of the matrices; {nbytes} is the least with these atoms. "
-                "Lower the ratio, or leave atoms to be chosen (null)"
-            ]
-        )
-    for _ in range(60):
-        price = (low * high) ** 0.5
-        choices, nbytes = at(price)
-        if nbytes > allowed:
-            low = price
-        else:
-            best, high = choices, price
-    left_over = allowed - sum(problems[key].nbytes(choice) for key, choice in best.items())
-    while True:
-        steps = [
-            (gain / nbytes, nbytes, key, choice)
-            for key, problem in problems.items()
-            for gain, nbytes, choice in problem.raised(best[key])
-            if nbytes <= left_over
-        ]
-        if not steps:
-            return best
-        _, nbytes, key, choice = max(steps, key=lambda step: step[0])
-        best, left_over = {**best, key: choice}, left_over - nbytes
-
-
 def mix(atoms: np.ndarray, coefficients: np.ndarray, storage: Mapping[str, Any]) -> list[Factorization]:
     """The mixtures of a group's layers, as the file will hold them.
 
@@ -273,106 +218,113 @@ def mix(atoms: np.ndarray, coefficients: np.ndarray, storage: Mapping[str, Any])
     ]
 
 
-def factorize(
-    weight: Any, whitening: Any, *, groups: int | None = None, atoms: int | None = None, **common: Any
-) -> Factorization:
-    """One matrix alone: no other layer is there to share with, so this is the low-rank part (`svd_llm.factorize`)."""
-    from cospadi.methods import svd_llm
-
-    return svd_llm.factorize(weight, whitening, **common)
-
-
-def factorize_layers(
-    names: Sequence[str],
-    weights: Sequence[np.ndarray],
-    whitenings: Sequence[Any],
-    drift: Sequence[float],
+def fit(
+    problem: Problem,
+    nbytes: int,
     *,
-    ratio: float,
     storage: Mapping[str, Any],
     device: str = "cpu",
-    log: Callable[[str], None] = print,
+    log: Callable[[str], None] | None = None,
+    warm: Factorization | None = None,
     groups: int | None = None,
     atoms: int | None = None,
-) -> Iterator[tuple[int, Factorization]]:
+    whiten: bool = True,
+    eta: float = 0.0,
+) -> list[Factorization]:
     """Factorize the same projections of all layers.
 
     The weights and whitenings of a group of layers are read twice, for its spectra and for its factors, and not kept.
 
     Parameters
     ----------
-    names : sequence of str
-        Such as ``model.layers.3.self_attn.q_proj``.
-    weights : sequence of ndarray (d_in, d_out), float32
-    whitenings : sequence of gram.Whitening
-    drift : sequence of float
-        One a layer, from `pruning.drift.measure`.
-    ratio : float
-        Fraction of the bytes of all these matrices to remove.
+    problem : Problem
+        All matrices of a model, with its drift; without one, matrices that have no other layer to share with: these get
+        the low-rank part alone (`svd_llm.fit`).
+    nbytes : int
+        Of all of them together.
     storage : mapping
         How the factors will be stored (`codecs.storage_of`).
     groups, atoms
         As in `OPTIONS`.
 
-    Yields
-    ------
-    index : int
-        Of the name.
-    factors : Factorization
+    Returns
+    -------
+    list of Factorization
         Atoms are named after the first matrix of their group that is made of them.
 
     Raises
     ------
     ConfigError
-        If the ratio cannot be reached.
+        If these are too few bytes.
     """
-    from cospadi.solvers import svd
-
-    spans = groups_by_drift(drift, min(len(drift), groups or -(-len(drift) // 3)))
+    if problem.drift is None:
+        return svd_llm.fit(problem, nbytes, storage=storage, device=device, log=log, whiten=whiten, eta=eta)
+    log = log or (lambda line: None)
+    weights, whitenings = problem.weights, problem.whitenings(whiten=whiten, eta=eta)
+    spans = groups_by_drift(problem.drift, _n_groups(len(problem.drift), groups))
     log("groups of layers: " + ", ".join(f"{span[0]}-{span[-1]}" for span in spans))
     members: dict[tuple[int, str], list[int]] = {}
-    for index, name in enumerate(names):
-        layer = int(next(part for part in name.split(".") if part.isdigit()))
-        group = next(number for number, span in enumerate(spans) if layer in span)
-        members.setdefault((group, name.rsplit(".", 1)[-1]), []).append(index)
-    problems = {
-        key: _Problem([weights[i] for i in indices], [whitenings[i] for i in indices], atoms, storage)
+    for index, matrix in enumerate(problem.matrices):
+        group = next(number for number, span in enumerate(spans) if matrix.layer in span)
+        members.setdefault((group, matrix.projection), []).append(index)
+    menus = {
+        key: _Menu([weights[i] for i in indices], [whitenings[i] for i in indices], atoms, storage)
         for key, indices in members.items()
     }
-    choices = choose_all(problems, ratio)
+    try:
+        points = choose(menus, nbytes)
+    except ConfigError as error:
+        raise ConfigError(
+            [f"{error.faults[0]} with these atoms. Lower the ratio, or leave atoms to be chosen (null)"]
+        ) from error
 
+    found: dict[int, Factorization] = {}
     for key, indices in members.items():
-        choice, group = choices[key], [weights[i] for i in indices]
+        n_atoms, ranks = points[key].options["atoms"], points[key].options["ranks"]
+        group = [weights[i] for i in indices]
         mixtures: Sequence[Factorization | None] = [None] * len(indices)
-        if choice.n_atoms:
-            mixtures = mix(*matrix_pca(group, choice.n_atoms)[:2], storage)
+        if n_atoms:
+            mixtures = mix(*matrix_pca(group, n_atoms)[:2], storage)
         span, projection = spans[key[0]], key[1]
-        owner = next((names[i] for i, rank in zip(indices, choice.ranks, strict=True) if rank is not None), "")
+        owner = next((problem.names[i] for i, rank in zip(indices, ranks, strict=True) if rank is not None), "")
         log(
-            f"layers {span[0]}-{span[-1]} {projection}: {choice.n_atoms} atoms, rank "
-            + " ".join("full" if rank is None else str(rank) for rank in choice.ranks)
+            f"layers {span[0]}-{span[-1]} {projection}: {n_atoms} atoms, rank "
+            + " ".join("full" if rank is None else str(rank) for rank in ranks)
         )
-        for i, weight, rank, mixture in zip(indices, group, choice.ranks, mixtures, strict=True):
-            diagnostics = {"group": [span[0], span[-1]], "matrix_atoms": choice.n_atoms, "rank": rank}
+        for i, weight, rank, mixture in zip(indices, group, ranks, mixtures, strict=True):
+            diagnostics = {"group": [span[0], span[-1]], "matrix_atoms": n_atoms, "rank": rank}
             if rank is None:
-                yield i, Factorization(None, weight, support="dense", **storage, diagnostics=diagnostics)
+                found[i] = Factorization(None, weight, support="dense", **storage, diagnostics=diagnostics)
                 continue
             plus = []
             if mixture is not None:
                 mixture.tensor = f"{owner}.plus.0.dictionary"
                 weight, plus = weight - mixture.reconstruct(), [mixture]
-            solution = svd.truncated(on_device(whitenings[i].whiten(weight), device), rank)
-            yield (
-                i,
-                Factorization(
-                    whitenings[i].unwhiten(to_numpy(solution.dictionary)),
-                    to_numpy(solution.codes),
-                    support="dense",
-                    **storage,
-                    plus=plus,
-                    diagnostics=diagnostics,
-                ),
-            )
+            low_rank = svd_llm.truncated(weight, rank, whitenings[i], storage=storage, device=device)
+            settled = {key: low_rank.diagnostics[key] for key in ("shift", "eta")}
+            found[i] = replace(low_rank, plus=plus, diagnostics={**diagnostics, **settled})
+    return [found[i] for i in range(len(problem.matrices))]
+
+
+def _n_groups(n_layers: int, groups: int | None) -> int:
+    return min(n_layers, groups or -(-n_layers // 3))
+
+
+def work(targets: Sequence[Target], nbytes: int, options: Mapping[str, Any], storage: Mapping[str, Any]) -> Work:
+    """Work of all matrices: the low-rank part of each; in memory a projection of a group in float64, twice."""
+    dense = nbytes_left([target.shape for target in targets], 0)
+    each: Counter[tuple[int, int]] = Counter(target.shape for target in targets)
+    core = gpu = 0.0
+    for shape, count in each.items():
+        part = nbytes * nbytes_left([shape], 0) // dense
+        one = svd_llm.work([Target(0, "", shape)], part, options, storage)
+        core, gpu = core + count * one.core, gpu + count * one.gpu
+    n_layers = len({target.layer for target in targets})
+    largest = max(d_in * d_out for d_in, d_out in each)
+    widest = max(d_in for d_in, _ in each)
+    # where the groups are parted is not known yet: the largest may be three times the mean
+    layers = min(n_layers, 3 * n_layers / _n_groups(n_layers, options.get("groups")))
+    return Work(20 * layers * largest + 10 * 8 * widest**2, 0, core, gpu)
 
 
 def modules(options: Mapping[str, Any]) -> list[str]:
@@ -384,7 +336,9 @@ METHOD = Method(
     name="masa",
     summary="Matrix atoms shared by groups of layers, and what they leave in low rank (MASA's matrix PCA).",
     options=OPTIONS,
-    factorize=factorize,
+    factors="matrix atoms and low rank",
+    fit=fit,
+    work=work,
     modules=modules,
-    whole_model=factorize_layers,
+    scope="model",
 )

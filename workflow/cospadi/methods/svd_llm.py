@@ -2,47 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from cospadi.arrays import on_device, to_numpy
 from cospadi.budget import low_rank
+from cospadi.codecs import storage_of
 from cospadi.factorization import Factorization
-from cospadi.methods.base import SHARING_OPTIONS, WHITENING_OPTIONS, Method
+from cospadi.gram import Whitening
+from cospadi.methods.base import (
+    SHARING_OPTIONS,
+    WHITENING_OPTIONS,
+    Method,
+    Problems,
+    budget_faults,
+    sharing_faults,
+    work_of,
+)
+from cospadi.problem import Problem, Target, side_by_side
+from cospadi.work import Work
 
 
-def factorize(
-    weight: Any,
-    whitening: Any,
+def fit(
+    problem: Problem,
+    nbytes: int,
     *,
-    ratio: float,
     storage: Mapping[str, Any],
     device: str = "cpu",
     log: Callable[[str], None] | None = None,
-) -> Factorization:
+    warm: Factorization | None = None,
+    whiten: bool = True,
+    eta: float = 0.0,
+) -> list[Factorization]:
     """Truncated SVD ``L W ~ U_r Sigma_r V_r^T``; ``D = L^{-1} U_r``, ``S = U_r^T L W``.
 
     Parameters
     ----------
-    weight : array (d_in, d_out), float32
-    whitening : Whitening
-        Of the matrix's Gram; the identity's gives plain SVD.
-    ratio : float
-        Fraction of bytes to remove; the rank follows from it (`budget.low_rank`).
+    problem : Problem
+    nbytes : int
+        The rank follows from it (`budget.low_rank`).
     storage : mapping
         How the factors will be stored (`codecs.storage_of`).
     """
+    rank = low_rank(*problem.shape, nbytes=nbytes, **storage)
+    whitening = problem.metric.whitening(whiten=whiten, eta=eta)
+    return problem.split(truncated(problem.weight, rank, whitening, storage=storage, device=device))
+
+
+def truncated(
+    weight: Any, rank: int, whitening: Whitening, *, storage: Mapping[str, Any], device: str
+) -> Factorization:
+    """The best product of rank `rank` in a metric."""
     from cospadi.solvers import svd
 
-    rank = low_rank(*weight.shape, ratio=ratio, **storage)
     solution = svd.truncated(on_device(whitening.whiten(weight), device), rank)
     return Factorization(
         whitening.unwhiten(to_numpy(solution.dictionary)),
         to_numpy(solution.codes),
         support="dense",
         **storage,
-        diagnostics={"solver": "svd", "n_atoms": rank, "n_nonzero_coefs": rank, "history": solution.history},
+        diagnostics={
+            "solver": "svd",
+            "n_atoms": rank,
+            "n_nonzero_coefs": rank,
+            "shift": whitening.shift,
+            "eta": whitening.eta,
+            "history": solution.history,
+        },
     )
+
+
+def work(targets: Sequence[Target], nbytes: int, options: Mapping[str, Any], storage: Mapping[str, Any]) -> Work:
+    """Work of a problem: eigenvectors, and the product of the weight with them."""
+    d, n = side_by_side([target.shape for target in targets])
+    rank = low_rank(d, n, nbytes=nbytes, **storage)
+    return work_of(d, n, rank, 10 * min(d, n) ** 3 + 2 * d * n * rank)
 
 
 def modules(options: Mapping[str, Any]) -> list[str]:
@@ -50,10 +84,20 @@ def modules(options: Mapping[str, Any]) -> list[str]:
     return [__name__, "cospadi.solvers.svd"]
 
 
+def faults(settings: Mapping[str, Any], problems: Problems = ()) -> Iterator[str]:
+    """Sharing that cannot be, and ratios that leave no rank."""
+    storage = storage_of(settings.get("codes", {}))
+    yield from sharing_faults(problems)
+    yield from budget_faults(settings, problems, lambda shape, nbytes: low_rank(*shape, nbytes=nbytes, **storage))
+
+
 METHOD = Method(
     name="svd_llm",
     summary="Truncated SVD in the metric of the activations (SVD-LLM); whiten: false is plain SVD.",
     options={**WHITENING_OPTIONS, **SHARING_OPTIONS},
-    factorize=factorize,
+    factors="low rank",
+    fit=fit,
+    work=work,
     modules=modules,
+    faults=faults,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from cospadi import methods
 from cospadi.errors import ArtifactError
 from cospadi.files import ModelFolder, TensorFile
 from cospadi.plan.variants import Variants
@@ -31,7 +32,7 @@ def planning_faults(variants: Variants, shapes: Shapes, model_config: Mapping[st
         Content of the model's ``config.json``.
     """
     yield from _pruning_faults(variants, model_config["architectures"][0])
-    yield from _sharing_faults(variants, shapes)
+    yield from _method_faults(variants, shapes)
     yield from _position_faults(variants.config, model_config)
 
 
@@ -52,14 +53,14 @@ def _pruning_faults(variants: Variants, architecture: str) -> Iterator[str]:
             )
 
 
-def _sharing_faults(variants: Variants, shapes: Shapes) -> Iterator[str]:
-    """Projections that cannot have one dictionary: a dictionary has as many rows as they have inputs."""
+def _method_faults(variants: Variants, shapes: Shapes) -> Iterator[str]:
+    """What methods cannot do with matrices of these shapes."""
     for name in variants.factorized:
-        for bundle in variants.factorizing(name).get("share_within", ()):
-            widths = {projection: shapes.matrices[projection][0] for projection in bundle}
-            if len(set(widths.values())) > 1:
-                found = ", ".join(f"{projection} has {width} inputs" for projection, width in widths.items())
-                yield f"variants.{name}.share_within: {found}; those that share have the same number"
+        where = f"variants.{name}.steps.1" if variants.pruning_step(name) else f"variants.{name}"
+        n_layers = variants.n_layers_of(variants.base_of(name))
+        if n_layers > 0:
+            settings = variants.factorizing(name)
+            yield from (f"{where}.{fault}" for fault in methods.planning_faults(settings, shapes.matrices, n_layers))
 
 
 def _position_faults(config: Mapping[str, Any], model_config: Mapping[str, Any]) -> Iterator[str]:

@@ -10,8 +10,8 @@ from cospadi.codecs import storage_of
 from cospadi.digests import code_digest, modules_of
 from cospadi.methods import METHODS
 from cospadi.plan.names import layers_of
-from cospadi.resources import MEBI, Work
 from cospadi.stages import Jobs, Stage, code_of, table_of
+from cospadi.work import MEBI, Work
 
 if TYPE_CHECKING:
     from cospadi.plan import Plan
@@ -113,9 +113,7 @@ def _walks(plan: Plan, wildcards: Any) -> Work:
 
 
 def _learn(plan: Plan, wildcards: Any) -> Work:
-    whole = plan.learns_model(wildcards.variant)
-    settings = plan.factorizing(wildcards.variant)
-    return plan.estimates.learn(settings, len(layers_of(wildcards.unit)), whole_model=whole)
+    return plan.estimates.learn(plan.factorizing(wildcards.variant), len(layers_of(wildcards.unit)))
 
 
 def _learning_code(plan: Plan, wildcards: Any) -> str:

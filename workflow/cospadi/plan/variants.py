@@ -104,7 +104,7 @@ class Variants:
     def learns_model(self, variant: str) -> bool:
         """Whether a variant's method learns all layers in one job."""
         settings = self.factorizing(variant)
-        return settings is not None and METHODS[settings["method"]].whole_model is not None
+        return settings is not None and METHODS[settings["method"]].scope == "model"
 
     def units(self, variant: str) -> list[str]:
         """Units of a variant: what one learning job each handles; none where nothing is learned."""

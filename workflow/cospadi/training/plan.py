@@ -8,9 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from cospadi.report.training import training_message
-from cospadi.resources import FORWARD, GPU_FORWARD, MEBI, Work
 from cospadi.stages import Jobs, Stage, Staged, code_of, table_of
 from cospadi.training.config import EXPERIMENTS
+from cospadi.work import FORWARD, GPU_FORWARD, MEBI, Work
 
 _TEXT = Work(1800 * MEBI, 180)
 _TABLES_AND_PLOTS = Work(1000 * MEBI, 30)

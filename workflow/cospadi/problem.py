@@ -1,0 +1,359 @@
+"""Problems: the matrices that are learned together, and what an error in each of them costs.
+
+A `Problem` is all that a method gets to see. It reads weights and second moments when they are first asked for.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from cospadi.errors import NumericalError
+from cospadi.factorization import Factorization
+from cospadi.files import ModelFolder
+from cospadi.gram import Whitening, read_gram, sites, squared_norm, whitening_factor
+
+# Where all layers are one problem, so many whitenings stay in memory: those of a few layers that share
+_WHITENINGS_HELD = 4
+
+
+class Metric:
+    """What an error E of a matrix costs: ``||X E||_F^2 = tr(E^T G E)``, by the Gram ``G = X^T X`` of its inputs X.
+
+    Every part is read or computed when it is first asked for and kept until `forget`.
+
+    Parameters
+    ----------
+    d_in : int
+        Width of the inputs.
+    read : callable
+        Reads the Gram, float64 (d_in, d_in).
+    read_heldout : callable, optional
+        Reads that of the inputs that were kept out; gives None where there are none.
+    where : str
+        What an error message calls it.
+    keep_gram : bool
+        False: Grams are read anew each time, for jobs that would hold the Grams of a whole model.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        read: Callable[[], np.ndarray],
+        *,
+        read_heldout: Callable[[], np.ndarray | None] = lambda: None,
+        where: str = "Gram",
+        keep_gram: bool = True,
+    ) -> None:
+        self.d_in = d_in
+        self._read = read
+        self._read_heldout = read_heldout
+        self._where = where
+        self._keep_gram = keep_gram
+        self._gram: np.ndarray | None = None
+        self._heldout: np.ndarray | None = None
+        self._whitenings: dict[float, Whitening] = {}
+
+    @classmethod
+    def of(cls, gram: np.ndarray) -> Metric:
+        """Of a Gram in memory."""
+        return cls(len(gram), lambda: gram)
+
+    @classmethod
+    def identity(cls, d_in: int) -> Metric:
+        """The error of the matrix itself, ``||E||_F``."""
+        return cls(d_in, lambda: np.eye(d_in))
+
+    @classmethod
+    def of_file(cls, path: Path, site: str, d_in: int, *, keep_gram: bool = True) -> Metric:
+        """Of a site in a Gram file."""
+
+        def heldout() -> np.ndarray | None:
+            return read_gram(path, site, heldout=True) if sites(path)[site]["n_heldout"] else None
+
+        return cls(
+            d_in,
+            lambda: read_gram(path, site),
+            read_heldout=heldout,
+            where=f"{path}: {site}/gram",
+            keep_gram=keep_gram,
+        )
+
+    @classmethod
+    def mean(cls, metrics: Sequence[Metric]) -> Metric:
+        """Of the mean Gram, the paper's metric of matrices with different inputs."""
+        where = "mean of " + ", ".join(metric._where for metric in metrics)
+        return cls(
+            metrics[0].d_in,
+            lambda: sum(metric.gram for metric in metrics) / len(metrics),
+            where=where,
+            keep_gram=False,
+        )
+
+    @property
+    def gram(self) -> np.ndarray:
+        """``X^T X``, float64 (d_in, d_in)."""
+        if self._gram is not None:
+            return self._gram
+        gram = self._read()
+        if self._keep_gram:
+            self._gram = gram
+        return gram
+
+    @property
+    def diagonal(self) -> np.ndarray:
+        """Squared norm of every input, float64 (d_in,): all that a metric of single weights needs."""
+        return np.diag(self.gram)
+
+    def heldout_gram(self) -> np.ndarray | None:
+        """Gram of the calibration rows that were kept out, None where none were."""
+        if self._heldout is not None:
+            return self._heldout
+        heldout = self._read_heldout()
+        if self._keep_gram:
+            self._heldout = heldout
+        return heldout
+
+    def whitening(self, *, whiten: bool = True, eta: float = 0.0) -> Whitening:
+        """Factor of the Gram with ridge `eta`; without `whiten`, of the identity, for which nothing is read."""
+        if not whiten:
+            return Whitening(np.eye(self.d_in), shift=0.0, eta=0.0)
+        if eta not in self._whitenings:
+            try:
+                self._whitenings[eta] = whitening_factor(self.gram, eta=eta)
+            except NumericalError as error:
+                raise NumericalError(f"{self._where}: {error}") from error
+        return self._whitenings[eta]
+
+    def squared_norm(self, matrix: np.ndarray) -> float:
+        """``||X M||_F^2`` of a matrix M (d_in, n)."""
+        return squared_norm(matrix, self.gram)
+
+    def forget(self) -> None:
+        """Free what was read and computed; asked for again, it is made again."""
+        self._gram = self._heldout = None
+        self._whitenings.clear()
+
+
+class Target(NamedTuple):
+    """A matrix as far as a plan knows it."""
+
+    layer: int
+    projection: str
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One target matrix: what it is called, where it is, its shape (d_in, d_out), its metric and its weight."""
+
+    name: str
+    layer: int
+    site: str
+    shape: tuple[int, int]
+    metric: Metric
+    read: Callable[[], np.ndarray]
+
+    @property
+    def projection(self) -> str:
+        """Last part of the name, ``q_proj``."""
+        return self.name.rsplit(".", 1)[-1]
+
+    def weight(self) -> np.ndarray:
+        """The weight, float32 (d_in, d_out), read anew.
+
+        Raises
+        ------
+        NumericalError
+            If it holds NaN or infinity; names where it comes from.
+        """
+        return self.read()
+
+
+_Some = TypeVar("_Some", Matrix, Target)
+
+
+def matrices_of(
+    folder: ModelFolder,
+    structure: Mapping[str, Any],
+    layers: Sequence[int],
+    gram_files: Sequence[Path],
+    *,
+    keep_grams: bool = True,
+) -> Iterator[Matrix]:
+    """Every target matrix of `layers`, in the order of the model; one Gram file a layer, one `Metric` a site."""
+    for layer, gram_file in zip(layers, gram_files, strict=True):
+        for site in structure["layers"][layer]["sites"]:
+            d_in = site["matrices"][0]["shape"][0]
+            metric = Metric.of_file(gram_file, site["name"], d_in, keep_gram=keep_grams)
+            for matrix in site["matrices"]:
+                name = matrix["name"]
+                yield Matrix(name, layer, site["name"], tuple(matrix["shape"]), metric, _reader(folder, name))
+
+
+def _reader(folder: ModelFolder, name: str) -> Callable[[], np.ndarray]:
+    return lambda: check_finite(folder.read_weight(name), f"{folder.path}: {name}.weight")
+
+
+def check_finite(weight: np.ndarray, where: str) -> np.ndarray:
+    """`weight` itself.
+
+    Raises
+    ------
+    NumericalError
+        If it holds NaN or infinity; names `where` it comes from.
+    """
+    bad = np.count_nonzero(~np.isfinite(weight))
+    if bad:
+        raise NumericalError(f"{where} holds {bad} non-finite values; repair it, or fetch the model again")
+    return weight
+
+
+def shared(matrices: Iterable[_Some], options: Mapping[str, Any]) -> list[list[_Some]]:
+    """Matrices that share a dictionary, together; a list of one for a matrix with its own.
+
+    ``share`` names the projections whose matrices share across the layers of the unit, each projection for itself;
+    ``share_within`` lists projections that share inside a layer (q, k and v; gate and up). A projection in both
+    shares both ways. Options that are not there share nothing.
+    """
+    bundles = options.get("share_within") or ()
+    bundle_of = {name: f"bundle {i}" for i, bundle in enumerate(bundles) for name in bundle}
+    problems: dict[Hashable, list[_Some]] = {}
+    for matrix in matrices:
+        layer = "all" if matrix.projection in (options.get("share") or ()) else matrix.layer
+        problems.setdefault((layer, bundle_of.get(matrix.projection, matrix.projection)), []).append(matrix)
+    return list(problems.values())
+
+
+class Problem:
+    """Matrices that are learned together; most often one, or those that share a dictionary.
+
+    Parameters
+    ----------
+    matrices : sequence of Matrix
+        With equal d_in where they share a dictionary; the matrices of a whole model are of several shapes.
+    weights : sequence of ndarray, optional
+        Where they are in memory already.
+    metric : Metric, optional
+        Of all matrices together; default: the mean of their metrics.
+    drift : sequence of float, optional
+        How far every layer of the model moves the predicted token (`pruning.drift`), for a whole model.
+    in_memory : bool
+        False: a weight or whitening is made anew each time it is asked for, for a whole model.
+    """
+
+    def __init__(
+        self,
+        matrices: Sequence[Matrix],
+        *,
+        weights: Sequence[np.ndarray] | None = None,
+        metric: Metric | None = None,
+        drift: Sequence[float] | None = None,
+        in_memory: bool = True,
+    ) -> None:
+        self.matrices = list(matrices)
+        self.drift = drift
+        self._in_memory = in_memory
+        self._weights = weights
+        self._metric = metric
+
+    @property
+    def names(self) -> list[str]:
+        """Full names of the matrices."""
+        return [matrix.name for matrix in self.matrices]
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """(d_in, d_out) of each matrix."""
+        return [matrix.shape for matrix in self.matrices]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_in, d_out) of the matrices side by side."""
+        return side_by_side(self.shapes)
+
+    @property
+    def metrics(self) -> list[Metric]:
+        """Metric of each matrix; matrices with the same inputs have the same object."""
+        return [matrix.metric for matrix in self.matrices]
+
+    @property
+    def n_metrics(self) -> int:
+        """Number of different metrics."""
+        return len(set(self.metrics))
+
+    @cached_property
+    def metric(self) -> Metric:
+        """Metric of all matrices together: that of the mean Gram of their inputs."""
+        if self._metric is not None:
+            return self._metric
+        distinct = list(dict.fromkeys(self.metrics))
+        return distinct[0] if len(distinct) == 1 else Metric.mean(distinct)
+
+    @cached_property
+    def weights(self) -> Sequence[np.ndarray]:
+        """Weight of each matrix, float32 (d_in, d_out)."""
+        if self._weights is not None:
+            return self._weights
+        weights = _OnDemand(self.matrices, Matrix.weight)
+        return list(weights) if self._in_memory else weights
+
+    @property
+    def weight(self) -> np.ndarray:
+        """The weights side by side, float32 (d_in, sum of d_out)."""
+        return self.weights[0] if len(self.matrices) == 1 else np.concatenate(self.weights, axis=1)
+
+    def whitenings(self, *, whiten: bool = True, eta: float = 0.0) -> Sequence[Whitening]:
+        """Whitening of each matrix's own metric (`Metric.whitening`), made when it is asked for."""
+        recent: list[Metric] = []
+
+        def make(matrix: Matrix) -> Whitening:
+            whitening = matrix.metric.whitening(whiten=whiten, eta=eta)
+            if not self._in_memory:
+                recent[:] = [*(metric for metric in recent if metric is not matrix.metric), matrix.metric]
+                while len(recent) > _WHITENINGS_HELD:
+                    recent.pop(0).forget()
+            return whitening
+
+        return _OnDemand(self.matrices, make)
+
+    def split(self, factorization: Factorization) -> list[Factorization]:
+        """Factors of each matrix from those of the matrices side by side: one dictionary, each its columns of codes."""
+        edges = itertools.accumulate((d_out for _, d_out in self.shapes), initial=0)
+        return self.sharing(
+            [
+                replace(factorization, codes=factorization.codes[:, first:last])
+                for first, last in itertools.pairwise(edges)
+            ]
+        )
+
+    def sharing(self, parts: Sequence[Factorization]) -> list[Factorization]:
+        """Factors with one dictionary: where there are several, it is stored under the name of the first matrix."""
+        if len(parts) == 1:
+            return list(parts)
+        return [replace(part, tensor=f"{self.names[0]}.dictionary") for part in parts]
+
+
+def side_by_side(shapes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Shape of matrices with equal d_in that stand side by side."""
+    return shapes[0][0], sum(d_out for _, d_out in shapes)
+
+
+class _OnDemand(Sequence):
+    """A sequence whose entries are made anew each time they are asked for."""
+
+    def __init__(self, matrices: Sequence[Matrix], make: Callable[[Matrix], Any]) -> None:
+        self._matrices = matrices
+        self._make = make
+
+    def __len__(self) -> int:
+        return len(self._matrices)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._make(self._matrices[index])
