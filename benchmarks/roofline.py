@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cospadi.budget import sparse_shape
+from cospadi.budget import nbytes_left, sparse_shape
 
 
 def timed(run: Callable[[], Any], wait: Callable[[], None] = lambda: None) -> tuple[float, Any]:
@@ -22,7 +22,7 @@ def timed(run: Callable[[], Any], wait: Callable[[], None] = lambda: None) -> tu
 
 def shape_at(shape: tuple[int, int], ratio: float) -> tuple[int, int]:
     """k and s at rho = 2 with 16-bit values and a 1-bit mask."""
-    found = sparse_shape(*shape, ratio=ratio, rho=2.0)
+    found = sparse_shape(*shape, nbytes=nbytes_left([shape], ratio), rho=2.0)
     return found.n_atoms, found.n_nonzero_coefs
 
 

@@ -30,11 +30,11 @@ from tabulate import tabulate
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import cospadi  # noqa: F401 (registers the packed classes)
-from cospadi.budget import dense_nbytes, sparse_shape
+from cospadi.budget import dense_nbytes, nbytes_left, sparse_shape
 from cospadi.checkpoint import assemble, target_bytes
 from cospadi.factorization import Factorization
 from cospadi.files import ModelFolder, write_tensors
-from cospadi.learning import Matrix, shared_problems, split_codes
+from cospadi.problem import Matrix, Metric, shared, split_codes
 from cospadi.runtime.cospadi_cpu import bfloat16_is_native, kernel
 from cospadi.runtime.cospadi_linear import PackedLinear
 
@@ -135,13 +135,16 @@ def make_models(scratch: Path) -> dict[Name, Path]:
     del dense
     base = ModelFolder(folders["dense"])
     names = [name.removesuffix(".weight") for name in base.weight_map if name.endswith("_proj.weight")]
-    # a layer's matrices have one Gram file, which nothing reads here
-    matrices = [Matrix(Path(name.split(".")[2]), "", name, base.read(f"{name}.weight").shape[::-1]) for name in names]
+    matrices = []
+    for name in names:
+        shape = base.read(f"{name}.weight").shape[::-1]
+        read = functools.partial(base.read_weight, name)
+        matrices.append(Matrix(name, int(name.split(".")[2]), "", shape, Metric.identity(shape[0]), read))
     for made in PACKED:
         tensors, specs = {}, {}
         rho = SHARED_RHO[made.ratio] if made.shared else 2.0
         factors = functools.cache(functools.partial(random_factors, ratio=made.ratio, rho=rho))  # a few shapes, often
-        for problem in shared_problems(matrices, {"share": [], "share_within": SHARED if made.shared else []}):
+        for problem in shared(matrices, {"share": [], "share_within": SHARED if made.shared else []}):
             widths = [matrix.shape[1] for matrix in problem]
             parts = split_codes(factors(problem[0].shape[0], sum(widths)), widths)
             for matrix, part in zip(problem, parts, strict=True):
@@ -158,7 +161,7 @@ def make_models(scratch: Path) -> dict[Name, Path]:
 def random_factors(d_in: int, d_out: int, ratio: float, rho: float = 2.0) -> Factorization:
     """Random dictionary and codes of the shape that the budget gives for `ratio`."""
     draw = np.random.default_rng(0)
-    shape = sparse_shape(d_in, d_out, ratio=ratio, rho=rho)
+    shape = sparse_shape(d_in, d_out, nbytes=nbytes_left([(d_in, d_out)], ratio), rho=rho)
     codes = draw.standard_normal((shape.n_atoms, d_out), np.float32) / shape.n_atoms**0.5
     order = draw.random((shape.n_atoms, d_out), np.float32).argpartition(shape.n_nonzero_coefs, axis=0)
     np.put_along_axis(codes, order[shape.n_nonzero_coefs :], 0, axis=0)

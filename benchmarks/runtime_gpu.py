@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from tabulate import tabulate
 
-from cospadi.budget import dense_nbytes, factors_nbytes, sparse_shape
+from cospadi.budget import dense_nbytes, factors_nbytes, nbytes_left, sparse_shape
 from cospadi.runtime import cospadi_cuda
 from cospadi.runtime.cospadi_codecs import tensor_shapes
 from cospadi.runtime.cospadi_linear import PackedLinear
@@ -203,7 +203,7 @@ def copies(layer: PackedLinear, n: int) -> list[PackedLinear]:
 
 def sized(d_in: int, d_out: int, ratio: float, support: str) -> tuple[dict[str, Any], int]:
     """Spec of a matrix that meets `ratio`, and its bytes."""
-    shape = sparse_shape(d_in, d_out, ratio=ratio, rho=2.0, support=support)
+    shape = sparse_shape(d_in, d_out, nbytes=nbytes_left([(d_in, d_out)], ratio), rho=2.0, support=support)
     k, s = shape.n_atoms, shape.n_nonzero_coefs
     nbytes = factors_nbytes(d_in, d_out, k, s * d_out, support=support, value_codec="bf16")
     return random_spec(d_in, d_out, k, s, "bf16", support, "bf16"), nbytes

@@ -559,17 +559,31 @@ def test_documentation_follows_the_schema(name, module, documentation):
         ({"atom_update": "mod"}, "variants.a.atom_update: mod is not for solver htp; leave it out"),
         ({"solver": "procrustes", "polish": True}, "a.polish: True is not for solver procrustes; leave it out"),
         ({"start": "spectral", "warm_start": "b"}, "start: warm_start is a start too; leave one of them out"),
-        ({"warm_start": "bb"}, "warm_start: bb is no variant that learns factors (did you mean b?); one of b, c"),
-        ({"warm_start": "u"}, "warm_start: u is no variant that learns factors; one of b, c"),
+        ({"warm_start": "bb"}, "warm_start: bb is no variant that learns factors (did you mean b?); one of b, c, s, t"),
+        ({"warm_start": "u"}, "warm_start: u is no variant that learns factors; one of b, c, s, t"),
         ({"warm_start": "a"}, "variants.a.warm_start: a: it starts from a"),
         ({"warm_start": "c"}, "variants.a.warm_start: c: it starts from c from a"),
-        ({"warm_start": "b", "group_size": 2}, "variants.a.warm_start: b has another group_size"),
+        ({"warm_start": "b", "group_size": 2}, "variants.a.warm_start: b has group_size 1, here it is 2"),
+        (
+            {"warm_start": "s"},
+            "s is made by svd_llm, which gives low rank; cospadi starts from those of cospadi, compot",
+        ),
+        ({"warm_start": "t"}, "variants.a.warm_start: t has no factors of k_proj, v_proj, o_proj, gate_proj, up_proj"),
+        (
+            {"warm_start": "b", "share_within": [["gate_proj", "up_proj"]]},
+            "variants.a.warm_start: b has several dictionaries for gate_proj, up_proj, here it is one",
+        ),
+        ({"share": ["q_proj"]}, "variants.a.group_size: 1; with one layer in a group share: [q_proj]"),
     ],
 )
 def test_options_of_learning_that_do_not_go_together(minimal, options, expected):
     method = {"method": "cospadi", "ratio": 0.2}
     minimal["variants"]["a"] |= options
     minimal["variants"] |= {"b": method, "c": {**method, "warm_start": "a"}, "u": {"method": "uidl", "blocks": 2}}
+    minimal["variants"] |= {
+        "s": {"method": "svd_llm", "ratio": 0.2},
+        "t": {**method, "targets": ["q_proj", "down_proj"]},
+    }
     assert any(expected in fault for fault in faults(minimal))
 
 
@@ -579,5 +593,7 @@ def test_options_of_learning_that_do_go_together(minimal):
         "a": {**ksvd, "start": "spectral_original", "rho": "auto", "max_seconds": 60},
         "b": {"method": "compot", "ratio": 0.4, "support": "2:4", "warm_start": "a"},
         "c": {"method": "cospadi", "ratio": 0.2, "group_size": 2, "share": ["q_proj"], "group_metric": "exact"},
+        # from factors of more matrices, and of one dictionary where this has several
+        "d": {"method": "cospadi", "ratio": 0.4, "group_size": 2, "targets": ["q_proj"], "warm_start": "c"},
     }
     assert check_config(minimal)["variants"]["b"]["rho"] == 2

@@ -118,6 +118,30 @@ def test_every_wrong_argument_in_one_message():
         assert part in message
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"start": "x"}, "start: x is not allowed; one of null, procrustes, random, spectral, spectral_original"),
+        ({"rho": 0.5}, "rho: 0.5 is not allowed; from 1 to 16"),
+        ({"eta": -1}, "eta: -1 is not allowed; from 0 to 1"),
+        ({"max_iter": 0}, "max_iter: 0 is not allowed; at least 1"),
+        ({"warm_start": "a"}, "warm_start: unknown key"),
+        ({"atom_update": "mod"}, "atom_update: mod is not for solver htp; leave it out"),
+        (
+            {"method": "compot", "dictionary_bits": 4, "rho": 4},
+            "atoms for weight (48x40); at most 40 can be orthonormal",
+        ),
+        ({"ratio": 0.999}, "ratio: 0.999 leaves 3 bytes for a 48x40 matrix: not one atom fits"),
+        ({"method": "svd_llm", "ratio": 0.999}, "ratio: 0.999 leaves 3 bytes for a 48x40 matrix: not even rank 1 fits"),
+        ({"group_size": 0, "value_bits": 4}, "group_size is 0; allowed: at least 1, or None"),
+    ],
+)
+def test_options_are_checked_by_their_schema(options, expected):
+    with pytest.raises(ConfigError) as caught:
+        factorize(WEIGHT, GRAM, **{"ratio": 0.3, **options})
+    assert expected in str(caught.value)
+
+
 def test_bad_numbers_are_refused():
     broken = WEIGHT.copy()
     broken[3, 4] = np.nan

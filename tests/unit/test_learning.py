@@ -282,3 +282,99 @@ def test_a_layer_keeps_to_its_seconds(unit, tmp_path):
     _, learned, _ = run(unit, tmp_path, [0], method="cospadi", max_iter=1_000_000, tol=0, max_seconds=0.5)
     assert 0.4 < learned["seconds"] < 20
     assert all(len(report["history"]) < 100_000 for report in learned["matrices"].values())
+
+
+def changed_model(unit, folder, **weights):
+    """The model with other weights: the unit, with the last part of the names as keywords."""
+    model, structure, grams = unit
+    file = TensorFile(model / "model.safetensors")
+    tensors = {name: file.read(name) for name in file.names()}
+    for name, change in weights.items():
+        key = f"model.layers.0.{name}.weight"
+        tensors[key] = change(tensors[key].copy())
+    write_tensors(folder / "model.safetensors", tensors)
+    write_json(folder / "config.json", {})
+    return folder, structure, grams
+
+
+@pytest.mark.parametrize("sharing", [{}, {"share_within": [["gate_proj", "up_proj"]]}])
+@pytest.mark.parametrize("method", ["cospadi", "svd_llm"])
+def test_a_matrix_without_outputs_stays_as_it_is(unit, tmp_path, method, sharing):
+    changed = changed_model(unit, tmp_path / "model", gate_proj=lambda weight: weight * 0)
+    (tmp_path / "grams.h5").write_bytes(unit[2][0].read_bytes())
+    with h5py.File(tmp_path / "grams.h5", "r+") as file:
+        file["down/gram"][...] = 0  # an up or gate projection that is zero leaves no inputs
+    changed = (*changed[:2], [tmp_path / "grams.h5"])
+    codes, learned, quantized = run(changed, tmp_path, [0], method=method, **sharing)
+    gate, down = "model.layers.0.gate_proj", "model.layers.0.down_proj"
+    assert learned["kept_dense"] == quantized["kept_dense"] == codes.metadata["kept_dense"]
+    assert learned["kept_dense"] == {
+        gate: "its weight is zero throughout",
+        down: "its outputs are zero for all inputs of the calibration data (down)",
+    }
+    rest = {f"model.layers.0.{name}" for name in SHAPES} - {gate, down}
+    assert codes.metadata["matrices"].keys() == learned["matrices"].keys() == quantized["matrices"].keys() == rest
+    # the others are as if it were not there
+    (tmp_path / "alone").mkdir()
+    alone = run(unit, tmp_path / "alone", [0], method=method)[0]
+    np.testing.assert_array_equal(
+        read(codes, "model.layers.0.up_proj").reconstruct(), read(alone, "model.layers.0.up_proj").reconstruct()
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"share": ["q_proj"], "group_metric": "exact"}, {"share": ["gate_proj"]}])
+def test_weights_and_grams_are_read_once_a_job(unit, tmp_path, monkeypatch, options):
+    from cospadi import problem
+
+    found = []
+    plain_gram, plain_weight = problem.read_gram, ModelFolder.read_weight
+
+    def read_gram(path, site, *, heldout=False):
+        found.append((path.name, site, heldout))
+        return plain_gram(path, site, heldout=heldout)
+
+    monkeypatch.setattr(problem, "read_gram", read_gram)
+    monkeypatch.setattr(ModelFolder, "read_weight", lambda self, name: found.append(name) or plain_weight(self, name))
+    run(unit, tmp_path, [0, 1], method="cospadi", max_iter=2, group_size=2, **options)
+    sites = [(f"gram_{layer}.h5", site, heldout) for layer in (0, 1) for site, _ in SITES for heldout in (True, False)]
+    weights = [f"model.layers.{layer}.{name}" for layer in (0, 1) for name in SHAPES]
+    # learning reads both kinds of Grams, packing one of them
+    packed = [site for site in sites if not site[2]]
+    assert sorted(map(str, found)) == sorted(map(str, [*sites, *packed, *weights, *weights]))
+
+
+def test_data_free_learning_factors_no_gram(unit, tmp_path, monkeypatch):
+    from cospadi import problem
+
+    monkeypatch.setattr(problem, "whitening_factor", None)
+    _, learned, _ = run(unit, tmp_path, [0], method="svd_llm", whiten=False)
+    name = "model.layers.0.q_proj"
+    weight = TensorFile(unit[0] / "model.safetensors").read(f"{name}.weight").astype(np.float64)
+    values = np.linalg.svd(weight, compute_uv=False)
+    rank = learned["matrices"][name]["n_atoms"]
+    left = np.linalg.norm(values[rank:]) / np.linalg.norm(values)
+    assert learned["matrices"][name]["history"][-1]["relative_error"] == pytest.approx(left, rel=1e-4)
+
+
+def test_squared_errors_add_up_to_the_relative_one(unit, tmp_path):
+    _, learned, quantized = run(unit, tmp_path, [0], method="svd_llm")
+    for name, report in learned["matrices"].items():
+        weight = ModelFolder(unit[0]).read_weight(name).astype(np.float64)
+        with h5py.File(unit[2][0]) as file:
+            gram = file[f"{report['site']}/gram"][()]
+        assert report["squared_norm"] == pytest.approx(np.trace(weight.T @ gram @ weight))
+        for stage in (report, quantized["matrices"][name]):
+            assert stage["relative_error"] == pytest.approx((stage["squared_error"] / report["squared_norm"]) ** 0.5)
+
+
+def test_factors_of_another_unit_are_refused(unit, tmp_path):
+    run(unit, tmp_path, [0], method="svd_llm")
+    folder, structure, grams = unit
+    with pytest.raises(ArtifactError, match=r"holds factors of model\.layers\.0\.down_proj.*not of this unit"):
+        quantize_unit(
+            *(folder, structure, [grams[1]], tmp_path / "factors.safetensors", [1]),
+            {"codes": {"value_bits": 16, "rounding": "nearest"}},
+            output=tmp_path / "other.safetensors",
+            diagnostics=tmp_path / "other.json",
+        )
+    assert not (tmp_path / "other.safetensors").exists()

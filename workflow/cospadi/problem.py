@@ -325,13 +325,7 @@ class Problem:
 
     def split(self, factorization: Factorization) -> list[Factorization]:
         """Factors of each matrix from those of the matrices side by side: one dictionary, each its columns of codes."""
-        edges = itertools.accumulate((d_out for _, d_out in self.shapes), initial=0)
-        return self.sharing(
-            [
-                replace(factorization, codes=factorization.codes[:, first:last])
-                for first, last in itertools.pairwise(edges)
-            ]
-        )
+        return self.sharing(split_codes(factorization, [d_out for _, d_out in self.shapes]))
 
     def sharing(self, parts: Sequence[Factorization]) -> list[Factorization]:
         """Factors with one dictionary: where there are several, it is stored under the name of the first matrix."""
@@ -343,6 +337,14 @@ class Problem:
 def side_by_side(shapes: Sequence[tuple[int, int]]) -> tuple[int, int]:
     """Shape of matrices with equal d_in that stand side by side."""
     return shapes[0][0], sum(d_out for _, d_out in shapes)
+
+
+def split_codes(factorization: Factorization, widths: Sequence[int]) -> list[Factorization]:
+    """Factors of matrices that stand side by side: one dictionary, each its columns of the codes."""
+    edges = itertools.accumulate(widths, initial=0)
+    return [
+        replace(factorization, codes=factorization.codes[:, first:last]) for first, last in itertools.pairwise(edges)
+    ]
 
 
 class _OnDemand(Sequence):
