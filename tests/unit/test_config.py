@@ -573,7 +573,6 @@ def test_documentation_follows_the_schema(name, module, documentation):
             {"warm_start": "b", "share_within": [["gate_proj", "up_proj"]]},
             "variants.a.warm_start: b has several dictionaries for gate_proj, up_proj, here it is one",
         ),
-        ({"share": ["q_proj"]}, "variants.a.group_size: 1; with one layer in a group share: [q_proj]"),
     ],
 )
 def test_options_of_learning_that_do_not_go_together(minimal, options, expected):

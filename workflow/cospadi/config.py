@@ -230,8 +230,10 @@ def repeated_keys(path: str | Path) -> list[str]:
 def option_faults(options: Mapping[str, Schema], given: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong with values of options, by the schema of each."""
     part = {"type": "object", "additionalProperties": False, "properties": dict(options)}
-    for error in _Validator(part).iter_errors(dict(given)):
-        yield from _describe(error)
+    faults: list[str] = []
+    for error in _Validator(_resolve(part, given, (), faults)).iter_errors(dict(given)):
+        faults += _describe(error)
+    yield from faults
 
 
 def _finite(_checker: Any, value: Any) -> bool:
