@@ -33,14 +33,13 @@ _TURNED_ROWS = 64
 _NAMESPACE = f"cospadi_{hashlib.sha256(__name__.encode()).hexdigest()[:12]}"
 
 
-class PackedLinear(nn.Linear):
-    """A linear layer whose weight is kept as packed dictionary and codes.
+class Packed(nn.Module):
+    """A product with a weight that is kept as packed dictionary and codes.
 
     The packed tensors keep the dtype of the file whatever the model is cast to, so memory stays the file's and saving
     gives back the same bytes. Where a tool casts them one by one (``p.data = p.data.float()``), products take what it
     made of them, without the kernels, until the model is cast, moved or saved. A product is computed in the dtype of
-    its input. Adapters take it for the `nn.Linear` it stands for; its ``weight`` has a shape and no numbers, so nothing
-    can be merged into it.
+    its input.
 
     Parameters
     ----------
@@ -51,7 +50,7 @@ class PackedLinear(nn.Linear):
     """
 
     def __init__(self, spec: dict[str, Any], bias: nn.Parameter | None = None, device: Any = None) -> None:
-        nn.Module.__init__(self)
+        nn.Module.__init__(self)  # of `nn.Linear` only the name is taken: it would make a weight
         self.spec = spec
         self.in_features, self.out_features = spec["shape"]
         self.n_atoms = spec["dictionary"]["n_atoms"]
@@ -204,7 +203,7 @@ class PackedLinear(nn.Linear):
     def _packed(self) -> list[nn.Parameter]:
         return [part for part in self.parts() if part is not None]
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedLinear:
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Packed:
         self._restore_dtypes()
         packed = {id(part) for part in self._packed()}
 
@@ -229,6 +228,14 @@ class PackedLinear(nn.Linear):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_binding": None}  # addresses
+
+
+class PackedLinear(Packed, nn.Linear):
+    """A linear layer of a model, packed.
+
+    Adapters take it for the `nn.Linear` it stands for; its ``weight`` has a shape and no numbers, so nothing can be
+    merged into it.
+    """
 
 
 class _AbsentWeight(torch.Tensor):
@@ -308,7 +315,7 @@ class SharedProjection:
 class _Binding:
     """The kernel's view of a layer's tensors, as long as they are the same and unchanged."""
 
-    def __init__(self, layer: PackedLinear) -> None:
+    def __init__(self, layer: Packed) -> None:
         self._seen = [
             (name, weakref.ref(part), part.data_ptr(), None if part.is_inference() else part._version)
             for name, part in layer._parameters.items()
@@ -318,7 +325,7 @@ class _Binding:
         dictionary = layer._parameters["dictionary"]
         self.dictionary = 0 if dictionary is None else dictionary.data_ptr()
 
-    def holds(self, layer: PackedLinear) -> bool:
+    def holds(self, layer: Packed) -> bool:
         parameters = layer._parameters
         for name, reference, address, version in self._seen:
             part = parameters[name]
@@ -477,7 +484,7 @@ packed_linear.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def unpack_(model: nn.Module, dtype: torch.dtype | None = None, *, trainable: bool = False) -> nn.Module:
-    """Unpack every `PackedLinear` of `model` in place; undone by `pack_`.
+    """Unpack every packed layer of `model` in place; undone by `pack_`.
 
     Parameters
     ----------
@@ -505,6 +512,6 @@ def pack_(model: nn.Module) -> nn.Module:
     return model
 
 
-def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
-    """Name and module of every `PackedLinear` of `model`."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+def packed_layers(model: nn.Module) -> dict[str, Packed]:
+    """Name and module of every packed layer of `model`, parts of sums included."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Packed)}

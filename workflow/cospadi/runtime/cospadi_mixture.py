@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .cospadi_codecs import MIXTURE, decode_dictionary
-from .cospadi_linear import PackedLinear
+from .cospadi_linear import Packed, PackedLinear
 
 # Rows of x up to which the product with every atom is faster than mixing the weight first (docs/runtime.md)
 MIXED_ROWS = 8
@@ -25,7 +25,11 @@ def packed_module(spec: dict[str, Any], bias: nn.Parameter | None = None, device
     """
     if "plus" in spec:
         return SummedLinear(spec, bias, device)
-    return (MixtureLinear if spec["codes"]["support"] == MIXTURE else PackedLinear)(spec, bias, device)
+    return (MixtureLinear if _is_mixture(spec) else PackedLinear)(spec, bias, device)
+
+
+def _is_mixture(spec: dict[str, Any]) -> bool:
+    return spec["codes"]["support"] == MIXTURE
 
 
 def parts_of(name: str, spec: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -43,9 +47,12 @@ class SummedLinear(PackedLinear):
 
     def __init__(self, spec: dict[str, Any], bias: nn.Parameter | None = None, device: Any = None) -> None:
         super().__init__({key: value for key, value in spec.items() if key != "plus"}, bias, device)
-        if self.spec["codes"]["support"] == MIXTURE or any("plus" in part for part in spec["plus"]):
+        if _is_mixture(self.spec) or any("plus" in part for part in spec["plus"]):
             raise ValueError("a mixture has nothing added to it, and what is added is no sum itself")
-        self.plus = nn.ModuleList(packed_module(part, device=device) for part in spec["plus"])
+        # no linear layers of their own: what replaces or adapts every `nn.Linear` of a model takes the sum as one
+        self.plus = nn.ModuleList(
+            (Mixture if _is_mixture(part) else Packed)(part, device=device) for part in spec["plus"]
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Inputs (..., d_in) to outputs (..., d_out), in the dtype of the input."""
@@ -55,7 +62,7 @@ class SummedLinear(PackedLinear):
         return y
 
 
-class MixtureLinear(PackedLinear):
+class Mixture(Packed):
     """``y = x W + bias``, ``W = sum_m c_m A_m``: matrix atoms side by side in the dictionary.
 
     The weight is mixed anew at every call and kept by nobody, so memory stays that of the file. A few rows are
@@ -81,3 +88,7 @@ class MixtureLinear(PackedLinear):
     def factors(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Matrix atoms side by side (d_in, n d_out), and their coefficients (n,), in `dtype`."""
         return decode_dictionary(self.spec, self.dictionary, self.dictionary_scales, dtype), self.values.to(dtype)
+
+
+class MixtureLinear(Mixture, PackedLinear):
+    """A linear layer of a model that is a mixture."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrained
 
 from .configuration_cospadi import CospadiConfig, check_packing, family_config, register
 from .cospadi_linear import PackedLinear, SharedProjection, pack_, packed_layers, unpack_
-from .cospadi_mixture import MixtureLinear, packed_module, parts_of
+from .cospadi_mixture import Mixture, packed_module, parts_of
 
 __all__ = ["CospadiForCausalLM", "PackedLinear", "pack_", "packed_layers", "register", "unpack_"]
 
@@ -38,15 +39,13 @@ class CospadiForCausalLM:
         for name, spec in matrices.items():
             _replace_linear(self, name, spec, source)
         self.shared_dictionaries = {}
-        for name, spec in (part for matrix in matrices.items() for part in parts_of(*matrix)):
-            owner = spec["dictionary"].get("tensor")
-            if owner not in (None, f"{name}.dictionary"):
-                self._share_dictionary(name, owner.removesuffix(".dictionary"))
+        for name, owner in _owners(config.packing):
+            self._share_dictionary(name, owner)
         self.all_tied_weights_keys.update(self.shared_dictionaries)
 
     def _share_dictionary(self, name: str, owner_name: str) -> None:
         layer, owner = self.get_submodule(name), self.get_submodule(owner_name)
-        if not isinstance(layer, MixtureLinear):  # one mixes the atoms themselves, and each layer in its own way
+        if not isinstance(layer, Mixture):  # one mixes the atoms themselves, and each layer in its own way
             if owner.projection is None:
                 owner.projection = SharedProjection()
             layer.projection = owner.projection
@@ -71,7 +70,8 @@ class CospadiForCausalLM:
         OSError
             If a weight file is cut short, or tensors are missing, left over or of the wrong shape.
         ValueError
-            If the config names a format version, codec or layer that is not known.
+            If the config names a format version, codec or layer that is not known, or the device map puts a part of the
+            layers that share a dictionary on the disk.
         """
         path = pretrained_model_name_or_path
         if cls is CospadiForCausalLM:
@@ -83,6 +83,8 @@ class CospadiForCausalLM:
             return model_class.from_pretrained(path, *model_args, config=config, **kwargs)
 
         wants_info = kwargs.pop("output_loading_info", False)
+        if isinstance(kwargs.get("device_map"), dict) and isinstance(kwargs.get("config"), CospadiConfig):
+            _check_offload(path, kwargs["config"].packing, kwargs["device_map"])
         # mismatched sizes are reported, and refused below by name
         kwargs["ignore_mismatched_sizes"] = True
         try:
@@ -91,6 +93,7 @@ class CospadiForCausalLM:
             damaged = ", ".join(_damaged_files(path)) or "a weight file"
             raise OSError(f"{path}: {damaged} is damaged or cut short ({error}). Fetch it again") from error
         _check_loaded(path, model, info)
+        _check_offload(path, model.config.packing, getattr(model, "hf_device_map", {}))
         for layer in packed_layers(model).values():
             layer.freeze_packed()
         return (model, info) if wants_info else model
@@ -163,6 +166,32 @@ def _damaged_files(path: Any) -> list[str]:
         except SafetensorError:
             damaged.append(file.name)
     return damaged
+
+
+def _owners(packing: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Layers whose dictionary is another's, and that other layer."""
+    for name, spec in (part for matrix in packing["matrices"].items() for part in parts_of(*matrix)):
+        owner = spec["dictionary"].get("tensor")
+        if owner not in (None, f"{name}.dictionary"):
+            yield name, owner.removesuffix(".dictionary")
+
+
+def _check_offload(path: Any, packing: dict[str, Any], device_map: dict[str, Any]) -> None:
+    """Refuse a device map that leaves a shared dictionary on the disk for some of its layers only."""
+
+    def on_disk(name: str) -> bool:
+        while name and name not in device_map:
+            name = name.rpartition(".")[0]
+        return device_map.get(name) == "disk"
+
+    for name, owner in _owners(packing):
+        if on_disk(name) != on_disk(owner):
+            there, elsewhere = (name, owner) if on_disk(name) else (owner, name)
+            raise ValueError(
+                f"{path}: the device map puts {there} on the disk and {elsewhere} elsewhere, but they share one "
+                "dictionary, which accelerate then does not find. Put both on the disk, or neither: give more memory "
+                "(max_memory), or a device_map that keeps the layers of a group together"
+            )
 
 
 def _check_loaded(path: Any, model: PreTrainedModel, info: dict[str, Any]) -> None:
