@@ -154,6 +154,37 @@ def test_bfloat16_error_is_within_twice_that_of_the_dense_product(machine, rows)
             assert error(packed) <= 1.01 * error(exact.bfloat16()), (codec, support, dictionary)
 
 
+@pytest.mark.parametrize(
+    ("machine", "has", "native"),
+    [
+        ("x86_64", {"avx2", "avx512_f"}, False),
+        ("x86_64", {"avx512_bf16"}, True),
+        ("x86_64", {"amx_bf16"}, True),
+        ("aarch64", {"neon"}, False),
+        ("aarch64", {"bf16"}, True),
+    ],
+)
+@pytest.mark.parametrize("torch_knows", [True, False])
+def test_bfloat16_is_multiplied_in_float32_where_the_processor_has_no_instructions(
+    monkeypatch, machine, has, native, torch_knows
+):
+    if torch_knows:
+        monkeypatch.setattr(
+            torch.cpu, "get_capabilities", lambda: {"cpu_name": "bf16", **dict.fromkeys(has, True)}, False
+        )
+    else:
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    monkeypatch.setattr(cospadi_cpu, "_processor", lambda: f"{machine} flags : {' '.join(has)}")
+    monkeypatch.setattr(cospadi_cpu.platform, "machine", lambda: machine)
+    cospadi_cpu.bfloat16_is_native.cache_clear()
+    try:
+        assert cospadi_cpu.bfloat16_is_native() == native
+        assert product_dtype(torch.bfloat16) == (torch.bfloat16 if native else torch.float32)
+        assert product_dtype(torch.float32) == torch.float32
+    finally:
+        cospadi_cpu.bfloat16_is_native.cache_clear()
+
+
 @pytest.mark.parametrize("codec", ["int4", "bf16"])
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_threads_split_the_work_whatever_their_number(threads, codec):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .cospadi_codecs import MIXTURE, decode_dictionary
+from .cospadi_cpu import product_dtype
 from .cospadi_linear import Packed, PackedLinear
 
 # Rows of x up to which the product with every atom is faster than mixing the weight first (docs/runtime.md)
@@ -71,18 +72,20 @@ class Mixture(Packed):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Inputs (..., d_in) to outputs (..., d_out), in the dtype of the input."""
+        rows = x.reshape(-1, self.in_features)
+        few = len(rows) <= MIXED_ROWS
         if self.unpacked_codes is not None:
             atoms, coefficients = self.unpacked_dictionary, self.unpacked_codes
         else:
-            atoms, coefficients = self.factors(x.dtype)
-        rows = x.reshape(-1, self.in_features)
-        few = len(rows) <= MIXED_ROWS
+            dtype = product_dtype(x.dtype) if x.is_cpu and not few else x.dtype
+            atoms, coefficients = self.factors(dtype)
+            rows = rows.to(dtype)
         first, *others = (rows @ atoms if few else atoms).split(self.out_features, dim=1)
         mixed = first * coefficients[0]
         for block, coefficient in zip(others, coefficients[1:], strict=True):
             mixed = torch.addcmul(mixed, block, coefficient)
         y = mixed if few else rows @ mixed
-        y = y.view(*x.shape[:-1], self.out_features)
+        y = y.to(x.dtype).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
     def factors(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
