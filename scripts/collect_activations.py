@@ -7,12 +7,12 @@ from cospadi.stage import choose_device, script
 
 def main(snakemake, log):
     from cospadi.calibration.collect import collect
-    from cospadi.files import read_json
+    from cospadi.structure import read_structure
 
     settings = snakemake.params.collection
     collect(
         Path(snakemake.input.model),
-        read_json(snakemake.input.structure),
+        read_structure(snakemake.input.structure),
         Path(snakemake.input.windows),
         range(int(snakemake.wildcards.first), int(snakemake.wildcards.last) + 1),
         hidden_in=Path(snakemake.input.hidden[0]) if snakemake.input.hidden else None,

@@ -6,14 +6,14 @@ from cospadi.stage import script
 
 
 def main(snakemake, log):
-    from cospadi.files import read_json
     from cospadi.gram import compute_gram
+    from cospadi.structure import read_structure
 
     compute_gram(
         Path(snakemake.input.activations),
         int(snakemake.wildcards.layer),
         Path(snakemake.output[0]),
-        structure=read_json(snakemake.input.structure),
+        structure=read_structure(snakemake.input.structure),
         heldout_fraction=snakemake.params.collection["heldout_fraction"],
         dtype=snakemake.params.gram["dtype"],
     )

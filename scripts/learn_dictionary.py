@@ -6,13 +6,12 @@ from cospadi.stage import choose_device, script
 
 
 def main(snakemake, log):
-    from cospadi.files import read_json
     from cospadi.learning import learn_unit
-    from cospadi.structure import chosen
+    from cospadi.structure import chosen, read_structure
 
     learn_unit(
         Path(snakemake.input.model),
-        chosen(read_json(snakemake.input.structure), snakemake.params.variant["targets"]),
+        chosen(read_structure(snakemake.input.structure), snakemake.params.variant["targets"]),
         [Path(file) for file in snakemake.input.gram],
         snakemake.params.layers,
         snakemake.params.variant,

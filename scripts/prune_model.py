@@ -6,12 +6,13 @@ from cospadi.stage import script
 def main(snakemake, log):
     from cospadi.files import read_json, write_json
     from cospadi.pruning.folding import prune, read_transforms
+    from cospadi.structure import read_structure
 
     selection = read_json(snakemake.input.selection)
     fitted = list(snakemake.input.fitted)
     counts = prune(
         snakemake.input.model,
-        read_json(snakemake.input.structure),
+        read_structure(snakemake.input.structure),
         selection["removed"],
         snakemake.output.model,
         transforms=read_transforms(fitted[0]) if fitted else None,

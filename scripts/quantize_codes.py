@@ -6,12 +6,12 @@ from cospadi.stage import script
 
 
 def main(snakemake, log):
-    from cospadi.files import read_json
     from cospadi.quantization import quantize_unit
+    from cospadi.structure import read_structure
 
     quantize_unit(
         Path(snakemake.input.model),
-        read_json(snakemake.input.structure),
+        read_structure(snakemake.input.structure),
         [Path(file) for file in snakemake.input.gram],
         Path(snakemake.input.factors),
         snakemake.params.layers,

@@ -15,6 +15,7 @@ from cospadi.calibration.activations import first_heldout, to_float32
 from cospadi.calibration.collect import collect
 from cospadi.errors import ArtifactError, NumericalError
 from cospadi.gram import compute_gram, read_gram, sites
+from cospadi.provenance import tokens_digest
 from cospadi.structure import inspect_model
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
@@ -31,7 +32,7 @@ def write_windows(path: Path, samples: int = 10, length: int = 32, pads: bool = 
     with h5py.File(path, "w") as file:
         file["input_ids"] = draw.integers(0, 390, (samples, length), np.int32)
         file["attention_mask"] = mask
-        file.attrs["seed"] = 42
+        file.attrs.update(format_version=1, seed=42)
     return path
 
 
@@ -139,6 +140,8 @@ def test_layout_of_the_file(job):
         assert dict(file.attrs) == {
             "format_version": 1,
             "model": paths.model.name,
+            "fingerprint": paths.structure["fingerprint"],
+            "tokens": tokens_digest(windows["input_ids"][:], windows["attention_mask"][:]),
             "seed": 42,
             "dtype": "bfloat16",
             "dtype_reason": "the config asks for it",

@@ -16,6 +16,7 @@ from cospadi.errors import ArtifactError, ConfigError, NumericalError
 from cospadi.gram import compute_gram, read_gram, relative_error, sites, whitening_factor
 
 STRUCTURE = {
+    "fingerprint": "of m",
     "layers": [
         {"name": "layer_00", "sites": []},
         {
@@ -25,7 +26,7 @@ STRUCTURE = {
                 {"name": "mlp.down", "d_in": 40, "matrices": [{"name": "layers.1.mlp.down"}]},
             ],
         },
-    ]
+    ],
 }
 WINDOW_ROWS = np.array([700, 0, 3000, 900, 400])
 
@@ -35,7 +36,18 @@ def write_rows(path: Path, dtype: str = "bfloat16") -> dict[str, np.ndarray]:
     draw = np.random.default_rng(1)
     exact = {}
     with h5py.File(path, "w") as file:
-        file.attrs.update(model="m", seed=42, dtype=dtype, dtype_reason="r", n_windows=5, mode="store", heldout_from=5)
+        file.attrs.update(
+            format_version=1,
+            model="m",
+            fingerprint="of m",
+            tokens="t",
+            seed=42,
+            dtype=dtype,
+            dtype_reason="r",
+            n_windows=5,
+            mode="store",
+            heldout_from=5,
+        )
         for site in STRUCTURE["layers"][1]["sites"]:
             # columns of very different size and a common offset, as real activations have
             rows = (draw.standard_normal((5000, site["d_in"])) + 0.5) * 10 ** draw.uniform(-2, 2, site["d_in"])

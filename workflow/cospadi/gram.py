@@ -16,8 +16,9 @@ import h5py
 import numpy as np
 import scipy.linalg
 
-from cospadi.calibration.activations import FORMAT_VERSION, first_heldout, reading, to_float32, writing
+from cospadi.calibration.activations import FORMAT_VERSION, STORED_AS, first_heldout, reading, to_float32, writing
 from cospadi.errors import ArtifactError, NumericalError
+from cospadi.provenance import check_provenance
 from cospadi.structure import layer_name
 
 # eigenvalues below this share of the mean diagonal are rounding noise of the Gram, not calibration data
@@ -71,8 +72,11 @@ def compute_gram(
     """
     name = layer_name(layer)
     with reading(activations, _ROWS_REMEDY) as file:
-        header = {key: file.attrs[key] for key in ("model", "seed", "dtype", "dtype_reason")}
+        says = dict(file.attrs)
+        header = {key: file.attrs[key] for key in ("fingerprint", "tokens", "model", "seed", "dtype", "dtype_reason")}
         n_windows, mode, streamed_from = int(file.attrs["n_windows"]), file.attrs["mode"], file.attrs["heldout_from"]
+    belongs = {"format_version": FORMAT_VERSION, "fingerprint": structure["fingerprint"]}
+    check_provenance(activations, says, belongs, _ROWS_REMEDY)
     heldout_from = first_heldout(n_windows, heldout_fraction)
     if mode == "stream" and streamed_from != heldout_from:
         raise ArtifactError(
@@ -91,6 +95,9 @@ def compute_gram(
                 else:
                     split = int(source["window_rows"][:heldout_from].sum())
                     n_rows = len(source["rows"])
+                    if source["rows"].dtype != np.dtype(STORED_AS[header["dtype"]]):
+                        problem = f"{name}/{site['name']} holds {source['rows'].dtype}, no {header['dtype']}"
+                        raise ArtifactError(activations, problem, _ROWS_REMEDY)
                     counts.update(n_tokens=split, n_heldout=n_rows - split)
                     grams = {"gram": _gram_of_rows(source["rows"], 0, split, header["dtype"])}
                     if heldout_fraction > 0:
@@ -106,6 +113,23 @@ def compute_gram(
                 if counts["n_heldout" if key == "gram_heldout" else "n_tokens"] == 0:
                     raise NumericalError(f"{activations}: {where}: no token is left; take more calibration windows")
                 group.create_dataset(key, data=gram.astype(dtype), chunks=True, fletcher32=True)
+
+
+def check_gram(path: str | Path, structure: Mapping[str, Any], layer: int) -> None:
+    """Refuse a Gram file that is not of this model and layer.
+
+    Raises
+    ------
+    ArtifactError
+        If it is of another version, model or layer, or lacks a site.
+    """
+    with reading(path, _GRAM_REMEDY) as file:
+        says, there = dict(file.attrs), set(file)
+    belongs = {"format_version": FORMAT_VERSION, "fingerprint": structure["fingerprint"], "layer": layer}
+    check_provenance(path, says, belongs, _GRAM_REMEDY)
+    missing = [site["name"] for site in structure["layers"][layer]["sites"] if site["name"] not in there]
+    if missing:
+        raise ArtifactError(path, f"has no Gram of {', '.join(missing)}", _GRAM_REMEDY)
 
 
 def sites(path: str | Path) -> dict[str, dict[str, Any]]:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cospadi.errors import ArtifactError, UnsupportedModelError
-from cospadi.files import BFLOAT16, ModelFolder
+from cospadi.files import BFLOAT16, ModelFolder, read_json
+from cospadi.provenance import check_provenance, fingerprint
 
 if TYPE_CHECKING:
     import torch
@@ -105,7 +106,8 @@ def inspect_model(model_folder: str | Path) -> dict[str, Any]:
     dict
         Ready for JSON::
 
-            {"format_version": 1, "model": "SmolLM2-135M", "model_type": "llama", "architecture": "LlamaForCausalLM",
+            {"format_version": 1, "model": "SmolLM2-135M", "fingerprint": "3f0c...", "model_type": "llama",
+             "architecture": "LlamaForCausalLM",
              "n_layers": 30, "hidden_size": 576, "vocab_size": 49152, "dtype": "bfloat16", "tied_head": true,
              "total_parameters": 134515008, "target_parameters": 106168320, "untouched_bytes": 56693376,
              "layers": [{"name": "layer_00", "prefix": "model.layers.0", "sites": [
@@ -136,6 +138,7 @@ def inspect_model(model_folder: str | Path) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
         "model": folder.path.resolve().name,
+        "fingerprint": fingerprint(folder),
         "model_type": model.config.model_type,
         "architecture": type(model).__name__,
         "n_layers": len(layers),
@@ -148,6 +151,22 @@ def inspect_model(model_folder: str | Path) -> dict[str, Any]:
         "untouched_bytes": sum(folder.file_of(name).nbytes(name) for name in set(folder.weight_map) - set(targets)),
         "layers": layers,
     }
+
+
+def read_structure(path: str | Path) -> dict[str, Any]:
+    """What `inspect_model` wrote.
+
+    Raises
+    ------
+    ArtifactError
+        If the file is missing, is none, or is of another version.
+    """
+    remedy = "Delete it and run again to inspect the model anew"
+    structure = read_json(path, remedy)
+    if not isinstance(structure, dict):
+        raise ArtifactError(path, f"holds a {type(structure).__name__}, no structure of a model", remedy)
+    check_provenance(path, structure, {"format_version": FORMAT_VERSION}, remedy)
+    return structure
 
 
 def chosen(structure: Mapping[str, Any], projections: Sequence[str] | None) -> dict[str, Any]:

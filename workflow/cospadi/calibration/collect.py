@@ -19,6 +19,7 @@ import numpy as np
 
 from cospadi.calibration.activations import FORMAT_VERSION, STORED_AS, first_heldout, reading, writing
 from cospadi.errors import ArtifactError, NumericalError
+from cospadi.provenance import check_provenance, tokens_digest
 from cospadi.stage import choose_dtype
 from cospadi.structure import find_blocks, load_layers
 
@@ -97,16 +98,21 @@ def collect(
     if (hidden_in is None) != (layers.start == 0):
         raise ValueError("hidden_in is needed by every chunk but the one that starts at layer 0")
     input_ids, attention_mask, seed = read_windows(windows, structure["vocab_size"])
+    belongs = {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": structure["fingerprint"],
+        "tokens": tokens_digest(input_ids, attention_mask),
+    }
     samples, length = input_ids.shape
     hidden_shape = (samples, length, structure["hidden_size"])
     dtype, reason = _chosen_dtype(dtype, device, hidden_in, layers.start - 1)
     log(f"computing in {dtype}: {reason}")
     if hidden_in is not None:
-        _check_hidden(hidden_in, hidden_shape, dtype, layers.start - 1)
+        _check_hidden(hidden_in, hidden_shape, dtype, layers.start - 1, belongs)
     heldout_from = first_heldout(samples, heldout_fraction)
     _check_disk(structure, layers, rows_out, hidden_out, mode, dtype, int(attention_mask.sum()), hidden_shape)
     attributes = {
-        "format_version": FORMAT_VERSION,
+        **belongs,
         "model": structure["model"],
         "seed": seed,
         "dtype": dtype,
@@ -287,7 +293,7 @@ def read_windows(path: str | Path, vocab_size: int) -> tuple[np.ndarray, np.ndar
     with reading(path, _WINDOWS_REMEDY) as file:
         input_ids = file["input_ids"][:].astype(np.int64)
         attention_mask = file["attention_mask"][:].astype(np.int64)
-        seed = int(file.attrs.get("seed", -1))
+        says, seed = dict(file.attrs), int(file.attrs.get("seed", -1))
     if input_ids.ndim != 2 or input_ids.size == 0 or input_ids.shape != attention_mask.shape:
         problem = f"input_ids {input_ids.shape} and attention_mask {attention_mask.shape} are no (samples, length)"
         raise ArtifactError(path, problem, _WINDOWS_REMEDY)
@@ -297,6 +303,7 @@ def read_windows(path: str | Path, vocab_size: int) -> tuple[np.ndarray, np.ndar
     if input_ids.min() < 0 or input_ids.max() >= vocab_size:
         problem = f"token ids reach from {input_ids.min()} to {input_ids.max()}, the model knows 0 to {vocab_size - 1}"
         raise ArtifactError(path, problem, "Prepare the calibration windows with the tokenizer of this model")
+    check_provenance(path, says, {"format_version": FORMAT_VERSION}, _WINDOWS_REMEDY)
     return input_ids, attention_mask, seed
 
 
@@ -318,13 +325,17 @@ def _chosen_dtype(dtype: str, device: str, hidden_in: str | Path | None, last_la
     return before, follows if before == chosen else f"{follows}; for this machine alone it would be {chosen} ({reason})"
 
 
-def _check_hidden(path: str | Path, shape: tuple[int, ...], dtype: str, last_layer: int) -> None:
+def _check_hidden(
+    path: str | Path, shape: tuple[int, ...], dtype: str, last_layer: int, belongs: Mapping[str, Any]
+) -> None:
     with reading(path, _hidden_remedy(last_layer)) as file:
+        says = dict(file.attrs)
         found = file["hidden"].shape, file.attrs["dtype"], int(file.attrs["last_layer"])
     if found != (shape, dtype, last_layer):
         problem = "holds hidden states of shape {}, dtype {}, after layer {}".format(*found)
         problem += f"; expected {shape}, {dtype}, layer {last_layer}"
         raise ArtifactError(path, problem, _hidden_remedy(last_layer))
+    check_provenance(path, says, belongs, _hidden_remedy(last_layer))
 
 
 def _read_hidden(path: str | Path, batch: slice, dtype: str) -> torch.Tensor:

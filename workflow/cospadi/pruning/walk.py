@@ -16,9 +16,8 @@ import numpy as np
 
 from cospadi.calibration.collect import read_windows
 from cospadi.errors import NumericalError
-from cospadi.files import read_json
 from cospadi.stage import choose_device, choose_dtype
-from cospadi.structure import find_blocks, load_layers
+from cospadi.structure import find_blocks, load_layers, read_structure
 
 if TYPE_CHECKING:
     import torch
@@ -93,7 +92,7 @@ class Walk:
         log(f"computing in {dtype}: {reason}")
         return cls(
             model_folder=job.input.model,
-            structure=read_json(job.input.structure),
+            structure=read_structure(job.input.structure),
             windows=job.input.windows,
             device=device,
             log=log,
