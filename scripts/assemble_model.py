@@ -4,11 +4,12 @@ from cospadi.stage import script
 
 
 def main(snakemake, log):
-    from cospadi.checkpoint import assemble
+    from cospadi.checkpoint import assemble, check_codes
     from cospadi.files import read_json
 
     reports = [matrix for file in snakemake.input.diagnostics for matrix in read_json(file)["matrices"].values()]
     mean_error = sum(report["relative_error"] for report in reports) / len(reports)
+    check_codes(snakemake.input.model, snakemake.input.codes, snakemake.params.targets)
     assemble(
         snakemake.input.model,
         snakemake.input.codes,

@@ -15,7 +15,7 @@ def main(snakemake, log):
         [Path(file) for file in snakemake.input.gram],
         Path(snakemake.input.factors),
         snakemake.params.layers,
-        {"codes": snakemake.params.codes},
+        snakemake.params.variant,
         output=Path(snakemake.output.codes),
         diagnostics=Path(snakemake.output.diagnostics),
         log=log,

@@ -134,7 +134,7 @@ def test_impossible_splits(tmp_path, fraction, message):
 
 def test_rows_that_do_not_fit_the_structure_or_are_none(tmp_path):
     write_rows(tmp_path / "rows.h5")
-    narrow = {"layers": [{}, {"sites": [{"name": "attn.q", "d_in": 23, "matrices": []}]}]}
+    narrow = {"fingerprint": "of m", "layers": [{}, {"sites": [{"name": "attn.q", "d_in": 23, "matrices": []}]}]}
     with pytest.raises(ArtifactError, match=r"shape \(24, 24\), the structure says 23"):
         compute_gram(tmp_path / "rows.h5", 1, tmp_path / "gram.h5", structure=narrow)
     with h5py.File(tmp_path / "rows.h5", "r+") as file:

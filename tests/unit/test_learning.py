@@ -32,17 +32,19 @@ def unit(tmp_path_factory):
             tensors[f"{prefix}.{name}.weight"] = weight.astype(BFLOAT16)
         layers.append(
             {
+                "name": f"layer_{layer:02d}",
                 "sites": [
                     {
                         "name": site,
                         "matrices": [{"name": f"{prefix}.{name}", "shape": list(SHAPES[name])} for name in names],
                     }
                     for site, names in SITES
-                ]
+                ],
             }
         )
         path = folder / f"gram_{layer}.h5"
         with h5py.File(path, "w") as file:
+            file.attrs.update(format_version=1, fingerprint="of the tiny model", layer=layer)
             for site, names in SITES:
                 for key, rows in (("gram", 300), ("gram_heldout", 200)):
                     x = rng.normal(size=(rows, SHAPES[names[0]][0])) * np.linspace(0.2, 2, SHAPES[names[0]][0])
@@ -51,7 +53,7 @@ def unit(tmp_path_factory):
         grams.append(path)
     write_tensors(folder / "model.safetensors", tensors)
     write_json(folder / "config.json", {})
-    return folder, {"layers": layers}, grams
+    return folder, {"fingerprint": "of the tiny model", "layers": layers}, grams
 
 
 def run(unit, tmp_path, layers, *, warm_factors=None, **variant):
@@ -367,14 +369,47 @@ def test_squared_errors_add_up_to_the_relative_one(unit, tmp_path):
             assert stage["relative_error"] == pytest.approx((stage["squared_error"] / report["squared_norm"]) ** 0.5)
 
 
-def test_factors_of_another_unit_are_refused(unit, tmp_path):
-    run(unit, tmp_path, [0], method="svd_llm")
+def test_what_belongs_elsewhere_is_refused(unit, tmp_path):
+    """Another layer's Gram or factors, another model's, other settings, a future version, a matrix too few."""
+    variant = {"method": "svd_llm", "ratio": 0.3, "codes": {"value_bits": 16, "rounding": "nearest"}}
+    run(unit, tmp_path, [0], **variant)
     folder, structure, grams = unit
-    with pytest.raises(ArtifactError, match=r"holds factors of model\.layers\.0\.down_proj.*not of this unit"):
-        quantize_unit(
-            *(folder, structure, [grams[1]], tmp_path / "factors.safetensors", [1]),
-            {"codes": {"value_bits": 16, "rounding": "nearest"}},
-            output=tmp_path / "other.safetensors",
-            diagnostics=tmp_path / "other.json",
-        )
-    assert not (tmp_path / "other.safetensors").exists()
+    mine = tmp_path / "factors.safetensors"
+    output, diagnostics = tmp_path / "other.safetensors", tmp_path / "other.json"
+
+    def learn(gram: Path, structure: dict = structure) -> None:
+        learn_unit(folder, structure, [gram], [0], variant, output=output, diagnostics=diagnostics)
+
+    def quantize(factors: Path, layer: int = 0, **changes) -> None:
+        changed = {**variant, **changes}
+        grams_of = [grams[layer]]
+        quantize_unit(folder, structure, grams_of, factors, [layer], changed, output=output, diagnostics=diagnostics)
+
+    def edited(path: Path, edit: Callable[[dict], None]) -> Path:
+        file = TensorFile(path)
+        metadata = json.loads(json.dumps(file.metadata))
+        edit(metadata)
+        write_tensors(tmp_path / "edited.safetensors", {name: file.read(name) for name in file.names()}, metadata)
+        return tmp_path / "edited.safetensors"
+
+    with pytest.raises(ArtifactError, match=r"gram_1\.h5.*is of layer 1; expected is layer 0"):
+        learn(grams[1])
+    with pytest.raises(ArtifactError, match=r"fingerprint of the tiny model; expected is fingerprint of another"):
+        learn(grams[0], {**structure, "fingerprint": "of another"})
+    shutil.copy(grams[0], tmp_path / "future.h5")
+    with h5py.File(tmp_path / "future.h5", "r+") as file:
+        file.attrs["format_version"] = 99
+    with pytest.raises(ArtifactError, match="format_version 99; expected is format_version 1"):
+        learn(tmp_path / "future.h5")
+    with pytest.raises(ArtifactError, match=r"is of layers \[0\]; expected is layers \[1\]"):
+        quantize(mine, layer=1)
+    with pytest.raises(ArtifactError, match="is of settings"):
+        quantize(mine, ratio=0.2)
+    with pytest.raises(ArtifactError, match="format_version 99"):
+        quantize(edited(mine, lambda metadata: metadata.update(format_version=99)))
+    with pytest.raises(ArtifactError, match=r"has no factors of model\.layers\.0\.down_proj"):
+        quantize(edited(mine, lambda metadata: metadata["matrices"].pop("model.layers.0.down_proj")))
+    assert not output.exists() and not diagnostics.exists()
+    # how values are rounded is decided after learning
+    quantize(mine, codes={"value_bits": 16, "rounding": "truncate"})
+    assert output.exists()

@@ -53,6 +53,7 @@ def windows(tmp_path: Path) -> Path:
     mask[6, 1:] = 0
     mask[9, :5] = 0
     with h5py.File(tmp_path / "windows.h5", "w") as file:
+        file.attrs["format_version"] = 1
         file["input_ids"] = draw.integers(0, 390, mask.shape, np.int32)
         file["attention_mask"] = mask
     return tmp_path / "windows.h5"

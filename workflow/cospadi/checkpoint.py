@@ -35,7 +35,10 @@ from cospadi.codecs import (
 from cospadi.errors import ArtifactError
 from cospadi.factorization import dictionary_names, parts_of, tensor_names, unpack
 from cospadi.files import BFLOAT16, ModelFolder, TensorFile, replacing, write_json
+from cospadi.learning import FORMAT_VERSION as CODES_VERSION
+from cospadi.provenance import check_provenance, fingerprint
 from cospadi.runtime.cospadi_format import AUTO_MAP, FORMAT_VERSION, LOAD_HINT, MODEL_TYPE
+from cospadi.structure import PROJECTIONS
 
 MAX_SHARD_BYTES = 5 * 2**30
 
@@ -140,6 +143,42 @@ def assemble(
             if file.name != "__init__.py":
                 shutil.copyfile(file, folder / file.name)
         (folder / "README.md").write_text(_model_card(base, folder, Path(output).resolve(), card))
+
+
+def check_codes(model_folder: str | Path, codes_files: Iterable[str | Path], targets: Sequence[str] | None) -> None:
+    """Refuse codes that are not all of one variant of this model, before they are assembled.
+
+    Parameters
+    ----------
+    model_folder : path-like
+        Hugging Face folder of the dense model.
+    codes_files : iterable of path-like
+        Written by `quantization.quantize_unit`.
+    targets : sequence of str or None
+        Projections that the variant factorizes; None: all.
+
+    Raises
+    ------
+    ArtifactError
+        If a file is of another model, version or variant, or a matrix is in none of them.
+    """
+    base = ModelFolder(model_folder)
+    belongs: dict[str, Any] = {"format_version": CODES_VERSION, "fingerprint": fingerprint(base)}
+    there: set[str] = set()
+    for path in codes_files:
+        header = TensorFile(path, _REMEDY).metadata
+        check_provenance(path, header, belongs, _REMEDY)
+        belongs |= {key: header.get(key) for key in ("settings", "codes")}  # one variant's: as in the first file
+        there |= {*header["matrices"], *header.get("kept_dense", ())}
+    wanted = {
+        name.removesuffix(".weight")
+        for name in base.weight_map
+        if name.endswith(".weight") and name.split(".")[-2] in (targets or PROJECTIONS)
+    }
+    if wanted - there:
+        missing = ", ".join(sorted(wanted - there)[:3])
+        more = f" and {len(wanted - there) - 3} more" if len(wanted - there) > 3 else ""
+        raise ArtifactError("codes", f"no file has the codes of {missing}{more}", _REMEDY)
 
 
 def target_bytes(folder: str | Path) -> dict[str, Any]:

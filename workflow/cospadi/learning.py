@@ -19,6 +19,7 @@ from cospadi.files import ModelFolder, TensorFile, read_json, write_json, write_
 from cospadi.gram import squared_norm
 from cospadi.methods import METHODS, Method
 from cospadi.problem import Matrix, Metric, Problem, matrices_of, shared
+from cospadi.provenance import check_provenance, digest_of
 
 FORMAT_VERSION = 1
 
@@ -75,7 +76,7 @@ def learn_unit(
         ratio=variant["ratio"],
         storage=storage_of(variant["codes"]),
         warm=None if warm_factors is None else TensorFile(warm_factors),
-        drift=None if drift is None else read_json(drift)["drift"],
+        drift=None if drift is None else _read_drift(drift, structure),
         device=device,
         log=log,
     )
@@ -101,8 +102,8 @@ def learn_unit(
         report["shared_with"] = [
             other for other, theirs in dictionaries.items() if other != name and theirs & dictionaries[name]
         ]
-    header = {"format_version": FORMAT_VERSION, "matrices": specs, "kept_dense": kept_dense}
-    write_tensors(output, tensors, header)
+    belongs = provenance(structure, layers, variant)
+    write_tensors(output, tensors, {**belongs, "matrices": specs, "kept_dense": kept_dense})
     write_json(
         diagnostics,
         {
@@ -117,6 +118,18 @@ def learn_unit(
             "matrices": reports,
         },
     )
+
+
+def provenance(structure: Mapping[str, Any], layers: Sequence[int], variant: Mapping[str, Any]) -> dict[str, Any]:
+    """What factors of a unit belong to: version, model, layers, and the settings that decide them."""
+    # how values are rounded is decided later
+    codes = {key: value for key, value in variant["codes"].items() if key != "rounding"}
+    return {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": structure["fingerprint"],
+        "layers": list(layers),
+        "settings": digest_of({**variant, "codes": codes}),
+    }
 
 
 class _Job(NamedTuple):
@@ -184,6 +197,13 @@ def _learn(job: _Job, groups: Sequence[Sequence[Matrix]], *, n_layers: int) -> I
         for metric in {matrix.metric for matrix in group} - frozenset().union(*later):
             metric.forget()
         means = {key: mean for key, mean in means.items() if key in later}
+
+
+def _read_drift(path: Path, structure: Mapping[str, Any]) -> list[float]:
+    remedy = "Delete it and run again to measure the drift anew"
+    found = read_json(path, remedy)
+    check_provenance(path, found, {"fingerprint": structure["fingerprint"]}, remedy)
+    return found["drift"]
 
 
 def _arguments(job: _Job, problem: Problem) -> dict[str, Any]:

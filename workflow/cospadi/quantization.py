@@ -16,8 +16,11 @@ from cospadi.codecs import MIXTURE, storage_of
 from cospadi.errors import ArtifactError
 from cospadi.factorization import Factorization, dictionary_names, tensor_names, unpack
 from cospadi.files import ModelFolder, TensorFile, write_json, write_tensors
-from cospadi.learning import FORMAT_VERSION
+from cospadi.learning import FORMAT_VERSION, provenance
 from cospadi.problem import Metric, matrices_of
+from cospadi.provenance import check_provenance
+
+_REMEDY = "Delete it and run again to learn this unit anew"
 
 
 def quantize_unit(
@@ -40,6 +43,8 @@ def quantize_unit(
     codes = variant["codes"]
     folder = ModelFolder(model_folder)
     learned = TensorFile(factors)
+    belongs = provenance(structure, layers, variant)
+    check_provenance(factors, learned.metadata, belongs, _REMEDY)
     learned_specs = learned.metadata["matrices"]
     sharers = Counter(part for spec in learned_specs.values() for part in dictionary_names(spec))
     tensors: dict[str, np.ndarray] = {}
@@ -54,8 +59,10 @@ def quantize_unit(
         if matrix.metric is not metric and metric is not None:  # q, k and v follow each other and share one
             metric.forget()
         metric = matrix.metric
-        if name not in learned_specs:  # not among the variant's targets, or kept dense
+        if name in kept_dense or (variant.get("targets") and matrix.projection not in variant["targets"]):
             continue
+        if name not in learned_specs:
+            raise ArtifactError(factors, f"has no factors of {name}", _REMEDY)
         spec = learned_specs[name]
         parts = {tensor: learned.read(tensor) for tensor in tensor_names(name, spec)}
         weight = matrix.weight()
@@ -80,9 +87,10 @@ def quantize_unit(
         raise ArtifactError(
             factors,
             f"holds factors of {', '.join(sorted(strange))}, which are not of this unit",
-            "Learn this unit again",
+            _REMEDY,
         )
-    write_tensors(output, tensors, {"format_version": FORMAT_VERSION, "matrices": specs, "kept_dense": kept_dense})
+    header = {**belongs, "codes": dict(codes), "matrices": specs, "kept_dense": kept_dense}
+    write_tensors(output, tensors, header)
     write_json(
         diagnostics,
         {

@@ -27,6 +27,7 @@ rule assemble_model:
         runtime=plan.runtime("assemble"),
     params:
         variant=lambda wildcards: config["variants"][wildcards.variant],
+        targets=lambda wildcards: plan.factorizing(wildcards.variant)["targets"],
         model=lambda wildcards: plan.model_digest(ALL, base=plan.base_of(wildcards.variant)),
         code=plan.code("assemble"),
     message:

@@ -22,7 +22,7 @@ rule quantize_codes:
         in_turn=1,  # of those that share a SLURM job (profiles/slurm)
     params:
         layers=lambda wildcards: layers_of(wildcards.unit),
-        codes=lambda wildcards: plan.factorizing(wildcards.variant)["codes"],
+        variant=lambda wildcards: plan.factorizing(wildcards.variant),
         model=lambda wildcards: plan.model_digest(WEIGHTS, base=plan.base_of(wildcards.variant)),
         code=plan.code("quantize"),
     message:

@@ -72,6 +72,7 @@ def measure(walk: Walk, output: str | Path) -> dict[str, Any]:
     result = {
         "format_version": FORMAT_VERSION,
         "model": walk.structure["model"],
+        "fingerprint": walk.structure["fingerprint"],
         **walk.arithmetic,
         "n_layers": n_layers,
         "n_tokens": n_tokens,
