@@ -1,17 +1,22 @@
 """Learning and quantizing one unit: what the two stages write, from files to files."""
 
 import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 
 from cospadi.budget import nbytes_left, sparse_shape
+from cospadi.checkpoint import check_codes
 from cospadi.errors import ArtifactError, NumericalError
 from cospadi.factorization import tensor_names, unpack
 from cospadi.files import BFLOAT16, ModelFolder, TensorFile, read_json, write_json, write_tensors
 from cospadi.learning import learn_unit
 from cospadi.problem import matrices_of, shared
+from cospadi.provenance import fingerprint
 from cospadi.quantization import quantize_unit
 
 D, INNER = 32, 48
@@ -44,7 +49,6 @@ def unit(tmp_path_factory):
         )
         path = folder / f"gram_{layer}.h5"
         with h5py.File(path, "w") as file:
-            file.attrs.update(format_version=1, fingerprint="of the tiny model", layer=layer)
             for site, names in SITES:
                 for key, rows in (("gram", 300), ("gram_heldout", 200)):
                     x = rng.normal(size=(rows, SHAPES[names[0]][0])) * np.linspace(0.2, 2, SHAPES[names[0]][0])
@@ -53,7 +57,11 @@ def unit(tmp_path_factory):
         grams.append(path)
     write_tensors(folder / "model.safetensors", tensors)
     write_json(folder / "config.json", {})
-    return folder, {"fingerprint": "of the tiny model", "layers": layers}, grams
+    model = fingerprint(ModelFolder(folder))
+    for layer, path in enumerate(grams):
+        with h5py.File(path, "r+") as file:
+            file.attrs.update(format_version=1, fingerprint=model, layer=layer)
+    return folder, {"fingerprint": model, "layers": layers}, grams
 
 
 def run(unit, tmp_path, layers, *, warm_factors=None, **variant):
@@ -394,8 +402,8 @@ def test_what_belongs_elsewhere_is_refused(unit, tmp_path):
 
     with pytest.raises(ArtifactError, match=r"gram_1\.h5.*is of layer 1; expected is layer 0"):
         learn(grams[1])
-    with pytest.raises(ArtifactError, match=r"fingerprint of the tiny model; expected is fingerprint of another"):
-        learn(grams[0], {**structure, "fingerprint": "of another"})
+    with pytest.raises(ArtifactError, match="is of fingerprint .*; expected is fingerprint another"):
+        learn(grams[0], {**structure, "fingerprint": "another"})
     shutil.copy(grams[0], tmp_path / "future.h5")
     with h5py.File(tmp_path / "future.h5", "r+") as file:
         file.attrs["format_version"] = 99
@@ -413,3 +421,25 @@ def test_what_belongs_elsewhere_is_refused(unit, tmp_path):
     # how values are rounded is decided after learning
     quantize(mine, codes={"value_bits": 16, "rounding": "truncate"})
     assert output.exists()
+
+
+def test_codes_of_a_variant_are_complete_and_of_this_model(unit, tmp_path):
+    folder = unit[0]
+    variant = {"method": "svd_llm", "codes": {"value_bits": 16, "rounding": "nearest"}}
+    files = []
+    for layer in (0, 1):
+        (tmp_path / str(layer)).mkdir()
+        run(unit, tmp_path / str(layer), [layer], **variant)
+        files.append(tmp_path / str(layer) / "codes.safetensors")
+    check_codes(folder, files, None)
+    with pytest.raises(ArtifactError, match=r"no file has the codes of model\.layers\.1\..* and \d more"):
+        check_codes(folder, files[:1], None)
+    (tmp_path / "other").mkdir()
+    run(unit, tmp_path / "other", [1], **variant, ratio=0.5)
+    with pytest.raises(ArtifactError, match="is of settings"):
+        check_codes(folder, [files[0], tmp_path / "other" / "codes.safetensors"], None)
+    another = tmp_path / "another"
+    shutil.copytree(folder, another)
+    write_json(another / "config.json", {"vocab_size": 7})
+    with pytest.raises(ArtifactError, match="is of fingerprint"):
+        check_codes(another, files, None)
