@@ -402,7 +402,7 @@ def test_what_belongs_elsewhere_is_refused(unit, tmp_path):
 
     with pytest.raises(ArtifactError, match=r"gram_1\.h5.*is of layer 1; expected is layer 0"):
         learn(grams[1])
-    with pytest.raises(ArtifactError, match="is of fingerprint .*; expected is fingerprint another"):
+    with pytest.raises(ArtifactError, match=r"is of fingerprint .*; expected is fingerprint another"):
         learn(grams[0], {**structure, "fingerprint": "another"})
     shutil.copy(grams[0], tmp_path / "future.h5")
     with h5py.File(tmp_path / "future.h5", "r+") as file:
