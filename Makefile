@@ -4,6 +4,8 @@ CONFIG :=
 CORES := all
 RUN := demo
 VARIANT := cospadi-20
+MINUTES := 10
+FIRST := 1000000
 PYTHON := python3
 
 VENV := .venv
@@ -16,14 +18,15 @@ SNAKEMAKE := $(BIN)/snakemake --cores $(CORES)
 RULES := Snakefile workflow/*.smk workflow/rules
 
 .DEFAULT_GOAL := help
-.PHONY: help env run densify test slurm-test lint format bench bench-runtime clean
+.PHONY: help env run densify verify test fuzz slurm-test lint format bench bench-runtime clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 20
 	@echo
 	@echo "  CONFIG=my.yaml   another run; it says what differs from config.yaml (default: the demo)"
 	@echo "  CORES=8          CPU cores to use (default: all)"
-	@echo "  RUN= VARIANT=    of densify (default: $(RUN), $(VARIANT))"
+	@echo "  RUN= VARIANT=    of densify and verify (default: $(RUN), $(VARIANT))"
+	@echo "  MINUTES= FIRST=  of fuzz: how long, and the number of the first case (default: $(MINUTES), $(FIRST))"
 	@echo "  PYTHON=python3.11, TORCH=system   for the set-up: another Python; the torch that this Python already has"
 
 run: env ## Run the workflow: compress, evaluate, report
@@ -32,8 +35,14 @@ run: env ## Run the workflow: compress, evaluate, report
 densify: env ## Write results/RUN/VARIANT/dense, an ordinary model folder
 	$(SNAKEMAKE) --configfile results/$(RUN)/config.yaml -- results/$(RUN)/$(VARIANT)/dense
 
+verify: env ## Compare results/RUN/VARIANT/model, every byte of it, with its checksums
+	$(BIN)/python -m cospadi.checkpoint verify results/$(RUN)/$(VARIANT)/model
+
 test: lint ## Lint, then all tests but the slow ones
 	$(BIN)/pytest -q -n 2 --dist loadfile -m "not slow and not slurm"
+
+fuzz: env ## Damage checkpoints and configs at random for MINUTES, the kernel under AddressSanitizer
+	PYTHONPATH=workflow $(BIN)/python tests/format/fuzz.py --minutes $(MINUTES) --first $(FIRST) --asan
 
 slurm-test: env ## Run the workflow on a SLURM of one node, installed from Debian's packages where it is missing
 	$(BIN)/pytest -q -m slurm tests/workflow/test_slurm.py

@@ -1,4 +1,7 @@
-"""A reader of packed checkpoints that knows docs/format.md, safetensors and NumPy, and nothing of the package."""
+"""A reader of packed checkpoints that knows docs/format.md, safetensors and NumPy, and nothing of the package.
+
+It refuses, with `Refused`, what the format does not allow of packed matrices, and knows nothing of the rest of a model.
+"""
 
 from __future__ import annotations
 
@@ -8,42 +11,166 @@ from typing import Any
 
 import ml_dtypes  # gives NumPy the bfloat16 that the safetensors front end asks for
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+BITS = {"bf16": 16, "bf14": 14, "int8": 8, "int4": 4}
+INTEGERS = ("int8", "int4")
+
+
+class Refused(Exception):
+    """The checkpoint is not of the format."""
+
+
+def need(condition: Any, *what: Any) -> None:
+    """Refuse unless `condition`."""
+    if not condition:
+        raise Refused(*what)
 
 
 def read_checkpoint(folder: Path) -> dict[str, np.ndarray]:
     """Every matrix of the checkpoint, dense: name to float32 (d_in, d_out)."""
-    config = json.loads((folder / "config.json").read_text())
-    packing = config["quantization_config"]
-    assert packing["quant_method"] == "cospadi" and packing["format_version"] == 1
-    tensors: dict[str, np.ndarray] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="np") as file:
-            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    return {name: read_matrix(tensors, name, spec) for name, spec in packing["matrices"].items()}
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+        tensors = read_tensors(folder)
+    except (ValueError, OSError, SafetensorError, RecursionError) as error:
+        raise Refused(error) from error
+    need(isinstance(config, dict) and config.get("model_type") == "cospadi", "config")
+    packing = config.get("quantization_config")
+    need(isinstance(packing, dict) and packing.get("quant_method") == "cospadi", "quant_method")
+    need(packing.keys() - {"variant"} == {"quant_method", "format_version", "weight_dtype", "matrices"}, "keys")
+    need(is_whole(packing["format_version"], 1) and packing["format_version"] == 1, "version")
+    need(packing["weight_dtype"] in ("BF16", "F16", "F32", "F64"), "weight_dtype")
+    need(isinstance(packing.get("variant", {}), dict), "variant")
+    specs = packing["matrices"]
+    need(isinstance(specs, dict) and specs, "matrices")
+    for name, spec in specs.items():
+        need(all(step and not any(map(str.isspace, step)) for step in name.split(".")), name)
+        check_spec(spec)
+    listed = [pair for name, spec in specs.items() for pair in with_parts(name, spec)]
+    parts = dict(listed)
+    need(len(parts) == len(listed), "two parts of one name")
+    expected = set()
+    for name, part in parts.items():
+        tensor = part["dictionary"].get("tensor")
+        if tensor is not None:
+            owner = parts.get(tensor[: -len(".dictionary")])
+            need(owner and owner["dictionary"] == part["dictionary"] and owner["shape"][0] == part["shape"][0], name)
+            expected |= {tensor, f"{tensor}_scales"} if part["dictionary"]["codec"] in INTEGERS else {tensor}
+        expected.add(f"{name}.values")
+        expected |= {f"{name}.scales"} if part["codes"]["codec"] in INTEGERS else set()
+        expected |= {f"{name}.support"} if part["codes"]["support"] in ("bitmask", "2:4") else set()
+    for name, tensor in tensors.items():
+        inside = [matrix for matrix in specs if name.startswith(f"{matrix}.")]
+        if name not in expected and inside:
+            need(name in {f"{matrix}.bias" for matrix in inside}, "left over", name)
+            need(list(tensor.shape) == [specs[name[: -len(".bias")]]["shape"][1]], name)
+        # the weights of a matrix that is not listed
+        need(name in expected or not name.endswith("_proj.values"), name)
+    return {name: read_matrix(tensors, name, spec) for name, spec in specs.items()}
 
 
-def read_matrix(tensors: dict[str, np.ndarray], name: str, spec: dict[str, Any]) -> np.ndarray:
+def read_tensors(folder: Path) -> dict[str, np.ndarray]:
+    """All tensors; those of a dtype that NumPy lacks as its name."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    need(index.exists() != single.exists(), "one of index and single file")
+    files = ["model.safetensors"]
+    if index.exists():
+        weight_map = json.loads(index.read_bytes())
+        need(isinstance(weight_map, dict), "index")
+        weight_map = weight_map.get("weight_map")
+        need(isinstance(weight_map, dict) and weight_map, "weight_map")
+        for file in weight_map.values():
+            need(isinstance(file, str) and "/" not in file and file.endswith(".safetensors"), file)
+        files = sorted(set(weight_map.values()))
+    tensors, where = {}, {}
+    for file in files:
+        with safe_open(folder / file, framework="np") as opened:
+            need((opened.metadata() or {}).get("format", "pt") == "pt", "format")
+            for name in opened.keys():  # noqa: SIM118 (not a dict)
+                need(name not in where, name, "twice")
+                view = opened.get_slice(name)
+                known = view.get_dtype() in ("BF16", "F16", "F32", "F64", "U8", "I8", "I16", "U16", "I32", "BOOL")
+                tensors[name] = opened.get_tensor(name) if known else np.empty(view.get_shape(), "V1")
+                where[name] = file
+    need(not index.exists() or where == weight_map, "index")
+    return tensors
+
+
+def with_parts(name: str, spec: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """A matrix and what is added to it."""
+    return [(name, spec), *((f"{name}.plus.{i}", part) for i, part in enumerate(spec.get("plus", [])))]
+
+
+def is_whole(value: Any, least: int, most: float = 2**31 - 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def check_spec(spec: Any, is_part: bool = False) -> None:
+    """Keys, types and ranges, and what follows from the numbers of the spec alone."""
+    need(isinstance(spec, dict), "spec")
+    need(spec.keys() - (set() if is_part else {"plus"}) == {"shape", "dictionary", "codes"}, "keys", list(spec))
+    shape, dictionary, codes = spec["shape"], spec["dictionary"], spec["codes"]
+    need(isinstance(shape, list) and len(shape) == 2 and all(is_whole(n, 1) for n in shape), "shape")
+    need(isinstance(dictionary, dict) and isinstance(codes, dict), "sections")
+    codec, values = dictionary.get("codec"), codes.get("codec")
+    need(isinstance(codec, str) and codec in (*BITS, "identity"), "codec")
+    need(isinstance(values, str) and values in BITS, "codec")
+    keys = {"codec", "n_atoms"} | ({"tensor"} if codec != "identity" else set())
+    need(dictionary.keys() == keys | ({"group_size"} if codec in INTEGERS else set()), "keys")
+    keys = {"codec", "support", "n_nonzero"}
+    need(codes.keys() == keys | ({"group_size", "n_scales"} if values in INTEGERS else set()), "keys")
+    (d_in, d_out), k, n, support = shape, dictionary["n_atoms"], codes["n_nonzero"], codes["support"]
+    need(is_whole(k, 1) and k * max(d_in, d_out) <= 2**48, "n_atoms")
+    need(is_whole(n, 0, 2**48) and is_whole(codes.get("n_scales", 0), 0, 2**48), "n_nonzero, n_scales")
+    for section in (dictionary, codes):
+        need(section.get("group_size") is None or is_whole(section["group_size"], 1), "group_size")
+    need(codec == "identity" or isinstance(dictionary["tensor"], str), "tensor")
+    need(codec == "identity" or dictionary["tensor"].endswith(".dictionary"), "tensor")
+    need(codec != "identity" or k == d_in, "identity")
+    if support == "mixture":
+        need(values == "bf16" and codec != "identity" and k == n * d_out, "mixture")
+    elif support == "2:4":
+        need(k % 4 == 0 and 2 * n == k * d_out, "2:4")
+    elif support == "dense":
+        need(n == k * d_out, "dense")
+    else:
+        need(support == "bitmask" and n <= k * d_out, "support")
+    if "plus" in spec:
+        need(support != "mixture" and isinstance(spec["plus"], list) and spec["plus"], "plus")
+        for part in spec["plus"]:
+            check_spec(part, is_part=True)
+            need(part["shape"] == shape, "shape of a part")
+
+
+def read_matrix(tensors: dict[str, np.ndarray], name: str, spec: dict[str, Any], is_part: bool = False) -> np.ndarray:
     """``W = D S`` plus the other parts, float32 (d_in, d_out)."""
+    check_spec(spec, is_part)
     (d_in, d_out), k, codes = spec["shape"], spec["dictionary"]["n_atoms"], spec["codes"]
-    more = [read_matrix(tensors, f"{name}.plus.{i}", part) for i, part in enumerate(spec.get("plus", []))]
+    more = [read_matrix(tensors, f"{name}.plus.{i}", part, True) for i, part in enumerate(spec.get("plus", []))]
     dictionary = read_dictionary(tensors, d_in, **spec["dictionary"])
-    if codes["support"] == "mixture":
-        coefficients = numbers(tensors[f"{name}.values"], codes["codec"], codes["n_nonzero"])
-        atoms = np.split(dictionary, codes["n_nonzero"], axis=1)
-        return sum((c * atom for c, atom in zip(coefficients, atoms, strict=True)), sum(more))
-    values = numbers(tensors[f"{name}.values"], codes["codec"], codes["n_nonzero"])
-    scales = tensors.get(f"{name}.scales")
+    support, n = codes["support"], codes["n_nonzero"]
+    values = finite(numbers(tensors.get(f"{name}.values"), codes["codec"], (d_out, k) if support == "dense" else (n,)))
+    if support == "mixture":
+        atoms = np.split(dictionary, n, axis=1)
+        return sum((c * atom for c, atom in zip(values, atoms, strict=True)), sum(more))
+    values, scales, bits = values.ravel(), None, None
+    if codes["codec"] in INTEGERS:
+        scales = read_scales(tensors.get(f"{name}.scales"), (codes["n_scales"],))
+    if support != "dense":
+        bits = tensors.get(f"{name}.support")
+        need(bits is not None and bits.dtype == np.uint8 and bits.shape == (d_out, -(-k // 8)), "support")
     rows, taken, n_groups = np.zeros((d_out, k), np.float32), 0, 0
+    size = codes.get("group_size") or k
     for column, row in enumerate(rows):
-        atoms = atoms_of(
-            None if codes["support"] == "dense" else tensors[f"{name}.support"][column], k, codes["support"]
-        )
-        size = codes.get("group_size") or k
-        for group in [atoms[first : first + size] for first in range(0, len(atoms), size)]:
-            row[group] = values[taken : taken + len(group)] * (1 if scales is None else np.float32(scales[n_groups]))
+        atoms = atoms_of(None if bits is None else bits[column], k, support)
+        need(taken + len(atoms) <= n, "positions")
+        for first in range(0, len(atoms), size):
+            group = atoms[first : first + size]
+            need(scales is None or n_groups < len(scales), "scales")
+            row[group] = values[taken : taken + len(group)] * (1 if scales is None else scales[n_groups])
             taken, n_groups = taken + len(group), n_groups + 1
-    assert taken == len(values) and (scales is None or n_groups == len(scales) == codes["n_scales"])
+    need(taken == n and (scales is None or n_groups == len(scales)), "positions or scales")
     return dictionary @ rows.T + sum(more)
 
 
@@ -53,32 +180,57 @@ def read_dictionary(
     """Dictionary, float32 (d_in, n_atoms)."""
     if codec == "identity":
         return np.eye(d_in, dtype=np.float32)
-    dictionary = numbers(tensors[tensor], codec, d_in * n_atoms).reshape(d_in, n_atoms)
-    if codec in ("int8", "int4"):
-        for i in range(d_in):
-            dictionary[i] *= tensors[f"{tensor}_scales"][i // (group_size or d_in)].astype(np.float32)
+    dictionary = finite(numbers(tensors.get(tensor), codec, (d_in, n_atoms))).reshape(d_in, n_atoms)
+    if codec in INTEGERS:
+        size = min(group_size or d_in, d_in)
+        scales = read_scales(tensors.get(f"{tensor}_scales"), (-(-d_in // size), n_atoms))
+        dictionary = dictionary * scales[np.arange(d_in) // size]
     return dictionary
+
+
+def read_scales(stored: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
+    """Scales, float32."""
+    need(stored is not None and stored.dtype == BFLOAT16 and stored.shape == shape, "scales", shape)
+    return finite(stored.astype(np.float32))
 
 
 def atoms_of(row: np.ndarray, k: int, support: str) -> list[int]:
     """Atoms whose codes are stored, of one column."""
     if support == "dense":
         return list(range(k))
+    bits = [byte >> i & 1 for byte in row.tolist() for i in range(8)]
     if support == "bitmask":
-        return [i for i in range(k) if row[i // 8] >> (i % 8) & 1]
-    pairs = [int(row[quad // 2]) >> (4 * (quad % 2)) & 15 for quad in range(k // 4)]
-    return [4 * quad + atom for quad, pair in enumerate(pairs) for atom in (pair & 3, pair >> 2)]
+        need(not any(bits[k:]), "bits behind the last atom")
+        return [i for i in range(k) if bits[i]]
+    need(not any(bits[k:]), "bits behind the last pair")
+    atoms = []
+    for quad in range(k // 4):
+        first, second = bits[4 * quad] + 2 * bits[4 * quad + 1], bits[4 * quad + 2] + 2 * bits[4 * quad + 3]
+        need(first < second, "pair")
+        atoms += [4 * quad + first, 4 * quad + second]
+    return atoms
 
 
-def numbers(stored: np.ndarray, codec: str, n: int) -> np.ndarray:
-    """Decode `n` numbers, float32, before scaling."""
+def numbers(stored: np.ndarray | None, codec: str, shape: int | tuple[int, ...]) -> np.ndarray:
+    """Decode numbers, float32 (n,), before scaling; `shape` is a number of them, or their shape."""
+    shape = (shape,) if isinstance(shape, int) else shape
+    n = int(np.prod([1, *shape], dtype=object))
+    need(stored is not None, "missing")
     if codec in ("bf16", "int8"):
-        assert stored.dtype == {"bf16": ml_dtypes.bfloat16, "int8": np.int8}[codec]
-        return stored.astype(np.float32).ravel()
-    bits = {"bf14": 14, "int4": 4}[codec]
-    assert stored.dtype == np.uint8 and len(stored) == -(-bits * n // 8)
-    stream = int.from_bytes(stored.tobytes(), "little")
-    words = np.array([stream >> (bits * i) & (2**bits - 1) for i in range(n)], np.uint32)
-    if codec == "int4":
-        return np.where(words < 8, words, words - 16.0).astype(np.float32)
-    return (words << 18).view(np.float32)
+        need(stored.dtype == {"bf16": BFLOAT16, "int8": np.int8}[codec] and stored.shape == shape, "dtype or shape")
+        decoded = stored.astype(np.float32).ravel()
+    else:
+        bits = BITS[codec]
+        need(stored.dtype == np.uint8 and stored.shape == (-(-bits * n // 8),), "dtype or shape")
+        stream = np.unpackbits(stored, bitorder="little")
+        need(not stream[bits * n :].any(), "bits behind the last number")
+        words = stream[: bits * n].reshape(n, bits) @ (1 << np.arange(bits, dtype=np.uint32)).astype(np.uint32)
+        decoded = words.astype(np.float32)
+        decoded = np.where(words < 8, decoded, decoded - 16) if codec == "int4" else (words << 18).view(np.float32)
+    return decoded.astype(np.float32)
+
+
+def finite(decoded: np.ndarray) -> np.ndarray:
+    """Numbers, none of them NaN or infinite."""
+    need(np.isfinite(decoded).all(), "not finite")
+    return decoded

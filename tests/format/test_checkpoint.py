@@ -174,13 +174,13 @@ def _rename_dictionary(tensors, specs):
     ("change", "message"),
     [
         (lambda tensors, specs: tensors.pop(f"{NAME}.support"), f"tensor {NAME}.support is missing"),
-        (_shorten, f"{NAME}.values takes .* bytes, its spec says"),
+        (_shorten, rf"{NAME}.values has shape \(1276,\), expected \(1277,\)"),
         (_set_bit, f"{NAME} has .* positions for .* values"),
         (_transpose, rf"{NAME}.weight has shape \[96, 48\], the codes are for \[48, 96\]"),
         (lambda tensors, specs: specs[NAME]["codes"].update(codec="int3"), "codec 'int3'"),
         (_rename_dictionary, "shared.dictionary, which belongs to no packed matrix"),
         (
-            lambda tensors, specs: specs[NAME]["dictionary"].update(codec="identity"),
+            lambda tensors, specs: specs[NAME].update(dictionary={"codec": "identity", "n_atoms": 27}),
             "27 atoms in an identity dictionary",
         ),
         (lambda tensors, specs: specs.update({"model.layers.9.mlp.up_proj": specs.pop(NAME)}), "layers.9"),

@@ -55,6 +55,14 @@ def _matrices(config: dict) -> dict:
     return config["quantization_config"]["matrices"]
 
 
+def _rename(config: dict, tensors: dict, old: str, new: str) -> None:
+    """Give a packed matrix another name, everywhere."""
+    spec = _matrices(config)[new] = _matrices(config).pop(old)
+    spec["dictionary"]["tensor"] = f"{new}.dictionary"
+    for name in [name for name in tensors if name.startswith(f"{old}.")]:
+        tensors[name.replace(old, new)] = tensors.pop(name)
+
+
 BROKEN: dict[str, tuple[Callable[[dict, dict], Any], str, str]] = {
     "version": (
         lambda config, tensors: config["quantization_config"].update(format_version=2),
@@ -72,7 +80,7 @@ BROKEN: dict[str, tuple[Callable[[dict, dict], Any], str, str]] = {
         "base_model_type 'llama99' is not known",
     ),
     "layer": (
-        lambda config, tensors: _matrices(config).update({"model.layers.9.x": _matrices(config).pop(NAME)}),
+        lambda config, tensors: _rename(config, tensors, NAME, "model.layers.9.x"),
         "ValueError",
         "config.json packs model.layers.9.x, which Qwen2ForCausalLM does not have",
     ),

@@ -711,3 +711,19 @@ def test_an_unknown_codec_is_refused_by_name(part, key, value):
     spec[part][key] = value
     with pytest.raises(ValueError, match=f"{value}.* is not known; this code reads"):
         PackedLinear(spec)
+
+
+def test_a_codec_or_support_that_only_torch_knows_is_computed_by_torch(machine, monkeypatch):
+    """As when a new codec has its decoder and no kernel yet."""
+    monkeypatch.setitem(VALUE_CODECS, "new8", VALUE_CODECS["int8"])
+    x = torch.randn(2, 48)
+    for section in ("codes", "dictionary"):
+        layer, weight = make(codec="int8", dictionary="int8")
+        layer.spec[section]["codec"] = "new8"
+        changed = PackedLinear(layer.spec)
+        for part in PARTS:
+            setattr(changed, part, getattr(layer, part))
+        for rows in (x, torch.randn(40, 48)):
+            torch.testing.assert_close(changed(rows), rows @ weight, rtol=1e-5, atol=1e-5)
+            with_gradient = rows.clone().requires_grad_()  # by way of the operator
+            torch.testing.assert_close(changed(with_gradient), rows @ weight, rtol=1e-5, atol=1e-5)

@@ -10,6 +10,7 @@ from cospadi.codecs import (
     CODEC_OF_BITS,
     INTEGER_CODECS,
     VALUE_CODECS,
+    IntegerCodec,
     codec_bits,
     decode_grouped,
     decode_values,
@@ -27,6 +28,7 @@ from cospadi.codecs import (
     unpack_support,
 )
 from cospadi.factorization import Factorization, unpack
+from cospadi.runtime.cospadi_format import CODECS
 
 finite = st.floats(-(2.0**99), 2.0**99, width=32, allow_nan=False)
 
@@ -104,14 +106,28 @@ def test_every_width_of_the_config_has_its_codec():
     assert {bits: codec_bits(codec) for bits, codec in CODEC_OF_BITS.items()} == {16: 16, 14: 14, 8: 8, 4: 4}
 
 
-@pytest.mark.parametrize("codec", INTEGER_CODECS)
+@pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 7, 8, 1001])
-def test_integers_round_trip(codec, n):
-    integer = INTEGER_CODECS[codec]
+def test_integers_of_every_width_round_trip_in_the_counted_bytes(bits, n):
+    integer = IntegerCodec(bits)
     integers = np.random.default_rng(n).integers(integer.low, integer.high + 1, n).astype(np.int16)
     stored = integer.pack(integers)
-    assert stored.nbytes == stored_nbytes(codec, n)
+    assert stored.nbytes == integer.nbytes(n)
     np.testing.assert_array_equal(integer.unpack(stored, n), integers)
+
+
+def test_a_width_that_no_codec_has_is_refused():
+    with pytest.raises(ValueError, match="integers of 9 bits; allowed: 2 to 8"):
+        IntegerCodec(9)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("n", [0, 1, 3, 1001])
+def test_the_format_s_shapes_take_the_counted_bytes(codec, n):
+    stored = CODECS[codec]
+    size = {"BF16": 2, "U8": 1, "I8": 1}[stored.dtype]
+    assert np.prod(stored.shape((n,))) * size == stored_nbytes(codec, n) and stored.bits == codec_bits(codec)
+    assert stored.scaled == (codec in INTEGER_CODECS)
 
 
 def test_int4_layout():

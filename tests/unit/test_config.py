@@ -89,6 +89,8 @@ def test_two_checks_share_no_state(minimal):
         ("variants", {}, "variants: {} is empty; at least 1 expected"),
         ("variants.dense", {"method": "cospadi", "ratio": 0.2}, "variants: dense is a reserved name"),
         ("variants.a", None, "variants.a: null is not allowed; expected a mapping of keys to values"),
+        ("variants.a.method", ["cospadi"], "variants.a.method: [cospadi] is not known"),
+        ("model.source", {}, "model.source: {} is not known"),
         ("variants.a.method", "cospody", "variants.a.method: cospody is not known (did you mean cospadi?)"),
         ("variants.a.ratio", 1.2, "variants.a.ratio: 1.2 is not allowed; from 0.01 to 0.95"),
         ("variants.a.rank", 3, "variants.a.rank: unknown key"),

@@ -13,11 +13,12 @@ import wrapt
 
 if TYPE_CHECKING:
     from cospadi.api import factorize
+    from cospadi.checkpoint import verify
     from cospadi.factorization import Factorization
     from cospadi.solvers.coding import dict_learning, sparse_encode
 
 __version__ = "0.1.0"
-__all__ = ["Factorization", "dict_learning", "factorize", "sparse_encode"]
+__all__ = ["Factorization", "dict_learning", "factorize", "sparse_encode", "verify"]
 
 # Loaded on first use: a stage pays only for what it needs
 _LAZY = {
@@ -25,6 +26,7 @@ _LAZY = {
     "dict_learning": "cospadi.solvers.coding",
     "factorize": "cospadi.api",
     "sparse_encode": "cospadi.solvers.coding",
+    "verify": "cospadi.checkpoint",
 }
 
 
@@ -40,6 +42,7 @@ def __dir__() -> list[str]:
 
 @wrapt.when_imported("transformers")
 def _register_checkpoint_format(transformers: Any) -> None:
-    from cospadi.runtime.modeling_cospadi import register
+    # not from the modelling module, which may be what imports transformers
+    from cospadi.runtime.configuration_cospadi import register
 
     register()

@@ -5,10 +5,12 @@ Tensors are read and written a shard at a time, without torch. The format is des
 
 from __future__ import annotations
 
+import argparse
 import errno
 import functools
 import json
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,24 +22,26 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from cospadi.budget import dense_nbytes
-from cospadi.codecs import (
-    IDENTITY,
-    INTEGER_CODECS,
-    MIXTURE,
-    VALUE_CODECS,
-    groups_of_columns,
-    scales_nbytes,
-    stored_nbytes,
-    support_nbytes,
-    unpack_pairs,
-    unpack_support,
-)
-from cospadi.errors import ArtifactError
-from cospadi.factorization import dictionary_names, parts_of, tensor_names, unpack
-from cospadi.files import BFLOAT16, ModelFolder, TensorFile, replacing, write_json
+from cospadi.errors import ArtifactError, CospadiError
+from cospadi.factorization import dictionary_names, read_specs, tensor_names, unpack
+from cospadi.files import BFLOAT16, ModelFolder, TensorFile, read_object, replacing, write_json
 from cospadi.learning import FORMAT_VERSION as CODES_VERSION
 from cospadi.provenance import check_provenance, fingerprint
-from cospadi.runtime.cospadi_format import AUTO_MAP, FORMAT_VERSION, LOAD_HINT, MODEL_TYPE
+from cospadi.runtime.cospadi_checksums import checksum_faults, write_checksums
+from cospadi.runtime.cospadi_format import (
+    AUTO_MAP,
+    CODECS,
+    FORMAT_VERSION,
+    LOAD_HINT,
+    MODEL_TYPE,
+    UnreadableError,
+    all_parts,
+    config_faults,
+    content_faults,
+    in_one_line,
+    read_headers,
+    stored_faults,
+)
 from cospadi.structure import PROJECTIONS
 
 MAX_SHARD_BYTES = 5 * 2**30
@@ -66,6 +70,7 @@ _WEIGHT_DTYPES = {
     "F64": np.dtype(np.float64),
 }
 _REMEDY = "Run quantize_codes for this unit again"
+_FOLDER_REMEDY = "Name a folder written by assemble_model; if this is one, fetch or assemble it again"
 
 
 def assemble(
@@ -106,6 +111,8 @@ def assemble(
         raise ArtifactError(
             base.path / "config.json", "the model is quantized already", "Start from the model's unquantized weights"
         )
+    if not isinstance(base.config.get("model_type"), str):
+        raise ArtifactError(base.path / "config.json", "it names no model_type", "Fetch the model again")
     specs, sources = _read_codes(codes_files)
     dtypes = {_check_target(base, name, spec) for name, spec in specs.items()}
     packed_into = _placement(specs)
@@ -142,6 +149,7 @@ def assemble(
         for file in sorted(_RUNTIME.glob("*.py")):
             if file.name != "__init__.py":
                 shutil.copyfile(file, folder / file.name)
+        write_checksums(folder)
         (folder / "README.md").write_text(_model_card(base, folder, Path(output).resolve(), card))
 
 
@@ -222,8 +230,14 @@ def densify(packed_folder: str | Path, output: str | Path, *, max_shard_bytes: i
         Folder to write; whole or not at all.
     max_shard_bytes : int
         Largest size of a weight file.
+
+    Raises
+    ------
+    ArtifactError
+        If the folder is none that could be loaded.
     """
     model, packing = _open_packed(packed_folder)
+    _check_loads(model.path)
     specs = packing["matrices"]
     dtype_name = packing["weight_dtype"]
     packed_into = _placement(specs)
@@ -248,6 +262,38 @@ def densify(packed_folder: str | Path, output: str | Path, *, max_shard_bytes: i
     for key in ("auto_map", "transformers_weights", "quantization_config", "transformers_version"):
         config.pop(key, None)
     write_folder(output, config, list(tensors.values()), base=model.path, max_shard_bytes=max_shard_bytes)
+
+
+def verify(folder: str | Path) -> dict[str, int]:
+    """Compare every byte of a packed checkpoint's weight files with its checksums, and all of it with docs/format.md.
+
+    Parameters
+    ----------
+    folder : path-like
+        As written by `assemble`, or by ``save_pretrained`` of a model loaded from there.
+
+    Returns
+    -------
+    dict
+        ``files``, ``tensors`` and ``nbytes`` (of the tensors) that were compared.
+
+    Raises
+    ------
+    ArtifactError
+        Naming the weight file and the tensors whose bytes are not those that were written.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise ArtifactError(path, "the folder does not exist", "Name a folder written by assemble_model")
+    faults = checksum_faults(path)
+    if faults:
+        raise ArtifactError(path, in_one_line(faults), _FOLDER_REMEDY)
+    model, _ = _open_packed(path)
+    return {
+        "files": len(set(model.weight_map.values())),
+        "tensors": len(model.weight_map),
+        "nbytes": sum(model.file_of(name).nbytes(name) for name in model.weight_map),
+    }
 
 
 def write_folder(
@@ -303,76 +349,17 @@ def _read_codes(codes_files: Iterable[str | Path]) -> tuple[dict[str, Any], dict
     sources: dict[str, TensorFile] = {}
     for path in codes_files:
         file = TensorFile(path, _REMEDY)
-        found = file.metadata.get("matrices")
-        if not isinstance(found, dict):
-            raise ArtifactError(path, "the header describes no matrices", _REMEDY)
+        found = read_specs(file, CODECS, _REMEDY)
         for name in found.keys() & specs.keys():
             raise ArtifactError(path, f"{name} is in another codes file too", "Remove codes of an earlier grouping")
-        for name, spec in found.items():
-            for part in tensor_names(name, spec):
-                if part not in file:
-                    raise ArtifactError(path, f"tensor {part} is missing", _REMEDY)
-                sources[part] = file
-            for part, part_spec in parts_of(name, spec).items():
-                _check_part(file, part, part_spec)
+        faults = content_faults(all_parts(found), file.read)
+        if faults:
+            raise ArtifactError(path, in_one_line(faults), _REMEDY)
         specs |= found
-    parts = {part: part_spec for name, spec in specs.items() for part, part_spec in parts_of(name, spec).items()}
-    for part, spec in parts.items():
-        if spec["dictionary"]["codec"] != IDENTITY:
-            owner = parts.get(spec["dictionary"]["tensor"].removesuffix(".dictionary"))
-            if owner is None or owner["dictionary"] != spec["dictionary"]:
-                raise ArtifactError(
-                    sources[f"{part}.values"].path,
-                    f"the dictionary of {part} is {spec['dictionary']['tensor']}, which belongs to no packed matrix, "
-                    "or to one with another dictionary",
-                    "Name a shared dictionary after one of the matrices that share it",
-                )
+        sources |= {part: file for name, spec in found.items() for part in tensor_names(name, spec)}
     if not specs:
-        raise ArtifactError("codes", "no codes file was given", "Name at least one")
+        raise ArtifactError("codes", "no codes file was given, or none has a matrix", "Name at least one")
     return specs, sources
-
-
-def _check_part(file: TensorFile, name: str, spec: Mapping[str, Any]) -> None:
-    (d_in, d_out), dictionary, codes = spec["shape"], spec["dictionary"], spec["codes"]
-    k, support = dictionary["n_atoms"], codes["support"]
-    for codec in (dictionary["codec"], codes["codec"]):
-        known = codec in INTEGER_CODECS or codec in VALUE_CODECS or (codec == IDENTITY and codec is dictionary["codec"])
-        if not known or codec == "float32":
-            raise ArtifactError(file.path, f"{name} has codec {codec!r}, which a checkpoint cannot hold", _REMEDY)
-    sizes = {f"{name}.values": stored_nbytes(codes["codec"], codes["n_nonzero"])}
-    if dictionary["codec"] != IDENTITY:
-        n_groups = -(-d_in // (dictionary.get("group_size") or d_in)) * k
-        sizes[dictionary["tensor"]] = stored_nbytes(dictionary["codec"], d_in * k)
-        sizes[f"{dictionary['tensor']}_scales"] = scales_nbytes(dictionary["codec"], n_groups)
-    elif k != d_in:
-        raise ArtifactError(file.path, f"{name} has {k} atoms in an identity dictionary of {d_in} inputs", _REMEDY)
-    if codes["codec"] in INTEGER_CODECS:
-        sizes[f"{name}.scales"] = scales_nbytes(codes["codec"], codes["n_scales"])
-    if support not in ("dense", MIXTURE):
-        sizes[f"{name}.support"] = support_nbytes(support, k, d_out)
-    for part in tensor_names(name, {key: spec[key] for key in ("shape", "dictionary", "codes")}):
-        if file.nbytes(part) != sizes[part]:
-            raise ArtifactError(
-                file.path, f"{part} takes {file.nbytes(part)} bytes, its spec says {sizes[part]}", _REMEDY
-            )
-    if support == MIXTURE:
-        if k != codes["n_nonzero"] * d_out:
-            raise ArtifactError(
-                file.path,
-                f"{name} has {codes['n_nonzero']} coefficients for {k} columns of matrix atoms, {d_out} each",
-                _REMEDY,
-            )
-        return
-    counts = np.full(d_out, k)
-    if support != "dense":
-        counts = (unpack_pairs if support == "2:4" else unpack_support)(file.read(f"{name}.support"), k).sum(0)
-    n_positions = int(counts.sum())
-    if n_positions != codes["n_nonzero"]:
-        raise ArtifactError(file.path, f"{name} has {n_positions} positions for {codes['n_nonzero']} values", _REMEDY)
-    if codes["codec"] in INTEGER_CODECS:
-        n_scales = int(groups_of_columns(counts, codes["group_size"]).max(initial=-1)) + 1
-        if n_scales != codes["n_scales"]:
-            raise ArtifactError(file.path, f"{name} has {codes['n_scales']} scales, its support {n_scales}", _REMEDY)
 
 
 def _check_target(base: ModelFolder, name: str, spec: Mapping[str, Any]) -> str:
@@ -384,6 +371,12 @@ def _check_target(base: ModelFolder, name: str, spec: Mapping[str, Any]) -> str:
             base.path,
             f"{weight} has shape {entry['shape']}, the codes are for {spec['shape'][::-1]}",
             "The codes belong to another model: delete them and run again",
+        )
+    if entry["dtype"] not in _WEIGHT_DTYPES:
+        raise ArtifactError(
+            base.path,
+            f"{weight} has dtype {entry['dtype']}; allowed: {', '.join(_WEIGHT_DTYPES)}",
+            "Start from the model's unquantized weights",
         )
     return entry["dtype"]
 
@@ -399,21 +392,39 @@ def _placement(specs: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def _open_packed(folder: str | Path) -> tuple[ModelFolder, dict[str, Any]]:
-    model = ModelFolder(folder)
-    packing = model.config.get("quantization_config", {})
-    if packing.get("quant_method") != MODEL_TYPE or packing.get("format_version") != FORMAT_VERSION:
-        raise ArtifactError(
-            model.path / "config.json",
-            f"quant_method {packing.get('quant_method')!r}, format_version {packing.get('format_version')!r}; "
-            f"this code reads {MODEL_TYPE!r}, {FORMAT_VERSION}",
-            "Name a folder written by assemble_model, or use a newer cospadi",
-        )
-    return model, packing
+    """A packed folder whose specs and weight files are as docs/format.md says, and its ``quantization_config``."""
+    path = Path(folder)
+    config = read_object(path / "config.json", _FOLDER_REMEDY)
+    faults = config_faults(config)
+    if faults:
+        raise ArtifactError(path / "config.json", in_one_line(faults), _FOLDER_REMEDY)
+    packing = config["quantization_config"]
+    try:
+        faults = stored_faults(packing["matrices"], read_headers(path))
+    except UnreadableError as error:
+        raise ArtifactError(path, str(error), _FOLDER_REMEDY) from error
+    if faults:
+        raise ArtifactError(path, in_one_line(faults), _FOLDER_REMEDY)
+    return ModelFolder(path), packing
+
+
+def _check_loads(folder: Path) -> None:
+    """Refuse what the loader refuses: tensors of the rest of the model that are missing, or of another shape."""
+    # which the rest of this module does without; importing it registers our classes
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    try:
+        config = CONFIG_MAPPING[MODEL_TYPE].from_pretrained(folder)
+        vars(config).pop("auto_map", None)  # the package's own code is meant
+        AutoModelForCausalLM.from_pretrained(folder, config=config, device_map="meta")
+    except (OSError, ValueError) as error:
+        raise ArtifactError(folder, str(error).removeprefix(f"{folder}: "), _FOLDER_REMEDY) from error
 
 
 def _dense_weight(model: ModelFolder, matrix: str, spec: Mapping[str, Any], dtype: np.dtype) -> np.ndarray:
     parts = {part: model.read(part) for part in tensor_names(matrix, spec)}
-    return np.ascontiguousarray(unpack(parts, spec, matrix).reconstruct().T.astype(dtype))
+    factors = unpack(parts, spec, matrix, source=model.path, remedy=_FOLDER_REMEDY)
+    return np.ascontiguousarray(factors.reconstruct().T.astype(dtype))
 
 
 def _byte_count(nbytes: float, dense: int) -> dict[str, float]:
@@ -530,3 +541,21 @@ def origin_of(base: ModelFolder) -> dict[str, str]:
         "license": said.get("license") or said.get("Model licence") or said.get("Licence"),
     }
     return {key: value for key, value in known.items() if value}
+
+
+def main(arguments: Sequence[str] | None = None) -> str | None:
+    """``python -m cospadi.checkpoint verify FOLDER``: what was verified in one line, or the text of the error."""
+    parser = argparse.ArgumentParser(prog="python -m cospadi.checkpoint")
+    parser.add_argument("command", choices=["verify"], help="compare a packed checkpoint with its checksums")
+    parser.add_argument("folder", help="folder of the checkpoint, results/<run>/<variant>/model")
+    folder = parser.parse_args(arguments).folder
+    try:
+        found = verify(folder)
+    except CospadiError as error:
+        return str(error)
+    print(f"{folder}: {found['files']} files, {found['tensors']} tensors, {found['nbytes']:,} bytes are as written")
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -103,6 +103,10 @@ class IntegerCodec:
 
     bits: int
 
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"integers of {self.bits} bits; allowed: 2 to 8")
+
     @property
     def low(self) -> int:
         """Smallest integer."""
@@ -118,19 +122,21 @@ class IntegerCodec:
         return (self.bits * n + 7) // 8
 
     def pack(self, integers: np.ndarray) -> np.ndarray:
-        """Integers as stored: ``int8`` keeps their shape; ``int4`` is a U8 stream, the first in the low half."""
+        """Integers as stored: 8 bits keep their shape; fewer are a U8 stream, each from its lowest bit on."""
         if self.bits == 8:
             return integers.astype(np.int8)
-        nibbles = (integers.ravel() & 15).astype(np.uint8)
-        nibbles = np.append(nibbles, np.zeros(nibbles.size % 2, np.uint8))
-        return nibbles[::2] | nibbles[1::2] << 4
+        words = integers.astype(np.uint8).ravel()
+        bits = np.unpackbits(words[:, None], axis=1, count=self.bits, bitorder="little")
+        return np.packbits(bits.ravel(), bitorder="little")
 
     def unpack(self, stored: np.ndarray, n: int) -> np.ndarray:
         """Inverse of `pack`: int8 (n,)."""
         if self.bits == 8:
             return np.asarray(stored, np.int8).reshape(n)
-        nibbles = np.stack([stored & 15, stored >> 4], axis=1).ravel()[:n]
-        return (nibbles ^ 8).astype(np.int8) - np.int8(8)
+        bits = np.unpackbits(stored, count=self.bits * n, bitorder="little").reshape(n, self.bits)
+        words = np.packbits(bits, axis=1, bitorder="little").reshape(n)
+        sign = 1 << (self.bits - 1)
+        return (words ^ np.uint8(sign)).view(np.int8) - np.int8(sign)
 
 
 INTEGER_CODECS = {"int8": IntegerCodec(8), "int4": IntegerCodec(4)}

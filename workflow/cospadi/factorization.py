@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,9 +29,20 @@ from cospadi.codecs import (
     unpack_pairs,
     unpack_support,
 )
-from cospadi.errors import NumericalError
-from cospadi.files import BFLOAT16
+from cospadi.errors import ArtifactError, NumericalError
+from cospadi.files import BFLOAT16, SAFETENSORS_DTYPES, TensorFile
 from cospadi.gram import relative_error
+from cospadi.runtime.cospadi_format import (
+    FACTOR_CODECS,
+    Codec,
+    content_faults,
+    header_faults,
+    in_one_line,
+    matrices_faults,
+    parts_of,
+    spec_faults,
+    stored_tensors,
+)
 
 
 @dataclass
@@ -241,43 +253,99 @@ def _finite(array: Any, what: str) -> np.ndarray:
     return array
 
 
-def parts_of(name: str, spec: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The factors that are summed for a matrix: name of each, the matrix's own first, to its spec."""
-    plus = {f"{name}.plus.{index}": part for index, part in enumerate(spec.get("plus", ()))}
-    return {name: spec, **plus}
-
-
 def dictionary_names(spec: Mapping[str, Any]) -> list[str]:
     """Names of the tensors that hold a matrix's dictionaries, which it may share with others."""
-    names = []
-    for part in parts_of("", spec).values():
-        dictionary = part["dictionary"]
-        if dictionary["codec"] != IDENTITY:
-            names.append(dictionary["tensor"])
-            names += [f"{dictionary['tensor']}_scales"] if dictionary["codec"] in INTEGER_CODECS else []
-    return names
+    return [tensor for tensor, kind in _tensors("", spec).items() if kind.startswith("dictionary")]
 
 
 def tensor_names(name: str, spec: Mapping[str, Any]) -> list[str]:
-    """Names of the tensors that matrix `name` is read from."""
-    names = dictionary_names(spec)
-    for path, part in parts_of(name, spec).items():
-        names.append(f"{path}.values")
-        names += [f"{path}.scales"] if part["codes"]["codec"] in INTEGER_CODECS else []
-        names += [] if part["codes"]["support"] in ("dense", MIXTURE) else [f"{path}.support"]
-    return names
+    """Names of the tensors that matrix `name` is read from, dictionaries first."""
+    tensors = _tensors(name, spec)
+    return sorted(tensors, key=lambda tensor: not tensors[tensor].startswith("dictionary"))
 
 
-def unpack(tensors: Mapping[str, np.ndarray], spec: Mapping[str, Any], name: str) -> Factorization:
+def _tensors(name: str, spec: Mapping[str, Any]) -> dict[str, str]:
+    """Tensors of all parts of a matrix to what they are of it."""
+    return {
+        tensor: kind
+        for part in parts_of(name, spec).items()
+        for tensor, (kind, _, _) in stored_tensors(*part, FACTOR_CODECS).items()
+    }
+
+
+def read_specs(file: TensorFile, codecs: Mapping[str, Codec], remedy: str) -> dict[str, Any]:
+    """Specs of all matrices of a factors or codes file, after its header was checked against them.
+
+    Parameters
+    ----------
+    file : TensorFile
+    codecs : mapping
+        Those the file may have: `cospadi_format.CODECS`, or `FACTOR_CODECS` of learned factors.
+    remedy : str
+        What the user does if the file is at fault.
+
+    Raises
+    ------
+    ArtifactError
+        Naming the file, matrix and tensor.
+    """
+    matrices = file.metadata.get("matrices")
+    if not isinstance(matrices, dict):
+        raise ArtifactError(file.path, "the header describes no matrices", remedy)
+    faults = matrices_faults(matrices, codecs) if matrices else []
+    if not faults:
+        entries = {name: (entry["dtype"], entry["shape"]) for name, entry in file.entries.items()}
+        faults = header_faults(matrices, entries, codecs)
+    if faults:
+        raise ArtifactError(file.path, in_one_line(faults), remedy)
+    return matrices
+
+
+def unpack(
+    tensors: Mapping[str, np.ndarray],
+    spec: Mapping[str, Any],
+    name: str,
+    *,
+    source: str | Path | None = None,
+    remedy: str = "Make its file again",
+) -> Factorization:
     """Inverse of `Factorization.pack`: float32 factors of matrix `name`.
 
     Parameters
     ----------
     tensors : mapping
-        Holds the `tensor_names` of the matrix.
+        Holds the `tensor_names` of the matrix; all of it is checked before it is used.
     spec : mapping
         As written by `Factorization.pack`.
+    source : path-like, optional
+        File or folder the tensors are from, for errors.
+    remedy : str
+        What the user does if they are at fault.
+
+    Raises
+    ------
+    ArtifactError
+        If spec or tensors are not as docs/format.md says.
     """
+    faults = spec_faults(spec, FACTOR_CODECS)
+    if not faults:
+        given = [tensor for tensor in tensor_names(name, spec) if tensor in tensors]
+        entries = {tensor: (_dtype_name(tensors[tensor]), tensors[tensor].shape) for tensor in given}
+        faults = header_faults({name: spec}, entries, FACTOR_CODECS)
+    if not faults:
+        faults = content_faults(parts_of(name, spec), lambda tensor: np.asarray(tensors[tensor]), FACTOR_CODECS)
+    if faults:
+        raise ArtifactError(source or name, in_one_line(faults), remedy)
+    return _unpack(tensors, spec, name)
+
+
+def _dtype_name(array: Any) -> str:
+    """Dtype of a tensor in safetensors' words; another's own name."""
+    dtype = np.asarray(array).dtype
+    return next((word for word, known in SAFETENSORS_DTYPES.items() if known == dtype), str(dtype))
+
+
+def _unpack(tensors: Mapping[str, np.ndarray], spec: Mapping[str, Any], name: str) -> Factorization:
     (d_in, d_out), k = spec["shape"], spec["dictionary"]["n_atoms"]
     dictionary_codec, value_codec = spec["dictionary"]["codec"], spec["codes"]["codec"]
     support = spec["codes"]["support"]
@@ -322,5 +390,5 @@ def unpack(tensors: Mapping[str, np.ndarray], spec: Mapping[str, Any], name: str
         dictionary_scales=dictionary_scales,
         mask=mask,
         tensor=spec["dictionary"].get("tensor"),
-        plus=[unpack(tensors, part, f"{name}.plus.{i}") for i, part in enumerate(spec.get("plus", ()))],
+        plus=[_unpack(tensors, part, f"{name}.plus.{i}") for i, part in enumerate(spec.get("plus", ()))],
     )

@@ -27,7 +27,7 @@ from cospadi.errors import ArtifactError
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 _METADATA_KEY = "cospadi"
-_SAFETENSORS_DTYPES = {
+SAFETENSORS_DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -122,8 +122,22 @@ def read_json(path: str | Path, remedy: str = "Delete it and run again") -> Any:
         return json.loads(Path(path).read_text())
     except FileNotFoundError as error:
         raise ArtifactError(path, "the file does not exist", remedy) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also bytes that are no text, and numbers of thousands of digits
         raise ArtifactError(path, f"not valid JSON ({error})", remedy) from error
+
+
+def read_object(path: str | Path, remedy: str = "Delete it and run again") -> dict[str, Any]:
+    """Read a JSON file that holds one object.
+
+    Raises
+    ------
+    ArtifactError
+        If the file is missing, is not JSON, or holds another value.
+    """
+    value = read_json(path, remedy)
+    if not isinstance(value, dict):
+        raise ArtifactError(path, f"holds a {type(value).__name__}, expected an object of keys and values", remedy)
+    return value
 
 
 def write_tensors(
@@ -141,7 +155,7 @@ def write_tensors(
     """
     arrays = {}
     for name in sorted(tensors):
-        if tensors[name].dtype not in _SAFETENSORS_DTYPES.values():
+        if tensors[name].dtype not in SAFETENSORS_DTYPES.values():
             raise TypeError(f"{name}: dtype {tensors[name].dtype} has no safetensors equivalent")
         arrays[name] = np.ascontiguousarray(tensors[name]).reshape(tensors[name].shape)
     # one key: safetensors writes several in an order that changes from call to call
@@ -185,12 +199,16 @@ class TensorFile:
             with open(self.path, "rb") as file:
                 length = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(length))
+            metadata = header.pop("__metadata__", None) or {}
+            if _METADATA_KEY in metadata:
+                metadata = json.loads(metadata[_METADATA_KEY])
+                if not isinstance(metadata, dict):
+                    raise ValueError(f"its header's {_METADATA_KEY} is a {type(metadata).__name__}, expected an object")
         except FileNotFoundError as error:
             raise ArtifactError(path, "the file does not exist", remedy) from error
-        except (safetensors.SafetensorError, OSError, ValueError) as error:
+        except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
             raise ArtifactError(path, f"not a complete safetensors file ({error})", remedy) from error
-        metadata = header.pop("__metadata__", {})
-        self.metadata: dict[str, Any] = json.loads(metadata[_METADATA_KEY]) if _METADATA_KEY in metadata else metadata
+        self.metadata: dict[str, Any] = metadata
         self.entries: dict[str, dict[str, Any]] = header
         self._start = 8 + length
 
@@ -210,7 +228,7 @@ class TensorFile:
         """Map a tensor read-only in the dtype of the file (bfloat16 as ``ml_dtypes.bfloat16``)."""
         entry = self._entry(name)
         shape = tuple(entry["shape"])
-        dtype = _SAFETENSORS_DTYPES.get(entry["dtype"])
+        dtype = SAFETENSORS_DTYPES.get(entry["dtype"])
         if dtype is None:
             raise ArtifactError(
                 self.path, f"tensor {name} has dtype {entry['dtype']}, which is not supported", self._remedy
@@ -226,6 +244,11 @@ class TensorFile:
         return self.entries[name]
 
 
+def _is_file_name(value: Any) -> bool:
+    # the index of a folder from elsewhere must not lead out of it
+    return isinstance(value, str) and value not in ("", ".", "..") and Path(value).name == value
+
+
 class ModelFolder:
     """The weights of a Hugging Face folder, one tensor at a time, sharded or not, without torch.
 
@@ -238,10 +261,12 @@ class ModelFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._remedy = "Fetch the model again; safetensors weights are required (no .bin files)"
-        self.config: dict[str, Any] = read_json(self.path / "config.json", self._remedy)
+        self.config = read_object(self.path / "config.json", self._remedy)
         index = self.path / "model.safetensors.index.json"
         if index.exists():
-            weight_map = read_json(index, self._remedy)["weight_map"]
+            weight_map = read_object(index, self._remedy).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(_is_file_name(file) for file in weight_map.values()):
+                raise ArtifactError(index, "its weight_map is no object of tensors and names of files", self._remedy)
         else:
             single = TensorFile(self.path / "model.safetensors", self._remedy)
             weight_map = dict.fromkeys(single.names(), single.path.name)

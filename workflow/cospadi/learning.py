@@ -14,12 +14,13 @@ import numpy as np
 from cospadi.budget import nbytes_left
 from cospadi.codecs import storage_of
 from cospadi.errors import ArtifactError
-from cospadi.factorization import Factorization, dictionary_names, tensor_names, unpack
+from cospadi.factorization import Factorization, dictionary_names, read_specs, tensor_names, unpack
 from cospadi.files import ModelFolder, TensorFile, read_json, write_json, write_tensors
 from cospadi.gram import squared_norm
 from cospadi.methods import METHODS, Method
 from cospadi.problem import Matrix, Metric, Problem, matrices_of, shared
 from cospadi.provenance import check_provenance, digest_of
+from cospadi.runtime.cospadi_format import FACTOR_CODECS
 
 FORMAT_VERSION = 1
 
@@ -255,10 +256,12 @@ def _read_side_by_side(factors: TensorFile, names: Sequence[str]) -> Factorizati
     ArtifactError
         If a matrix is not in the file.
     """
+    remedy = "Run learn_dictionary of the variant that warm_start names again, for this unit"
+    specs = read_specs(factors, FACTOR_CODECS, remedy)
     found = []
     for name in names:
-        spec = factors.metadata["matrices"].get(name)
-        if spec is None:
+        if name not in specs:
             raise ArtifactError(factors.path, f"has no factors of {name}", "Name another variant as warm_start")
-        found.append(unpack({tensor: factors.read(tensor) for tensor in tensor_names(name, spec)}, spec, name))
+        tensors = {tensor: factors.read(tensor) for tensor in tensor_names(name, specs[name])}
+        found.append(unpack(tensors, specs[name], name, source=factors.path, remedy=remedy))
     return replace(found[0], codes=np.concatenate([part.codes for part in found], axis=1))

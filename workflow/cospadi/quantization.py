@@ -14,11 +14,12 @@ import numpy as np
 from cospadi.budget import dense_nbytes
 from cospadi.codecs import MIXTURE, storage_of
 from cospadi.errors import ArtifactError
-from cospadi.factorization import Factorization, dictionary_names, tensor_names, unpack
+from cospadi.factorization import Factorization, dictionary_names, read_specs, tensor_names, unpack
 from cospadi.files import ModelFolder, TensorFile, write_json, write_tensors
 from cospadi.learning import FORMAT_VERSION, provenance
 from cospadi.problem import Metric, matrices_of
 from cospadi.provenance import check_provenance
+from cospadi.runtime.cospadi_format import FACTOR_CODECS
 
 _REMEDY = "Delete it and run again to learn this unit anew"
 
@@ -45,7 +46,7 @@ def quantize_unit(
     learned = TensorFile(factors)
     belongs = provenance(structure, layers, variant)
     check_provenance(factors, learned.metadata, belongs, _REMEDY)
-    learned_specs = learned.metadata["matrices"]
+    learned_specs = read_specs(learned, FACTOR_CODECS, _REMEDY)
     sharers = Counter(part for spec in learned_specs.values() for part in dictionary_names(spec))
     tensors: dict[str, np.ndarray] = {}
     specs: dict[str, Any] = {}
@@ -66,7 +67,7 @@ def quantize_unit(
         spec = learned_specs[name]
         parts = {tensor: learned.read(tensor) for tensor in tensor_names(name, spec)}
         weight = matrix.weight()
-        factorization = round_factors(unpack(parts, spec, name), codes, weight, metric)
+        factorization = round_factors(unpack(parts, spec, name, source=factors, remedy=_REMEDY), codes, weight, metric)
         packed, specs[name] = factorization.pack(name)
         tensors.update(packed)
         stored = unpack(packed, specs[name], name)

@@ -9,11 +9,20 @@ from __future__ import annotations
 
 import copy
 import functools
+from pathlib import Path
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from .cospadi_format import FORMAT_VERSION, LOAD_HINT, MODEL_TYPE
+from .cospadi_format import (
+    LOAD_HINT,
+    MODEL_TYPE,
+    UnreadableError,
+    config_faults,
+    in_one_line,
+    packing_faults,
+    read_object,
+)
 
 
 class CospadiConfig:
@@ -38,7 +47,19 @@ class CospadiConfig:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """As `PreTrainedConfig.from_pretrained`."""
+        """As `PreTrainedConfig.from_pretrained`.
+
+        Raises
+        ------
+        OSError
+            If ``config.json`` is not one JSON object.
+        """
+        file = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "", "config.json")
+        if file.is_file():  # else transformers looks for it on the hub, or says that it is missing
+            try:
+                read_object(file)
+            except UnreadableError as error:
+                raise OSError(f"{pretrained_model_name_or_path}: {error}. Fetch it again") from error
         config_dict, kwargs = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
         kwargs.setdefault("name_or_path", str(pretrained_model_name_or_path))
         return cls.from_dict(config_dict, **kwargs)
@@ -50,13 +71,21 @@ class CospadiConfig:
         Raises
         ------
         ValueError
-            If the format version or the base family is not known.
+            If the format version or the base family is not known, a matrix is described wrongly, or the rest makes no
+            config of the family.
         """
         if cls is not CospadiConfig:
             return super().from_dict(config_dict, **kwargs)
         source = kwargs.get("name_or_path", config_dict.get("_name_or_path", "config"))
-        check_packing(config_dict.get("quantization_config"), source)
-        return family_config(config_dict.get("base_model_type"), source).from_dict(config_dict, **kwargs)
+        _refuse(config_faults(config_dict), source)
+        family = family_config(config_dict.get("base_model_type"), source)
+        try:
+            return family.from_dict(config_dict, **kwargs)
+        except Exception as error:  # each family has its own ways to stumble over a wrong value
+            raise ValueError(
+                f"{source}: config.json makes no config of {family.__mro__[2].__name__} "
+                f"({type(error).__name__}: {error}). Fetch it again"
+            ) from error
 
     def to_dict(self) -> dict[str, Any]:
         """As in ``config.json``."""
@@ -81,22 +110,20 @@ class CospadiConfig:
         """Nothing to do: the class says itself that it is saved with its code."""
 
 
-def check_packing(packing: dict[str, Any] | None, source: str) -> None:
+def check_packing(packing: Any, source: str) -> None:
     """Refuse a ``quantization_config`` that this code would misread.
 
     Raises
     ------
     ValueError
-        Naming the folder, the value found and the one known.
+        Naming the folder, the matrix, the value found and what is known.
     """
-    if not isinstance(packing, dict) or packing.get("quant_method") != MODEL_TYPE or "matrices" not in packing:
-        raise ValueError(f"{source}: config.json has no quantization_config of a packed checkpoint. Fetch it again")
-    if packing.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{source}: format_version {packing.get('format_version')!r} is not known; this code reads "
-            f"{FORMAT_VERSION}. Load it with the code that came with it (trust_remote_code=True, without importing "
-            "cospadi), or install a newer cospadi"
-        )
+    _refuse(packing_faults(packing), source)
+
+
+def _refuse(faults: list[str], source: str) -> None:
+    if faults:
+        raise ValueError(f"{source}: {in_one_line(faults)}. Fetch or assemble the folder again")
 
 
 def family_config(base_model_type: str | None, source: str = "config") -> type[PreTrainedConfig]:
@@ -107,7 +134,8 @@ def family_config(base_model_type: str | None, source: str = "config") -> type[P
     ValueError
         If the installed transformers has no such family.
     """
-    if base_model_type not in CONFIG_MAPPING:
+    known = isinstance(base_model_type, str) and base_model_type != MODEL_TYPE and base_model_type in CONFIG_MAPPING
+    if not known:
         raise ValueError(
             f"{source}: base_model_type {base_model_type!r} is not known to the installed transformers. Upgrade it"
         )

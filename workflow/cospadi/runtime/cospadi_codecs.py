@@ -1,7 +1,7 @@
 """How the tensors of a packed matrix become numbers again, in torch (docs/format.md of CoSpaDi Workflow).
 
-A codec is one line of `VALUE_CODECS`: dtype and shape of the stored tensor, and its decoding. The functions are
-made of plain tensor operations, so they run on every device and `torch.compile` traces through them.
+A codec is one line of `VALUE_CODECS`: dtype and shape of the stored tensor as `cospadi_format` says, and its decoding.
+The functions are made of plain tensor operations, so they run on every device and `torch.compile` traces through them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from .cospadi_format import CODECS, in_one_line, spec_faults, stored_tensors
 
 
 @dataclass(frozen=True)
@@ -63,38 +65,19 @@ def _decode_int4(stored: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     return ((nibbles ^ 8).to(torch.int8) - 8).to(torch.bfloat16).view(*shape)
 
 
-VALUE_CODECS: dict[str, ValueCodec] = {
-    "bf16": ValueCodec(
-        dtype=torch.bfloat16,
-        shape=tuple,
-        decode=lambda stored, shape: stored.view(*shape),
-    ),
-    "bf14": ValueCodec(
-        dtype=torch.uint8,
-        shape=lambda numbers: ((14 * math.prod(numbers) + 7) // 8,),
-        decode=_decode_bf14,
-    ),
-    "int8": ValueCodec(
-        dtype=torch.int8,
-        shape=tuple,
-        decode=lambda stored, shape: stored.view(*shape).to(torch.bfloat16),
-        scaled=True,
-    ),
-    "int4": ValueCodec(
-        dtype=torch.uint8,
-        shape=lambda numbers: ((math.prod(numbers) + 1) // 2,),
-        decode=_decode_int4,
-        scaled=True,
-    ),
+_TORCH_DTYPES = {"BF16": torch.bfloat16, "U8": torch.uint8, "I8": torch.int8}
+
+_DECODERS = {
+    "bf16": lambda stored, shape: stored.view(*shape),
+    "bf14": _decode_bf14,
+    "int8": lambda stored, shape: stored.view(*shape).to(torch.bfloat16),
+    "int4": _decode_int4,
 }
 
-# the dictionary that is not there: the atoms are the inputs
-IDENTITY = "identity"
-
-SUPPORTS = ("bitmask", "dense", "2:4")
-
-# the codes of whole matrices as atoms: one coefficient each
-MIXTURE = "mixture"
+VALUE_CODECS: dict[str, ValueCodec] = {
+    name: ValueCodec(_TORCH_DTYPES[codec.dtype], codec.shape, _DECODERS[name], codec.scaled)
+    for name, codec in CODECS.items()
+}
 
 
 def tensor_shapes(spec: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -114,34 +97,16 @@ def tensor_shapes(spec: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], torc
     Raises
     ------
     ValueError
-        If the spec names a codec or support that this code does not know.
+        If the spec is not valid, or names a codec or support that this code does not know.
     """
-    (d_in, d_out), dictionary, codes = spec["shape"], spec["dictionary"], spec["codes"]
-    k, support = dictionary["n_atoms"], codes["support"]
-    unknown = sorted(spec.keys() - {"shape", "dictionary", "codes"})
-    if unknown:
-        raise ValueError(f"its spec has {', '.join(unknown)}, which is not known")
-    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    if dictionary["codec"] != IDENTITY:
-        atoms = _codec(dictionary["codec"])
-        shapes["dictionary"] = (atoms.shape((d_in, k)), atoms.dtype)
-        if atoms.scaled:
-            shapes["dictionary_scales"] = ((-(-d_in // (dictionary["group_size"] or d_in)), k), torch.bfloat16)
-    elif k != d_in:
-        raise ValueError(f"an identity dictionary of {k} atoms does not fit {d_in} inputs")
-    if support not in (*SUPPORTS, MIXTURE):
-        raise ValueError(f"support {support!r} is not known; this code reads {', '.join(SUPPORTS)}, {MIXTURE}")
-    if support == MIXTURE and (dictionary["codec"] == IDENTITY or k != codes["n_nonzero"] * d_out):
-        raise ValueError(f"{codes['n_nonzero']} coefficients do not fit {k} columns of matrix atoms, {d_out} each")
-    if support == "2:4" and k % 4:
-        raise ValueError(f"support '2:4' needs a multiple of 4 atoms, not {k}")
-    values = _codec(codes["codec"])
-    shapes["values"] = (values.shape((d_out, k) if support == "dense" else (codes["n_nonzero"],)), values.dtype)
-    if values.scaled:
-        shapes["scales"] = ((codes["n_scales"],), torch.bfloat16)
-    if support not in ("dense", MIXTURE):
-        shapes["support"] = ((d_out, -(-k // 8)), torch.uint8)
-    return shapes
+    faults = spec_faults(spec, VALUE_CODECS)
+    if faults:
+        raise ValueError(in_one_line(faults))
+    others = {"support": torch.uint8, "scales": torch.bfloat16, "dictionary_scales": torch.bfloat16}
+    return {
+        kind: (shape, codec.dtype if codec else others[kind])
+        for kind, shape, codec in stored_tensors("", spec, VALUE_CODECS).values()
+    }
 
 
 def decode_dictionary(
@@ -210,15 +175,9 @@ def unpack_support(support: torch.Tensor, k: int) -> torch.Tensor:
     return (support.unsqueeze(-1) & bits).ne(0).flatten(1)[:, :k]
 
 
-def _codec(name: str) -> ValueCodec:
-    if name not in VALUE_CODECS:
-        raise ValueError(f"codec {name!r} is not known; this code reads {', '.join(VALUE_CODECS)}")
-    return VALUE_CODECS[name]
-
-
 def _decode(name: str, stored: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """Numbers of that shape. A tool may have cast what is stored: integers are in it unchanged, bfloat16 rounded."""
-    codec = _codec(name)
+    codec = VALUE_CODECS[name]
     return codec.decode(stored if codec.dtype.is_floating_point else stored.to(codec.dtype), shape)
 
 

@@ -22,7 +22,8 @@ logger = logging.getLogger("cospadi.runtime")
 # Rows of x up to which reading the packed form is faster than unpacking S for a matrix product (docs/runtime.md)
 KERNEL_ROWS = 8
 
-_VALUE_BITS = {"bf16": 16, "bf14": 14, "int8": 8, "int4": 4}
+CODECS = {"bf16": 16, "bf14": 14, "int8": 8, "int4": 4}  # bits a value
+SUPPORTS = ("dense", "bitmask", "2:4")
 _SCALED = ("int8", "int4")
 
 
@@ -172,7 +173,7 @@ def apply_codes(
             ASM=_nvidia(z.device),
             LANES=parts[0] is not None,
             EARLY=early,
-            VALUE_BITS=_VALUE_BITS[codes["codec"]],
+            VALUE_BITS=CODECS[codes["codec"]],
             BLOCK_OUT=block,
             UNROLL=unroll,
             num_warps=warps,

@@ -1,4 +1,25 @@
-"""Names and numbers of the checkpoint format that its writer and its reader share."""
+"""The checkpoint format in one place: its names, its numbers, and what makes a packed matrix valid (docs/format.md).
+
+Whatever reads packed matrices asks here first: the loader, `densify`, `assemble`, `unpack`. NumPy and safetensors are
+enough. Faults come back as sentences; whoever asked knows the file they belong to, and raises.
+
+There are two levels. `packing_faults`, `matrices_faults` and `header_faults` need the specs and the headers of the
+weight files, so they come before any tensor is read; `content_faults` reads what the rest of the code relies on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import reprlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
 
 MODEL_TYPE = "cospadi"
 FORMAT_VERSION = 1
@@ -11,3 +32,578 @@ AUTO_MAP = {
 # Stands in config.json where transformers looks for a weight file's name. A loader that does not know this format (say,
 # `LlamaForCausalLM.from_pretrained`) stops on it with this text; without it, it would start with random weights.
 LOAD_HINT = "packed checkpoint: use AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)"
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+# of the dense weights, in safetensors' words
+WEIGHT_DTYPES = ("BF16", "F16", "F32", "F64")
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How numbers are stored.
+
+    Attributes
+    ----------
+    dtype : str
+        Of the stored tensor, in safetensors' words.
+    bits : int
+        A number takes.
+    stream : bool
+        Whether the tensor is one stream of bits; else it has the shape of the numbers.
+    scaled : bool
+        Whether a group of numbers has a scale.
+    """
+
+    dtype: str
+    bits: int
+    stream: bool = False
+    scaled: bool = False
+
+    def shape(self, numbers: Sequence[int]) -> tuple[int, ...]:
+        """Shape of the stored tensor for numbers of that shape."""
+        return ((self.bits * math.prod(numbers) + 7) // 8,) if self.stream else tuple(numbers)
+
+
+CODECS = {
+    "bf16": Codec("BF16", 16),
+    "bf14": Codec("U8", 14, stream=True),
+    "int8": Codec("I8", 8, scaled=True),
+    "int4": Codec("U8", 4, stream=True, scaled=True),
+}
+
+# of the files between learning and packing, which are no checkpoints
+FACTOR_CODECS = {**CODECS, "float32": Codec("F32", 32)}
+
+# the dictionary that is not there: the atoms are the inputs
+IDENTITY = "identity"
+
+SUPPORTS = ("bitmask", "dense", "2:4")
+
+# the codes of whole matrices as atoms: one coefficient each
+MIXTURE = "mixture"
+
+# No size is larger, and no factor has more numbers: what is computed from them fits 64 bits everywhere
+_MOST = 2**31 - 1
+_MOST_NUMBERS = 2**48
+
+_MODULE = re.compile(r"[^.\s]+(\.[^.\s]+)*")
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring = 3, 120
+
+
+class _Scaled(Protocol):
+    scaled: bool
+
+
+def parts_of(name: str, spec: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The factors that are summed for a matrix: name of each, the matrix's own first, to its spec."""
+    plus = {f"{name}.plus.{index}": part for index, part in enumerate(spec.get("plus", ()))}
+    return {name: spec, **plus}
+
+
+def all_parts(matrices: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """`parts_of` of every matrix."""
+    return {part: spec for matrix in matrices.items() for part, spec in parts_of(*matrix).items()}
+
+
+def stored_tensors(
+    name: str, part: Mapping[str, Any], codecs: Mapping[str, Any] = CODECS
+) -> dict[str, tuple[str, tuple[int, ...], Any]]:
+    """The tensors that one part of a matrix is read from.
+
+    Parameters
+    ----------
+    name : str
+        Of the matrix, or of the part that is added to it.
+    part : mapping
+        A valid spec; its ``plus`` are parts of their own.
+    codecs : mapping
+        Name to codec.
+
+    Returns
+    -------
+    dict
+        Full name of each tensor, dictionary first, to what it is of the part (``"dictionary"``,
+        ``"dictionary_scales"``, ``"values"``, ``"scales"``, ``"support"``), its shape, and its codec: None of scales
+        (bfloat16) and support (bytes).
+    """
+    (d_in, d_out), dictionary, codes = part["shape"], part["dictionary"], part["codes"]
+    k, support = dictionary["n_atoms"], codes["support"]
+    tensors: dict[str, tuple[str, tuple[int, ...], Any]] = {}
+    if dictionary["codec"] != IDENTITY:
+        tensor, codec = dictionary["tensor"], codecs[dictionary["codec"]]
+        tensors[tensor] = ("dictionary", codec.shape((d_in, k)), codec)
+        if codec.scaled:
+            n_groups = -(-d_in // (dictionary["group_size"] or d_in))
+            tensors[f"{tensor}_scales"] = ("dictionary_scales", (n_groups, k), None)
+    codec = codecs[codes["codec"]]
+    numbers = (d_out, k) if support == "dense" else (codes["n_nonzero"],)
+    tensors[f"{name}.values"] = ("values", codec.shape(numbers), codec)
+    if codec.scaled:
+        tensors[f"{name}.scales"] = ("scales", (codes["n_scales"],), None)
+    if support not in ("dense", MIXTURE):
+        tensors[f"{name}.support"] = ("support", (d_out, -(-k // 8)), None)
+    return tensors
+
+
+def config_faults(config: Mapping[str, Any]) -> list[str]:
+    """What is wrong with a ``config.json``, but for the base model's part of it."""
+    faults = packing_faults(config.get("quantization_config"))
+    if not faults and config.get("model_type") != MODEL_TYPE:
+        faults = [f"model_type is {_shown(config.get('model_type'))}, expected {MODEL_TYPE!r}"]
+    return faults
+
+
+def packing_faults(packing: Any) -> list[str]:
+    """What is wrong with a ``quantization_config``."""
+    method = packing.get("quant_method") if isinstance(packing, Mapping) else None
+    if method != MODEL_TYPE or "matrices" not in packing:
+        return [f"config.json has no quantization_config of a packed checkpoint (quant_method {_shown(method)})"]
+    version = packing.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
+        return [
+            f"format_version {_shown(version)} is not known; this code reads {FORMAT_VERSION}. Load it with the code "
+            "that came with it (trust_remote_code=True, without importing cospadi), or install a newer cospadi"
+        ]
+    keys = ("quant_method", "format_version", "weight_dtype", "matrices")
+    faults = _key_faults(packing, "quantization_config", keys, ("variant",))
+    if "weight_dtype" in packing and packing["weight_dtype"] not in WEIGHT_DTYPES:
+        faults.append(f"weight_dtype is {_shown(packing['weight_dtype'])}; allowed: {', '.join(WEIGHT_DTYPES)}")
+    if not isinstance(packing.get("variant", {}), Mapping):
+        faults.append(f"variant is {_shown(packing['variant'])}, expected an object")
+    return faults + matrices_faults(packing["matrices"])
+
+
+def matrices_faults(matrices: Any, codecs: Mapping[str, _Scaled] = CODECS) -> list[str]:
+    """What is wrong with the specs of all matrices, each alone and with the dictionaries they share."""
+    if not isinstance(matrices, Mapping) or not matrices:
+        return [f"matrices is {_shown(matrices)}, expected an object with the spec of at least one matrix"]
+    faults = [f"{_shown(name)} is no module path" for name in matrices if not _is_module(name)]
+    faults += [f"{name}: {fault}" for name, spec in matrices.items() for fault in spec_faults(spec, codecs)]
+    if faults:
+        return faults
+    parts = all_parts(matrices)
+    if len(parts) < sum(1 + len(spec.get("plus", ())) for spec in matrices.values()):
+        return ["two matrices, or parts of sums, have one name"]
+    for name, part in parts.items():
+        dictionary = part["dictionary"]
+        if dictionary["codec"] != IDENTITY:
+            tensor = dictionary["tensor"]
+            owner = parts.get(tensor.removesuffix(".dictionary"))
+            if owner is None:
+                faults.append(f"{name}: its dictionary is {tensor}, which belongs to no packed matrix")
+            elif owner["dictionary"] != dictionary or owner["shape"][0] != part["shape"][0]:
+                faults.append(
+                    f"{name}: its dictionary is {tensor}, whose owner has another: {_shown(owner['dictionary'])} for "
+                    f"{owner['shape'][0]} inputs, here {_shown(dictionary)} for {part['shape'][0]}"
+                )
+    return faults
+
+
+def spec_faults(spec: Any, codecs: Mapping[str, _Scaled] = CODECS, *, is_part: bool = False) -> list[str]:
+    """What is wrong with the spec of one matrix, or of one part that is added to a matrix."""
+    if is_part and isinstance(spec, Mapping) and "plus" in spec:
+        return ["what is added is no sum itself"]
+    faults = _key_faults(spec, "its spec", ("shape", "dictionary", "codes"), () if is_part else ("plus",))
+    if faults:
+        return faults
+    shape, dictionary, codes = spec["shape"], spec["dictionary"], spec["codes"]
+    if not isinstance(shape, (list, tuple)) or len(shape) != 2 or not all(_is_size(size) for size in shape):
+        faults.append(f"shape is {_shown(shape)}, expected two whole numbers, (d_in, d_out), each from 1")
+    faults += _dictionary_faults(dictionary, codecs) + _codes_faults(codes, codecs)
+    if not faults:
+        faults = _size_faults(*shape, dictionary, codes, codecs)
+    if "plus" in spec:
+        faults += _plus_faults(spec, codecs)
+    return faults
+
+
+def _dictionary_faults(dictionary: Any, codecs: Mapping[str, _Scaled]) -> list[str]:
+    codec = dictionary.get("codec") if isinstance(dictionary, Mapping) else None
+    if codec != IDENTITY:
+        faults = _codec_faults(dictionary, "its dictionary", codecs)
+        if faults:
+            return faults
+    keys = ["codec", "n_atoms"]
+    if codec != IDENTITY:
+        keys += ["tensor", "group_size"] if codecs[codec].scaled else ["tensor"]
+    faults = _key_faults(dictionary, "its dictionary", keys)
+    if not faults and not _is_size(dictionary["n_atoms"]):
+        faults.append(f"n_atoms is {_shown(dictionary['n_atoms'])}, expected a whole number from 1")
+    if (
+        not faults
+        and "tensor" in keys
+        and not (isinstance(dictionary["tensor"], str) and dictionary["tensor"].endswith(".dictionary"))
+    ):
+        faults.append(f"dictionary.tensor is {_shown(dictionary['tensor'])}, which belongs to no packed matrix")
+    return faults + _group_faults(dictionary, "dictionary", keys)
+
+
+def _codes_faults(codes: Any, codecs: Mapping[str, _Scaled]) -> list[str]:
+    faults = _codec_faults(codes, "its codes", codecs)
+    if faults:
+        return faults
+    keys = ["codec", "support", "n_nonzero"]
+    keys += ["group_size", "n_scales"] if codecs[codes["codec"]].scaled else []
+    faults = _key_faults(codes, "its codes", keys)
+    if faults:
+        return faults
+    if not isinstance(codes["support"], str) or codes["support"] not in (*SUPPORTS, MIXTURE):
+        known = ", ".join((*SUPPORTS, MIXTURE))
+        faults.append(f"support {_shown(codes['support'])} is not known; this code reads {known}")
+    for key in ("n_nonzero", "n_scales"):
+        if key in keys and not _is_size(codes[key], least=0, most=_MOST_NUMBERS):
+            faults.append(f"{key} is {_shown(codes[key])}, expected a whole number from 0")
+    return faults + _group_faults(codes, "codes", keys)
+
+
+def _codec_faults(section: Any, what: str, codecs: Mapping[str, _Scaled]) -> list[str]:
+    if not isinstance(section, Mapping) or "codec" not in section:
+        return _key_faults(section, what, ("codec",))
+    codec = section["codec"]
+    if not isinstance(codec, str) or codec not in codecs:
+        return [f"codec {_shown(codec)} is not known; this code reads {', '.join(codecs)}"]
+    return []
+
+
+def _group_faults(section: Mapping[str, Any], what: str, keys: Sequence[str]) -> list[str]:
+    size = section.get("group_size")
+    if "group_size" in keys and size is not None and not _is_size(size):
+        return [f"{what}.group_size is {_shown(size)}, expected null or a whole number from 1"]
+    return []
+
+
+def _size_faults(
+    d_in: int, d_out: int, dictionary: Mapping[str, Any], codes: Mapping[str, Any], codecs: Mapping[str, _Scaled]
+) -> list[str]:
+    """What does not fit, in a spec whose values are right one by one."""
+    k, support, n = dictionary["n_atoms"], codes["support"], codes["n_nonzero"]
+    if max(d_in, d_out) * k > _MOST_NUMBERS:
+        return [f"{k} atoms for shape ({d_in}, {d_out}) are more than any file holds"]
+    faults = []
+    if dictionary["codec"] == IDENTITY and k != d_in:
+        faults.append(f"{k} atoms in an identity dictionary of {d_in} inputs")
+    if support == MIXTURE:
+        if dictionary["codec"] == IDENTITY or k != n * d_out:
+            faults.append(f"{n} coefficients do not fit {k} columns of matrix atoms, {d_out} each")
+        if codes["codec"] not in ("bf16", "float32"):
+            faults.append(f"the coefficients of a mixture have codec {codes['codec']!r}, expected 'bf16'")
+        return faults
+    if support == "2:4" and k % 4:
+        return [*faults, f"support '2:4' needs a multiple of 4 atoms, not {k}"]
+    column = k // 2 if support == "2:4" else k  # values a column, at most or exactly
+    exact = support != "bitmask"
+    if n > d_out * column or (exact and n != d_out * column):
+        faults.append(
+            f"n_nonzero is {n}; support {support!r} of {k} atoms and {d_out} columns holds "
+            f"{'' if exact else 'at most '}{d_out * column}"
+        )
+    if codecs[codes["codec"]].scaled:
+        n_scales, size = codes["n_scales"], codes["group_size"] or k
+        expected = d_out * -(-column // size) if exact else n
+        if n_scales > expected or (exact and n_scales != expected):
+            faults.append(f"{n_scales} scales for {n} values, expected {'' if exact else 'at most '}{expected}")
+    return faults
+
+
+def _plus_faults(spec: Mapping[str, Any], codecs: Mapping[str, _Scaled]) -> list[str]:
+    plus, codes = spec["plus"], spec["codes"]
+    if not isinstance(plus, (list, tuple)) or not plus:
+        return [f"plus is {_shown(plus)}, expected a list of at least one spec"]
+    faults = [
+        f"plus.{index}: {fault}" for index, part in enumerate(plus) for fault in spec_faults(part, codecs, is_part=True)
+    ]
+    if isinstance(codes, Mapping) and codes.get("support") == MIXTURE:
+        faults.append("a mixture has nothing added to it: it is itself the part that is added")
+    if not faults:
+        faults = [
+            f"plus.{index}: shape {part['shape']} is not the matrix's, {spec['shape']}"
+            for index, part in enumerate(plus)
+            if list(part["shape"]) != list(spec["shape"])
+        ]
+    return faults
+
+
+def header_faults(
+    matrices: Mapping[str, Any],
+    entries: Mapping[str, tuple[str, Sequence[int]]],
+    codecs: Mapping[str, Codec] = CODECS,
+) -> list[str]:
+    """What the headers of the weight files say against the specs.
+
+    Parameters
+    ----------
+    matrices : mapping
+        Specs that `matrices_faults` finds nothing against.
+    entries : mapping
+        Every tensor of the files to its dtype, in safetensors' words, and shape.
+    """
+    faults, expected = [], set()
+    for name, part in all_parts(matrices).items():
+        for tensor, (kind, shape, codec) in stored_tensors(name, part, codecs).items():
+            if tensor in expected:  # shared
+                continue
+            expected.add(tensor)
+            dtype = codec.dtype if codec else "U8" if kind == "support" else "BF16"
+            if tensor not in entries:
+                faults.append(f"tensor {tensor} is missing")
+                continue
+            found, found_shape = entries[tensor]
+            if found != dtype:
+                faults.append(f"{tensor} has dtype {found}, expected {dtype}")
+            elif tuple(found_shape) != shape:
+                faults.append(f"{tensor} has shape {tuple(found_shape)}, expected {shape}")
+    for name, (_, shape) in entries.items():
+        if name in expected:
+            continue
+        owner = next((module for module in _above(name) if module in matrices), None)
+        if owner is not None and name != f"{owner}.bias":
+            faults.append(f"{name} belongs to a packed matrix but is none of its tensors")
+        elif owner is not None and list(shape) != [matrices[owner]["shape"][1]]:
+            faults.append(f"{name} has shape {tuple(shape)}, expected ({matrices[owner]['shape'][1]},)")
+    return faults
+
+
+def content_faults(
+    parts: Mapping[str, Mapping[str, Any]],
+    read: Callable[[str], np.ndarray],
+    codecs: Mapping[str, Codec] = CODECS,
+) -> list[str]:
+    """What is wrong inside the tensors of parts whose specs and headers are right.
+
+    Parameters
+    ----------
+    parts : mapping
+        As `all_parts` or `parts_of` give them.
+    read : callable
+        ``read(tensor) -> array`` of the dtype and shape in the header; bfloat16 as any two-byte dtype.
+
+    Returns
+    -------
+    list of str
+        Support bits that do not fit the number of values or scales; pairs that name no two atoms in order; bits
+        set where nothing is stored; values and scales that are NaN or infinite.
+    """
+    faults: list[str] = []
+    seen: set[str] = set()
+    for name, part in parts.items():
+        for tensor, (kind, _, codec) in stored_tensors(name, part, codecs).items():
+            if tensor in seen:  # shared
+                continue
+            seen.add(tensor)
+            if kind == "support":
+                faults += _support_faults(name, part, read(tensor), codecs)
+            elif codec is None or not codec.scaled:
+                bad = _count_not_finite(read(tensor), codec)
+                if bad:
+                    faults.append(f"{tensor} holds {bad} values that are NaN or infinite")
+            if codec is not None and codec.stream:
+                (d_in, _), k = part["shape"], part["dictionary"]["n_atoms"]
+                n = d_in * k if kind == "dictionary" else part["codes"]["n_nonzero"]
+                used = codec.bits * n % 8
+                if used and read(tensor)[-1] >> used:
+                    faults.append(f"{tensor} has bits set behind its last number")
+    return faults
+
+
+def _support_faults(
+    name: str, part: Mapping[str, Any], support: np.ndarray, codecs: Mapping[str, _Scaled]
+) -> list[str]:
+    codes, k = part["codes"], part["dictionary"]["n_atoms"]
+    last = np.asarray(support[:, -1])
+    if codes["support"] == "2:4":
+        whole = support[:, : k // 8]
+        bad = int(np.count_nonzero(~_TWO_PAIRS[whole]))
+        if k % 8:
+            bad += int(np.count_nonzero((last >> 4 != 0) | ((last & 3) >= (last >> 2))))
+        if not bad:
+            return []
+        return [
+            f"{name}.support has {bad} bytes whose pairs are not two atoms in order, or that name atoms from {k} on"
+        ]
+    if k % 8 and (last >> (k % 8)).any():
+        return [f"{name}.support has bits set from atom {k} on"]
+    counts = _ONES[support].sum(1, dtype=np.int64)
+    found = int(counts.sum())
+    if found != codes["n_nonzero"]:
+        return [f"{name} has {found} positions for {codes['n_nonzero']} values"]
+    if codecs[codes["codec"]].scaled:
+        n_scales = int((-(-counts // (codes["group_size"] or k))).sum())
+        if n_scales != codes["n_scales"]:
+            return [f"{name} has {codes['n_scales']} scales, its support {n_scales}"]
+    return []
+
+
+_ONES = np.array([byte.bit_count() for byte in range(256)], np.uint8)
+_TWO_PAIRS = np.array([(b & 3) < (b >> 2 & 3) and (b >> 4 & 3) < (b >> 6) for b in range(256)])
+
+
+def _count_not_finite(stored: np.ndarray, codec: Codec | None) -> int:
+    """Numbers that are NaN or infinite, of a tensor without a scale of its own."""
+    if codec is not None and codec.dtype == "F32":
+        return int(np.count_nonzero(~np.isfinite(stored)))
+    if codec is None or codec.dtype == "BF16":
+        exponents = np.ascontiguousarray(stored).view(np.uint16) & np.uint16(0x7F80)
+        return int(np.count_nonzero(exponents == 0x7F80))
+    # words of 14 bits: sign, 8 of the exponent, 5 of the mantissa; seven bytes hold four
+    bad, piece = 0, 7 * 2**18
+    for first in range(0, stored.size, piece):
+        part = stored[first : first + piece]
+        words = np.zeros((-(-part.size // 7), 8), np.uint8)
+        words[: part.size // 7, :7] = part[: part.size // 7 * 7].reshape(-1, 7)
+        words[part.size // 7 :, : part.size % 7] = part[part.size // 7 * 7 :]
+        lanes = words.view("<u8")
+        for lane in range(4):
+            bad += int(np.count_nonzero(lanes >> np.uint64(14 * lane + 5) & np.uint64(0xFF) == 0xFF))
+    return bad
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor is: file, dtype in safetensors' words, shape, first byte in the file, number of bytes."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    def read(self) -> np.ndarray:
+        """Map its bytes: integers of one byte in their shape, others as unsigned integers of their size."""
+        if not self.nbytes:
+            return np.zeros(self.shape, np.uint8)
+        size = self.nbytes // math.prod(self.shape)
+        kind = np.int8 if self.dtype == "I8" else np.dtype(f"<u{size}")
+        return np.memmap(self.file, kind, "r", self.offset, self.shape)
+
+
+class UnreadableError(Exception):
+    """A weight file or the index is damaged or missing; `kind` is the system's word for it."""
+
+    def __init__(self, problem: str, kind: type[OSError] = OSError) -> None:
+        self.kind = kind
+        super().__init__(problem)
+
+
+def read_headers(folder: str | Path, weights: str = WEIGHTS, index: str = INDEX) -> dict[str, Stored]:
+    """Every tensor of a folder's weight files, from their headers.
+
+    Raises
+    ------
+    UnreadableError
+        If a file is missing, damaged or cut short, or the index names other tensors than the files hold.
+    """
+    folder = Path(folder)
+    has_index, has_one = (folder / index).is_file(), (folder / weights).is_file()
+    if has_index and has_one:
+        raise UnreadableError(f"it holds both {weights} and {index}: which of them counts is not known")
+    if not has_index:
+        if not has_one:
+            raise UnreadableError(f"it holds neither {weights} nor {index}", FileNotFoundError)
+        return read_header(folder / weights)
+    content = read_object(folder / index)
+    weight_map = content.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UnreadableError(f"{index}: weight_map is {_shown(weight_map)}, expected an object of tensors and files")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise UnreadableError(f"{index}: {name} is in {_shown(file)}, which is no name of a safetensors file")
+    stored: dict[str, Stored] = {}
+    for file in sorted(set(weight_map.values())):
+        if not (folder / file).is_file():
+            raise UnreadableError(f"{file}, which {index} names, does not exist", FileNotFoundError)
+        for name, tensor in read_header(folder / file).items():
+            if weight_map.get(name) != file:
+                raise UnreadableError(f"{file} holds {name}, which {index} has in {_shown(weight_map.get(name))}")
+            stored[name] = tensor
+    lost = sorted(weight_map.keys() - stored.keys())
+    if lost:
+        raise UnreadableError(f"tensor {lost[0]} is missing: {index} has it in {weight_map[lost[0]]}, which does not")
+    return stored
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds one object.
+
+    Raises
+    ------
+    UnreadableError
+        If it is missing, no JSON, or another value.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise UnreadableError(f"{path.name} does not exist", FileNotFoundError) from error
+    except (ValueError, RecursionError) as error:
+        raise UnreadableError(f"{path.name} is not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UnreadableError(f"{path.name} holds {_shown(value)}, expected an object")
+    return value
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """Every tensor of one weight file; raises `UnreadableError`."""
+    try:
+        with safe_open(path, framework="np"):  # checks offsets, shapes and the file's length
+            pass
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise UnreadableError(f"{path.name} is damaged or cut short ({error})") from error
+    metadata = header.pop("__metadata__", None) or {}
+    if metadata.get("format", "pt") != "pt":
+        raise UnreadableError(f"{path.name}: its format is {_shown(metadata['format'])}, expected 'pt'")
+    return {
+        name: Stored(
+            path,
+            entry["dtype"],
+            tuple(entry["shape"]),
+            8 + length + entry["data_offsets"][0],
+            entry["data_offsets"][1] - entry["data_offsets"][0],
+        )
+        for name, entry in header.items()
+    }
+
+
+def stored_faults(matrices: Mapping[str, Any], stored: Mapping[str, Stored]) -> list[str]:
+    """What is wrong with the tensors of a folder: their headers, and where those are right, their contents."""
+    faults = header_faults(matrices, {name: (tensor.dtype, tensor.shape) for name, tensor in stored.items()})
+    return faults or content_faults(all_parts(matrices), lambda name: stored[name].read())
+
+
+def in_one_line(faults: Sequence[str]) -> str:
+    """The first faults, and how many there are."""
+    return "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
+
+
+def _key_faults(section: Any, what: str, needed: Sequence[str], optional: Sequence[str] = ()) -> list[str]:
+    if not isinstance(section, Mapping):
+        return [f"{what} is {_shown(section)}, expected an object"]
+    unknown = sorted(_shown(key).strip("'") for key in section.keys() - {*needed, *optional})
+    faults = [f"{what} has {', '.join(unknown)}, which is not known"] if unknown else []
+    missing = [key for key in needed if key not in section]
+    return faults + ([f"{what} lacks {', '.join(missing)}"] if missing else [])
+
+
+def _is_size(value: Any, least: int = 1, most: int = _MOST) -> bool:
+    # JSON's true would pass for 1
+    return type(value) is int and least <= value <= most
+
+
+def _is_module(name: Any) -> bool:
+    return isinstance(name, str) and _MODULE.fullmatch(name) is not None
+
+
+def _above(name: str) -> list[str]:
+    """Modules that a tensor's name is inside of, innermost first."""
+    pieces = name.split(".")
+    return [".".join(pieces[:end]) for end in range(len(pieces) - 1, 0, -1)]
+
+
+def _shown(value: Any) -> str:
+    """A value of a file as an error shows it: short, whatever it is."""
+    return _SHORT.repr(value)

@@ -21,8 +21,13 @@ from .cospadi_codecs import (
     encode_dictionary,
     tensor_shapes,
 )
+from .cospadi_cpu import CODECS as CPU_CODECS
 from .cospadi_cpu import DTYPES, BoundMatrix, Kernel, kernel, product_dtype
+from .cospadi_cpu import SUPPORTS as CPU_SUPPORTS
+from .cospadi_cuda import CODECS as CUDA_CODECS
+from .cospadi_cuda import SUPPORTS as CUDA_SUPPORTS
 from .cospadi_cuda import apply_codes, kernels_agree, project
+from .cospadi_format import IDENTITY
 
 PARTS = ("dictionary", "dictionary_scales", "values", "scales", "support")
 
@@ -79,7 +84,7 @@ class Packed(nn.Module):
             return F.linear(z, self.unpacked_codes, self.bias)
         if _is_watched(x):
             y = self._shown(x)
-        elif not has_kernel(x):
+        elif not has_kernel(x, self.spec):
             y = packed_linear(x, *self.parts(), self._spec_text)
         elif x.is_cpu:
             y = self._product(kernel(), x)
@@ -336,8 +341,12 @@ class _Binding:
         return True
 
 
-def has_kernel(x: torch.Tensor) -> bool:
-    """Whether products with `x` have compiled code on its device."""
+def has_kernel(x: torch.Tensor, spec: dict[str, Any]) -> bool:
+    """Whether products of `x` with a matrix have compiled code on its device; torch may know more codecs."""
+    dictionary, codes = spec["dictionary"]["codec"], spec["codes"]
+    codecs, supports = (CPU_CODECS, CPU_SUPPORTS) if x.is_cpu else (CUDA_CODECS, CUDA_SUPPORTS)
+    if codes["support"] not in supports or codes["codec"] not in codecs or dictionary not in (IDENTITY, *codecs):
+        return False
     if x.is_cpu:
         return x.dtype in DTYPES and kernel() is not None
     return x.device.type == "cuda" and x.dtype in (*DTYPES, torch.float16) and kernels_agree(x.device)
@@ -445,7 +454,7 @@ def packed_linear(
     matrix_spec = _parsed(spec)
     parts = [dictionary, dictionary_scales, values, scales, support]
     rows = x.reshape(-1, matrix_spec["shape"][0])
-    compiled = has_kernel(x) and _is_stored(parts, _stored_dtypes(spec), x.device)
+    compiled = has_kernel(x, matrix_spec) and _is_stored(parts, _stored_dtypes(spec), x.device)
     on_cpu = compiled and x.device.type == "cpu"
     if compiled and not on_cpu:
         y = apply_codes(matrix_spec, parts, project(matrix_spec, parts, rows), x.dtype)

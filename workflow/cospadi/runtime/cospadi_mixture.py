@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from .cospadi_codecs import MIXTURE, decode_dictionary
+from .cospadi_codecs import VALUE_CODECS, decode_dictionary
 from .cospadi_cpu import product_dtype
+from .cospadi_format import MIXTURE, in_one_line, spec_faults
 from .cospadi_linear import Packed, PackedLinear
 
 # Rows of x up to which the product with every atom is faster than mixing the weight first (docs/runtime.md)
@@ -22,8 +22,11 @@ def packed_module(spec: dict[str, Any], bias: nn.Parameter | None = None, device
     Raises
     ------
     ValueError
-        If the spec names a codec, support or key that this code does not know.
+        If the spec is not valid, or names a codec, support or key that this code does not know.
     """
+    faults = spec_faults(spec, VALUE_CODECS)
+    if faults:
+        raise ValueError(in_one_line(faults))
     if "plus" in spec:
         return SummedLinear(spec, bias, device)
     return (MixtureLinear if _is_mixture(spec) else PackedLinear)(spec, bias, device)
@@ -31,13 +34,6 @@ def packed_module(spec: dict[str, Any], bias: nn.Parameter | None = None, device
 
 def _is_mixture(spec: dict[str, Any]) -> bool:
     return spec["codes"]["support"] == MIXTURE
-
-
-def parts_of(name: str, spec: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Module paths and specs of the factors that are summed for a matrix, its own first."""
-    yield name, spec
-    for index, part in enumerate(spec.get("plus", ())):
-        yield f"{name}.plus.{index}", part
 
 
 class SummedLinear(PackedLinear):
@@ -48,8 +44,6 @@ class SummedLinear(PackedLinear):
 
     def __init__(self, spec: dict[str, Any], bias: nn.Parameter | None = None, device: Any = None) -> None:
         super().__init__({key: value for key, value in spec.items() if key != "plus"}, bias, device)
-        if _is_mixture(self.spec) or any("plus" in part for part in spec["plus"]):
-            raise ValueError("a mixture has nothing added to it, and what is added is no sum itself")
         # no linear layers of their own: what replaces or adapts every `nn.Linear` of a model takes the sum as one
         self.plus = nn.ModuleList(
             (Mixture if _is_mixture(part) else Packed)(part, device=device) for part in spec["plus"]

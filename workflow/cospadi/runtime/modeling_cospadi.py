@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from .configuration_cospadi import CospadiConfig, check_packing, family_config, register
+from .cospadi_checksums import CHECKSUMS, checksum_faults, write_checksums
+from .cospadi_format import (
+    Stored,
+    UnreadableError,
+    all_parts,
+    in_one_line,
+    read_headers,
+    stored_faults,
+)
 from .cospadi_linear import PackedLinear, SharedProjection, pack_, packed_layers, unpack_
-from .cospadi_mixture import Mixture, packed_module, parts_of
+from .cospadi_mixture import Mixture, packed_module
 
 __all__ = ["CospadiForCausalLM", "PackedLinear", "pack_", "packed_layers", "register", "unpack_"]
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+_REMEDY = "Fetch or assemble the folder again"
+
+# Headers of the folder that is being loaded, for the model that is made for it
+_LOADING: ContextVar[Mapping[str, Stored] | None] = ContextVar("loading", default=None)
 
 
 class CospadiForCausalLM:
@@ -34,10 +49,26 @@ class CospadiForCausalLM:
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         source = config.name_or_path or "config"
         check_packing(config.packing, source)
-        super().__init__(config, *args, **kwargs)
+        stored = _LOADING.get()
+        n_layers = getattr(config, "num_hidden_layers", 0)
+        if stored is not None and n_layers > len(stored):
+            raise ValueError(
+                f"{source}: num_hidden_layers is {n_layers} in config.json, for {len(stored)} tensors in the files. "
+                f"{_REMEDY}"
+            )
+        try:
+            super().__init__(config, *args, **kwargs)
+        except Exception as error:  # each family has its own ways to stumble over a wrong value
+            if args or kwargs:
+                raise
+            raise ValueError(
+                f"{source}: config.json makes no model ({type(error).__name__}: {error}). {_REMEDY}"
+            ) from error
         matrices = config.packing["matrices"]
         for name, spec in matrices.items():
             _replace_linear(self, name, spec, source)
+        if stored is not None:
+            _check_shapes(self, stored, source)
         self.shared_dictionaries = {}
         for name, owner in _owners(config.packing):
             self._share_dictionary(name, owner)
@@ -63,40 +94,73 @@ class CospadiForCausalLM:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
-        """As `PreTrainedModel.from_pretrained`.
+        """As `PreTrainedModel.from_pretrained`; what docs/format.md says of packed tensors is checked first.
+
+        Parameters
+        ----------
+        pretrained_model_name_or_path : path-like or str
+            Folder, or repository on the hub.
+        verify : bool, optional
+            Whether to compare every byte of the weight files with the folder's checksums too: they are read once more.
+        *model_args, **kwargs
+            As of `PreTrainedModel.from_pretrained`.
 
         Raises
         ------
         OSError
-            If a weight file is cut short, or tensors are missing, left over or of the wrong shape.
+            If a weight file is cut short, tensors are missing, left over, of the wrong dtype or shape, or hold what the
+            format does not allow.
         ValueError
-            If the config names a format version, codec or layer that is not known, or the device map puts a part of the
-            layers that share a dictionary on the disk.
+            If the config names a format version, codec or layer that is not known, or describes a matrix wrongly; if
+            the device map puts a part of the layers that share a dictionary on the disk.
         """
         path = pretrained_model_name_or_path
+        if not isinstance(kwargs.get("config"), PreTrainedConfig):
+            hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+            kwargs["config"] = CospadiConfig.from_pretrained(kwargs.get("config") or path, **hub_arguments)
+        config = kwargs["config"]
         if cls is CospadiForCausalLM:
-            config = kwargs.pop("config", None)
-            if config is None:
-                hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-                config = CospadiConfig.from_pretrained(path, **hub_arguments)
-            model_class = family_model(config.base_model_type)
-            return model_class.from_pretrained(path, *model_args, config=config, **kwargs)
+            try:
+                model_class = family_model(config.base_model_type)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
+            return model_class.from_pretrained(path, *model_args, **kwargs)
 
+        check_packing(config.packing, path)
+        folder = _fetched(path, kwargs)
+        verified = kwargs.pop("verify", False)
+        stored = _stored(path, folder, kwargs)
+        faults = checksum_faults(folder) if verified else []
+        if faults:
+            raise OSError(f"{path}: {in_one_line(faults)}. {_REMEDY}")
+        faults = stored_faults(config.packing["matrices"], stored)
+        if faults:
+            raise OSError(f"{path}: the weight files do not fit config.json: {in_one_line(faults)}. {_REMEDY}")
         wants_info = kwargs.pop("output_loading_info", False)
         if isinstance(kwargs.get("device_map"), dict) and isinstance(kwargs.get("config"), CospadiConfig):
             _check_offload(path, kwargs["config"].packing, kwargs["device_map"])
         # mismatched sizes are reported, and refused below by name
         kwargs["ignore_mismatched_sizes"] = True
+        token = _LOADING.set(stored)
         try:
             model, info = super().from_pretrained(path, *model_args, output_loading_info=True, **kwargs)
-        except SafetensorError as error:
-            damaged = ", ".join(_damaged_files(path)) or "a weight file"
-            raise OSError(f"{path}: {damaged} is damaged or cut short ({error}). Fetch it again") from error
+        finally:
+            _LOADING.reset(token)
         _check_loaded(path, model, info)
         _check_offload(path, model.config.packing, getattr(model, "hf_device_map", {}))
         for layer in packed_layers(model).values():
             layer.freeze_packed()
         return (model, info) if wants_info else model
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As `PreTrainedModel.save_pretrained`, with new checksums of the weight files."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            # of an earlier saving to this folder, in one file or in several, transformers leaves what counts no longer
+            both = [file for file in (Path(save_directory, name) for name in _weight_names(kwargs)) if file.exists()]
+            for stale in sorted(both, key=lambda file: file.stat().st_mtime_ns)[:-1]:
+                stale.unlink()
+            write_checksums(save_directory)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # pickle finds a class by its name, which all families share
@@ -148,29 +212,56 @@ def _replace_linear(model: PreTrainedModel, name: str, spec: dict[str, Any], sou
         raise ValueError(
             f"{source}: config.json packs {name} with shape {spec['shape']}, the model's linear has {shape}"
         )
-    try:
-        packed = packed_module(spec, linear.bias, device=linear.weight.device)
-    except ValueError as error:
-        raise ValueError(f"{source}: {name}: {error}. Load it with the code that came with it") from error
+    packed = packed_module(spec, linear.bias, device=linear.weight.device)
     for module in packed.modules():
         module._is_hf_initialized = True  # transformers has nothing to draw at random here
     setattr(model.get_submodule(parent_name), child, packed)
 
 
-def _damaged_files(path: Any) -> list[str]:
-    damaged = []
-    for file in sorted(Path(path).glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except SafetensorError:
-            damaged.append(file.name)
-    return damaged
+def _weight_names(kwargs: Mapping[str, Any]) -> tuple[str, str]:
+    """Names of the one weight file and of the index."""
+    variant = f".{kwargs['variant']}" if kwargs.get("variant") else ""
+    return f"model{variant}.safetensors", f"model.safetensors.index{variant}.json"
+
+
+def _fetched(path: Any, kwargs: Mapping[str, Any]) -> Path:
+    """Folder of the weight files, which are fetched first where `path` names a repository."""
+    if Path(path).is_dir():
+        return Path(path, kwargs.get("subfolder") or "")
+    hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+    weights, index = _weight_names(kwargs)
+    maybe = functools.partial(cached_file, path, _raise_exceptions_for_missing_entries=False, **hub_arguments)
+    found = maybe(weights)
+    if found is None:
+        found = cached_file(path, index, **hub_arguments)
+        get_checkpoint_shard_files(path, found, **hub_arguments)
+    if kwargs.get("verify"):
+        maybe(CHECKSUMS)
+    return Path(found).parent
+
+
+def _stored(path: Any, folder: Path, kwargs: Mapping[str, Any]) -> dict[str, Stored]:
+    """Headers of the weight files."""
+    try:
+        return read_headers(folder, *_weight_names(kwargs))
+    except UnreadableError as error:
+        raise error.kind(f"{path}: {error}. {_REMEDY}") from error
+
+
+def _check_shapes(model: PreTrainedModel, stored: Mapping[str, Stored], source: str) -> None:
+    """Before memory is taken for the tensors that are not packed; `_check_loaded` finds what is missing."""
+    faults = [
+        f"{name} has shape {stored[name].shape}, expected {tuple(tensor.shape)}"
+        for name, tensor in model.state_dict().items()
+        if name in stored and stored[name].shape != tuple(tensor.shape)
+    ]
+    if faults:
+        raise OSError(f"{source}: the weight files do not fit config.json: {in_one_line(faults)}. {_REMEDY}")
 
 
 def _owners(packing: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Layers whose dictionary is another's, and that other layer."""
-    for name, spec in (part for matrix in packing["matrices"].items() for part in parts_of(*matrix)):
+    for name, spec in all_parts(packing["matrices"]).items():
         owner = spec["dictionary"].get("tensor")
         if owner not in (None, f"{name}.dictionary"):
             yield name, owner.removesuffix(".dictionary")
@@ -194,18 +285,18 @@ def _check_offload(path: Any, packing: dict[str, Any], device_map: dict[str, Any
             )
 
 
-def _check_loaded(path: Any, model: PreTrainedModel, info: dict[str, Any]) -> None:
+def _check_loaded(path: Any, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
     layers = packed_layers(model)
-    faults = [f"{name} is missing" for name in sorted(info["missing_keys"])]
+    faults = [f"tensor {name} is missing" for name in sorted(info["missing_keys"])]
     faults += [
         f"{name} has shape {tuple(found)}, expected {tuple(expected)}"
         for name, found, expected in sorted(info["mismatched_keys"])
     ]
+    # a bias, where the model has none
     faults += [
         f"{name} belongs to a packed matrix but is none of its tensors"
         for name in sorted(info["unexpected_keys"])
         if name.rpartition(".")[0] in layers
     ]
     if faults:
-        shown = "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
-        raise OSError(f"{path}: the weight files do not fit config.json: {shown}. Fetch or assemble the folder again")
+        raise OSError(f"{path}: the weight files do not fit config.json: {in_one_line(faults)}. {_REMEDY}")
