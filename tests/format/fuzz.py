@@ -541,7 +541,7 @@ def compare_products(findings: Findings, model: Any, expected: dict[str, np.ndar
 
 def mixed(layer: Any, atoms: Any, codes: Any) -> Any:
     """``|D| |S|`` of one part, float64 (d_in, d_out)."""
-    if type(layer).__name__ == "MixtureLinear":
+    if layer.spec["codes"]["support"] == "mixture":
         return (atoms.abs().reshape(len(atoms), len(codes), -1) * codes.abs()[None, :, None]).sum(1)
     return codes.abs().T if atoms is None else atoms.abs() @ codes.abs().T
 
@@ -602,7 +602,7 @@ def check_codes(case: int, seeds: Path, scratch: Path) -> Findings:
 
 
 def check_run_config(case: int, seeds: Path, scratch: Path) -> Findings:
-    """A damaged run config through `check_config`, thirty times."""
+    """A damaged run config through `check_config`, ten times."""
     from cospadi.config import check_config
     from cospadi.errors import ConfigError
 
@@ -652,14 +652,16 @@ def run_cases(seeds: Path, first: int, last: int, report: Path) -> None:
             lines.flush()
 
 
-def sanitizer() -> Path | None:
-    """The library of gcc's AddressSanitizer; None where there is none."""
+def sanitizer() -> str | None:
+    """What to load first for gcc's AddressSanitizer; None where there is none."""
     compiler = shutil.which("gcc")
     if compiler is None:
         return None
-    found = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=False)
-    path = Path(found.stdout.strip())
-    return path if path.is_absolute() and path.exists() else None
+    paths = []
+    for name in ("libasan.so", "libstdc++.so.6"):  # the latter, because the former looks for exceptions of C++ at once
+        found = subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=False)
+        paths.append(Path(found.stdout.strip()))
+    return " ".join(map(str, paths)) if all(path.is_absolute() and path.exists() for path in paths) else None
 
 
 def fuzz(
@@ -673,7 +675,7 @@ def fuzz(
     # Python's small objects stay out of the sanitizer's way; torch's leaks are not ours
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(root / "cache")}
     if asan:
-        environment |= {"LD_PRELOAD": str(sanitizer()), "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1"}
+        environment |= {"LD_PRELOAD": sanitizer(), "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1"}
     findings: list[dict[str, Any]] = []
     start, at, last = time.monotonic(), first, first + cases
     while at < last and time.monotonic() - start < seconds:
