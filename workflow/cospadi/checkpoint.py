@@ -174,10 +174,11 @@ def check_codes(model_folder: str | Path, codes_files: Iterable[str | Path], tar
     belongs: dict[str, Any] = {"format_version": CODES_VERSION, "fingerprint": fingerprint(base)}
     there: set[str] = set()
     for path in codes_files:
-        header = TensorFile(path, _REMEDY).metadata
+        file = TensorFile(path, _REMEDY)
+        header = file.metadata
         check_provenance(path, header, belongs, _REMEDY)
         belongs |= {key: header.get(key) for key in ("settings", "codes")}  # one variant's: as in the first file
-        there |= {*header["matrices"], *header.get("kept_dense", ())}
+        there |= {*read_specs(file, CODECS, _REMEDY), *header.get("kept_dense", ())}
     wanted = {
         name.removesuffix(".weight")
         for name in base.weight_map
