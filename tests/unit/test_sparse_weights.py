@@ -1,0 +1,207 @@
+"""Solvers that keep single weights: masks by score, SparseGPT, ADMM, and the hybrid with learned atoms."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from cospadi.gram import relative_error
+from cospadi.solvers import admm, hybrid, sparsegpt
+from cospadi.solvers.entries import best_entries
+
+
+def problem(d_in: int = 24, d_out: int = 20, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """A weight (d_in, d_out) and the Gram of inputs that depend on each other, of very different sizes."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(6 * d_in, d_in)) @ rng.normal(size=(d_in, d_in)) * np.exp(rng.normal(size=d_in))
+    return rng.normal(size=(d_in, d_out)).astype(np.float32), x.T @ x
+
+
+def scaled(weight: np.ndarray, gram: np.ndarray) -> tuple[admm.Scaled, np.ndarray, np.ndarray]:
+    metric = admm.Scaled(gram)
+    rows = np.ascontiguousarray((weight * metric.scale[:, None]).T.astype(np.float32))
+    return metric, rows, rows @ metric.gram
+
+
+@pytest.mark.parametrize("pattern", ["matrix", "column", "row", "2:4", "1:3"])
+def test_masks_keep_the_largest_where_the_pattern_lets_them(pattern):
+    scores = np.random.default_rng(1).random((10, 12))
+    mask = best_entries(scores, 57, pattern)
+    if pattern == "matrix":
+        assert mask.sum() == 57
+        assert scores[mask].min() > scores[~mask].max()
+        return
+    groups = {
+        "column": (scores, mask, 5),
+        "row": (scores.T, mask.T, 4),
+        "2:4": (scores.reshape(-1, 4), mask.reshape(-1, 4), 2),
+        "1:3": (scores.reshape(-1, 3), mask.reshape(-1, 3), 1),
+    }
+    for values, kept in zip(*groups[pattern][:2], strict=True):
+        assert kept.sum() == groups[pattern][2]
+        assert values[kept].min() > values[~kept].max()
+
+
+def test_of_equal_scores_the_first_stays():
+    assert best_entries(np.ones((2, 3)), 4).tolist() == [[True, True, True], [True, False, False]]
+    assert not best_entries(np.ones((2, 3)), 0).any()
+
+
+def test_sparsegpt_keeps_a_weight_that_has_room():
+    weight, gram = problem()
+    pruned, mask = sparsegpt.prune(weight, gram, weight.size)
+    assert mask.all()
+    np.testing.assert_array_equal(pruned, weight)
+
+
+def test_sparsegpt_is_the_surgeon_of_the_paper():
+    """Each removal in turn is the optimal brain surgeon's: all later inputs, by the inverse Hessian of what is left."""
+    weight, gram = problem()
+    pruned, mask = sparsegpt.prune(weight, gram, weight.size // 2)
+    hessian = gram + 0.01 * np.mean(np.diag(gram)) * np.eye(len(gram))
+    left = weight.astype(np.float64)
+    for i in range(len(gram)):
+        inverse = np.linalg.inv(hessian[i:, i:])
+        error = np.where(mask[i], 0, left[i])
+        left[i:] -= inverse[:, :1] * (error / inverse[0, 0])
+    np.testing.assert_allclose(pruned, np.where(mask, left, 0), rtol=1e-5, atol=1e-5)
+    plain = np.where(best_entries(np.abs(weight).T, weight.size // 2).T, weight, 0)
+    assert relative_error(weight, pruned, gram) < 0.8 * relative_error(weight, plain, gram)
+
+
+@pytest.mark.parametrize("pattern", ["column", "row", "2:4", "2:3"])
+def test_sparsegpt_in_patterns(pattern):
+    weight, gram = problem()
+    pruned, mask = sparsegpt.prune(weight, gram, weight.size // 2, pattern=pattern)
+    if ":" in pattern:
+        n, m = map(int, pattern.split(":"))
+        assert (mask.T.reshape(-1, m).sum(1) == n).all()
+    else:
+        counts = mask.sum(0 if pattern == "column" else 1)
+        assert counts.min() == counts.max() == weight.size // 2 // len(counts)
+    assert (pruned[~mask] == 0).all()
+
+
+def test_sparsegpt_with_inputs_that_are_never_active():
+    weight, gram = problem()
+    gram[3], gram[:, 3] = 0, 0
+    pruned, _ = sparsegpt.prune(weight, gram, weight.size // 2)
+    assert np.isfinite(pruned).all() and (pruned[3] == 0).all()
+
+
+def test_values_on_a_support_are_least_squares():
+    weight, gram = problem()
+    metric, rows, targets = scaled(weight, gram)
+    mask = best_entries(np.abs(rows), rows.size // 2)
+    found = admm.fit_values(metric.gram, targets, rows * mask, 200)
+    exact = np.zeros_like(rows, dtype=np.float64)
+    for column, keep in enumerate(mask):
+        h = metric.gram.astype(np.float64)
+        exact[column, keep] = np.linalg.solve(h[np.ix_(keep, keep)], (h @ rows[column])[keep])
+    best, reached = (admm.squared_error(metric.gram.astype(np.float64), rows - c) for c in (exact, found))
+    assert reached <= best * (1 + 1e-3)
+
+
+def test_admm_finds_the_best_support_of_a_tiny_column():
+    weight, gram = problem(8, 1, seed=3)
+    metric, rows, targets = scaled(weight, gram)
+    h = metric.gram.astype(np.float64)
+
+    def error(keep: tuple[int, ...]) -> float:
+        keep = list(keep)
+        code = np.zeros(8)
+        code[keep] = np.linalg.solve(h[np.ix_(keep, keep)], (h @ rows[0])[keep])
+        return (rows[0] - code) @ h @ (rows[0] - code)
+
+    best = min(map(error, itertools.combinations(range(8), 4)))
+    start = rows * best_entries(np.abs(rows), 4)
+    found = admm.sparse_codes(metric, targets, 4, start=start, schedule=admm.SCHEDULES["long"])
+    assert (found != 0).sum() == 4
+    assert admm.squared_error(metric.gram, rows - found) <= best * 1.001
+
+
+@pytest.mark.parametrize("pattern", ["matrix", "column", "2:4"])
+@pytest.mark.parametrize("schedule", admm.SCHEDULES)
+@pytest.mark.parametrize("seed", range(3))
+def test_admm_is_never_above_its_start(pattern, schedule, seed):
+    weight, gram = problem(seed=seed)
+    metric, _, targets = scaled(weight, gram)
+    pruned, mask = sparsegpt.prune(weight, gram, weight.size // 2, pattern=pattern)
+    start = np.ascontiguousarray((pruned * metric.scale[:, None]).T.astype(np.float32))
+    found = admm.sparse_codes(
+        metric, targets, weight.size // 2, start=start, pattern=pattern, schedule=admm.SCHEDULES[schedule]
+    )
+    assert (found != 0).sum() <= mask.sum()
+    errors = [relative_error(weight, (codes / metric.scale).T, gram) for codes in (start, found)]
+    assert errors[1] < errors[0]
+
+
+def test_inverses_over_identity_and_atoms_are_inverses():
+    _, gram = problem()
+    metric = admm.Scaled(gram, np.float64)
+    atoms = np.random.default_rng(0).normal(size=(3, len(gram)))
+    extended = hybrid.Extended(metric, atoms)
+    dictionary = np.concatenate([np.eye(len(gram)), atoms.T], axis=1)
+    expected = dictionary.T @ metric.gram @ dictionary
+    np.testing.assert_allclose(extended.gram, expected, atol=1e-4 * expected.max())
+    product = extended.inverse(0.3) @ (extended.gram + 0.3 * np.eye(len(gram) + 3))
+    np.testing.assert_allclose(product, np.eye(len(gram) + 3), atol=1e-9)
+
+
+def test_hybrid_finds_atoms_that_are_there():
+    """A weight of a few common directions and a few single entries: no sparse weight is near it, the hybrid is."""
+    rng = np.random.default_rng(5)
+    d_in, d_out, n_atoms = 32, 96, 3
+    weight = rng.normal(size=(d_in, n_atoms)) @ rng.normal(size=(n_atoms, d_out))
+    weight += np.where(rng.random(weight.shape) < 0.05, 3 * rng.normal(size=weight.shape), 0)
+    _, gram = problem(d_in, 1)
+    metric, rows, targets = scaled(weight, gram)
+    n_nonzero = n_atoms * d_out + int(0.06 * weight.size)
+    sparse = admm.sparse_codes(metric, targets, n_nonzero, start=rows * best_entries(np.abs(rows), n_nonzero))
+    codes, atoms, history = hybrid.learn(metric, rows, n_nonzero, n_atoms, start=sparse)
+    approximation = codes[:, :d_in] + codes[:, d_in:] @ atoms
+    errors = [admm.squared_error(metric.gram, rows - found) for found in (sparse, approximation)]
+    assert (codes != 0).sum() <= n_nonzero
+    assert errors[1] < errors[0] / 4  # squared
+    falling = [entry["relative_error"] for entry in history]
+    assert falling == sorted(falling, reverse=True)
+    reached = (errors[1] / admm.squared_error(metric.gram, rows)) ** 0.5
+    assert reached <= falling[-1] * 1.001
+
+
+def test_threads_do_not_change_bytes(monkeypatch):
+    weight, gram = problem(40, 600)
+
+    def run() -> list[np.ndarray]:
+        metric, rows, targets = scaled(weight, gram)
+        pruned, _ = sparsegpt.prune(weight, gram, weight.size // 2)
+        start = np.ascontiguousarray((pruned * metric.scale[:, None]).T.astype(np.float32))
+        sparse = admm.sparse_codes(metric, targets, weight.size // 2, start=start)
+        return [pruned, sparse, *hybrid.learn(metric, rows, weight.size // 2, 4, start=sparse, max_iter=2)[:2]]
+
+    results = []
+    for threads in ("1", "3"):
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+        results.append(run())
+    for one, several in zip(*results, strict=True):
+        np.testing.assert_array_equal(one, several)
+
+
+def test_torch_gives_the_same():
+    weight, gram = problem()
+    pruned, mask = sparsegpt.prune(weight, gram, weight.size // 2)
+    tensors, chosen = sparsegpt.prune(torch.from_numpy(weight), torch.from_numpy(gram), weight.size // 2)
+    np.testing.assert_array_equal(chosen.numpy(), mask)
+    np.testing.assert_allclose(tensors.numpy(), pruned, rtol=1e-5, atol=1e-6)
+    metric, rows, targets = scaled(weight, gram)
+    start = rows * best_entries(np.abs(rows), rows.size // 2)
+    expected = admm.sparse_codes(metric, targets, rows.size // 2, start=start)
+    as_torch = admm.Scaled(torch.from_numpy(gram), torch.float32)
+    found = admm.sparse_codes(as_torch, torch.from_numpy(targets), rows.size // 2, start=torch.from_numpy(start.copy()))
+    errors = [admm.squared_error(metric.gram, rows - codes) for codes in (expected, found.numpy())]
+    assert errors[1] == pytest.approx(errors[0], rel=0.02)
+    codes, atoms, _ = hybrid.learn(as_torch, torch.from_numpy(rows), rows.size // 2, 2, start=found, max_iter=3)
+    assert codes.shape == (20, 26) and atoms.shape == (2, 24)
