@@ -39,7 +39,7 @@ def stepwise(*penalties: float, times: int = 5) -> Schedule:
 
 
 def adaptive(n_nonzero: int) -> Generator[float, Array, None]:
-    """ALPS' schedule: every three iterations up by 1.1 to 1.3, the more of the support has changed; ends when none has."""
+    """ALPS' schedule: up by 1.1 to 1.3 every three iterations, the more of the support has changed, until none has."""
     rho, before = 0.1, None
     for _ in range(100):
         for _ in range(3):
