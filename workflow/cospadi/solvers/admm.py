@@ -199,5 +199,21 @@ def squared_error(gram: Array, rows: Array) -> float:
     return float(xp.sum(xp.astype(over_rows(lambda e: row_dots(e, e @ gram), rows), xp.float64)))
 
 
+def single_precision(device: str) -> Any:
+    """float32 of NumPy, or of torch on another device."""
+    if device == "cpu":
+        return np.float32
+    import torch
+
+    return torch.float32
+
+
+def as_dtype(rows: Array, like: Array) -> Array:
+    """`rows` in the dtype of `like`, row after row in memory."""
+    if isinstance(rows, np.ndarray):
+        return np.ascontiguousarray(rows, like.dtype)
+    return rows.to(like.dtype).contiguous()
+
+
 def _device_of(like: Array) -> dict:
     return {} if isinstance(like, np.ndarray) else {"device": like.device}

@@ -1,0 +1,220 @@
+"""Single weights beside a few learned atoms, ``W ~ S_0 + A S_1``: the dictionary ``[I | A]``.
+
+Supports by ADMM in the budget of the whole problem, values by least squares, atoms in closed form (`solvers.hybrid`).
+With no atoms it is a sparse weight (`sparse`), with no identity a learned dictionary (`cospadi`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cospadi.arrays import on_device, to_numpy
+from cospadi.factorization import Factorization
+from cospadi.methods import single_weights
+from cospadi.methods.base import SHARING_OPTIONS, Method, Problems, sharing_faults
+from cospadi.methods.single_weights import PATTERN, inputs_of, n_entries, scaled
+from cospadi.problem import Problem, Target, side_by_side
+from cospadi.work import Work
+
+AUTO = "auto"
+# Learned atoms by rule, as a share of the inputs: where outputs are many (gate and up together), and where they are not
+SHARE_WIDE, SHARE_SQUARE = 1 / 9, 1 / 18
+# What `atoms: auto` tries beside none, and in how many alternations
+SHARES_TRIED = (1 / 36, 1 / 18, 1 / 9, 1 / 5)
+TRIAL = 5
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "pattern": PATTERN,
+    "atoms": {
+        "type": ["integer", "string", "null"],
+        "minimum": 0,
+        "pattern": f"^{AUTO}$",
+        "default": None,
+        "description": "Learned atoms of a problem. null: a ninth of the inputs where there are twice as many outputs, an "
+        "eighteenth where there are as many, else none; auto: searched by error. Never kept where none is better.",
+    },
+    "max_iter": {
+        "type": "integer",
+        "minimum": 1,
+        "default": 12,
+        "description": "Alternations of codes and atoms; the gain comes late, take ten at least.",
+    },
+    "schedule": {
+        "enum": ["short", "long", "adaptive"],
+        "default": "adaptive",
+        "description": "Penalties of the ADMM that finds a support without atoms: 30 iterations, 100, or as ALPS does.",
+    },
+    **SHARING_OPTIONS,
+}
+
+
+class Found(NamedTuple):
+    """Codes (d_out, d_in + k) over ``[I | A]`` and atoms (k, d_in) in the scaled space, and their squared error."""
+
+    codes: Any
+    atoms: Any
+    error: float
+    history: list[dict[str, Any]]
+
+
+def fit(
+    problem: Problem,
+    nbytes: int,
+    *,
+    storage: Mapping[str, Any],
+    device: str = "cpu",
+    log: Callable[[str], None] | None = None,
+    warm: Factorization | None = None,
+    pattern: str = PATTERN["default"],
+    atoms: int | str | None = None,
+    max_iter: int = OPTIONS["max_iter"]["default"],
+    schedule: str = OPTIONS["schedule"]["default"],
+) -> list[Factorization]:
+    """Codes and atoms of least error within `nbytes`.
+
+    Matrices of one problem count alike: each is divided by the norm of its outputs on the calibration data while the
+    entries compete.
+
+    Parameters
+    ----------
+    problem : Problem
+        Matrices with several inputs are taken in the metric of their mean Gram.
+    nbytes : int
+    pattern, atoms, max_iter, schedule
+        As in `OPTIONS`.
+    """
+    from cospadi.solvers import admm, hybrid, sparsegpt
+
+    d_in, d_out = problem.shape
+    metric = scaled(problem.metric, device)
+    weight, gram = inputs_of(problem, device)
+    sizes = _sizes(problem, metric, weight)
+    rows = ((weight / sizes) * metric.scale[:, None]).T
+    rows = admm.as_dtype(rows, metric.gram)
+    targets = rows @ metric.gram
+
+    def room(n_atoms: int) -> int:
+        return n_entries(problem.shape, nbytes, pattern=pattern, n_atoms=n_atoms, **storage)
+
+    n_kept = room(0)
+    pruned, _ = sparsegpt.prune(weight / sizes, gram, n_kept, pattern=pattern)
+    start = admm.as_dtype((pruned * metric.scale[:, None]).T, metric.gram)
+    sparse = admm.sparse_codes(
+        metric, targets, n_kept, start=start, schedule=admm.SCHEDULES[schedule], pattern=pattern
+    )
+    best = Found(sparse, rows[:0], admm.squared_error(metric.gram, rows - sparse), [])
+
+    def with_atoms(n_atoms: int, rounds: int, tell: Callable[[str], None] | None) -> Found:
+        n_nonzero = room(n_atoms)
+        cut = sparse * admm.best_entries(abs(sparse), n_nonzero)
+        codes, found, history = hybrid.learn(
+            metric, rows, n_nonzero, n_atoms, start=cut, max_iter=rounds, pattern=pattern, log=tell
+        )
+        left = rows - codes[:, :d_in] - codes[:, d_in:] @ found
+        return Found(codes, found, admm.squared_error(metric.gram, left), history)
+
+    if atoms == AUTO:
+        counts = sorted({max(1, round(share * d_in)) for share in SHARES_TRIED})
+        trials = {n_atoms: with_atoms(n_atoms, TRIAL, None).error for n_atoms in counts if _fits(room, n_atoms)}
+        n_atoms = min(trials, key=trials.get, default=0)
+    else:
+        n_atoms = atoms_by_rule(d_in, d_out, pattern) if atoms is None else atoms
+    if n_atoms and _fits(room, n_atoms):
+        found = with_atoms(n_atoms, max_iter, log)
+        if log is not None:
+            log(f"{n_atoms} atoms: squared error {found.error / best.error:.3f} of that without")
+        if found.error < best.error:
+            best = found
+    return _factors(problem, best, metric, sizes, pattern, storage)
+
+
+def atoms_by_rule(d_in: int, d_out: int, pattern: str) -> int:
+    """Learned atoms where the options name none."""
+    if pattern != "matrix" or d_out < d_in:
+        return 0
+    return round(d_in * (SHARE_WIDE if d_out >= 2 * d_in else SHARE_SQUARE))
+
+
+def _fits(room: Callable[[int], int], n_atoms: int) -> bool:
+    from cospadi.errors import ConfigError
+
+    try:
+        return room(n_atoms) > 0
+    except ConfigError:
+        return False
+
+
+def _sizes(problem: Problem, metric: Any, weight: Any) -> Any:
+    """``||X W_i||_F`` of each matrix, repeated for its columns, (d_out,); 1 where a problem has one matrix alone."""
+    from cospadi.solvers import admm
+
+    if len(problem.matrices) == 1:
+        return on_device(np.ones(problem.shape[1], np.float32), _device(weight))
+    edges = np.cumsum([0, *(d_out for _, d_out in problem.shapes)])
+    rows = admm.as_dtype((weight * metric.scale[:, None]).T, metric.gram)
+    sizes = [admm.squared_error(metric.gram, rows[a:b]) ** 0.5 or 1.0 for a, b in zip(edges, edges[1:], strict=False)]
+    repeated = np.repeat(np.asarray(sizes, np.float32), np.diff(edges))
+    return on_device(repeated, _device(weight))
+
+
+def _device(array: Any) -> str:
+    return "cpu" if isinstance(array, np.ndarray) else str(array.device)
+
+
+def _factors(
+    problem: Problem, found: Found, metric: Any, sizes: Any, pattern: str, storage: Mapping[str, Any]
+) -> list[Factorization]:
+    d_in = problem.shape[0]
+    scale, sizes = to_numpy(metric.scale)[:, None], to_numpy(sizes)
+    codes = to_numpy(found.codes).T
+    mask = codes != 0
+    n_atoms = codes.shape[0] - d_in
+    diagnostics = {"solver": "admm", "n_atoms": n_atoms, "n_nonzero": int(mask.sum()), "history": found.history}
+    identity = (codes[:d_in] * sizes / scale).astype(np.float32)
+    parts = single_weights.kept(problem, identity, mask[:d_in], pattern, storage, **diagnostics)
+    if not n_atoms:
+        return parts
+    atoms = (to_numpy(found.atoms).T / scale).astype(np.float32)
+    shared = (codes[d_in:] * sizes).astype(np.float32)
+    learned = problem.split(Factorization(atoms, shared, support="bitmask", mask=mask[d_in:], **storage))
+    return [part.plus_shared(other, f"{problem.names[0]}.plus.0.dictionary") for part, other in zip(parts, learned)]
+
+
+def work(targets: Sequence[Target], nbytes: int, options: Mapping[str, Any], storage: Mapping[str, Any]) -> Work:
+    """Work of a problem: products with the inverse, an iteration each."""
+    d, n = side_by_side([target.shape for target in targets])
+    atoms = options["atoms"]
+    rounds = options["max_iter"]
+    if atoms == AUTO:
+        rounds += TRIAL * len(SHARES_TRIED)
+    elif (atoms_by_rule(d, n, options["pattern"]) if atoms is None else atoms) == 0:
+        rounds = 0
+    return single_weights.work(targets, nbytes, products=100 + 34 * rounds, inversions=25)
+
+
+def modules(options: Mapping[str, Any]) -> list[str]:
+    """This module and its solvers."""
+    return [__name__, "cospadi.solvers.admm", "cospadi.solvers.hybrid", "cospadi.solvers.sparsegpt"]
+
+
+def faults(settings: Mapping[str, Any], problems: Problems = ()) -> Iterator[str]:
+    """Budgets too small, sharing that cannot be, and atoms beside a pattern that has no place for them."""
+    yield from sharing_faults(settings, problems)
+    yield from single_weights.faults(settings, problems)
+    if settings["pattern"] != "matrix" and settings["atoms"]:
+        yield f"atoms: {settings['atoms']}; learned atoms are for pattern matrix"
+
+
+METHOD = Method(
+    name="hybrid",
+    summary="Single weights under a 1-bit mask beside a few learned atoms, supports by ADMM (ours).",
+    options=OPTIONS,
+    factors="single weights and atoms",
+    fit=fit,
+    work=work,
+    modules=modules,
+    faults=faults,
+)

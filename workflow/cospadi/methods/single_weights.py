@@ -1,0 +1,150 @@
+"""What the methods have in common that keep single weights: ``W ~ S``, a mask and the values that stay.
+
+The dictionary is the identity and takes no bytes, so the whole budget goes to values and the mask.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from cospadi.arrays import on_device, to_numpy
+from cospadi.budget import factors_nbytes
+from cospadi.codecs import IDENTITY, storage_of
+from cospadi.errors import ConfigError
+from cospadi.factorization import Factorization
+from cospadi.methods.base import Problems, budget_faults, work_of
+from cospadi.problem import Metric, Problem, Target, side_by_side
+from cospadi.work import FACTOR, PRODUCT, Work
+
+PATTERN: dict[str, Any] = {
+    "enum": ["matrix", "column", "row", "2:4"],
+    "default": "matrix",
+    "description": "Where weights may stay. matrix: anywhere; column, row: as many in every output, or every input; 2:4: "
+    "two of every four inputs, which GPUs multiply fast and which removes .4375 of the bytes of bfloat16.",
+}
+
+
+def support_of(pattern: str) -> str:
+    """How the file stores the positions of a pattern."""
+    return "2:4" if pattern == "2:4" else "bitmask"
+
+
+def n_entries(
+    shape: tuple[int, int],
+    nbytes: int,
+    *,
+    pattern: str = "matrix",
+    value_codec: str,
+    group_size: int | None,
+    dictionary_codec: str = IDENTITY,
+    n_atoms: int = 0,
+) -> int:
+    """Weights that stay within `nbytes`, mask and scales counted; with `n_atoms` learned atoms beside the identity.
+
+    Integer values are counted with the most scales that columns of any lengths can have.
+
+    Raises
+    ------
+    ConfigError
+        If not even one fits, or the pattern takes more.
+    """
+    d_in, d_out = shape
+
+    def taken(n: int) -> int:
+        most_scales = d_out * (2 if n_atoms else 1) + (n // group_size if group_size else 0)
+        total = factors_nbytes(
+            d_in,
+            d_out,
+            d_in,
+            n,
+            support=support_of(pattern),
+            value_codec=value_codec,
+            dictionary_codec=IDENTITY,
+            group_size=group_size,
+            n_scales=most_scales,
+        )
+        if n_atoms:
+            total += factors_nbytes(
+                d_in,
+                d_out,
+                n_atoms,
+                0,
+                support="bitmask",
+                value_codec=value_codec,
+                dictionary_codec=dictionary_codec,
+                group_size=group_size,
+                n_scales=0,
+            )
+        return total
+
+    if pattern == "2:4":
+        n = d_in * d_out // 2
+        if d_in % 4:
+            raise ConfigError([f"{nbytes} bytes for a {d_in}x{d_out} matrix: 2:4 needs a multiple of 4 inputs"])
+        if taken(n) > nbytes:
+            raise ConfigError([f"{nbytes} bytes for a {d_in}x{d_out} matrix: 2:4 takes {taken(n)}"])
+        return n
+    low, high = 0, d_in * d_out
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if taken(middle) <= nbytes else (low, middle - 1)
+    if low == 0:
+        raise ConfigError([f"{nbytes} bytes for a {d_in}x{d_out} matrix: not one weight fits beside the mask"])
+    return low
+
+
+def inputs_of(problem: Problem, device: str) -> tuple[Any, Any]:
+    """Weight (d_in, d_out) in float32 and Gram (d_in, d_in) in float64, on the device."""
+    return on_device(problem.weight, device), gram_on(problem.metric, device)
+
+
+def gram_on(metric: Metric, device: str) -> Any:
+    """Gram in float64, on the device."""
+    return on_device(np.asarray(metric.gram, np.float64), device)
+
+
+@functools.lru_cache(maxsize=1)
+def scaled(metric: Metric, device: str) -> Any:
+    """`admm.Scaled` of a metric; that of the last is kept, since q, k and v follow each other."""
+    from cospadi.solvers import admm
+
+    return admm.Scaled(gram_on(metric, device), admm.single_precision(device))
+
+
+def kept(
+    problem: Problem, weights: Any, mask: Any, pattern: str, storage: Mapping[str, Any], **diagnostics: Any
+) -> list[Factorization]:
+    """Factors of each matrix: what stays of the weights side by side (d_in, sum of d_out), under a mask."""
+    codes, mask = np.ascontiguousarray(to_numpy(weights), np.float32), to_numpy(mask)
+    stays = Factorization(
+        None, codes * mask, support=support_of(pattern), mask=mask, **storage, diagnostics=diagnostics
+    )
+    return problem.split(stays)
+
+
+def work(targets: Sequence[Target], nbytes: int, *, products: float = 0.0, inversions: float = 0.0) -> Work:
+    """Work of a problem: so many products of a square matrix with the weight, so many inversions of the Gram."""
+    d, n = side_by_side([target.shape for target in targets])
+    return work_of(d, n, d, inversions * 2 * d**3, seconds=products * 2 * d * d * n / PRODUCT)
+
+
+def sweep_flops(d_in: int, d_out: int) -> float:
+    """Operations of one pass that removes input after input, in the rate of `work.FACTOR`."""
+    return 2 * d_in * d_in * d_out * FACTOR / PRODUCT
+
+
+def faults(settings: Mapping[str, Any], problems: Problems = ()) -> Iterator[str]:
+    """Ratios that leave no weight, or less than the pattern takes."""
+    storage = storage_of(settings.get("codes", {}))
+    pattern = settings["pattern"]
+    yield from budget_faults(
+        settings,
+        problems,
+        lambda shape, nbytes: n_entries(
+            shape, nbytes, pattern=pattern, value_codec=storage["value_codec"], group_size=storage["group_size"]
+        ),
+    )
