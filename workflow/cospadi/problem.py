@@ -338,7 +338,12 @@ class Problem:
         """Factors with one dictionary: where there are several, it is stored under the name of the first matrix."""
         if len(parts) == 1:
             return list(parts)
-        return [replace(part, tensor=f"{self.names[0]}.dictionary") for part in parts]
+
+        def named(part: Factorization, name: str) -> Factorization:
+            plus = [named(other, f"{name}.plus.{index}") for index, other in enumerate(part.plus)]
+            return replace(part, tensor=f"{name}.dictionary", plus=plus)
+
+        return [named(part, self.names[0]) for part in parts]
 
 
 def side_by_side(shapes: Sequence[tuple[int, int]]) -> tuple[int, int]:
@@ -347,11 +352,19 @@ def side_by_side(shapes: Sequence[tuple[int, int]]) -> tuple[int, int]:
 
 
 def split_codes(factorization: Factorization, widths: Sequence[int]) -> list[Factorization]:
-    """Factors of matrices that stand side by side: one dictionary, each its columns of the codes."""
+    """Factors of matrices that stand side by side: one dictionary, each its columns of the codes, in all parts."""
     edges = itertools.accumulate(widths, initial=0)
-    return [
-        replace(factorization, codes=factorization.codes[:, first:last]) for first, last in itertools.pairwise(edges)
-    ]
+    return [_columns(factorization, slice(*edge)) for edge in itertools.pairwise(edges)]
+
+
+def _columns(factorization: Factorization, columns: slice) -> Factorization:
+    mask = factorization.mask
+    return replace(
+        factorization,
+        codes=factorization.codes[:, columns],
+        mask=None if mask is None else mask[:, columns],
+        plus=[_columns(part, columns) for part in factorization.plus],
+    )
 
 
 class _OnDemand(Sequence):

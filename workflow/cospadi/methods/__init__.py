@@ -9,14 +9,37 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from cospadi.methods import basis_sharing, compot, cospadi, masa, svd_llm
+from cospadi.methods import (
+    alps,
+    basis_sharing,
+    compot,
+    cospadi,
+    hybrid,
+    magnitude,
+    masa,
+    sparse,
+    sparsegpt,
+    svd_llm,
+    wanda,
+)
 from cospadi.methods.base import Method, planned_problems
 from cospadi.problem import Target, shared
 from cospadi.structure import PROJECTIONS
 
-METHODS: dict[str, Method] = {
-    method.name: method for method in (cospadi.METHOD, svd_llm.METHOD, compot.METHOD, basis_sharing.METHOD, masa.METHOD)
-}
+_MODULES = (
+    cospadi,
+    hybrid,
+    sparse,
+    svd_llm,
+    compot,
+    basis_sharing,
+    masa,
+    magnitude,
+    wanda,
+    sparsegpt,
+    alps,
+)
+METHODS: dict[str, Method] = {module.METHOD.name: module.METHOD for module in _MODULES}
 
 __all__ = ["METHODS", "Method", "planning_faults", "warm_start_faults"]
 

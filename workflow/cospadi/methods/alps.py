@@ -41,10 +41,9 @@ def fit(
     found = admm.support_by_admm(metric, targets, n_kept, rows, admm.SCHEDULES["adaptive"], pattern)
     found = admm.fit_values(metric.gram, targets, found, 10)
     mask = to_numpy(found).T != 0
-    values = to_numpy(found).T / to_numpy(metric.scale)[:, None]
-    return single_weights.kept(
-        problem, values.astype(np.float32), mask, pattern, storage, solver="admm", n_nonzero=int(mask.sum())
-    )
+    values = (to_numpy(found).T / to_numpy(metric.scale)[:, None]).astype(np.float32)
+    diagnostics = {"solver": "admm", "n_nonzero": int(mask.sum())}
+    return problem.split(single_weights.kept(values, mask, pattern, storage, **diagnostics))
 
 
 def work(targets: Sequence[Target], nbytes: int, options: Mapping[str, Any], storage: Mapping[str, Any]) -> Work:

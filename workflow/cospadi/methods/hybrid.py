@@ -6,12 +6,15 @@ With no atoms it is a sparse weight (`sparse`), with no identity a learned dicti
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from cospadi.arrays import on_device, to_numpy
+from cospadi.errors import ConfigError
 from cospadi.factorization import Factorization
 from cospadi.methods import single_weights
 from cospadi.methods.base import SHARING_OPTIONS, Method, Problems, sharing_faults
@@ -33,8 +36,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "minimum": 0,
         "pattern": f"^{AUTO}$",
         "default": None,
-        "description": "Learned atoms of a problem. null: a ninth of the inputs where there are twice as many outputs, an "
-        "eighteenth where there are as many, else none; auto: searched by error. Never kept where none is better.",
+        "description": "Learned atoms of a problem. null: a ninth of the inputs where there are twice as many outputs, "
+        "an eighteenth where there are as many, else none; auto: searched by error. Never kept where none is better.",
     },
     "max_iter": {
         "type": "integer",
@@ -87,6 +90,7 @@ def fit(
         As in `OPTIONS`.
     """
     from cospadi.solvers import admm, hybrid, sparsegpt
+    from cospadi.solvers.entries import best_entries
 
     d_in, d_out = problem.shape
     metric = scaled(problem.metric, device)
@@ -102,14 +106,12 @@ def fit(
     n_kept = room(0)
     pruned, _ = sparsegpt.prune(weight / sizes, gram, n_kept, pattern=pattern)
     start = admm.as_dtype((pruned * metric.scale[:, None]).T, metric.gram)
-    sparse = admm.sparse_codes(
-        metric, targets, n_kept, start=start, schedule=admm.SCHEDULES[schedule], pattern=pattern
-    )
+    sparse = admm.sparse_codes(metric, targets, n_kept, start=start, schedule=admm.SCHEDULES[schedule], pattern=pattern)
     best = Found(sparse, rows[:0], admm.squared_error(metric.gram, rows - sparse), [])
 
     def with_atoms(n_atoms: int, rounds: int, tell: Callable[[str], None] | None) -> Found:
         n_nonzero = room(n_atoms)
-        cut = sparse * admm.best_entries(abs(sparse), n_nonzero)
+        cut = sparse * best_entries(abs(sparse), n_nonzero)
         codes, found, history = hybrid.learn(
             metric, rows, n_nonzero, n_atoms, start=cut, max_iter=rounds, pattern=pattern, log=tell
         )
@@ -139,8 +141,6 @@ def atoms_by_rule(d_in: int, d_out: int, pattern: str) -> int:
 
 
 def _fits(room: Callable[[int], int], n_atoms: int) -> bool:
-    from cospadi.errors import ConfigError
-
     try:
         return room(n_atoms) > 0
     except ConfigError:
@@ -155,7 +155,7 @@ def _sizes(problem: Problem, metric: Any, weight: Any) -> Any:
         return on_device(np.ones(problem.shape[1], np.float32), _device(weight))
     edges = np.cumsum([0, *(d_out for _, d_out in problem.shapes)])
     rows = admm.as_dtype((weight * metric.scale[:, None]).T, metric.gram)
-    sizes = [admm.squared_error(metric.gram, rows[a:b]) ** 0.5 or 1.0 for a, b in zip(edges, edges[1:], strict=False)]
+    sizes = [admm.squared_error(metric.gram, rows[a:b]) ** 0.5 or 1.0 for a, b in itertools.pairwise(edges)]
     repeated = np.repeat(np.asarray(sizes, np.float32), np.diff(edges))
     return on_device(repeated, _device(weight))
 
@@ -173,14 +173,14 @@ def _factors(
     mask = codes != 0
     n_atoms = codes.shape[0] - d_in
     diagnostics = {"solver": "admm", "n_atoms": n_atoms, "n_nonzero": int(mask.sum()), "history": found.history}
-    identity = (codes[:d_in] * sizes / scale).astype(np.float32)
-    parts = single_weights.kept(problem, identity, mask[:d_in], pattern, storage, **diagnostics)
-    if not n_atoms:
-        return parts
-    atoms = (to_numpy(found.atoms).T / scale).astype(np.float32)
-    shared = (codes[d_in:] * sizes).astype(np.float32)
-    learned = problem.split(Factorization(atoms, shared, support="bitmask", mask=mask[d_in:], **storage))
-    return [part.plus_shared(other, f"{problem.names[0]}.plus.0.dictionary") for part, other in zip(parts, learned)]
+    values = np.concatenate([codes[:d_in] / scale, codes[d_in:]]) * sizes
+    values = values.astype(np.float32)
+    plus = []
+    if n_atoms:
+        atoms = (to_numpy(found.atoms).T / scale).astype(np.float32)
+        plus = [Factorization(atoms, values[d_in:], support="bitmask", mask=mask[d_in:], **storage)]
+    identity = single_weights.kept(values[:d_in], mask[:d_in], pattern, storage, **diagnostics)
+    return problem.split(replace(identity, plus=plus))
 
 
 def work(targets: Sequence[Target], nbytes: int, options: Mapping[str, Any], storage: Mapping[str, Any]) -> Work:

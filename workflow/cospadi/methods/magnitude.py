@@ -30,7 +30,7 @@ def fit(
     weight = on_device(problem.weight, device)
     n_kept = n_entries(problem.shape, nbytes, pattern=pattern, **storage)
     mask = best_entries(abs(weight).T, n_kept, pattern).T
-    return single_weights.kept(problem, weight, mask, pattern, storage, n_nonzero=n_kept)
+    return problem.split(single_weights.kept(weight, mask, pattern, storage, n_nonzero=n_kept))
 
 
 def work(targets: Sequence[Target], nbytes: int, options: Mapping[str, Any], storage: Mapping[str, Any]) -> Work:

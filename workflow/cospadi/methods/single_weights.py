@@ -18,13 +18,13 @@ from cospadi.errors import ConfigError
 from cospadi.factorization import Factorization
 from cospadi.methods.base import Problems, budget_faults, work_of
 from cospadi.problem import Metric, Problem, Target, side_by_side
-from cospadi.work import FACTOR, PRODUCT, Work
+from cospadi.work import PRODUCT, Work
 
 PATTERN: dict[str, Any] = {
     "enum": ["matrix", "column", "row", "2:4"],
     "default": "matrix",
-    "description": "Where weights may stay. matrix: anywhere; column, row: as many in every output, or every input; 2:4: "
-    "two of every four inputs, which GPUs multiply fast and which removes .4375 of the bytes of bfloat16.",
+    "description": "Where weights may stay. matrix: anywhere; column, row: as many in every output, or every input; "
+    "2:4: two of every four inputs, which GPUs multiply fast and which removes .4375 of the bytes of bfloat16.",
 }
 
 
@@ -115,26 +115,16 @@ def scaled(metric: Metric, device: str) -> Any:
     return admm.Scaled(gram_on(metric, device), admm.single_precision(device))
 
 
-def kept(
-    problem: Problem, weights: Any, mask: Any, pattern: str, storage: Mapping[str, Any], **diagnostics: Any
-) -> list[Factorization]:
-    """Factors of each matrix: what stays of the weights side by side (d_in, sum of d_out), under a mask."""
+def kept(weights: Any, mask: Any, pattern: str, storage: Mapping[str, Any], **diagnostics: Any) -> Factorization:
+    """Factors of what stays of the weights side by side (d_in, sum of d_out), under a mask of the same shape."""
     codes, mask = np.ascontiguousarray(to_numpy(weights), np.float32), to_numpy(mask)
-    stays = Factorization(
-        None, codes * mask, support=support_of(pattern), mask=mask, **storage, diagnostics=diagnostics
-    )
-    return problem.split(stays)
+    return Factorization(None, codes * mask, support=support_of(pattern), mask=mask, **storage, diagnostics=diagnostics)
 
 
 def work(targets: Sequence[Target], nbytes: int, *, products: float = 0.0, inversions: float = 0.0) -> Work:
     """Work of a problem: so many products of a square matrix with the weight, so many inversions of the Gram."""
     d, n = side_by_side([target.shape for target in targets])
     return work_of(d, n, d, inversions * 2 * d**3, seconds=products * 2 * d * d * n / PRODUCT)
-
-
-def sweep_flops(d_in: int, d_out: int) -> float:
-    """Operations of one pass that removes input after input, in the rate of `work.FACTOR`."""
-    return 2 * d_in * d_in * d_out * FACTOR / PRODUCT
 
 
 def faults(settings: Mapping[str, Any], problems: Problems = ()) -> Iterator[str]:
@@ -144,7 +134,5 @@ def faults(settings: Mapping[str, Any], problems: Problems = ()) -> Iterator[str
     yield from budget_faults(
         settings,
         problems,
-        lambda shape, nbytes: n_entries(
-            shape, nbytes, pattern=pattern, value_codec=storage["value_codec"], group_size=storage["group_size"]
-        ),
+        lambda shape, nbytes: n_entries(shape, nbytes, pattern=pattern, **storage),
     )

@@ -41,7 +41,7 @@ def fit(
     weight, gram = inputs_of(problem, device)
     n_kept = n_entries(problem.shape, nbytes, pattern=pattern, **storage)
     pruned, mask = sparsegpt.prune(weight, gram, n_kept, pattern=pattern, damping=damping)
-    return single_weights.kept(problem, pruned, mask, pattern, storage, solver="sparsegpt", n_nonzero=n_kept)
+    return problem.split(single_weights.kept(pruned, mask, pattern, storage, solver="sparsegpt", n_nonzero=n_kept))
 
 
 def work(targets: Sequence[Target], nbytes: int, options: Mapping[str, Any], storage: Mapping[str, Any]) -> Work:

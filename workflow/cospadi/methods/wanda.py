@@ -28,7 +28,7 @@ def fit(
     warm: Factorization | None = None,
     pattern: str = OPTIONS["pattern"]["default"],
 ) -> list[Factorization]:
-    """Score ``|w_ij| ||x_i||`` (Eq. 1 of the paper); as many stay in every output, as there. Values stay as they are."""
+    """Score ``|w_ij| ||x_i||`` (Eq. 1 of the paper), as many in every output as there; values stay as they are."""
     from cospadi.solvers.entries import best_entries
 
     weight = problem.weight
@@ -36,7 +36,7 @@ def fit(
     scores = on_device(np.ascontiguousarray((np.abs(weight) * norms).T), device)
     n_kept = n_entries(problem.shape, nbytes, pattern=pattern, **storage)
     mask = best_entries(scores, n_kept, pattern).T
-    return single_weights.kept(problem, weight, mask, pattern, storage, n_nonzero=n_kept)
+    return problem.split(single_weights.kept(weight, mask, pattern, storage, n_nonzero=n_kept))
 
 
 def work(targets: Sequence[Target], nbytes: int, options: Mapping[str, Any], storage: Mapping[str, Any]) -> Work:

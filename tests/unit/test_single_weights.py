@@ -1,0 +1,129 @@
+"""Methods that keep single weights, through the one-matrix interface and as problems of several matrices."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cospadi import factorize
+from cospadi.budget import dense_nbytes, nbytes_left
+from cospadi.codecs import storage_of
+from cospadi.errors import ConfigError
+from cospadi.methods import METHODS
+from cospadi.problem import Matrix, Metric, Problem
+
+NAMES = ["magnitude", "wanda", "sparsegpt", "alps", "sparse", "hybrid"]
+
+
+def inputs(d_in: int = 48, seed: int = 0) -> np.ndarray:
+    """Gram of inputs that depend on each other, of different sizes."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(8 * d_in, d_in)) @ rng.normal(size=(d_in, d_in)) * np.exp(0.5 * rng.normal(size=d_in))
+    return x.T @ x
+
+
+def weight(d_in: int = 48, d_out: int = 96, seed: int = 1) -> np.ndarray:
+    """A weight with something in common between its outputs."""
+    rng = np.random.default_rng(seed)
+    common = rng.normal(size=(d_in, 4)) @ rng.normal(size=(4, d_out))
+    return (rng.standard_t(4, size=(d_in, d_out)) + common).astype(np.float32)
+
+
+def problem(gram: np.ndarray, *weights: np.ndarray) -> Problem:
+    metric = Metric.of(gram)
+    matrices = [
+        Matrix(f"model.layers.0.m{i}_proj", 0, "site", one.shape, metric, lambda one=one: one)
+        for i, one in enumerate(weights)
+    ]
+    return Problem(matrices)
+
+
+@pytest.mark.parametrize("method", NAMES)
+@pytest.mark.parametrize("codes", [{}, {"value_bits": 8}, {"value_bits": 4, "group_size": 16}])
+@pytest.mark.parametrize("ratio", [0.2, 0.6])
+def test_bytes_are_what_was_asked_for(method, codes, ratio):
+    w = weight()
+    found = factorize(w, inputs(), method=method, ratio=ratio, **codes)
+    allowed = (1 - ratio) * dense_nbytes(*w.shape)
+    assert found.nbytes <= allowed
+    # within the scales that columns of unequal length might have needed, or all weights are there
+    nothing_left = found.n_nonzero == w.size or 2 * (allowed - found.nbytes) < 0.1 * dense_nbytes(*w.shape)
+    assert nothing_left
+    tensors, _ = found.pack("m")
+    assert sum(tensor.nbytes for tensor in tensors.values()) == found.nbytes
+
+
+def test_who_is_better():
+    """Each step of insight pays: norms of inputs, making up, the support by ADMM, learned atoms."""
+    w, gram = weight(), inputs()
+    errors = [factorize(w, gram, method=method, ratio=0.4).relative_error(w, gram) for method in NAMES]
+    magnitude, wanda, sparsegpt, alps, sparse, hybrid = errors
+    assert magnitude > wanda > sparsegpt > alps
+    assert sparsegpt > sparse >= hybrid
+    assert sparse < 0.95 * sparsegpt
+
+
+def test_wanda_where_inputs_do_not_depend_on_each_other_is_magnitude_of_the_scaled_weight():
+    w = weight()
+    scale = np.exp(np.random.default_rng(2).normal(size=len(w)))
+    found = factorize(w, np.diag(scale**2), method="wanda", ratio=0.4, pattern="matrix")
+    expected = factorize((w * scale[:, None]).astype(np.float32), method="magnitude", ratio=0.4)
+    np.testing.assert_array_equal(found.mask, expected.mask)
+    np.testing.assert_array_equal(found.codes, w * found.mask)
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_two_of_four_is_stored_as_such(method):
+    w, gram = weight(), inputs()
+    found = factorize(w, gram, method=method, ratio=0.4375, pattern="2:4")
+    assert found.support == "2:4"
+    assert found.nbytes == 0.5625 * dense_nbytes(*w.shape)
+    assert (found.mask.T.reshape(-1, 4).sum(1) == 2).all()
+    np.testing.assert_allclose(found.quantized().reconstruct(), found.reconstruct(), rtol=2**-8)
+    with pytest.raises(ConfigError, match="2:4 takes"):
+        factorize(w, gram, method=method, ratio=0.45, pattern="2:4")
+
+
+@pytest.mark.parametrize("pattern", ["column", "row"])
+def test_patterns_spread_the_budget(pattern):
+    w, gram = weight(), inputs()
+    for method in NAMES:
+        counts = factorize(w, gram, method=method, ratio=0.4, pattern=pattern).mask.sum(0 if pattern == "column" else 1)
+        assert counts.min() == counts.max()
+
+
+def test_matrices_of_a_problem_share_atoms_and_budget():
+    gram, whole = inputs(), weight(d_out=160)
+    both = problem(gram, whole[:, :96], 100 * whole[:, 96:])
+    nbytes = nbytes_left(both.shapes, 0.4)
+    found = METHODS["hybrid"].fit(both, nbytes, storage=storage_of({}), atoms=8)
+    names = {part.tensor for factors in found for part in factors.plus}
+    assert names == {"model.layers.0.m0_proj.plus.0.dictionary"}
+    packed = {}
+    for matrix, factors in zip(both.matrices, found, strict=True):
+        packed |= factors.pack(matrix.name)[0]
+    assert 0.99 * nbytes < sum(tensor.nbytes for tensor in packed.values()) <= nbytes
+    # the larger weights do not take the budget of the smaller
+    errors = [f.relative_error(w, gram) for f, w in zip(found, both.weights, strict=True)]
+    assert max(errors) < 2 * min(errors)
+
+
+def test_atoms_are_searched_and_never_worse_than_none():
+    w, gram = weight(d_out=320), inputs()
+    none, searched = (factorize(w, gram, method="hybrid", ratio=0.4, atoms=a) for a in (0, "auto"))
+    assert not none.plus
+    assert searched.diagnostics["n_atoms"] > 0 and searched.plus
+    assert searched.relative_error(w, gram) < none.relative_error(w, gram)
+    too_many = factorize(w, gram, method="hybrid", ratio=0.6, atoms=40)
+    assert too_many.relative_error(w, gram) <= factorize(w, gram, method="sparse", ratio=0.6).relative_error(w, gram)
+
+
+def test_dead_inputs_and_budgets_too_small():
+    w, gram = weight(), inputs()
+    gram[5], gram[:, 5] = 0, 0
+    for method in NAMES:
+        found = factorize(w, gram, method=method, ratio=0.4)
+        assert np.isfinite(found.codes).all()
+        assert found.relative_error(w, gram) < 1
+        with pytest.raises(ConfigError, match="not one weight"):
+            factorize(w, gram, method=method, ratio=0.95)
