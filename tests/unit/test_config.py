@@ -124,7 +124,7 @@ def test_two_checks_share_no_state(minimal):
         ("calibration.heldout_fraction", float("inf"), "calibration.heldout_fraction: .inf is not allowed; expected a"),
         ("variants", None, "variants: null is not allowed; expected a mapping"),
         ("variants", [], "variants: [] is not allowed; expected a mapping"),
-        ("variants.a.method", [], "variants.a.method: [] is not known; one of basis_sharing, compot"),
+        ("variants.a.method", [], "variants.a.method: [] is not known; one of alps, basis_sharing, compot"),
         ("variants.a.ratio", -0.0, "variants.a.ratio: -0.0 is not allowed; from 0.01 to 0.95"),
         (
             "variants.a.share",
@@ -173,7 +173,7 @@ def test_a_variant_is_called_like_nothing_else_in_the_folder_of_a_run(minimal):
             ["method: cospody is not known (did you mean cospadi?)", "ratio: 3 is not"],
         ),
         ({"method": "cospody"}, ["method: cospody is not known", "ratio: missing"]),
-        ({"method": "xyz", "ratio": 0.2, "blocks": 2}, ["method: xyz is not known; one of basis_sharing"]),
+        ({"method": "xyz", "ratio": 0.2, "blocks": 2}, ["method: xyz is not known; one of alps, basis_sharing"]),
         ({"method": "xyz", "ratoi": 0.2}, ["method: xyz is not known", "ratoi: unknown key (did you mean ratio?)"]),
         ({"method": [], "rho": 0.5}, ["method: [] is not known", "rho: 0.5 is not allowed; from 1 to 16"]),
         # the word's own key
@@ -183,7 +183,7 @@ def test_a_variant_is_called_like_nothing_else_in_the_folder_of_a_run(minimal):
         ({"metod": "x", "ratio": 0.2}, ["metod: unknown key (did you mean method?)", "metod: x is not known"]),
         ({"ratio": 0.2, "rank": 3}, ["method: missing; one of", "rank: unknown key"]),
         ({"ratio": 3}, ["method: missing; one of", "ratio: 3 is not allowed"]),
-        ({}, ["method: missing; one of basis_sharing"]),
+        ({}, ["method: missing; one of alps, basis_sharing"]),
         (
             {"stepz": [{"method": "uidl"}, {"method": "svd_llm", "ratio": 0.2}]},
             ["stepz.0.blocks: missing", "stepz: unknown key (did you mean steps?)"],

@@ -28,8 +28,8 @@ def run(snapshot, tiny_model, articles, tmp_path_factory):
     shutil.copy2(TOY, methods / "magnitudes.py")
     registry = (methods / "__init__.py").read_text()
     (methods / "__init__.py").write_text(
-        registry.replace("import basis_sharing,", "import magnitudes, basis_sharing,").replace(
-            "(cospadi.METHOD,", "(magnitudes.METHOD, cospadi.METHOD,"
+        registry.replace("import (\n", "import (\n    magnitudes,\n").replace(
+            "_MODULES = (", "_MODULES = (\n    magnitudes,"
         )
     )
     assert (methods / "__init__.py").read_text().count("magnitudes") == 2

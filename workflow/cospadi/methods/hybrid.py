@@ -202,7 +202,7 @@ def modules(options: Mapping[str, Any]) -> list[str]:
 
 def faults(settings: Mapping[str, Any], problems: Problems = ()) -> Iterator[str]:
     """Budgets too small, sharing that cannot be, and atoms beside a pattern that has no place for them."""
-    yield from sharing_faults(settings, problems)
+    yield from sharing_faults(problems)
     yield from single_weights.faults(settings, problems)
     if settings["pattern"] != "matrix" and settings["atoms"]:
         yield f"atoms: {settings['atoms']}; learned atoms are for pattern matrix"

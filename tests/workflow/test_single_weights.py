@@ -1,0 +1,57 @@
+"""A run of the methods that keep single weights, from config to loaded checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from cospadi.files import TensorFile, read_json
+
+from .conftest import Run, check_finished, rows
+
+NAMES = ["alps-40", "hybrid-40", "magnitude-40", "sparse-40", "sparsegpt-24", "wanda-40"]
+
+
+@pytest.fixture(scope="module")
+def run(new_run: Callable[..., Run]) -> Run:
+    run = new_run("llama", num_hidden_layers=2, hidden_size=96, intermediate_size=192)
+    run.config["variants"] = {name: {"method": name.split("-")[0], "ratio": 0.4} for name in NAMES}
+    run.config["variants"]["sparsegpt-24"] = {"method": "sparsegpt", "ratio": 0.4375, "pattern": "2:4"}
+    run.config["variants"]["hybrid-40"] |= {
+        "share_within": [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]],
+        "atoms": 8,
+    }
+    run.config["evaluation"]["generate"] = None
+    run.snakemake()
+    return run
+
+
+def test_every_one_comes_out_at_its_bytes(run):
+    check_finished(run, NAMES)
+    table = rows(run.results / "summary.tsv")
+    for name in NAMES:
+        assert float(table[name]["ratio_true"]) < run.config["variants"][name]["ratio"] + 0.01
+
+
+def test_errors_fall_with_insight(run):
+    errors = {}
+    for name in NAMES:
+        reports = [read_json(file)["matrices"] for file in sorted((run.results / name / "codes").glob("*.json"))]
+        errors[name] = sum(report["squared_error"] for unit in reports for report in unit.values())
+    assert errors["magnitude-40"] > errors["wanda-40"] > errors["alps-40"] >= errors["sparse-40"] * 0.99
+    assert errors["hybrid-40"] < errors["magnitude-40"]
+
+
+def test_what_is_stored(run):
+    packed = TensorFile(run.results / "sparsegpt-24/model/model.safetensors")
+    assert not [name for name in packed.names() if name.endswith(".dictionary")]
+    config = read_json(run.results / "sparsegpt-24/model/config.json")
+    specs = config["quantization_config"]["matrices"].values()
+    assert {spec["codes"]["support"] for spec in specs} == {"2:4"}
+    hybrid = read_json(run.results / "hybrid-40/model/config.json")["quantization_config"]["matrices"]
+    stored = TensorFile(run.results / "hybrid-40/model/model.safetensors")
+    dictionaries = {part["dictionary"]["tensor"] for spec in hybrid.values() for part in spec.get("plus", ())}
+    assert dictionaries <= set(stored.names())
+    # none, or one for all that read the same input
+    assert all("q_proj" in name or "gate_proj" in name or "o_proj" in name for name in dictionaries)
