@@ -511,7 +511,10 @@ def test_all_that_a_local_model_lacks_is_found_when_planning(local):
     assert faults[2].startswith(f"model.path: {local}/b.safetensors: not a complete safetensors file")
     assert faults[3] == f"model.path: {local}: lacks tensor model.embed_tokens.weight. Fetch the model again"
     assert "a.safetensors: tensor model.layers.0.self_attn.q_proj.weight has shape (8, 9), expected (8, 8)" in faults[4]
-    assert faults[-1] == f"model.path: {local}: holds no tokenizer (tokenizer.json, tokenizer.model or vocab.json)"
+    assert (
+        faults[-1]
+        == f"model.path: {local}: holds no tokenizer (tokenizer.json, tokenizer.model, tekken.json, vocab.json)"
+    )
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import h5py
@@ -182,16 +180,9 @@ def add_bos_by_template(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def add_bos_by_setting(folder: Path) -> None:
-    """As some converted tokenizers: only tokenizer_config.json says so."""
-    content = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps(content | {"add_bos_token": True}))
-
-
-@pytest.mark.parametrize("change", [add_bos_by_template, add_bos_by_setting])
-def test_bos_parts_documents_where_the_tokenizer_adds_it(copy_of, tiny_text, tmp_path, change):
+def test_bos_parts_documents_where_the_tokenizer_adds_it(copy_of, tiny_text, tmp_path):
     folder = copy_of("llama")
-    change(folder)
+    add_bos_by_template(folder)
     prepare_windows(folder, settings(samples=290), tiny_text / "calibration.jsonl", tmp_path / "c.h5", log=quiet)
     input_ids, _, _ = windows(tmp_path / "c.h5")
     assert (input_ids == 1).sum() >= 20 and (input_ids == EOS).sum() == 0
@@ -238,17 +229,8 @@ def test_vocabulary_mismatch_is_refused(copy_of, tiny_text, tmp_path):
 def test_damaged_tokenizer_is_refused(copy_of, tiny_text, tmp_path):
     folder = copy_of("llama")
     (folder / "tokenizer.json").write_text('{"version": "1.0"')
-    with pytest.raises(ArtifactError, match=r"tokenizer.json: not a tokenizer"):
+    with pytest.raises(ArtifactError, match=r"tokenizer.json: no usable tokenizer"):
         prepare_windows(folder, settings(), tiny_text / "calibration.jsonl", tmp_path / "c.h5", log=quiet)
-
-
-def test_cutting_text_needs_neither_torch_nor_transformers(tiny_model, tiny_text, tmp_path):
-    code = (
-        "import sys; from cospadi.calibration.windows import prepare_windows;"
-        f"prepare_windows({str(tiny_model('llama'))!r}, {settings()!r}, {str(tiny_text / 'calibration.jsonl')!r},"
-        f" {str(tmp_path / 'c.h5')!r}); assert not {{'torch', 'transformers'}} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 # --- sampled from the model ---------------------------------------------------------------------------------------

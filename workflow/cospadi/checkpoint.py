@@ -24,10 +24,10 @@ from safetensors import SafetensorError
 from cospadi.budget import dense_nbytes
 from cospadi.errors import ArtifactError, CospadiError
 from cospadi.factorization import dictionary_names, read_specs, tensor_names, unpack
-from cospadi.files import BFLOAT16, ModelFolder, TensorFile, read_object, replacing, write_json
+from cospadi.files import BFLOAT16, ModelFolder, TensorFile, data_files, read_object, replacing, write_json
 from cospadi.learning import FORMAT_VERSION as CODES_VERSION
 from cospadi.provenance import check_provenance, fingerprint
-from cospadi.runtime.cospadi_checksums import checksum_faults, write_checksums
+from cospadi.runtime.cospadi_checksums import CHECKSUMS, checksum_faults, write_checksums
 from cospadi.runtime.cospadi_format import (
     AUTO_MAP,
     CODECS,
@@ -43,26 +43,11 @@ from cospadi.runtime.cospadi_format import (
     stored_faults,
 )
 from cospadi.structure import PROJECTIONS
+from cospadi.tokenizer import check_equal, class_to_store, has_tokenizer, load_tokenizer
 
 MAX_SHARD_BYTES = 5 * 2**30
 
 _RUNTIME = Path(__file__).parent / "runtime"
-_COPIED = (
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "tekken.json",
-    "chat_template*",
-    "LICEN[SC]E*",
-    "COPYING*",
-    "NOTICE*",
-    "USE_POLICY*",
-    "ORIGIN.md",
-)
 _WEIGHT_DTYPES = {
     "BF16": BFLOAT16,
     "F16": np.dtype(np.float16),
@@ -146,6 +131,7 @@ def assemble(
         _write_shards(folder, tensors, max_shard_bytes)
         write_json(folder / "config.json", config)
         _copy_files(base.path, folder)
+        _keep_tokenizer(base.path, folder)
         for file in sorted(_RUNTIME.glob("*.py")):
             if file.name != "__init__.py":
                 shutil.copyfile(file, folder / file.name)
@@ -469,10 +455,36 @@ def _shards(tensors: Sequence[StoredTensor], max_shard_bytes: int) -> Iterator[l
 
 
 def _copy_files(source: Path, folder: Path) -> None:
-    for pattern in _COPIED:
-        for file in source.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, folder / file.name)
+    """Copy what lies beside the weights; settings that name code of the folder are copied without that."""
+    for file in data_files(source):
+        if file.name == CHECKSUMS:  # of other weight files
+            continue
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / file, folder / file)
+        if file.suffix == ".json":
+            settings = _settings(folder / file)
+            if "auto_map" in settings:
+                del settings["auto_map"]
+                write_json(folder / file, settings)
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    """Content of a JSON file if that is an object; not every vocabulary is."""
+    try:
+        content = json.loads(file.read_text())
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _keep_tokenizer(base: Path, folder: Path) -> None:
+    """Say which class the tokenizer has: transformers takes it from the model type, which is another now."""
+    if not has_tokenizer(base):
+        return
+    file = folder / "tokenizer_config.json"
+    settings = _settings(file) if file.exists() else {}
+    write_json(file, settings | {"tokenizer_class": class_to_store(load_tokenizer(base))})
+    check_equal(folder, base)
 
 
 def _model_card(base: ModelFolder, folder: Path, path: Path, card: Mapping[str, Any] | None) -> str:
@@ -511,7 +523,7 @@ def _model_card(base: ModelFolder, folder: Path, path: Path, card: Mapping[str, 
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         f'model = AutoModelForCausalLM.from_pretrained("{path.name}", trust_remote_code=True)',
-        f'tokenizer = AutoTokenizer.from_pretrained("{path.name}", trust_remote_code=True)',
+        f'tokenizer = AutoTokenizer.from_pretrained("{path.name}", trust_remote_code=False)  # needs no code',
         "```",
         "",
         "With `import cospadi` first, the flag is not needed. On CPUs without bfloat16 instructions (most laptops) "

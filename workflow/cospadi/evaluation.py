@@ -29,12 +29,13 @@ import torch
 import transformers
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from cospadi.errors import ArtifactError, ConfigError, CospadiError, NumericalError
 from cospadi.files import write_json
 from cospadi.runtime.cospadi_linear import unpack_
 from cospadi.stage import choose_dtype
+from cospadi.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -494,8 +495,8 @@ def _load(
         model, report = AutoModelForCausalLM.from_pretrained(
             model_folder, config=config, dtype=dtype, output_loading_info=True
         )
-        tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    except ConfigError:
+        tokenizer = load_tokenizer(model_folder, remedy)
+    except (ConfigError, ArtifactError):
         raise
     except Exception as error:  # transformers and safetensors raise what they like
         raise ArtifactError(model_folder, f"cannot be loaded ({type(error).__name__}: {error})", remedy) from error

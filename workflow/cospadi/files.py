@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -27,6 +28,12 @@ from cospadi.errors import ArtifactError
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 _METADATA_KEY = "cospadi"
+# what lies beside the weights: settings, vocabularies, templates; no weights and no code
+_DATA_SUFFIXES = frozenset({".json", ".jinja", ".txt", ".model", ".tiktoken", ".md", ".yaml", ".yml", ".vocab", ".bpe"})
+_LEGAL = re.compile(
+    r"licen[cs]e|copying|copyright|notice|use[-_ ]?policy|terms|patents|eula|attribution", re.IGNORECASE
+)
+_CODE_SUFFIXES = frozenset({".py", ".pyc", ".so", ".sh", ".ipynb", ".exe", ".dll"})
 SAFETENSORS_DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -263,13 +270,21 @@ class ModelFolder:
         self._remedy = "Fetch the model again; safetensors weights are required (no .bin files)"
         self.config = read_object(self.path / "config.json", self._remedy)
         index = self.path / "model.safetensors.index.json"
+        single_file = self.path / "model.safetensors"
         if index.exists():
             weight_map = read_object(index, self._remedy).get("weight_map")
             if not isinstance(weight_map, dict) or not all(_is_file_name(file) for file in weight_map.values()):
                 raise ArtifactError(index, "its weight_map is no object of tensors and names of files", self._remedy)
         else:
-            single = TensorFile(self.path / "model.safetensors", self._remedy)
+            single = TensorFile(single_file, self._remedy)
             weight_map = dict.fromkeys(single.names(), single.path.name)
+        if single_file.exists() and single_file.name not in weight_map.values():
+            raise ArtifactError(
+                self.path,
+                "holds two models: model.safetensors, which transformers reads, and other files that "
+                "model.safetensors.index.json lists",
+                "Remove the one that is not meant, with its index",
+            )
         self.weight_map: dict[str, str] = weight_map
         self._files: dict[str, TensorFile] = {}
 
@@ -289,3 +304,44 @@ class ModelFolder:
     def read_weight(self, matrix: str) -> np.ndarray:
         """Weight of linear layer `matrix` as float32 (d_in, d_out): ``nn.Linear.weight`` transposed."""
         return np.ascontiguousarray(self.read(f"{matrix}.weight").astype(np.float32).T)
+
+
+def data_files(folder: Path) -> list[Path]:
+    """Files beside a model's weights that belong to the model wherever it goes, relative to the folder, sorted.
+
+    Settings, vocabularies and templates, licences and notices under any name; of folders inside, templates and
+    licences. No weights, no code, neither ``config.json`` nor ``README.md``, which are written anew.
+
+    Raises
+    ------
+    ArtifactError
+        If one is a link out of the folder.
+    """
+    found = []
+    for parent, inner, names in os.walk(folder):
+        inner[:] = [name for name in inner if not name.startswith(".")]
+        at_top = Path(parent) == folder
+        for name in names:
+            suffix = Path(name).suffix.lower()
+            is_data = suffix in _DATA_SUFFIXES if at_top else suffix == ".jinja"
+            if not (is_data or (_LEGAL.search(name) and suffix not in _CODE_SUFFIXES)) or name.startswith("."):
+                continue
+            if at_top and (name.lower() in ("config.json", "readme.md") or name.endswith(".index.json")):
+                continue
+            file = Path(parent, name)
+            if file.is_file():
+                _check_link(folder, file)
+                found.append(file.relative_to(folder))
+    return sorted(found)
+
+
+def _check_link(folder: Path, file: Path) -> None:
+    root = folder.resolve()
+    if root.parent.name == "snapshots":  # the hub's cache keeps the content of a repository's files beside them
+        root = root.parent.parent
+    if not file.resolve().is_relative_to(root):
+        raise ArtifactError(
+            file,
+            f"a link out of the model's folder, to {file.resolve()}: what is there would be published",
+            "Put a copy in the place of the link if it belongs to the model, or remove the link",
+        )

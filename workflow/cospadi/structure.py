@@ -17,6 +17,7 @@ import numpy as np
 from cospadi.errors import ArtifactError, UnsupportedModelError
 from cospadi.files import BFLOAT16, ModelFolder, read_json
 from cospadi.provenance import check_provenance, fingerprint
+from cospadi.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -369,12 +370,7 @@ def _bits(array: np.ndarray) -> np.ndarray:
 
 
 def _check_tokenizer(path: Path, vocab_size: int) -> None:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # a damaged tokenizer raises whatever its parser happens to raise
-        raise ArtifactError(path, f"no usable tokenizer ({error})", _REMEDY) from error
+    tokenizer = load_tokenizer(path, _REMEDY)
     # tokens added beside the vocabulary may lie outside (Gemma 3 has one for images): plain text never yields them
     added = set(tokenizer.added_tokens_decoder)
     largest = max((index for index in tokenizer.get_vocab().values() if index not in added), default=-1)

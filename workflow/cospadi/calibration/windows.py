@@ -12,10 +12,11 @@ import h5py
 import numpy as np
 
 from cospadi.errors import ArtifactError, ConfigError, NumericalError
-from cospadi.files import ModelFolder, read_json, replacing
+from cospadi.files import ModelFolder, replacing
 from cospadi.sources.models import embedding_rows
 from cospadi.sources.texts import read_documents
 from cospadi.stage import choose_dtype
+from cospadi.tokenizer import load_tokenizer
 
 FORMAT_VERSION = 1
 
@@ -114,7 +115,7 @@ def prepare_windows(
 
 @dataclass(frozen=True)
 class _Tokenizer:
-    """What windows need of a tokenizer, whichever library reads it."""
+    """What windows need of a tokenizer."""
 
     encode: Callable[[Sequence[str]], list[list[int]]]  # with the special tokens that the tokenizer adds by itself
     size: int
@@ -135,47 +136,15 @@ class _Tokenizer:
 
 
 def _load_tokenizer(folder: Path) -> _Tokenizer:
-    remedy = "Fetch the model again, with its tokenizer"
-    if not (folder / "tokenizer.json").exists():
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except Exception as error:  # whatever its many parsers raise
-            raise ArtifactError(folder, f"no usable tokenizer ({error})", remedy) from error
-        return _Tokenizer(
-            encode=lambda texts: tokenizer(list(texts)).input_ids,
-            size=len(tokenizer),
-            bos=tokenizer.bos_token_id,
-            eos=tokenizer.eos_token_id,
-            special=frozenset(tokenizer.all_special_ids),
-        )
-
-    # the same library under transformers, without the seconds that importing transformers takes
-    from tokenizers import Tokenizer
-
-    try:
-        light = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as error:  # the library raises bare Exception
-        raise ArtifactError(folder / "tokenizer.json", f"not a tokenizer ({error})", remedy) from error
-    light.no_truncation()
-    light.no_padding()
-    settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
-
-    def id_of(role: str) -> int | None:
-        token = settings.get(role)
-        return light.token_to_id(token["content"] if isinstance(token, dict) else token) if token else None
-
-    bos = id_of("bos_token")
-    adds_bos = settings.get("add_bos_token") is True and bos is not None and bos not in light.encode("").ids
-
-    def encode(texts: Sequence[str]) -> list[list[int]]:
-        ids = [encoding.ids for encoding in light.encode_batch(list(texts))]
-        # a setting of transformers that tokenizer.json need not repeat
-        return [[bos, *document] for document in ids] if adds_bos else ids
-
-    special = frozenset(index for index, token in light.get_added_tokens_decoder().items() if token.special)
-    return _Tokenizer(encode, light.get_vocab_size(), bos, id_of("eos_token"), special)
+    tokenizer = load_tokenizer(folder)
+    return _Tokenizer(
+        # a document is longer than the model's window: it is cut later
+        encode=lambda texts: tokenizer(list(texts), verbose=False).input_ids,
+        size=len(tokenizer),
+        bos=tokenizer.bos_token_id,
+        eos=tokenizer.eos_token_id,
+        special=frozenset(index for index, token in tokenizer.added_tokens_decoder.items() if token.special),
+    )
 
 
 def _cut_packed(

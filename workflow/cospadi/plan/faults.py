@@ -7,11 +7,12 @@ from typing import Any
 
 from cospadi import methods
 from cospadi.errors import ArtifactError
-from cospadi.files import ModelFolder, TensorFile
+from cospadi.files import ModelFolder, TensorFile, data_files
 from cospadi.plan.variants import Variants
 from cospadi.pruning import PRUNERS, removed_count
 from cospadi.resources import Shapes
 from cospadi.structure import FOLDABLE
+from cospadi.tokenizer import TOKENIZER_FILES, has_tokenizer
 
 # where the projections are in a block of every supported family
 _PARENTS = {
@@ -112,8 +113,12 @@ def local_model_faults(path: str, shapes: Shapes) -> Iterator[str]:
                 f"model.path: {shard.path}: tensor {name} has shape {found}, expected {shape} by config.json. "
                 "Take weights and config.json from the same model"
             )
-    if not any((folder.path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        yield f"model.path: {path}: holds no tokenizer (tokenizer.json, tokenizer.model or vocab.json)"
+    try:
+        data_files(folder.path)
+    except ArtifactError as error:
+        yield f"model.path: {error}"
+    if not has_tokenizer(folder.path):
+        yield f"model.path: {path}: holds no tokenizer ({', '.join(TOKENIZER_FILES)})"
 
 
 def _expected(shapes: Shapes) -> dict[str, tuple[int, int]]:

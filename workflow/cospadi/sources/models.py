@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cospadi.errors import ArtifactError
-from cospadi.files import ModelFolder, read_json, replacing
+from cospadi.files import ModelFolder, data_files, read_json, replacing
 from cospadi.sources.base import Source
 from cospadi.sources.hub import REVISION, explaining_hub_errors
 from cospadi.sources.wheel import (
@@ -21,6 +21,7 @@ from cospadi.sources.wheel import (
     wheel_licence,
     wheel_metadata,
 )
+from cospadi.tokenizer import TOKENIZER_FILES, has_tokenizer
 
 Log = Callable[[str], None]
 
@@ -159,8 +160,9 @@ def check_model_folder(path: str | Path, *, log: Log = print) -> None:
         if name not in folder.file_of(name):
             raise ArtifactError(path / shard, f"holds no tensor {name}, which the index expects there", remedy)
 
-    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise ArtifactError(path, "holds no tokenizer (tokenizer.json, tokenizer.model or vocab.json)", remedy)
+    if not has_tokenizer(path):
+        raise ArtifactError(path, f"holds no tokenizer ({', '.join(TOKENIZER_FILES)})", remedy)
+    data_files(path)
     if (path / "tokenizer.json").exists():
         _check_vocabulary(path, embedding_rows(folder), log)
 
