@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from cospadi.calibration.activations import reading
 from cospadi.errors import ArtifactError
 from cospadi.files import ModelFolder, TensorFile, read_json, replacing, write_json, write_tensors
 
@@ -140,3 +141,96 @@ def test_model_folder_reads_shards_and_names_the_missing_one(tmp_path):
     np.testing.assert_array_equal(folder.read_weight("a"), weight.numpy().T)
     with pytest.raises(ArtifactError, match=r"model-2\.safetensors: the file does not exist"):
         folder.read_weight("b")
+
+
+# --- faults of the machine ----------------------------------------------------------------------------------------
+
+MACHINE = {
+    errno.EACCES: "permission denied. Give this user the right",
+    errno.EROFS: "read-only",
+    errno.EMFILE: r"too many files are open. Raise the limit \(ulimit -n\)",
+    errno.EDQUOT: "quota .* is used up. Free space",
+    errno.ENOSPC: r"the disk is full \(\d+ MiB left\). Free space",
+    errno.EIO: "the disk or the network in front of it fails",
+    errno.ESTALE: "network's file system has lost the file",
+}
+
+
+def _good_files(folder):
+    import h5py
+
+    write_json(folder / "a.json", {"a": 1})
+    write_tensors(folder / "t.safetensors", {"a": np.zeros(4, np.float32)})
+    with h5py.File(folder / "x.h5", "w") as file:
+        file["a"] = np.zeros(3)
+    return {
+        "a.json": read_json,
+        "t.safetensors": TensorFile,
+        "x.h5": lambda path: reading(path, "Delete it and run again").__enter__(),
+    }
+
+
+@pytest.mark.parametrize("number", MACHINE)
+def test_a_fault_of_the_machine_is_not_taken_for_damage(tmp_path, monkeypatch, number):
+    readers = _good_files(tmp_path)
+
+    def refused(*arguments, **options):
+        raise OSError(number, os.strerror(number))
+
+    def refused_by_safetensors(*arguments, **options):
+        raise SafetensorError(f"Error while opening: I/O error: {os.strerror(number)} (os error {number})")
+
+    monkeypatch.setattr("builtins.open", refused)
+    monkeypatch.setattr("io.open", refused)
+    monkeypatch.setattr("h5py.File", refused)
+    monkeypatch.setattr("safetensors.safe_open", refused_by_safetensors)
+    for name, read in readers.items():
+        with pytest.raises(ArtifactError, match=f"{name}: .*{MACHINE[number]}") as raised:
+            read(tmp_path / name)
+        assert not {"Delete", "Fetch", "complete"} & set(str(raised.value).split())
+    # and of writing, wherever in the block it happens
+    before = sorted(entry.name for entry in tmp_path.iterdir())
+    for fault in (OSError(number, os.strerror(number)), RuntimeError(f"Can't close file (errno = {number}, ...)")):
+        with pytest.raises(ArtifactError, match=f"b.bin: .*{MACHINE[number]}"), replacing(tmp_path / "b.bin"):
+            raise fault
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == before
+
+
+def test_a_lock_that_is_refused_is_named(tmp_path):
+    import h5py
+
+    path = tmp_path / "x.h5"
+    with h5py.File(path, "w") as file:
+        file["a"] = 1
+        file.flush()
+        code = f"from cospadi.calibration.activations import reading\nwith reading({str(path)!r}, 'Delete it'): pass"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    message = done.stderr.splitlines()[-1]
+    assert "x.h5: the lock is refused: another process has the file open" in message, done.stderr
+    assert "HDF5_USE_FILE_LOCKING=FALSE" in message and "Delete it" not in message
+
+
+def test_other_errors_are_still_told_as_they_are(tmp_path):
+    with pytest.raises(RuntimeError, match="of mathematics"), replacing(tmp_path / "b.bin"):
+        raise RuntimeError("of mathematics")
+    (tmp_path / "x.h5").write_bytes(b"no HDF5")
+    with pytest.raises(ArtifactError, match="not a complete HDF5 file"), reading(tmp_path / "x.h5", "Delete it"):
+        pass
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_what_gets_its_name_is_on_the_disk(tmp_path, monkeypatch, folder):
+    """Content first, then the name, then the folder that has the name."""
+    events = []
+    replace, sync = os.replace, os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: events.append(os.readlink(f"/proc/self/fd/{fd}")) or sync(fd))
+    monkeypatch.setattr(os, "replace", lambda *pair: events.append("renamed") or replace(*pair))
+    with replacing(tmp_path / "a") as temporary:
+        if folder:
+            (temporary / "b").mkdir(parents=True)
+            (temporary / "b" / "c").write_text("1")
+        else:
+            temporary.write_text("1")
+    named = events.index("renamed")
+    assert [os.path.basename(path) for path in events[:named]] == (["b", "c", "a"] if folder else ["a"])
+    assert events[named + 1 :] == [str(tmp_path)]

@@ -154,3 +154,30 @@ def test_jobs_of_one_layer_start_without_torch(module):
 def test_stage_itself_imports_no_numerical_library():
     program = "import sys, cospadi.stage; print([m for m in ('numpy', 'scipy', 'h5py') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_a_full_disk_of_the_log_does_not_stop_the_job(job, console):
+    job.log = ["/dev/full"]
+    done = []
+    stage.script(lambda _job, log: done.append([log("a line"), print("printed"), log("another")]), job)
+    assert done
+    lines = [line for line in console().splitlines() if "lost" in line]
+    assert len(lines) == 1 and "lines of the log are lost: /dev/full: the disk is full" in lines[0]
+
+
+def test_a_log_that_cannot_be_made_is_said_and_the_job_runs(job, console, tmp_path):
+    (tmp_path / "file").write_text("")
+    job.log = [str(tmp_path / "file" / "learn.log")]
+    done = []
+    stage.script(lambda _job, _log: done.append(1), job)
+    assert done and "there is no log:" in console()
+
+
+def test_an_error_of_the_machine_is_shown_with_its_remedy(job, console):
+    def main(_job, _log):
+        with open("/dev/full", "w") as file:
+            file.write("x")
+
+    with pytest.raises(SystemExit):
+        stage.script(main, job)
+    assert "the disk is full" in console() and "Free space" in console() and "Errno" not in console()

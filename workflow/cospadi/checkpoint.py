@@ -6,7 +6,6 @@ Tensors are read and written a shard at a time, without torch. The format is des
 from __future__ import annotations
 
 import argparse
-import errno
 import functools
 import json
 import shutil
@@ -19,12 +18,11 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
-from safetensors import SafetensorError
 
 from cospadi.budget import dense_nbytes
 from cospadi.errors import ArtifactError, CospadiError
 from cospadi.factorization import dictionary_names, read_specs, tensor_names, unpack
-from cospadi.files import BFLOAT16, ModelFolder, TensorFile, data_files, read_object, replacing, write_json
+from cospadi.files import BFLOAT16, ModelFolder, TensorFile, data_files, explaining, read_object, replacing, write_json
 from cospadi.learning import FORMAT_VERSION as CODES_VERSION
 from cospadi.provenance import check_provenance, fingerprint
 from cospadi.runtime.cospadi_checksums import CHECKSUMS, checksum_faults, write_checksums
@@ -403,7 +401,8 @@ def _check_loads(folder: Path) -> None:
     try:
         config = CONFIG_MAPPING[MODEL_TYPE].from_pretrained(folder)
         vars(config).pop("auto_map", None)  # the package's own code is meant
-        AutoModelForCausalLM.from_pretrained(folder, config=config, device_map="meta")
+        with explaining(folder):
+            AutoModelForCausalLM.from_pretrained(folder, config=config, device_map="meta")
     except (OSError, ValueError) as error:
         raise ArtifactError(folder, str(error).removeprefix(f"{folder}: "), _FOLDER_REMEDY) from error
 
@@ -429,13 +428,8 @@ def _write_shards(folder: Path, tensors: Sequence[StoredTensor], max_shard_bytes
         arrays = {tensor.name: np.ascontiguousarray(tensor.read()) for tensor in shard}
         (folder / file_name).touch()
         mode = (folder / file_name).stat().st_mode  # safetensors makes files that only their owner reads
-        try:
-            # loaders of other tools look for the format in the header
-            safetensors.numpy.save_file(arrays, folder / file_name, {"format": "pt"})
-        except SafetensorError as error:
-            if "No space left" in str(error):
-                raise OSError(errno.ENOSPC, "No space left on device", str(folder / file_name)) from error
-            raise
+        # loaders of other tools look for the format in the header
+        safetensors.numpy.save_file(arrays, folder / file_name, {"format": "pt"})
         (folder / file_name).chmod(mode)
     if len(shards) > 1:
         weight_map = {t.name: file_name for file_name, shard in zip(names, shards, strict=True) for t in shard}

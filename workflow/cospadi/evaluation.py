@@ -32,7 +32,7 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cospadi.errors import ArtifactError, ConfigError, CospadiError, NumericalError
-from cospadi.files import write_json
+from cospadi.files import explaining, write_json
 from cospadi.runtime.cospadi_linear import unpack_
 from cospadi.stage import choose_dtype
 from cospadi.tokenizer import load_tokenizer
@@ -527,7 +527,7 @@ def _read_articles(heldout: Path) -> list[str]:
     remedy = 'Fetch the text again; one JSON object {"title", "text"} a line is expected'
     articles = []
     try:
-        with open(heldout, encoding="utf-8") as lines:
+        with explaining(heldout), open(heldout, encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 try:
                     articles.append(json.loads(line)["text"].strip())

@@ -23,7 +23,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from cospadi.errors import ArtifactError
+from cospadi.errors import ArtifactError, machine_fault
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -62,29 +62,60 @@ def replacing(path: str | Path) -> Iterator[Path]:
     Raises
     ------
     ArtifactError
-        If the disk is full, naming the file and the space left.
+        If the disk is full or the machine does not let it write for another reason (`explaining`).
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path)
-    prefix = f".{path.name}.{socket.gethostname()}.{os.getpid()}."
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=prefix)) / path.name
+    with explaining(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path)
+        prefix = f".{path.name}.{socket.gethostname()}.{os.getpid()}."
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=prefix)) / path.name
+        try:
+            yield temporary
+            # a machine that stops must not leave the new name with half of the content
+            _sync(temporary)
+            if path.is_dir() and temporary.is_dir():
+                shutil.rmtree(path)
+            os.replace(temporary, path)
+            _sync_entry(path.parent)
+        finally:
+            shutil.rmtree(temporary.parent, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Bring a file, or a folder with all that is in it, from the system's memory onto the disk."""
+    for entry in [*path.rglob("*"), path]:
+        if not entry.is_symlink():
+            _sync_entry(entry)
+
+
+def _sync_entry(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        yield temporary
-        if path.is_dir() and temporary.is_dir():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
-    except (OSError, safetensors.SafetensorError) as error:
-        if _is_disk_full(error):
-            free = shutil.disk_usage(path.parent).free
-            raise ArtifactError(
-                path,
-                f"the disk is full ({free / 2**20:.0f} MiB left)",
-                "Free space, or choose another folder, and run again; finished files are kept",
-            ) from error
-        raise
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that has no such thing
+            raise
     finally:
-        shutil.rmtree(temporary.parent, ignore_errors=True)
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def explaining(path: str | Path) -> Iterator[None]:
+    """Name faults of the machine that happen in the block as such: the files themselves may be good.
+
+    Raises
+    ------
+    ArtifactError
+        For a disk that is full, a permission that is missing, a lock that is refused and the like.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        fault = machine_fault(path, error)
+        if fault is None:
+            raise
+        raise fault from error
 
 
 def _remove_leftovers(path: Path) -> None:
@@ -106,11 +137,6 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def _is_disk_full(error: Exception) -> bool:
-    # safetensors passes on the message of the system's error, not its number
-    return getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
-
-
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON, whole or not at all; NaN and infinities are refused."""
     with replacing(path) as temporary:
@@ -126,7 +152,8 @@ def read_json(path: str | Path, remedy: str = "Delete it and run again") -> Any:
         If the file is missing or is not JSON.
     """
     try:
-        return json.loads(Path(path).read_text())
+        with explaining(path):
+            return json.loads(Path(path).read_text())
     except FileNotFoundError as error:
         raise ArtifactError(path, "the file does not exist", remedy) from error
     except (ValueError, RecursionError) as error:  # also bytes that are no text, and numbers of thousands of digits
@@ -200,12 +227,13 @@ class TensorFile:
         self.path = Path(path)
         self._remedy = remedy
         try:
-            # safe_open checks the header against the file's length
-            with safetensors.safe_open(self.path, framework="np"):
-                pass
-            with open(self.path, "rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(length))
+            with explaining(path):
+                # safe_open checks the header against the file's length
+                with safetensors.safe_open(self.path, framework="np"):
+                    pass
+                with open(self.path, "rb") as file:
+                    length = int.from_bytes(file.read(8), "little")
+                    header = json.loads(file.read(length))
             metadata = header.pop("__metadata__", None) or {}
             if _METADATA_KEY in metadata:
                 metadata = json.loads(metadata[_METADATA_KEY])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
+import io
 import logging
 import os
 import signal
@@ -19,6 +20,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
+
+from cospadi.errors import machine_fault
 
 Log = Callable[[str], None]
 
@@ -65,7 +68,8 @@ def script(main: Callable[[Any, Log], None], snakemake: Any) -> None:
         except Exception as error:
             print(traceback.format_exc(), file=file)
             where = f"\n  full traceback: {snakemake.log[0]}" if snakemake.log else ""
-            print(f"[{name}] {type(error).__name__}: {error}{where}", file=sys.__stderr__, flush=True)
+            shown = (machine_fault("a file", error) if isinstance(error, OSError) else None) or error
+            _say(f"[{name}] {type(shown).__name__}: {shown}{where}")
             raise SystemExit(1) from None
         print(f"{time.strftime('%H:%M:%S')} done in {time.perf_counter() - started:.1f} s", file=file)
 
@@ -150,8 +154,7 @@ def _processor_flags() -> frozenset[str]:
 def _log_file(paths: Any) -> Iterator[TextIO]:
     """Open the rule's log file; what libraries print, warn or draw as progress bars goes there too."""
     path = Path(paths[0] if paths else os.devnull)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", buffering=1) as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+    with _open_log(path) as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         handler = logging.StreamHandler(file)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
         logging.getLogger().addHandler(handler)
@@ -165,6 +168,46 @@ def _log_file(paths: Any) -> Iterator[TextIO]:
             logging.getLogger().removeHandler(handler)
 
 
+class _Log(io.FileIO):
+    """A log file that never stops the job: what a full disk does not take is lost, and the console is told once."""
+
+    _told = False
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self._tell(error)
+            return memoryview(data).nbytes
+
+    def close(self) -> None:
+        try:
+            super().close()
+        except OSError as error:  # where a network's file system says at last that nothing was stored
+            self._tell(error)
+
+    def _tell(self, error: OSError) -> None:
+        if not self._told:
+            self._told = True
+            _say(f"lines of the log are lost: {machine_fault(self.name, error) or error}")
+
+
+def _open_log(path: Path) -> TextIO:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        raw = _Log(path, "w")
+    except OSError as error:
+        _say(f"there is no log: {machine_fault(path, error) or error}")
+        raw = _Log(os.devnull, "w")
+    return io.TextIOWrapper(io.BufferedWriter(raw), line_buffering=True)
+
+
+def _say(line: str) -> None:
+    """To the console, which may be a file on a full disk itself."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.__stderr__, flush=True)
+
+
 def _logger(name: str, file: TextIO) -> Log:
     shown = 0.0
 
@@ -173,6 +216,6 @@ def _logger(name: str, file: TextIO) -> Log:
         print(f"{time.strftime('%H:%M:%S')} {line}", file=file)
         if time.monotonic() - shown >= _CONSOLE_SECONDS:
             shown = time.monotonic()
-            print(f"[{name}] {line}", file=sys.__stderr__, flush=True)
+            _say(f"[{name}] {line}")
 
     return log

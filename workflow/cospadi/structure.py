@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cospadi.errors import ArtifactError, UnsupportedModelError
-from cospadi.files import BFLOAT16, ModelFolder, read_json
+from cospadi.files import BFLOAT16, ModelFolder, explaining, read_json
 from cospadi.provenance import check_provenance, fingerprint
 from cospadi.tokenizer import load_tokenizer
 
@@ -255,7 +255,8 @@ def _read_config(folder: ModelFolder) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder.path)
+        with explaining(folder.path / "config.json"):
+            return AutoConfig.from_pretrained(folder.path)
     except (OSError, ValueError, KeyError) as error:
         raise ArtifactError(folder.path / "config.json", f"not a model configuration ({error})", _REMEDY) from error
 

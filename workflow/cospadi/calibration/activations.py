@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ import h5py
 import numpy as np
 
 from cospadi.errors import ArtifactError, ConfigError
-from cospadi.files import replacing
+from cospadi.files import explaining, replacing
 
 FORMAT_VERSION = 1
 
@@ -28,7 +26,7 @@ def reading(path: str | Path, remedy: str) -> Iterator[h5py.File]:
     Keep the block to the reading itself, so that no other error is taken for a damaged file.
     """
     try:
-        with h5py.File(path, "r") as file:
+        with explaining(path), h5py.File(path, "r") as file:
             yield file
     except FileNotFoundError as error:
         raise ArtifactError(path, "the file does not exist", "Run the workflow again, which makes it") from error
@@ -43,18 +41,11 @@ def writing(path: str | Path, attributes: Mapping[str, Any]) -> Iterator[h5py.Fi
     Raises
     ------
     ArtifactError
-        If the disk is full.
+        If the machine does not let it write (`files.explaining`).
     """
-    with replacing(path) as temporary:
-        try:
-            with h5py.File(temporary, "w") as file:
-                file.attrs.update(attributes)
-                yield file
-        except (OSError, RuntimeError) as error:
-            # a file that cannot even be closed raises a RuntimeError without errno
-            if os.strerror(errno.ENOSPC) in str(error):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
-            raise
+    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+        file.attrs.update(attributes)
+        yield file
 
 
 def to_float32(block: np.ndarray, dtype: str) -> np.ndarray:

