@@ -60,7 +60,7 @@ def unit(tmp_path_factory):
     model = fingerprint(ModelFolder(folder))
     for layer, path in enumerate(grams):
         with h5py.File(path, "r+") as file:
-            file.attrs.update(format_version=1, fingerprint=model, layer=layer)
+            file.attrs.update(format_version=1, fingerprint=model, layer=layer, tokens="some")
     return folder, {"fingerprint": model, "layers": layers}, grams
 
 
@@ -409,6 +409,12 @@ def test_what_belongs_elsewhere_is_refused(unit, tmp_path):
         file.attrs["format_version"] = 99
     with pytest.raises(ArtifactError, match="format_version 99; expected is format_version 1"):
         learn(tmp_path / "future.h5")
+    shutil.copy(grams[1], tmp_path / "other_tokens.h5")
+    with h5py.File(tmp_path / "other_tokens.h5", "r+") as file:
+        file.attrs["tokens"] = "others"
+    with pytest.raises(ArtifactError, match="is of tokens others; expected is tokens some"):
+        both = [grams[0], tmp_path / "other_tokens.h5"]
+        learn_unit(folder, structure, both, [0, 1], variant, output=output, diagnostics=diagnostics)
     with pytest.raises(ArtifactError, match=r"is of layers \[0\]; expected is layers \[1\]"):
         quantize(mine, layer=1)
     with pytest.raises(ArtifactError, match="is of settings"):

@@ -115,21 +115,27 @@ def compute_gram(
                 group.create_dataset(key, data=gram.astype(dtype), chunks=True, fletcher32=True)
 
 
-def check_gram(path: str | Path, structure: Mapping[str, Any], layer: int) -> None:
-    """Refuse a Gram file that is not of this model and layer.
+def check_gram(path: str | Path, structure: Mapping[str, Any], layer: int, tokens: str | None = None) -> str | None:
+    """Refuse a Gram file that is not of this model and layer, or of other calibration tokens than `tokens`.
+
+    Returns
+    -------
+    str
+        Digest of the tokens that it is of, for the files that are read together with it.
 
     Raises
     ------
     ArtifactError
-        If it is of another version, model or layer, or lacks a site.
+        If it is of another version, model or layer, of other tokens, or lacks a site.
     """
     with reading(path, _GRAM_REMEDY) as file:
         says, there = dict(file.attrs), set(file)
     belongs = {"format_version": FORMAT_VERSION, "fingerprint": structure["fingerprint"], "layer": layer}
-    check_provenance(path, says, belongs, _GRAM_REMEDY)
+    check_provenance(path, says, belongs if tokens is None else {**belongs, "tokens": tokens}, _GRAM_REMEDY)
     missing = [site["name"] for site in structure["layers"][layer]["sites"] if site["name"] not in there]
     if missing:
         raise ArtifactError(path, f"has no Gram of {', '.join(missing)}", _GRAM_REMEDY)
+    return says.get("tokens")
 
 
 def sites(path: str | Path) -> dict[str, dict[str, Any]]:

@@ -192,10 +192,11 @@ def matrices_of(
     Raises
     ------
     ArtifactError
-        If a Gram file is of another model or layer.
+        If a Gram file is of another model or layer, or two are of different calibration tokens.
     """
+    tokens = None
     for layer, gram_file in zip(layers, gram_files, strict=True):
-        check_gram(gram_file, structure, layer)
+        tokens = check_gram(gram_file, structure, layer, tokens)
         for site in structure["layers"][layer]["sites"]:
             d_in = site["matrices"][0]["shape"][0]
             metric = Metric.of_file(gram_file, site["name"], d_in, keep_gram=keep_grams)
