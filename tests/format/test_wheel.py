@@ -61,7 +61,9 @@ def run(unpacked, tmp_path) -> Callable[..., str]:
 
 def test_every_file_of_the_package_is_in_the_wheel(unpacked):
     package = ROOT / "workflow" / "cospadi"
-    kept = {path.relative_to(package) for path in package.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    kept = {
+        path.relative_to(package) for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts
+    }
     found = {path.relative_to(unpacked / "cospadi") for path in (unpacked / "cospadi").rglob("*") if path.is_file()}
     assert found == kept
     assert {"schemas", "tasks"} <= {path.parts[0] for path in found}

@@ -10,6 +10,7 @@ import pytest
 from cospadi.codecs import encode_values
 from cospadi.factorization import Factorization
 from cospadi.gram import relative_error
+from cospadi.problem import Metric
 from cospadi.quantization import round_factors
 from cospadi.rounding import round_codes
 
@@ -39,7 +40,9 @@ def test_optimal_rounding_costs_less_than_nearest(value_bits, gain, dictionary_b
     wanted = {"value_bits": value_bits, "dictionary_bits": dictionary_bits or 16, "group_size": 16}
     error = {}
     for rounding in ("nearest", "optimal"):
-        factors = round_factors(Factorization(dictionary, codes), {**wanted, "rounding": rounding}, weight, gram)
+        factors = round_factors(
+            Factorization(dictionary, codes), {**wanted, "rounding": rounding}, weight, Metric.of(gram)
+        )
         held = factors.quantized()
         error[rounding] = relative_error(weight, held.reconstruct(), gram)
         assert not held.codes[codes == 0].any()

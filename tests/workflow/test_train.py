@@ -164,10 +164,11 @@ def test_all_faults_in_one_message(trained, tmp_path):
     language["stpes"] = language.pop("steps")
     language["variants"] |= {"x": {"attention": "msa"}, "y": {"attention": "gqa"}}
     output = run.snakemake(succeeds=False)
-    assert "4 faults" in output
+    assert "5 faults" in output
     assert "training.language.steps: missing" in output
     assert "training.language.stpes: unknown key (did you mean steps?)" in output
     assert "training.language.variants.x.attention: msa is not known (did you mean masa?)" in output
+    assert "training.language.variants.x.atoms: missing" in output  # as masa, which is meant, needs it
     assert "training.language.variants.y.kv_heads: missing" in output
 
     run = trained.copy(tmp_path / "sizes")
