@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import safetensors.numpy
 from format_writer import PACKINGS, matrices_of, write_codes
 
 from cospadi.checkpoint import assemble
+from cospadi.runtime import cospadi_format
 
 HERE = Path(__file__).parent
 NAME = "model.layers.2.mlp.gate_proj"
@@ -210,6 +212,25 @@ def test_other_loaders_refuse(without_package):
     assert kind == "ValueError" and "trust_remote_code=True" in text
     kind, text = without_package["refused"]["class of the base family"]
     assert kind == "ValueError" and "use AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)" in text
+
+
+def test_the_copy_of_the_code_is_complete_for_every_version_of_transformers():
+    """Older versions copy what the entry module names, and not what those modules need in turn."""
+    from transformers.dynamic_module_utils import get_relative_imports
+
+    runtime = Path(cospadi_format.__file__).parent
+    modules = {path.stem for path in runtime.glob("*.py")} - {"__init__"}
+    entries = {reference.partition(".")[0] for reference in cospadi_format.AUTO_MAP.values()}
+    assert entries == {"configuration_cospadi", "modeling_cospadi"}
+    for entry in entries:
+        assert set(get_relative_imports(runtime / f"{entry}.py")) == modules - {entry}
+
+
+def test_the_oldest_transformers_is_said(packed_model):
+    project = tomllib.loads((HERE.parents[1] / "pyproject.toml").read_text())["project"]
+    assert f"transformers>={cospadi_format.TRANSFORMERS}" in project["dependencies"]
+    card = (packed_model("qwen2").packed / "README.md").read_text()
+    assert f"transformers {cospadi_format.TRANSFORMERS} or newer" in card
 
 
 def test_import_of_the_package_is_enough(packed_model, tmp_path):

@@ -32,6 +32,7 @@ from cospadi.runtime.cospadi_format import (
     FORMAT_VERSION,
     LOAD_HINT,
     MODEL_TYPE,
+    TRANSFORMERS,
     UnreadableError,
     all_parts,
     config_faults,
@@ -511,7 +512,7 @@ def _model_card(base: ModelFolder, folder: Path, path: Path, card: Mapping[str, 
     if card:
         lines += ["| measured | |", "|---|---:|", *(f"| {label} | {value} |" for label, value in card.items()), ""]
     lines += [
-        "Load it with transformers alone (the folder holds the code):",
+        f"Load it with transformers {TRANSFORMERS} or newer alone (the folder holds the code):",
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",

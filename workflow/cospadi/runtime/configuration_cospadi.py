@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
@@ -23,6 +23,19 @@ from .cospadi_format import (
     packing_faults,
     read_object,
 )
+
+if TYPE_CHECKING:
+    # Nothing of this runs. transformers copies a folder's code by the lines of this form in the module that config.json
+    # names; older versions do not look for more in the modules that these lines name.
+    from .cospadi_checksums import write_checksums  # noqa: F401
+    from .cospadi_codecs import decode_codes  # noqa: F401
+    from .cospadi_cpu import kernel  # noqa: F401
+    from .cospadi_cpu_source import SOURCE  # noqa: F401
+    from .cospadi_cuda import gpu_kernels  # noqa: F401
+    from .cospadi_cuda_kernels import row_products  # noqa: F401
+    from .cospadi_linear import PackedLinear  # noqa: F401
+    from .cospadi_mixture import Mixture  # noqa: F401
+    from .modeling_cospadi import CospadiForCausalLM  # noqa: F401
 
 
 class CospadiConfig:
@@ -39,6 +52,12 @@ class CospadiConfig:
 
     model_type = MODEL_TYPE
     _auto_class = "AutoConfig"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # of transformers before configs were dataclasses; those have an `__init__` of their own
+        self.packing = kwargs.pop("quantization_config", None)
+        kwargs.pop("transformers_weights", None)
+        super().__init__(*args, **kwargs)
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.packing = kwargs.pop("quantization_config", None)

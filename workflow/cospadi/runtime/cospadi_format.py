@@ -24,6 +24,9 @@ from safetensors import SafetensorError, safe_open
 MODEL_TYPE = "cospadi"
 FORMAT_VERSION = 1
 
+# The oldest version that loads a packed folder, with this package and without
+TRANSFORMERS = "5.0"
+
 AUTO_MAP = {
     "AutoConfig": "configuration_cospadi.CospadiConfig",
     "AutoModelForCausalLM": "modeling_cospadi.CospadiForCausalLM",

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
@@ -24,6 +24,15 @@ from .cospadi_format import (
 )
 from .cospadi_linear import PackedLinear, SharedProjection, pack_, packed_layers, unpack_
 from .cospadi_mixture import Mixture, packed_module
+
+if TYPE_CHECKING:
+    # Nothing of this runs. transformers copies a folder's code by the lines of this form in the module that config.json
+    # names; older versions do not look for more in the modules that these lines name.
+    from .cospadi_codecs import decode_codes  # noqa: F401
+    from .cospadi_cpu import kernel  # noqa: F401
+    from .cospadi_cpu_source import SOURCE  # noqa: F401
+    from .cospadi_cuda import gpu_kernels  # noqa: F401
+    from .cospadi_cuda_kernels import row_products  # noqa: F401
 
 __all__ = ["CospadiForCausalLM", "PackedLinear", "pack_", "packed_layers", "register", "unpack_"]
 
