@@ -49,6 +49,30 @@ def test_other_architectures_are_refused_with_the_list_of_supported_ones(archite
     assert all(name in str(caught.value) for name in SUPPORTED)
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"architectures": ["MixtralForCausalLM"], "num_local_experts": 8},
+            "of experts .*num_local_experts is 8",
+        ),
+        ({"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 128}, "mixture of experts .*num_experts is 128"),
+        (
+            {"architectures": ["X"], "text_config": {"n_routed_experts": 64}},
+            "n_routed_experts is 64.*Take a dense",
+        ),
+        (
+            {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": {}, "vision_config": {}},
+            r"text and something else \(config.json: vision_config; Gemma3ForConditionalGeneration\).*Save that part",
+        ),
+    ],
+)
+def test_experts_and_wrappers_are_refused_with_what_to_do(config, message):
+    with pytest.raises(UnsupportedModelError, match=message) as caught:
+        check_supported(config)
+    assert all(name in str(caught.value) for name in SUPPORTED)
+
+
 def test_quantized_weights_are_refused():
     with pytest.raises(UnsupportedModelError, match="gptq"):
         check_supported({"architectures": ["LlamaForCausalLM"], "quantization_config": {"quant_method": "gptq"}})

@@ -45,6 +45,17 @@ DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _REMEDY = "Fetch the model again, or choose another one"
 
 
+# keys of config.json that count experts, and those that describe another part beside the language model
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_WRAPPERS = ("vision_config", "audio_config", "text_config")
+
+
+def _of_either(config: Mapping[str, Any], key: str) -> Any:
+    """An entry of a config, or of the language model's inside it."""
+    inner = config.get("text_config")
+    return config.get(key) or (inner.get(key) if isinstance(inner, Mapping) else None)
+
+
 def check_supported(config: Mapping[str, Any]) -> None:
     """Refuse a model that cannot be taken apart; needs only its ``config.json``, no torch.
 
@@ -59,7 +70,24 @@ def check_supported(config: Mapping[str, Any]) -> None:
         If the architecture is not one of `SUPPORTED`, or the weights are quantized already.
     """
     found = config.get("architectures") or []
-    if len(found) != 1 or found[0] not in SUPPORTED:
+    supported = f"Supported are {', '.join(SUPPORTED)}"
+    # said before the name is: what a mixture or a wrapper lacks is more than support by name
+    experts = next((key for key in _EXPERTS if _of_either(config, key)), None)
+    if experts:
+        raise UnsupportedModelError(
+            f"a mixture of experts (config.json: {experts} is {_of_either(config, experts)!r}): an expert meets "
+            f"too few calibration tokens for a Gram of its own. Take a dense model. {supported}"
+        )
+    known = len(found) == 1 and found[0] in SUPPORTED
+    wrapped = next((key for key in _WRAPPERS if isinstance(config.get(key), Mapping)), None)
+    if wrapped and not known:
+        raise UnsupportedModelError(
+            f"a model of text and something else (config.json: {wrapped}; {', '.join(found) or 'no architecture'}): "
+            "its language model is only a part of it. Save that part as a folder of its own "
+            "(AutoModelForCausalLM.from_pretrained(folder).save_pretrained(text_only), and the tokenizer), and give "
+            f"that. {supported}"
+        )
+    if not known:
         raise UnsupportedModelError(
             f"architecture {', '.join(found) or 'not named in config.json'} is not supported; "
             f"supported are {', '.join(SUPPORTED)}"
