@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cospadi.arrays import to_numpy
+from cospadi.arrays import on_device, to_numpy
 from cospadi.factorization import Factorization
 from cospadi.methods import single_weights
 from cospadi.methods.base import Method
@@ -34,7 +34,7 @@ def fit(
     from cospadi.solvers import admm
 
     metric = scaled(problem.metric, device)
-    weight, _ = single_weights.inputs_of(problem, device)
+    weight = on_device(problem.weight, device)
     rows = admm.as_dtype((weight * metric.scale[:, None]).T, metric.gram)
     targets = rows @ metric.gram
     n_kept = n_entries(problem.shape, nbytes, pattern=pattern, **storage)

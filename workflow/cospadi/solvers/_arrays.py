@@ -33,6 +33,11 @@ def from_numpy(values: np.ndarray, like: Array) -> Array:
     return tensor.to(like.dtype) if values.dtype.kind == "f" else tensor
 
 
+def device_of(like: Array) -> dict[str, Any]:
+    """Keyword arguments that make a new array where `like` is: NumPy's functions take none."""
+    return {"device": like.device} if is_torch_array(like) else {}
+
+
 def row_dots(a: Array, b: Array) -> Array:
     """Inner products of the rows of two (n, k) arrays: (n,)."""
     if is_torch_array(a):

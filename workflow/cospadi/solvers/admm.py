@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from cospadi.solvers._arrays import Array, array_namespace, inverse_spd, row_dots
+from cospadi.solvers._arrays import Array, array_namespace, device_of, inverse_spd, row_dots
 from cospadi.solvers._threads import one_blas_thread, over_rows
 from cospadi.solvers.entries import best_entries
 
@@ -82,7 +82,7 @@ class Scaled:
         xp = array_namespace(gram)
         diagonal = xp.linalg.diagonal(gram)
         ridge = RIDGE * float(xp.mean(diagonal))
-        eye = xp.eye(gram.shape[0], dtype=gram.dtype, **_device_of(gram))
+        eye = xp.eye(gram.shape[0], dtype=gram.dtype, **device_of(gram))
         self.scale = xp.sqrt(diagonal + ridge)
         self._double = (gram + ridge * eye) / (self.scale[:, None] * self.scale[None, :])
         self._eye = eye
@@ -213,7 +213,3 @@ def as_dtype(rows: Array, like: Array) -> Array:
     if isinstance(rows, np.ndarray):
         return np.ascontiguousarray(rows, like.dtype)
     return rows.to(like.dtype).contiguous()
-
-
-def _device_of(like: Array) -> dict:
-    return {} if isinstance(like, np.ndarray) else {"device": like.device}

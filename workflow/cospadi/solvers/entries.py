@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from cospadi.solvers._arrays import Array, array_namespace, is_torch_array, top_mask
+from cospadi.solvers._arrays import Array, array_namespace, device_of, top_mask
 
 # Where the budget is spent: over all entries, the same in every column (output) or row (input) of W, or 2 of every 4
 PATTERNS = ("matrix", "column", "row", "2:4")
@@ -60,5 +60,4 @@ def _top(scores: Array, count: int) -> Array:
     if count > 0:
         return top_mask(scores, count)
     xp = array_namespace(scores)
-    device = {"device": scores.device} if is_torch_array(scores) else {}
-    return xp.zeros(scores.shape, dtype=xp.bool, **device)
+    return xp.zeros(scores.shape, dtype=xp.bool, **device_of(scores))

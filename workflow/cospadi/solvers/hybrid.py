@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from cospadi.solvers._arrays import Array, array_namespace, leading_rows, spd_solver
+from cospadi.solvers._arrays import Array, array_namespace, device_of, leading_rows, spd_solver
 from cospadi.solvers._threads import one_blas_thread, over_rows, transposed_product
 from cospadi.solvers.admm import Scaled, fit_values, squared_error, stepwise, support_by_admm
 
@@ -168,5 +168,4 @@ def _product(codes: Array, atoms: Array) -> Array:
 
 def _eye(like: Array) -> Array:
     xp = array_namespace(like)
-    device = {"device": like.device} if hasattr(like, "is_cuda") else {}
-    return xp.eye(like.shape[0], dtype=like.dtype, **device)
+    return xp.eye(like.shape[0], dtype=like.dtype, **device_of(like))

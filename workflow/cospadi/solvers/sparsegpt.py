@@ -6,9 +6,7 @@ With ``H = X^T X`` and the upper Cholesky factor U of ``H^-1``, setting input i 
 
 from __future__ import annotations
 
-import numpy as np
-
-from cospadi.solvers._arrays import Array, array_namespace, diagonal_matrix, inverse_spd
+from cospadi.solvers._arrays import Array, array_namespace, device_of, diagonal_matrix, inverse_spd
 from cospadi.solvers._threads import in_pieces, one_blas_thread
 from cospadi.solvers.entries import best_entries, kept_of
 
@@ -49,7 +47,7 @@ def prune(
     costs = xp.linalg.diagonal(upper)
     left = xp.where(xp.linalg.diagonal(gram)[:, None] > 0, left, 0.0)
     quota = kept_of(pattern)
-    mask = xp.zeros(left.shape, dtype=xp.bool, **_device_of(left))
+    mask = xp.zeros(left.shape, dtype=xp.bool, **device_of(left))
     kept = 0
     # entries that compete are in one block
     block = BLOCK if quota is None else -(-BLOCK // quota[1]) * quota[1]
@@ -60,7 +58,7 @@ def prune(
             scores = (left[first:last] / costs[first:last, None]) ** 2
             mask[first:last] = best_entries(scores.T, due, pattern).T
             kept += due
-        errors = xp.zeros((last - first, d_out), dtype=left.dtype, **_device_of(left))
+        errors = xp.zeros((last - first, d_out), dtype=left.dtype, **device_of(left))
 
         def sweep(columns: slice, first: int = first, last: int = last, errors: Array = errors) -> None:
             here = left[first:last, columns]
@@ -89,7 +87,3 @@ def inverse_factor(gram: Array, damping: float) -> Array:
     mean = float(xp.mean(diagonal)) or 1.0
     added = xp.where(diagonal > 0, damping * mean, mean)
     return xp.linalg.cholesky(inverse_spd(gram + diagonal_matrix(added))).T
-
-
-def _device_of(like: Array) -> dict:
-    return {} if isinstance(like, np.ndarray) else {"device": like.device}
