@@ -6,7 +6,7 @@ from cospadi.stage import choose_device, script
 
 
 def main(snakemake, log):
-    from cospadi.evaluation import evaluate
+    from cospadi.evaluation.evaluate import evaluate
 
     evaluate(
         Path(snakemake.input.model),

@@ -19,7 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cospadi import factorize
 from cospadi.checkpoint import assemble, densify
 from cospadi.errors import ArtifactError, ConfigError, CospadiError, NumericalError
-from cospadi.evaluation import TASKS, evaluate, generate, heldout_pieces, last_word_passages
+from cospadi.evaluation.evaluate import evaluate
+from cospadi.evaluation.generation import generate
+from cospadi.evaluation.heldout import TASK_FILES, heldout_pieces, last_word_passages
 from cospadi.files import ModelFolder, write_tensors
 
 # bounds are those of float32, whatever the processor is best at
@@ -108,7 +110,7 @@ def test_plain_lm_eval_gives_the_same_given_the_path(llama, tiny_text, tmp_path)
         "hf",
         {"pretrained": str(llama), "max_length": 64, "add_bos_token": False, "device": "cpu"},
         tasks=["heldout"],
-        task_manager=TaskManager(include_path=str(TASKS), include_defaults=False, metadata=metadata),
+        task_manager=TaskManager(include_path=str(TASK_FILES), include_defaults=False, metadata=metadata),
         bootstrap_iters=0,
     )["results"]["heldout"]
     assert scores["word_perplexity,none"] == pytest.approx(expected["word"], rel=1e-6)
@@ -182,7 +184,9 @@ def test_uniform_model_has_the_perplexity_of_its_vocabulary(llama, tiny_text, tm
 
 def test_what_is_recorded(tiny_model, tiny_text, tmp_path, monkeypatch):
     lines = []
-    monkeypatch.setattr("cospadi.evaluation.choose_dtype", lambda dtype, device: ("bfloat16", f"{dtype} on {device}"))
+    monkeypatch.setattr(
+        "cospadi.evaluation.evaluate.choose_dtype", lambda dtype, device: ("bfloat16", f"{dtype} on {device}")
+    )
     result = evaluate(
         tiny_model("qwen3"),
         {**PERPLEXITY, "dtype": "auto", "generate": {"prompts": ["The old river", "A"], "max_new_tokens": 5}},
@@ -436,7 +440,7 @@ def test_task_whose_data_is_missing(llama, tmp_path):
 
 def test_unknown_task(llama, tmp_path, monkeypatch):
     # the index of lm-eval's own tasks takes seconds to build
-    monkeypatch.setattr("cospadi.evaluation.TaskManager", lambda: TaskManager(include_defaults=False))
+    monkeypatch.setattr("cospadi.evaluation.tasks.TaskManager", lambda: TaskManager(include_defaults=False))
     monkeypatch.setattr(TaskManager, "all_tasks", ["hellaswag", "piqa"])
     with pytest.raises(ConfigError, match=r"evaluation\.tasks: 'helaswag' is not a task .* did you mean hellaswag\?"):
         evaluate(llama, {"tasks": ["helaswag"]}, output=tmp_path / "eval.json")

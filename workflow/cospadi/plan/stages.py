@@ -300,7 +300,7 @@ STAGES = table_of(
         jobs=_evaluate,
         work=lambda plan, wildcards: plan.estimates.evaluate(),
         # the runtime is inside every model that uses it: when it changes, that is assembled anew
-        code=code_of("cospadi.evaluation", without="cospadi.runtime", data="tasks"),
+        code=code_of("cospadi.evaluation.evaluate", without="cospadi.runtime", data="evaluation/task_files"),
         threads="evaluate",
         uses_gpu=True,
     ),

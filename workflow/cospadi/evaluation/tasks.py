@@ -1,0 +1,83 @@
+"""Zero-shot tasks: those of lm-eval, the user's own, and ``last_word``, which is made of the held-out text."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+from lm_eval.tasks import TaskManager
+
+from cospadi.errors import ConfigError
+from cospadi.evaluation.heldout import TASK_FILES
+from cospadi.evaluation.scoring import ScoringLM, offline, run_lm_eval
+
+_LAST_WORD = "last_word"
+
+# what is reported of a task that has several of these
+_PRIMARY_METRICS = ("acc_norm", "acc", "exact_match", "word_perplexity", "perplexity")
+
+
+def score_tasks(lm: ScoringLM, evaluation: Mapping[str, Any], heldout: Path | None) -> dict[str, Any]:
+    names, folder = evaluation["tasks"], evaluation.get("task_path")
+    managers = []
+    if folder is not None:
+        managers.append(TaskManager(include_path=str(folder), include_defaults=False))
+    known = set(managers[0].all_tasks) if managers else set()
+    local, public = [name for name in names if name in known], [name for name in names if name not in known]
+    scores: dict[str, Any] = {}
+    if _LAST_WORD in public:
+        if heldout is None:
+            raise ConfigError([f"evaluation.tasks: {_LAST_WORD} needs a held-out text"])
+        public.remove(_LAST_WORD)
+        with offline():
+            metadata = {"heldout": str(heldout)}
+            manager = TaskManager(include_path=str(TASK_FILES), include_defaults=False, metadata=metadata)
+            scores |= _run_tasks(lm, manager, [_LAST_WORD], evaluation)
+    if public:
+        manager = TaskManager()
+        unknown = [name for name in public if name not in manager.all_tasks]
+        if unknown:
+            raise ConfigError([_unknown_task(name, folder, [*manager.all_tasks, *known]) for name in unknown])
+        scores |= _run_tasks(lm, manager, public, evaluation)
+    if local:
+        with offline():
+            scores |= _run_tasks(lm, managers[0], local, evaluation)
+    return scores
+
+
+def _run_tasks(
+    lm: ScoringLM, manager: TaskManager, names: Sequence[str], evaluation: Mapping[str, Any]
+) -> dict[str, Any]:
+    scores = run_lm_eval(
+        lm_eval.simple_evaluate,
+        lm,
+        tasks=list(names),
+        task_manager=manager,
+        num_fewshot=evaluation.get("num_fewshot", 0),
+        limit=evaluation.get("limit"),
+        log_samples=False,
+    )
+    tasks = {}
+    for name, values in scores["results"].items():
+        metrics = {
+            key.removesuffix(",none"): value
+            for key, value in values.items()
+            if isinstance(value, float) and math.isfinite(value) and "_stderr" not in key
+        }
+        primary = next((metric for metric in _PRIMARY_METRICS if metric in metrics), None)
+        tasks[name] = {"metrics": metrics} | ({"primary": primary} if primary else {})
+        tasks[name]["num_fewshot"] = scores["n-shot"].get(name)
+        tasks[name]["documents"] = scores["n-samples"].get(name, {}).get("effective")
+    return tasks
+
+
+def _unknown_task(name: str, folder: str | None, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=3)
+    hint = f"; did you mean {', '.join(close)}?" if close else ""
+    where = f" or {folder}" if folder else ""
+    return f"evaluation.tasks: {name!r} is not a task of lm-eval {version('lm_eval')}{where}{hint}"
