@@ -4,9 +4,9 @@ from cospadi.stage import script
 
 
 def main(snakemake, log):
+    from cospadi.calibration.walk import Walk
     from cospadi.files import read_json
     from cospadi.pruning.fitting import fit_transforms
-    from cospadi.pruning.walk import Walk
 
     fit_transforms(
         Walk.of_job(snakemake, log),

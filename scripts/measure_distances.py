@@ -4,8 +4,8 @@ from cospadi.stage import script
 
 
 def main(snakemake, log):
+    from cospadi.calibration.walk import Walk
     from cospadi.pruning.distances import measure
-    from cospadi.pruning.walk import Walk
 
     measure(Walk.of_job(snakemake, log), snakemake.output[0], samples=snakemake.params.samples)
 

@@ -66,7 +66,7 @@ def test_every_file_of_the_package_is_in_the_wheel(unpacked):
     }
     found = {path.relative_to(unpacked / "cospadi") for path in (unpacked / "cospadi").rglob("*") if path.is_file()}
     assert found == kept
-    assert {"schemas", "tasks"} <= {path.parts[0] for path in found}
+    assert {"schemas", "task_files"} <= {part for path in found for part in path.parts}
 
 
 def test_configs_are_checked_and_counted(run, unpacked, tmp_path, tiny_model):

@@ -10,6 +10,7 @@ import pytest
 import safetensors.numpy
 
 from cospadi.budget import nbytes_left
+from cospadi.calibration.walk import Walk
 from cospadi.calibration.windows import prepare_windows
 from cospadi.checkpoint import assemble, target_bytes
 from cospadi.errors import ConfigError
@@ -19,7 +20,6 @@ from cospadi.learning import learn_unit
 from cospadi.methods import METHODS, masa, svd_llm
 from cospadi.problem import Matrix, Metric, Problem, matrices_of
 from cospadi.pruning import drift
-from cospadi.pruning.walk import Walk
 from cospadi.quantization import quantize_unit
 from cospadi.structure import chosen, inspect_model
 

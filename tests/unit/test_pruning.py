@@ -12,15 +12,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from cospadi.calibration.walk import Place, Walk
 from cospadi.errors import ArtifactError, ConfigError, NumericalError, UnsupportedModelError
 from cospadi.files import ModelFolder, read_json
 from cospadi.pruning import PRUNERS
 from cospadi.pruning.distances import measure
+from cospadi.pruning.edit import Edit
 from cospadi.pruning.estimators import Moments, Rows, fit_cosine
 from cospadi.pruning.fitting import fit_transforms
 from cospadi.pruning.folding import insert_transform, prune, read_transforms
 from cospadi.pruning.selection import contiguous, cuts_of, least_influence, random_cut, select, several
-from cospadi.pruning.walk import Edit, Place, Walk
 from cospadi.structure import inspect_model
 
 FOLDABLE = ("llama", "mistral", "qwen2", "qwen3")
@@ -105,7 +106,7 @@ def test_groups_of_windows_follow_each_other(tiny_model, windows, monkeypatch):
     folder = tiny_model("llama")
     places = [Place("output", 2), Place("mlp", 0)]
     (whole,) = walk_of(folder, windows).groups(places)
-    monkeypatch.setattr("cospadi.pruning.walk.GROUP_BYTES", 1)  # a batch, four windows, is the least
+    monkeypatch.setattr("cospadi.calibration.walk.GROUP_BYTES", 1)  # a batch, four windows, is the least
     for blocks in (0, 2):
         groups = list(walk_of(folder, windows, blocks_per_job=blocks).groups(places))
         assert [len(group.lengths) for group in groups] == [4, 4, 2]

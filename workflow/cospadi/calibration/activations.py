@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
 
 from cospadi.errors import ArtifactError, ConfigError
 from cospadi.files import explaining, replacing
+
+if TYPE_CHECKING:
+    import torch
 
 FORMAT_VERSION = 1
 
@@ -46,6 +49,22 @@ def writing(path: str | Path, attributes: Mapping[str, Any]) -> Iterator[h5py.Fi
     with replacing(path) as temporary, h5py.File(temporary, "w") as file:
         file.attrs.update(attributes)
         yield file
+
+
+def to_stored(tensor: torch.Tensor) -> np.ndarray:
+    """A tensor's values as they are stored (`STORED_AS`)."""
+    import torch
+
+    tensor = tensor.contiguous()
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy()
+
+
+def from_stored(block: np.ndarray, dtype: str) -> torch.Tensor:
+    """A stored block as a tensor of `dtype`."""
+    import torch
+
+    tensor = torch.from_numpy(block)
+    return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
 
 
 def to_float32(block: np.ndarray, dtype: str) -> np.ndarray:

@@ -10,18 +10,26 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import h5py
 import numpy as np
 
-from cospadi.calibration.activations import FORMAT_VERSION, STORED_AS, first_heldout, reading, writing
+from cospadi.calibration.activations import (
+    FORMAT_VERSION,
+    STORED_AS,
+    first_heldout,
+    from_stored,
+    reading,
+    to_stored,
+    writing,
+)
+from cospadi.calibration.walk import Chunk, Tap, Windows, read_windows
 from cospadi.errors import ArtifactError, NumericalError
 from cospadi.provenance import check_provenance, tokens_digest
 from cospadi.stage import choose_dtype
-from cospadi.structure import find_blocks, load_layers
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +37,6 @@ if TYPE_CHECKING:
 LOSS_LIMIT = 0.01  # share of batches that may be lost to NaN or infinity
 
 _CHUNK_BYTES = 2**20
-_WINDOWS_REMEDY = "Delete it and run again to prepare the calibration windows anew"
 
 
 def collect(
@@ -91,30 +98,28 @@ def collect(
     ArtifactError
         If the windows or hidden states are damaged or do not fit the model, or the disk is too small.
     """
-    import torch
-
     if layers.step != 1 or not 0 <= layers.start < layers.stop <= structure["n_layers"]:
         raise ValueError(f"{layers} is no range of consecutive layers of a model of {structure['n_layers']} layers")
     if (hidden_in is None) != (layers.start == 0):
         raise ValueError("hidden_in is needed by every chunk but the one that starts at layer 0")
-    input_ids, attention_mask, seed = read_windows(windows, structure["vocab_size"])
+    read = read_windows(windows, structure["vocab_size"])
     belongs = {
         "format_version": FORMAT_VERSION,
         "fingerprint": structure["fingerprint"],
-        "tokens": tokens_digest(input_ids, attention_mask),
+        "tokens": tokens_digest(read.input_ids, read.attention_mask),
     }
-    samples, length = input_ids.shape
+    samples, length = read.input_ids.shape
     hidden_shape = (samples, length, structure["hidden_size"])
     dtype, reason = _chosen_dtype(dtype, device, hidden_in, layers.start - 1)
     log(f"computing in {dtype}: {reason}")
     if hidden_in is not None:
         _check_hidden(hidden_in, hidden_shape, dtype, layers.start - 1, belongs)
     heldout_from = first_heldout(samples, heldout_fraction)
-    _check_disk(structure, layers, rows_out, hidden_out, mode, dtype, int(attention_mask.sum()), hidden_shape)
+    _check_disk(structure, layers, rows_out, hidden_out, mode, dtype, int(read.attention_mask.sum()), hidden_shape)
     attributes = {
         **belongs,
         "model": structure["model"],
-        "seed": seed,
+        "seed": read.seed,
         "dtype": dtype,
         "dtype_reason": reason,
         "n_windows": samples,
@@ -122,57 +127,49 @@ def collect(
         "heldout_from": heldout_from,
     }
 
-    model = load_layers(model_folder, layers.start, layers.stop - 1, dtype=dtype, device=device)
-    _, blocks = find_blocks(model)
-    step = max(1, batch_tokens // length)
-    starts = range(0, samples, step)
-
+    chunk = Chunk(model_folder, layers, dtype=dtype, device=device)
+    step = read.step(batch_tokens)
+    batches = [slice(start, min(start + step, samples)) for start in range(0, samples, step)]
     with contextlib.ExitStack() as stack:
         rows_file = stack.enter_context(writing(rows_out, attributes))
-        sites = []
+        sites, taps = [], []
         for index in layers:
             layer = structure["layers"][index]
             for site in layer["sites"]:
-                group = rows_file.create_group(f"{layer['name']}/{site['name']}")
+                name = f"{layer['name']}/{site['name']}"
+                group = rows_file.create_group(name)
                 if mode == "store":
-                    sink: _Sink = _Rows(group, site["d_in"], dtype, attention_mask)
+                    sink: _Sink = _Rows(group, site["d_in"], dtype, read.attention_mask)
                 else:
-                    sink = _Gram(group, site["d_in"], attention_mask, heldout_from, device)
-                sites.append(_Site(f"{layer['name']}/{site['name']}", group, sink, len(starts)))
-                module = blocks[index - layers.start].get_submodule(site["name"])
-                module.register_forward_pre_hook(sites[-1].hook)
-        last_output: list[torch.Tensor] = []
-        blocks[-1].register_forward_hook(lambda module, inputs, output: last_output.append(output))
+                    sink = _Gram(group, site["d_in"], read.attention_mask, heldout_from, device)
+                sites.append(_Site(name, group, sink, len(batches)))
+                taps.append(Tap(index, site["name"], "input", sites[-1].see))
+        hidden = None
         if hidden_out is not None:
             hidden_file = stack.enter_context(writing(hidden_out, {**attributes, "last_layer": layers.stop - 1}))
             hidden = hidden_file.create_dataset(
                 "hidden", hidden_shape, STORED_AS[dtype], chunks=(1, *hidden_shape[1:]), fletcher32=True
             )
-
-        begun = logged = time.monotonic()
-        for start in starts:
-            batch = slice(start, min(start + step, samples))
-            mask = torch.from_numpy(attention_mask[batch]).to(device)
-            for site in sites:
-                site.batch, site.mask = batch, mask.bool()
-            if hidden_in is None:
-                entrance = {"input_ids": torch.from_numpy(input_ids[batch]).to(device)}
-            else:
-                entrance = {"inputs_embeds": _read_hidden(hidden_in, batch, dtype).to(device)}
-            with torch.inference_mode():
-                model(**entrance, attention_mask=mask, use_cache=False)
-            if hidden_out is not None:
-                hidden[batch] = _to_numpy(last_output[0])
-            last_output.clear()
-
-            now = time.monotonic()
-            if now - logged > 1 or batch.stop == samples:
-                rate = attention_mask[: batch.stop].sum() / (now - begun)
-                eta = (now - begun) / batch.stop * (samples - batch.stop)
-                log(f"{batch.stop}/{samples} windows, {rate:.0f} tokens/s, eta {eta:.0f} s")
-                logged = now
+        for batch in _logged(batches, read, log):
+            entrance = None if hidden_in is None else _read_hidden(hidden_in, batch, dtype)
+            last = chunk.run(read, batch, entrance, taps)
+            if hidden is not None:
+                hidden[batch] = to_stored(last)
         for site in sites:
             site.finish()
+
+
+def _logged(batches: Sequence[slice], windows: Windows, log: Callable[[str], None]) -> Iterator[slice]:
+    """The batches, with a line of progress now and then."""
+    begun = logged = time.monotonic()
+    for batch in batches:
+        yield batch
+        now = time.monotonic()
+        if now - logged > 1 or batch is batches[-1]:
+            rate = windows.attention_mask[: batch.stop].sum() / (now - begun)
+            eta = (now - begun) / batch.stop * (batches[-1].stop - batch.stop)
+            log(f"{batch.stop}/{batches[-1].stop} windows, {rate:.0f} tokens/s, eta {eta:.0f} s")
+            logged = now
 
 
 class _Sink(Protocol):
@@ -200,7 +197,7 @@ class _Rows:
         )
 
     def add(self, rows: torch.Tensor, batch: slice) -> None:
-        self._rows[self._filled : self._filled + len(rows)] = _to_numpy(rows)
+        self._rows[self._filled : self._filled + len(rows)] = to_stored(rows)
         self._filled += len(rows)
         self._window_rows[batch] = self._lengths[batch]
 
@@ -244,23 +241,20 @@ class _Site:
 
     def __init__(self, name: str, group: h5py.Group, sink: _Sink, n_batches: int) -> None:
         self.name = name
-        self.batch = slice(0, 0)
-        self.mask: torch.Tensor
         self._group = group
         self._sink = sink
         self._n_batches = n_batches
         self._n_skipped = 0
 
-    def hook(self, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        rows = inputs[0][self.mask]  # (n_tokens, d_in), window after window
+    def see(self, rows: torch.Tensor, batch: slice) -> None:
         if rows.isfinite().all():
-            self._sink.add(rows, self.batch)
+            self._sink.add(rows, batch)
             return
         self._n_skipped += 1
         if self._n_skipped > LOSS_LIMIT * self._n_batches:
             raise NumericalError(
                 f"{self.name}: the input was NaN or infinite in {self._n_skipped} of {self._n_batches} batches, more "
-                f"than the {LOSS_LIMIT:.0%} that may be lost (last: windows {self.batch.start}-{self.batch.stop - 1}). "
+                f"than the {LOSS_LIMIT:.0%} that may be lost (last: windows {batch.start}-{batch.stop - 1}). "
                 "Compute in bfloat16 or float32, and check the model's weights"
             )
 
@@ -279,32 +273,6 @@ def _second_moment(rows: torch.Tensor) -> torch.Tensor:
         array = rows.numpy()
         return torch.from_numpy(array.T @ array)
     return rows.T @ rows
-
-
-def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    import torch
-
-    tensor = tensor.contiguous()
-    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy()
-
-
-def read_windows(path: str | Path, vocab_size: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Token ids (int64) and mask (int64), both (samples, length), and the seed they were drawn with."""
-    with reading(path, _WINDOWS_REMEDY) as file:
-        input_ids = file["input_ids"][:].astype(np.int64)
-        attention_mask = file["attention_mask"][:].astype(np.int64)
-        says, seed = dict(file.attrs), int(file.attrs.get("seed", -1))
-    if input_ids.ndim != 2 or input_ids.size == 0 or input_ids.shape != attention_mask.shape:
-        problem = f"input_ids {input_ids.shape} and attention_mask {attention_mask.shape} are no (samples, length)"
-        raise ArtifactError(path, problem, _WINDOWS_REMEDY)
-    if not np.isin(attention_mask, (0, 1)).all() or not attention_mask.any(axis=1).all():
-        problem = "attention_mask holds values other than 0 and 1, or a window without tokens"
-        raise ArtifactError(path, problem, _WINDOWS_REMEDY)
-    if input_ids.min() < 0 or input_ids.max() >= vocab_size:
-        problem = f"token ids reach from {input_ids.min()} to {input_ids.max()}, the model knows 0 to {vocab_size - 1}"
-        raise ArtifactError(path, problem, "Prepare the calibration windows with the tokenizer of this model")
-    check_provenance(path, says, {"format_version": FORMAT_VERSION}, _WINDOWS_REMEDY)
-    return input_ids, attention_mask, seed
 
 
 def _hidden_remedy(last_layer: int) -> str:
@@ -339,11 +307,9 @@ def _check_hidden(
 
 
 def _read_hidden(path: str | Path, batch: slice, dtype: str) -> torch.Tensor:
-    import torch
-
     with reading(path, "Delete it and run again to collect the layers before anew") as file:
-        block = torch.from_numpy(file["hidden"][batch])
-    return block.view(torch.bfloat16) if dtype == "bfloat16" else block
+        block = file["hidden"][batch]
+    return from_stored(block, dtype)
 
 
 def _check_disk(

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cospadi.calibration.walk import Place, Walk
 from cospadi.files import write_json
-from cospadi.pruning.walk import Place, Walk
 
 if TYPE_CHECKING:
     import torch

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cospadi.calibration.walk import Place, Walk
 from cospadi.files import ModelFolder, write_json
-from cospadi.pruning.walk import Place, Walk
 from cospadi.structure import load_layers, read_tensor
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 import scipy.linalg
 
-from cospadi.calibration.activations import STORED_AS, reading
+from cospadi.calibration.activations import STORED_AS, from_stored, reading, to_stored
 from cospadi.errors import NumericalError
 
 if TYPE_CHECKING:
@@ -133,19 +133,14 @@ class Rows:
 
     def add(self, mlp: torch.Tensor, residual: torch.Tensor, target: torch.Tensor) -> None:
         """Append tokens: M, Y and L, each (n, d)."""
-        import torch
-
         with h5py.File(self.path, "r+") as file:
             for name, tensor in zip(self.names, (mlp, residual, target), strict=True):
-                tensor = tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor
                 file[name].resize(self.n_tokens + len(tensor), axis=0)
-                file[name][self.n_tokens :] = tensor.cpu().numpy()
+                file[name][self.n_tokens :] = to_stored(tensor)
         self.n_tokens += len(mlp)
 
     def batches(self, size: int, order: np.random.Generator | None = None) -> Iterator[tuple[torch.Tensor, ...]]:
         """M, Y and L (n, d) float32 in batches of about `size` tokens; `order` shuffles segments of 64 neighbours."""
-        import torch
-
         starts = np.arange(0, self.n_tokens, _SEGMENT)
         if order is not None:
             starts = order.permutation(starts)
@@ -157,8 +152,7 @@ class Rows:
                 tensors = []
                 for dataset in datasets:
                     block = np.concatenate([dataset[start : start + _SEGMENT] for start in picked])
-                    tensor = torch.from_numpy(block)
-                    tensors.append((tensor.view(torch.bfloat16) if self.dtype == "bfloat16" else tensor).float())
+                    tensors.append(from_stored(block, self.dtype).float())
                 yield tuple(tensors)
 
 

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from cospadi.calibration.activations import STORED_AS
+from cospadi.calibration.walk import Place, Walk
 from cospadi.errors import ArtifactError
 from cospadi.files import write_json, write_tensors
+from cospadi.pruning.edit import Edit
 from cospadi.pruning.estimators import Moments, Rows, fit_cosine
 from cospadi.pruning.folding import check_foldable
-from cospadi.pruning.walk import Edit, Place, Walk
 
 FORMAT_VERSION = 1
 

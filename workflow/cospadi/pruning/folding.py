@@ -14,6 +14,7 @@ import numpy as np
 from cospadi.checkpoint import MAX_SHARD_BYTES, StoredTensor, origin_of, write_folder
 from cospadi.errors import ArtifactError, ConfigError, UnsupportedModelError
 from cospadi.files import ModelFolder, TensorFile
+from cospadi.pruning.edit import fold
 from cospadi.structure import FOLDABLE
 
 if TYPE_CHECKING:
@@ -108,11 +109,12 @@ def prune(
         if block is not None and block not in kept:
             continue
         file = folder.file_of(name)
-        read = functools.partial(_transformed, file, name, folded[name]) if name in folded else None
         new_name = name
         if block is not None:
             new_name = f"{stem}{kept.index(block)}{name.removeprefix(f'{stem}{block}')}"
-        tensors.append(StoredTensor(new_name, file.nbytes(name), read or functools.partial(file.read, name)))
+        tensors.append(
+            StoredTensor(new_name, file.nbytes(name), functools.partial(_read, file, name, folded.get(name)))
+        )
     write_folder(
         output,
         _config(folder, kept),
@@ -168,10 +170,9 @@ def _block_of(name: str, stem: str) -> int | None:
     return int(name.removeprefix(stem).partition(".")[0])
 
 
-def _transformed(file: TensorFile, name: str, transform: np.ndarray) -> np.ndarray:
-    """``T^T W`` of a weight (hidden_size, d_in), ``T^T b`` of a bias."""
+def _read(file: TensorFile, name: str, transform: np.ndarray | None) -> np.ndarray:
     stored = file.read(name)
-    return (transform.T @ stored.astype(np.float64)).astype(stored.dtype)
+    return stored if transform is None else fold(transform, stored)
 
 
 def _config(folder: ModelFolder, kept: Sequence[int]) -> dict[str, Any]:

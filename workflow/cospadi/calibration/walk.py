@@ -1,0 +1,318 @@
+"""Windows of tokens go through a model, a chunk of consecutive blocks at a time, and chosen tensors are looked at.
+
+A `Chunk` runs one batch: of token ids, or of the hidden states that the chunk before it gave. So memory holds its
+blocks and not the model. `collect` drives one chunk a job, with the hidden states between them in files; a `Walk` goes
+through all chunks in one job, in the model as it is and in the model as edited.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+
+from cospadi.calibration.activations import FORMAT_VERSION, reading
+from cospadi.errors import ArtifactError, NumericalError
+from cospadi.provenance import check_provenance
+from cospadi.stage import choose_device, choose_dtype
+from cospadi.structure import find_blocks, load_layers, read_structure
+
+if TYPE_CHECKING:
+    import torch
+
+GROUP_BYTES = 2**28
+
+_REMEDY = "Delete it and run again to prepare the calibration windows anew"
+
+
+class Windows(NamedTuple):
+    """Token ids (int64) and mask (int64, 0 on pads), both (samples, length), and the seed they were drawn with."""
+
+    input_ids: np.ndarray
+    attention_mask: np.ndarray
+    seed: int
+
+    def step(self, batch_tokens: int) -> int:
+        """Windows that go through a model together: at least one."""
+        return max(1, batch_tokens // self.input_ids.shape[1])
+
+
+def read_windows(path: str | Path, vocab_size: int) -> Windows:
+    """Read what `windows.prepare_windows` wrote, for a model that knows `vocab_size` tokens.
+
+    Raises
+    ------
+    ArtifactError
+        If the file is damaged, or holds tokens that the model does not know.
+    """
+    with reading(path, _REMEDY) as file:
+        input_ids = file["input_ids"][:].astype(np.int64)
+        attention_mask = file["attention_mask"][:].astype(np.int64)
+        says, seed = dict(file.attrs), int(file.attrs.get("seed", -1))
+    if input_ids.ndim != 2 or input_ids.size == 0 or input_ids.shape != attention_mask.shape:
+        problem = f"input_ids {input_ids.shape} and attention_mask {attention_mask.shape} are no (samples, length)"
+        raise ArtifactError(path, problem, _REMEDY)
+    if not np.isin(attention_mask, (0, 1)).all() or not attention_mask.any(axis=1).all():
+        problem = "attention_mask holds values other than 0 and 1, or a window without tokens"
+        raise ArtifactError(path, problem, _REMEDY)
+    if input_ids.min() < 0 or input_ids.max() >= vocab_size:
+        problem = f"token ids reach from {input_ids.min()} to {input_ids.max()}, the model knows 0 to {vocab_size - 1}"
+        raise ArtifactError(path, problem, "Prepare the calibration windows with the tokenizer of this model")
+    check_provenance(path, says, {"format_version": FORMAT_VERSION}, _REMEDY)
+    return Windows(input_ids, attention_mask, seed)
+
+
+class Tap(NamedTuple):
+    """A place in a forward pass and who looks at it.
+
+    Attributes
+    ----------
+    block : int
+        Number of the block in the model.
+    module : str
+        Name of a module inside the block; empty for the block itself.
+    side : {"input", "output"}
+        What enters the module, or what leaves it.
+    see : callable
+        ``see(rows, batch)``: rows (n_tokens, d), window after window without pads, of the windows ``batch``, a slice.
+    """
+
+    block: int
+    module: str
+    side: Literal["input", "output"]
+    see: Callable[[torch.Tensor, slice], None]
+
+
+class Chunk:
+    """Consecutive blocks of a model in memory.
+
+    Parameters
+    ----------
+    model_folder : path-like
+    layers : range
+        Their numbers in the model.
+    dtype : {"bfloat16", "float16", "float32"}
+    device : str
+    """
+
+    def __init__(self, model_folder: str | Path, layers: range, *, dtype: str, device: str) -> None:
+        self.layers = layers
+        self.device = device
+        self._model = load_layers(model_folder, layers.start, layers.stop - 1, dtype=dtype, device=device)
+        _, self._blocks = find_blocks(self._model)
+
+    def block(self, number: int) -> torch.nn.Module:
+        """The block that has this number in the model."""
+        return self._blocks[number - self.layers.start]
+
+    def run(self, windows: Windows, batch: slice, hidden: torch.Tensor | None, taps: Iterable[Tap]) -> torch.Tensor:
+        """Send a batch of windows through the chunk.
+
+        Parameters
+        ----------
+        windows : Windows
+        batch : slice
+            Of the windows.
+        hidden : tensor (n_windows, length, hidden_size) or None
+            What the chunk before gave for them; None: the chunk begins with the token ids.
+        taps : iterable of Tap
+            All in blocks of the chunk.
+
+        Returns
+        -------
+        tensor (n_windows, length, hidden_size)
+            What the last block gives, before any final norm.
+        """
+        import torch
+
+        mask = torch.from_numpy(windows.attention_mask[batch]).to(self.device)
+        if hidden is None:
+            entrance = {"input_ids": torch.from_numpy(windows.input_ids[batch]).to(self.device)}
+        else:
+            entrance = {"inputs_embeds": hidden.to(self.device)}
+        last: list[torch.Tensor] = []
+        with contextlib.ExitStack() as hooks:
+            _hook(hooks, self._blocks[-1], "output", last.append)
+            for tap in taps:
+                module = self.block(tap.block).get_submodule(tap.module)
+                _hook(hooks, module, tap.side, lambda tensor, see=tap.see: see(tensor[mask.bool()], batch))
+            with torch.inference_mode():
+                self._model(**entrance, attention_mask=mask, use_cache=False)
+        return last[0]
+
+
+def _hook(
+    hooks: contextlib.ExitStack, module: torch.nn.Module, side: str, look: Callable[[torch.Tensor], None]
+) -> None:
+    """Have `look` called with what enters or leaves a module, until `hooks` is closed."""
+    if side == "input":
+        handle = module.register_forward_pre_hook(lambda module, inputs: look(inputs[0]))
+    else:
+        handle = module.register_forward_hook(lambda module, inputs, output: look(output))
+    hooks.callback(handle.remove)
+
+
+class Edit(Protocol):
+    """What is done to a model while it is walked."""
+
+    def applied(self, chunk: Chunk) -> contextlib.AbstractContextManager[None]:
+        """A block of code in which the chunk is edited."""
+
+
+# where a kind of place is: module in the block, and side of it
+_MODULES = {"output": ("", "output"), "mlp": ("mlp", "output"), "residual": ("post_attention_layernorm", "input")}
+
+
+class Place(NamedTuple):
+    """A tensor inside a forward pass: of which block, and of which model.
+
+    ``output``: the residual stream behind the block, before any final norm (block -1: the embeddings); ``mlp``: M,
+    what the block's MLP gives; ``residual``: Y, what M is added to. `pruned`: in the model as the edit leaves it.
+    """
+
+    kind: Literal["output", "mlp", "residual"]
+    block: int
+    pruned: bool = False
+
+    def tap(self, see: Callable[[torch.Tensor, slice], None]) -> Tap:
+        """The place for a `Chunk`."""
+        if self.block == -1:
+            return Tap(0, "", "input", see)
+        modules = {
+            "output": ("", "output"),
+            "mlp": ("mlp", "output"),
+            "residual": ("post_attention_layernorm", "input"),
+        }
+        return Tap(self.block, *modules[self.kind], see)
+
+
+class Group(NamedTuple):
+    """Rows of a group of windows: place to (n_tokens, hidden_size), pads left out; tokens of each window."""
+
+    rows: dict[Place, torch.Tensor]
+    lengths: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Walk:
+    """A walk through a whole model in one job; `groups` walks.
+
+    Memory holds a chunk of blocks and the rows of a group of windows, however many windows there are: groups are as
+    large as `GROUP_BYTES` allows. Where the model has several chunks, they are loaded anew for every group.
+
+    Attributes
+    ----------
+    model_folder : path-like
+        The dense model.
+    structure : mapping
+        From `structure.inspect_model`.
+    windows : path-like
+        The calibration windows; pads are left out.
+    dtype, batch_tokens, device
+        As in `collect.collect`, `dtype` without ``auto``.
+    dtype_reason : str
+        Why this dtype, for the artifacts.
+    blocks_per_job : int
+        Blocks in memory at a time; 0 is all.
+    log : callable
+    """
+
+    model_folder: str | Path
+    structure: Mapping[str, Any]
+    windows: str | Path
+    dtype: Literal["bfloat16", "float16", "float32"]
+    batch_tokens: int
+    blocks_per_job: int
+    device: str = "cpu"
+    dtype_reason: str = ""
+    log: Callable[[str], None] = print
+
+    @classmethod
+    def of_job(cls, job: Any, log: Callable[[str], None]) -> Walk:
+        """What Snakemake's `job` walks: its inputs model, structure and windows, its params walk and device."""
+        device = choose_device(job.params.device)
+        dtype, reason = choose_dtype(job.params.walk["dtype"], device)
+        log(f"computing in {dtype}: {reason}")
+        return cls(
+            model_folder=job.input.model,
+            structure=read_structure(job.input.structure),
+            windows=job.input.windows,
+            device=device,
+            log=log,
+            **{**job.params.walk, "dtype": dtype, "dtype_reason": reason},
+        )
+
+    @property
+    def arithmetic(self) -> dict[str, str]:
+        """What every artifact of a walk says about the numbers in it."""
+        return {"dtype": self.dtype, "dtype_reason": self.dtype_reason}
+
+    def groups(
+        self, places: Sequence[Place], *, edit: Edit | None = None, samples: int | None = None
+    ) -> Iterator[Group]:
+        """Yield what is found at `places`, a group of windows after the other.
+
+        Parameters
+        ----------
+        places : sequence of Place
+        edit : Edit, optional
+            Makes the model of places with ``pruned``.
+        samples : int, optional
+            Read only so many windows, the first.
+
+        Raises
+        ------
+        NumericalError
+            If a value is not finite.
+        """
+        import torch
+
+        windows = read_windows(self.windows, self.structure["vocab_size"])
+        count, length = windows.input_ids[:samples].shape
+        stop = max(place.block for place in places) + 1
+        size = self.blocks_per_job or stop
+        chunks = [range(first, min(first + size, stop)) for first in range(0, stop, size)] or [range(1)]
+        models = sorted({place.pruned for place in places})
+        step = windows.step(self.batch_tokens)
+        state_bytes = length * self.structure["hidden_size"] * getattr(torch, self.dtype).itemsize
+        group = max(step, GROUP_BYTES // (state_bytes * (len(places) + len(models))) // step * step)
+
+        chunk = None
+        for start in range(0, count, group):
+            end = min(start + group, count)
+            batches = [slice(first, min(first + step, end)) for first in range(start, end, step)]
+            rows: dict[Place, list[torch.Tensor]] = {place: [] for place in places}
+            taps = {place: place.tap(_keeping(rows[place], place)) for place in places}
+            hidden: dict[tuple[bool, int], torch.Tensor] = {}
+            for layers in chunks:
+                if chunk is None or len(chunks) > 1:
+                    chunk = None  # before the next is loaded
+                    chunk = Chunk(self.model_folder, layers, dtype=self.dtype, device=self.device)
+                for batch in batches:
+                    for pruned in models:
+                        here = [tap for place, tap in taps.items() if place.pruned == pruned and tap.block in layers]
+                        with edit.applied(chunk) if pruned and edit else contextlib.nullcontext():
+                            last = chunk.run(windows, batch, hidden.pop((pruned, batch.start), None), here)
+                        if layers is not chunks[-1]:
+                            hidden[pruned, batch.start] = last
+            self.log(f"{end}/{count} windows")
+            lengths = windows.attention_mask[start:end].sum(axis=1)
+            yield Group({place: torch.cat(parts) for place, parts in rows.items()}, lengths)
+
+
+def _keeping(kept: list[torch.Tensor], place: Place) -> Callable[[torch.Tensor, slice], None]:
+    """Append the rows of a place to a list, unless they are not finite."""
+
+    def keep(rows: torch.Tensor, batch: slice) -> None:
+        if not rows.isfinite().all():
+            raise NumericalError(
+                f"block {place.block}: {place.kind} holds NaN or infinity on the calibration windows. Compute in "
+                "bfloat16 or float32 (calibration.dtype), and check the model's weights"
+            )
+        kept.append(rows)
+
+    return keep
