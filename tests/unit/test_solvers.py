@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import hadamard
 
+from cospadi.arrays import orthonormal_rows
 from cospadi.errors import NumericalError
 from cospadi.solvers import SOLVERS, _arrays, htp, least_squares, multi_metric, starts, svd
 from cospadi.solvers._rounds import redraw, ridge_dictionary
@@ -496,10 +497,10 @@ def test_polar_factors_agree():
     rng = np.random.default_rng(0)
     matrix = (np.geomspace(1, 1e-5, 12)[:, None] * rng.standard_normal((12, 20))).astype(np.float64)
     u, _, vt = np.linalg.svd(matrix, full_matrices=False)
-    np.testing.assert_allclose(_arrays.orthonormal_rows(matrix), u @ vt, atol=1e-10)
-    np.testing.assert_allclose(_arrays.orthonormal_rows(torch.from_numpy(matrix)).numpy(), u @ vt, atol=1e-8)
+    np.testing.assert_allclose(orthonormal_rows(matrix), u @ vt, atol=1e-10)
+    np.testing.assert_allclose(orthonormal_rows(torch.from_numpy(matrix)).numpy(), u @ vt, atol=1e-8)
     matrix[3] = matrix[5]
-    rows = _arrays.orthonormal_rows(torch.from_numpy(matrix).float())
+    rows = orthonormal_rows(torch.from_numpy(matrix).float())
     np.testing.assert_allclose((rows @ rows.T).numpy(), np.eye(12), atol=1e-5)
 
 

@@ -1,10 +1,15 @@
-"""Arrays: NumPy on the CPU, torch on a GPU, and the two steps between them."""
+"""Arrays: NumPy on the CPU, torch on a GPU, the steps between them, and what several rooms compute with either."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+import scipy.linalg
+from array_api_compat import is_torch_array
+
+# Enough for singular values a millionth of the largest: each step makes small ones half as large again.
+_NEWTON_SCHULZ_STEPS = 60
 
 
 def to_numpy(array: Any) -> np.ndarray:
@@ -24,3 +29,28 @@ def on_device(array: np.ndarray, device: str) -> Any:
     import torch
 
     return torch.as_tensor(array, device=device)
+
+
+def orthonormal_rows(matrix: Any) -> Any:
+    """The matrix with orthonormal rows nearest to a (k, d) matrix, k <= d (its polar factor).
+
+    On CPU by SVD. For torch by Newton-Schulz iterations, matrix products only, because an SVD on a GPU takes seconds;
+    by SVD if they do not settle, as for a matrix of deficient rank.
+    """
+    if is_torch_array(matrix):
+        import torch
+
+        gram = matrix @ matrix.T
+        identity = torch.eye(gram.shape[0], dtype=matrix.dtype, device=matrix.device)
+        # the Frobenius norm of the Gram bounds the largest singular value, squared
+        rows = matrix / torch.linalg.matrix_norm(gram).sqrt().clamp_min(torch.finfo(matrix.dtype).tiny)
+        tolerance = 32 * torch.finfo(matrix.dtype).eps
+        for _ in range(_NEWTON_SCHULZ_STEPS):
+            gram = rows @ rows.T
+            if bool((gram - identity).abs().max() < tolerance):
+                return rows
+            rows = 1.5 * rows - 0.5 * (gram @ rows)
+        u, _, vt = torch.linalg.svd(matrix, full_matrices=False)
+    else:
+        u, _, vt = scipy.linalg.svd(matrix, full_matrices=False, check_finite=False)
+    return u @ vt

@@ -14,7 +14,6 @@ import json
 import math
 import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -25,6 +24,7 @@ from jsonschema import Draft202012Validator, ValidationError, validators
 
 from cospadi.errors import ConfigError
 from cospadi.methods import METHODS, warm_start_faults
+from cospadi.methods.base import sharing_option_faults
 from cospadi.pruning import PRUNERS
 from cospadi.registry import Entry
 from cospadi.sources import MODEL_SOURCES, TEXT_SOURCES
@@ -524,7 +524,7 @@ def _step_faults(where: str, variant: dict[str, Any]) -> Iterator[str]:
     if steps is None:
         entry = (PRUNERS | METHODS)[variant["method"]]
         yield from (f"{where}.{fault}" for fault in entry.faults(variant))
-        yield from (f"{where}.{fault}" for fault in _sharing_faults(variant))
+        yield from (f"{where}.{fault}" for fault in sharing_option_faults(variant, entry.defaults()))
         return
     first, second = (step["method"] for step in steps)
     if first not in PRUNERS or second not in METHODS:
@@ -534,26 +534,6 @@ def _step_faults(where: str, variant: dict[str, Any]) -> Iterator[str]:
         )
     for index, step in enumerate(steps):
         yield from _step_faults(f"{where}.steps.{index}", step)
-
-
-def _sharing_faults(variant: Mapping[str, Any]) -> Iterator[str]:
-    """Sharing that cannot be, or is none."""
-    share, bundles, targets = variant.get("share", ()), variant.get("share_within", ()), variant.get("targets")
-    for name, count in Counter(name for bundle in bundles for name in bundle).items():
-        if count > 1:
-            yield f"share_within: {name} is in {count} lists"
-    for index, bundle in enumerate(bundles):
-        if targets is not None and len(set(bundle) & set(targets)) < 2:
-            yield f"share_within.{index}: {_show(bundle)} shares nothing: targets has fewer than two of them"
-    if share and variant["group_size"] == 1:
-        yield (
-            f"share: {_show(share)} shares nothing with group_size: 1, a layer alone; "
-            "set group_size to 2 or more, or share to []"
-        )
-    # a method's own default is for all projections, whichever are chosen
-    given = share and share != METHODS[variant["method"]].options["share"]["default"]
-    if given and targets is not None and not set(share) & set(targets):
-        yield f"share: {_show(share)} shares nothing: targets has none of them; set share to []"
 
 
 def _warm_start_faults(variants: Mapping[str, Any]) -> Iterator[str]:

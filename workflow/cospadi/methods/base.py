@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -133,6 +134,38 @@ def planned_problems(
     chosen = settings.get("targets") or matrices
     targets = [Target(i, name, shape) for i in range(n_layers) for name, shape in matrices.items() if name in chosen]
     return [targets] if method.scope == "model" else shared(targets, settings)
+
+
+def sharing_option_faults(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> Iterator[str]:
+    """Values of `SHARING_OPTIONS` that contradict each other, or by which nothing is shared.
+
+    Parameters
+    ----------
+    settings : mapping
+        Complete, of a step; one without these options has no faults.
+    defaults : mapping
+        Of the step's method.
+    """
+    share, bundles, targets = settings.get("share", ()), settings.get("share_within", ()), settings.get("targets")
+    for name, count in Counter(name for bundle in bundles for name in bundle).items():
+        if count > 1:
+            yield f"share_within: {name} is in {count} lists"
+    for index, bundle in enumerate(bundles):
+        if targets is not None and len(set(bundle) & set(targets)) < 2:
+            yield f"share_within.{index}: {_list(bundle)} shares nothing: targets has fewer than two of them"
+    if share and settings["group_size"] == 1:
+        yield (
+            f"share: {_list(share)} shares nothing with group_size: 1, a layer alone; "
+            "set group_size to 2 or more, or share to []"
+        )
+    # a method's own default is for all projections, whichever are chosen
+    given = share and share != defaults["share"]
+    if given and targets is not None and not set(share) & set(targets):
+        yield f"share: {_list(share)} shares nothing: targets has none of them; set share to []"
+
+
+def _list(names: Sequence[str]) -> str:
+    return f"[{', '.join(names)}]"
 
 
 def sharing_faults(problems: Problems) -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +27,7 @@ from cospadi.methods.base import (
     work_of,
 )
 from cospadi.problem import Problem, Target, side_by_side
-from cospadi.solvers import SOLVERS
+from cospadi.solvers import SOLVERS, several_metrics
 from cospadi.solvers.starts import STARTS, dictionary_start, warm_start
 from cospadi.work import KSVD, PRODUCT, Work
 
@@ -185,8 +184,6 @@ def _fit_exactly(
 
     The start is the solution in the metric of the mean Gram, in whose whitened space all of this happens.
     """
-    # by name, so that variants with the mean metric do not rerun when it changes (`modules` says who depends on it)
-    multi_metric = importlib.import_module("cospadi.solvers.multi_metric")
     whitenings = list(problem.whitenings(whiten=options["whiten"], eta=options["eta"]))
     factors = [whitening.factor for whitening in whitenings]
     mean = whitening_factor(sum(factor.T @ factor for factor in factors) / len(factors))
@@ -196,7 +193,7 @@ def _fit_exactly(
     # L_l seen from the space of the mean: the sum of its squares is the identity there
     seen = [mean.unwhiten_right(factor) for factor in factors]
     given = {name: options[name] for name in ("tol", "max_seconds") if options[name] is not None}
-    solution = multi_metric.learn(
+    solution = several_metrics()(
         [on_device(mean.whiten(weight), device) for weight in problem.weights],
         [on_device((factor.T @ factor).astype(np.float32), device) for factor in seen],
         n_nonzero_coefs=start[0].diagnostics["n_nonzero_coefs"],

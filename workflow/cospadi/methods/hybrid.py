@@ -192,7 +192,7 @@ def work(targets: Sequence[Target], nbytes: int, options: Mapping[str, Any], sto
         rounds += TRIAL * len(SHARES_TRIED)
     elif (atoms_by_rule(d, n, options["pattern"]) if atoms is None else atoms) == 0:
         rounds = 0
-    return single_weights.work(targets, nbytes, products=100 + 34 * rounds, inversions=25)
+    return single_weights.work(targets, products=100 + 34 * rounds, inversions=25)
 
 
 def modules(options: Mapping[str, Any]) -> list[str]:

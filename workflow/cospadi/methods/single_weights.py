@@ -6,7 +6,7 @@ The dictionary is the identity and takes no bytes, so the whole budget goes to v
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from cospadi.budget import factors_nbytes
 from cospadi.codecs import IDENTITY, storage_of
 from cospadi.errors import ConfigError
 from cospadi.factorization import Factorization
-from cospadi.methods.base import Problems, budget_faults, work_of
+from cospadi.methods.base import Method, Problems, budget_faults, work_of
 from cospadi.problem import Metric, Problem, Target, side_by_side
 from cospadi.work import PRODUCT, Work
 
@@ -121,7 +121,63 @@ def kept(weights: Any, mask: Any, pattern: str, storage: Mapping[str, Any], **di
     return Factorization(None, codes * mask, support=support_of(pattern), mask=mask, **storage, diagnostics=diagnostics)
 
 
-def work(targets: Sequence[Target], nbytes: int, *, products: float = 0.0, inversions: float = 0.0) -> Work:
+def method(
+    *,
+    name: str,
+    summary: str,
+    keep: Callable[..., tuple[Any, Any]],
+    solver: str,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    products: float = 0.0,
+    inversions: float = 0.0,
+) -> Method:
+    """A method that says which weights stay and what they become; the rest is the same for all such.
+
+    Parameters
+    ----------
+    name, summary : str
+    keep : callable
+        ``keep(problem, n_kept, pattern, device, **options) -> weights, mask``, both (d_in, sum of d_out); on the device
+        or not.
+    solver : str
+        The module of `solvers` that it uses.
+    options : mapping
+        By default ``pattern`` alone.
+    products, inversions : float
+        What it computes, as in `work`.
+    """
+    options = {"pattern": PATTERN} if options is None else options
+
+    def fit(
+        problem: Problem,
+        nbytes: int,
+        *,
+        storage: Mapping[str, Any],
+        device: str = "cpu",
+        log: Callable[[str], None] | None = None,
+        warm: Factorization | None = None,
+        **given: Any,
+    ) -> list[Factorization]:
+        chosen = {option: schema["default"] for option, schema in options.items()} | given
+        pattern = chosen.pop("pattern")
+        n_kept = n_entries(problem.shape, nbytes, pattern=pattern, **storage)
+        weights, mask = keep(problem, n_kept, pattern, device, **chosen)
+        n_nonzero = int(to_numpy(mask).sum())
+        return problem.split(kept(weights, mask, pattern, storage, solver=solver, n_nonzero=n_nonzero))
+
+    return Method(
+        name=name,
+        summary=summary,
+        options=options,
+        factors="single weights",
+        fit=fit,
+        work=lambda targets, nbytes, options, storage: work(targets, products=products, inversions=inversions),
+        modules=lambda options: [keep.__module__, f"cospadi.solvers.{solver}"],
+        faults=faults,
+    )
+
+
+def work(targets: Sequence[Target], *, products: float = 0.0, inversions: float = 0.0) -> Work:
     """Work of a problem: so many products of a square matrix with the weight, so many inversions of the Gram."""
     d, n = side_by_side([target.shape for target in targets])
     return work_of(d, n, d, inversions * 2 * d**3, seconds=products * 2 * d * d * n / PRODUCT)

@@ -15,6 +15,7 @@ import h5py
 import numpy as np
 import scipy.linalg
 
+from cospadi.arrays import orthonormal_rows
 from cospadi.calibration.activations import STORED_AS, from_stored, reading, to_stored
 from cospadi.errors import NumericalError
 
@@ -85,7 +86,7 @@ class Moments:
         if not (np.isfinite(gram).all() and np.isfinite(cross).all()) or not gram.any():
             raise NumericalError("the MLP's outputs are zero, NaN or infinite; check the model's weights")
         if structure == "orthogonal":
-            return nearest_orthogonal(cross)
+            return orthonormal_rows(cross)
         alpha = ridge * np.trace(gram) / len(gram)
         if structure == "diagonal":
             return np.diag(np.diag(cross) / np.maximum(np.diag(gram) + alpha, np.finfo(np.float64).tiny))
@@ -207,7 +208,7 @@ def fit_cosine(
     if structure == "diagonal":
         initial = initial.diagonal().clone()
     elif structure == "orthogonal":
-        initial = _orthogonal(initial)
+        initial = orthonormal_rows(initial)
     parameter = initial.clone().requires_grad_(True)
     optimizer = torch.optim.Adam([parameter], lr=lr)
     order = np.random.default_rng(random_state)
@@ -238,7 +239,7 @@ def fit_cosine(
             optimizer.step()
             if structure == "orthogonal":
                 with torch.no_grad():
-                    parameter.copy_(_orthogonal(parameter))
+                    parameter.copy_(orthonormal_rows(parameter))
             running += float(losses.detach().sum())
         if not np.isfinite(running):
             raise NumericalError(f"the cosine objective became {running} in epoch {epoch}; lower lr ({lr})")
@@ -247,16 +248,3 @@ def fit_cosine(
     history[-1]["loss"] = mean_loss()
     result = parameter.detach().double().cpu().numpy()
     return (np.diag(result) if structure == "diagonal" else result), history
-
-
-def nearest_orthogonal(matrix: np.ndarray) -> np.ndarray:
-    """Polar factor ``U V^T`` of a matrix ``U S V^T``."""
-    left, _, right = scipy.linalg.svd(matrix)
-    return left @ right
-
-
-def _orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    left, _, right = torch.linalg.svd(matrix)
-    return left @ right

@@ -6,12 +6,11 @@ imported when its solver is first asked for, so a job that runs ``htp`` never pa
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["SOLVERS", "Solution"]
+__all__ = ["SOLVERS", "Solution", "several_metrics"]
 
 
 @dataclass
@@ -35,22 +34,45 @@ class Solution:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
+def _htp() -> Callable[..., Solution]:
+    from cospadi.solvers.htp import learn
+
+    return learn
+
+
+def _ksvd() -> Callable[..., Solution]:
+    from cospadi.solvers.ksvd import learn
+
+    return learn
+
+
+def _procrustes() -> Callable[..., Solution]:
+    from cospadi.solvers.procrustes import learn
+
+    return learn
+
+
+def several_metrics() -> Callable[..., Solution]:
+    """`multi_metric.learn`: one dictionary for several targets, each in its own metric."""
+    from cospadi.solvers.multi_metric import learn
+
+    return learn
+
+
 class _Registry(Mapping[str, Callable[..., Solution]]):
     """Solver names to their ``learn`` functions; the module of a name is imported on first use."""
 
-    def __init__(self, modules: Mapping[str, str]) -> None:
-        self._modules = dict(modules)
+    def __init__(self, **importing: Callable[[], Callable[..., Solution]]) -> None:
+        self._importing = importing
 
     def __getitem__(self, name: str) -> Callable[..., Solution]:
-        return importlib.import_module(self._modules[name]).learn
+        return self._importing[name]()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._modules)
+        return iter(self._importing)
 
     def __len__(self) -> int:
-        return len(self._modules)
+        return len(self._importing)
 
 
-SOLVERS: Mapping[str, Callable[..., Solution]] = _Registry(
-    {name: f"cospadi.solvers.{name}" for name in ("htp", "ksvd", "procrustes")}
-)
+SOLVERS: Mapping[str, Callable[..., Solution]] = _Registry(htp=_htp, ksvd=_ksvd, procrustes=_procrustes)

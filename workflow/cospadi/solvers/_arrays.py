@@ -15,10 +15,9 @@ import numpy as np
 import scipy.linalg
 from array_api_compat import array_namespace, device, is_torch_array
 
-Array = Any
+from cospadi.arrays import orthonormal_rows
 
-# Enough for singular values a millionth of the largest: each step makes small ones half as large again.
-_NEWTON_SCHULZ_STEPS = 60
+Array = Any
 
 __all__ = ["Array", "array_namespace", "is_torch_array"]
 
@@ -126,15 +125,6 @@ def inverse_spd(matrix: Array) -> Array:
     return spd_solver(matrix)(np.eye(len(matrix), dtype=matrix.dtype))
 
 
-def svd(matrix: Array) -> tuple[Array, Array, Array]:
-    """Thin singular value decomposition ``u, s, vt``."""
-    if is_torch_array(matrix):
-        import torch
-
-        return tuple(torch.linalg.svd(matrix, full_matrices=False))
-    return scipy.linalg.svd(matrix, full_matrices=False, check_finite=False)
-
-
 def leading_rows(matrix: Array, count: int) -> Array:
     """Leading right singular vectors of an (n, d) matrix as orthonormal rows: (min(count, n, d), d).
 
@@ -162,26 +152,3 @@ def _leading_eigenvectors(gram: Array, count: int) -> Array:
     vectors = scipy.linalg.eigh(gram, subset_by_index=(size - count, size - 1), check_finite=False)[1]
     rows = np.ascontiguousarray(vectors.T[::-1])
     return rows * np.where(rows.sum(1) < 0, -1.0, 1.0)[:, None]
-
-
-def orthonormal_rows(matrix: Array) -> Array:
-    """The matrix with orthonormal rows nearest to a (k, d) matrix, k <= d (its polar factor).
-
-    On CPU by SVD. For torch by Newton-Schulz iterations, matrix products only, because an SVD on a GPU takes seconds;
-    by SVD if they do not settle, as for a matrix of deficient rank.
-    """
-    if is_torch_array(matrix):
-        import torch
-
-        gram = matrix @ matrix.T
-        identity = torch.eye(gram.shape[0], dtype=matrix.dtype, device=matrix.device)
-        # the Frobenius norm of the Gram bounds the largest singular value, squared
-        rows = matrix / torch.linalg.matrix_norm(gram).sqrt().clamp_min(torch.finfo(matrix.dtype).tiny)
-        tolerance = 32 * torch.finfo(matrix.dtype).eps
-        for _ in range(_NEWTON_SCHULZ_STEPS):
-            gram = rows @ rows.T
-            if bool((gram - identity).abs().max() < tolerance):
-                return rows
-            rows = 1.5 * rows - 0.5 * (gram @ rows)
-    u, _, vt = svd(matrix)
-    return u @ vt

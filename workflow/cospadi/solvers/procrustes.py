@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from cospadi.arrays import orthonormal_rows
 from cospadi.solvers import Solution
-from cospadi.solvers._arrays import Array, leading_rows, orthonormal_rows
+from cospadi.solvers._arrays import Array, leading_rows
 from cospadi.solvers._rounds import Rounds, as_rows, check_support, finish, initial, total_norm
 from cospadi.solvers._threads import one_blas_thread, over_rows, transposed_product
 from cospadi.solvers.starts import nearest_orthonormal, spread, threshold

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from cospadi.arrays import to_numpy
+from cospadi.arrays import orthonormal_rows, to_numpy
 from cospadi.solvers._arrays import (
     Array,
     array_namespace,
     from_numpy,
     leading_rows,
-    orthonormal_rows,
     row_dots,
     support_mask,
 )
