@@ -4,13 +4,15 @@ from cospadi.stage import script
 
 
 def main(snakemake, log):
+    from cospadi.calibration.activations import calibration_of
     from cospadi.checkpoint import assemble, check_codes
     from cospadi.files import read_json
 
     reports = [matrix for file in snakemake.input.diagnostics for matrix in read_json(file)["matrices"].values()]
     errors = [report["relative_error"] for report in reports]
     mean = f"{sum(errors) / len(errors):.4f}" if errors else "none: every matrix stays as it is"
-    check_codes(snakemake.input.model, snakemake.input.codes, snakemake.params.targets)
+    calibration = calibration_of(snakemake.input.windows, snakemake.params.collection)
+    check_codes(snakemake.input.model, snakemake.input.codes, snakemake.params.targets, calibration)
     assemble(
         snakemake.input.model,
         snakemake.input.codes,

@@ -6,6 +6,7 @@ from cospadi.stage import choose_device, script
 
 
 def main(snakemake, log):
+    from cospadi.calibration.activations import calibration_of
     from cospadi.learning import learn_unit
     from cospadi.structure import chosen, read_structure
 
@@ -15,6 +16,7 @@ def main(snakemake, log):
         [Path(file) for file in snakemake.input.gram],
         snakemake.params.layers,
         snakemake.params.variant,
+        calibration=calibration_of(snakemake.input.windows, snakemake.params.collection),
         output=Path(snakemake.output.factors),
         diagnostics=Path(snakemake.output.diagnostics),
         warm_factors=next(map(Path, snakemake.input.warm), None),

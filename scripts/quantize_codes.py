@@ -6,6 +6,7 @@ from cospadi.stage import script
 
 
 def main(snakemake, log):
+    from cospadi.calibration.activations import calibration_of
     from cospadi.quantization import quantize_unit
     from cospadi.structure import read_structure
 
@@ -16,6 +17,7 @@ def main(snakemake, log):
         Path(snakemake.input.factors),
         snakemake.params.layers,
         snakemake.params.variant,
+        calibration=calibration_of(snakemake.input.windows, snakemake.params.collection),
         output=Path(snakemake.output.codes),
         diagnostics=Path(snakemake.output.diagnostics),
         log=log,

@@ -4,10 +4,18 @@ from cospadi.stage import script
 
 
 def main(snakemake, log):
-    from cospadi.files import read_json, write_json
-    from cospadi.pruning.selection import select
+    from cospadi.calibration.activations import calibration_of
+    from cospadi.files import write_json
+    from cospadi.pruning.selection import choose
+    from cospadi.structure import read_structure
 
-    selection = select(snakemake.params.settings, read_json(snakemake.input[0]))
+    selection = choose(
+        snakemake.input.distances,
+        read_structure(snakemake.input.structure),
+        snakemake.params.settings,
+        samples=snakemake.params.samples,
+        calibration=calibration_of(snakemake.input.windows, snakemake.params.walk),
+    )
     log(f"cuts (first and last block): {selection['cuts']}")
     write_json(snakemake.output[0], selection)
 

@@ -11,10 +11,11 @@ import h5py
 import numpy as np
 import pytest
 
-from cospadi.calibration.activations import first_heldout, to_float32
+from cospadi.calibration import windows
+from cospadi.calibration.activations import calibration_of, first_heldout, to_float32
 from cospadi.calibration.collect import collect
 from cospadi.errors import ArtifactError, NumericalError
-from cospadi.gram import compute_gram, read_gram, sites
+from cospadi.gram import check_grams, compute_gram, read_gram, sites
 from cospadi.provenance import tokens_digest
 from cospadi.structure import inspect_model
 
@@ -29,10 +30,7 @@ def write_windows(path: Path, samples: int = 10, length: int = 32, pads: bool = 
         mask[1, 20:] = 0
         mask[6, 1:] = 0
         mask[9, :5] = 0  # pads on the left
-    with h5py.File(path, "w") as file:
-        file["input_ids"] = draw.integers(0, 390, (samples, length), np.int32)
-        file["attention_mask"] = mask
-        file.attrs.update(format_version=1, seed=42)
+    windows.write_windows(path, draw.integers(0, 390, (samples, length), np.int32), mask, seed=42)
     return path
 
 
@@ -166,10 +164,10 @@ def test_layout_of_the_file(job):
 def test_pad_tokens_never_enter(job):
     paths = job()
     before = rows_of(paths.rows)
-    with h5py.File(paths.windows, "r+") as file:
+    with h5py.File(paths.windows) as file:
         mask = file["attention_mask"][:]
         ids = file["input_ids"][:]
-        file["input_ids"][:] = np.where(mask == 0, (ids + 17) % 390, ids)
+    windows.write_windows(paths.windows, np.where(mask == 0, (ids + 17) % 390, ids), mask, seed=42)
     after = rows_of(job(name="other pads").rows)
     assert sum(map(len, before.values())) == 16 * int(mask.sum())
     for name in before:
@@ -276,6 +274,7 @@ def test_progress_lines(job):
         (lambda file: file["attention_mask"].__setitem__(3, 0), "a window without tokens"),
         (lambda file: file["attention_mask"].__setitem__((3, 0), 2), "other than 0 and 1"),
         (lambda file: file.__delitem__("attention_mask"), "expected layout"),
+        (lambda file: file["input_ids"].__setitem__((3, 4), 389), "is of tokens .*; expected is tokens"),
     ],
 )
 def test_windows_that_do_not_fit(job, tmp_path, change, message):
@@ -284,6 +283,32 @@ def test_windows_that_do_not_fit(job, tmp_path, change, message):
     with pytest.raises(ArtifactError, match=message):
         job()
     assert [path.name for path in tmp_path.iterdir()] == ["calibration.h5"]
+
+
+def test_what_was_computed_on_other_windows_is_refused(job, tmp_path):
+    """Windows of another seed or held out elsewhere, other arithmetic: in every file between tokens and Grams."""
+    settings = {"dtype": "bfloat16", "heldout_fraction": 0.2}
+    paths = job()
+    mine = calibration_of(paths.windows, settings)
+    assert set(mine) == {"tokens", "heldout_from", "dtype"} and mine["heldout_from"] == 8
+    assert calibration_of(paths.windows, {"dtype": "auto"}) == {"tokens": mine["tokens"]}
+    others = write_windows(tmp_path / "others.h5", pads=False)
+    compute_gram(paths.rows, 0, tmp_path / "g.h5", structure=paths.structure, calibration=mine, heldout_fraction=0.2)
+    assert check_grams([tmp_path / "g.h5"], paths.structure, [0], mine) == mine
+    for changed, differs in (
+        (calibration_of(others, settings), "tokens"),
+        (mine | {"dtype": "float32"}, "dtype"),
+        (calibration_of(paths.windows, {**settings, "heldout_fraction": 0.5}), "heldout_from"),
+    ):
+        with pytest.raises(ArtifactError, match=rf"g\.h5: is of {differs} "):
+            check_grams([tmp_path / "g.h5"], paths.structure, [0], changed)
+        if differs != "heldout_from":  # stored rows are parted when the Gram is computed
+            with pytest.raises(ArtifactError, match=rf"layers_all\.h5: is of {differs} "):
+                compute_gram(paths.rows, 0, tmp_path / "no.h5", structure=paths.structure, calibration=changed)
+    with h5py.File(others, "r+") as file:
+        del file.attrs["tokens"]
+    with pytest.raises(ArtifactError, match=r"others\.h5: says nothing of its tokens"):
+        calibration_of(others, settings)
 
 
 def test_truncated_windows(job, tmp_path):

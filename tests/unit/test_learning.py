@@ -283,7 +283,7 @@ def test_a_warm_start_begins_where_the_other_variant_ended(unit, tmp_path):
         end = first["matrices"][name]["history"][-1]["relative_error"]
         assert report["history"][0]["relative_error"] == pytest.approx(end, rel=0.01)
     (tmp_path / "more").mkdir()
-    with pytest.raises(ArtifactError, match=r"has no factors of model\.layers\.1\.q_proj"):
+    with pytest.raises(ArtifactError, match=r"is of layers \[0\]; expected is layers \[1\]"):
         run(unit, tmp_path / "more", [1], method="cospadi", warm_factors=start, warm_start="first")
 
 
@@ -384,6 +384,7 @@ def test_what_belongs_elsewhere_is_refused(unit, tmp_path):
     folder, structure, grams = unit
     mine = tmp_path / "factors.safetensors"
     output, diagnostics = tmp_path / "other.safetensors", tmp_path / "other.json"
+    arguments = folder, structure, [grams[0]], [0]
 
     def learn(gram: Path, structure: dict = structure) -> None:
         learn_unit(folder, structure, [gram], [0], variant, output=output, diagnostics=diagnostics)
@@ -415,6 +416,25 @@ def test_what_belongs_elsewhere_is_refused(unit, tmp_path):
     with pytest.raises(ArtifactError, match="is of tokens others; expected is tokens some"):
         both = [grams[0], tmp_path / "other_tokens.h5"]
         learn_unit(folder, structure, both, [0, 1], variant, output=output, diagnostics=diagnostics)
+    # all of them of other calibration windows, which the run's windows alone can tell
+    calibration = {"tokens": "of this run"}
+    with pytest.raises(ArtifactError, match=r"gram_0\.h5.*is of tokens some; expected is tokens of this run"):
+        learn_unit(*arguments, variant, calibration=calibration, output=output, diagnostics=diagnostics)
+    with pytest.raises(ArtifactError, match=r"factors\.safetensors: is of tokens some; expected is tokens of this run"):
+        files = {"output": output, "diagnostics": diagnostics}
+        quantize_unit(*arguments[:3], mine, [0], variant, calibration=calibration, **files)
+    with pytest.raises(ArtifactError, match=r"factors\.safetensors: is of layers \[0\]; expected is layers \[1\]"):
+        learn_unit(
+            folder, structure, [grams[1]], [1], variant, warm_factors=mine, output=output, diagnostics=diagnostics
+        )
+    with pytest.raises(ArtifactError, match=r"factors\.safetensors: is of tokens some; expected is tokens others"):
+        grams_of_others = [shutil.copy(grams[0], tmp_path / "others_0.h5")]
+        with h5py.File(grams_of_others[0], "r+") as file:
+            file.attrs["tokens"] = "others"
+        arguments = folder, structure, grams_of_others, [0]
+        learn_unit(*arguments, variant, warm_factors=mine, output=output, diagnostics=diagnostics)
+    with pytest.raises(ArtifactError, match=r"others_0\.h5: is of tokens others; expected is tokens some"):
+        quantize_unit(*arguments[:3], mine, [0], variant, output=output, diagnostics=diagnostics)
     with pytest.raises(ArtifactError, match=r"is of layers \[0\]; expected is layers \[1\]"):
         quantize(mine, layer=1)
     with pytest.raises(ArtifactError, match="is of settings"):
@@ -443,6 +463,17 @@ def test_codes_of_a_variant_are_complete_and_of_this_model(unit, tmp_path):
     (tmp_path / "other").mkdir()
     run(unit, tmp_path / "other", [1], **variant, ratio=0.5)
     with pytest.raises(ArtifactError, match="is of settings"):
+        check_codes(folder, [files[0], tmp_path / "other" / "codes.safetensors"], None)
+    with pytest.raises(ArtifactError, match="is of tokens some; expected is tokens of this run"):
+        check_codes(folder, files, None, {"tokens": "of this run"})
+    with h5py.File(unit[2][1], "r+") as file:
+        file.attrs["tokens"] = "others"
+    try:
+        run(unit, tmp_path / "other", [1], **variant)
+    finally:
+        with h5py.File(unit[2][1], "r+") as file:
+            file.attrs["tokens"] = "some"
+    with pytest.raises(ArtifactError, match="is of tokens others; expected is tokens some"):
         check_codes(folder, [files[0], tmp_path / "other" / "codes.safetensors"], None)
     another = tmp_path / "another"
     shutil.copytree(folder, another)

@@ -212,15 +212,14 @@ def learned(tiny_model, tmp_path_factory):
         tensors[f"model.layers.{layer}.self_attn.q_proj.weight"] = np.ascontiguousarray(weight.T).astype(BFLOAT16)
         grams.append(folder / f"layer_{layer:02d}.h5")
         with h5py.File(grams[-1], "w") as file:
-            file.attrs.update(format_version=1, fingerprint=structure["fingerprint"], layer=layer)
+            file.attrs.update(format_version=1, fingerprint=structure["fingerprint"], layer=layer, tokens="some")
             for site in structure["layers"][layer]["sites"]:
                 x = RNG.normal(size=(300, site["d_in"])) * np.roll(np.linspace(0.3, 2, site["d_in"]), 10 * layer)
                 file.create_dataset(f"{site['name']}/gram", data=x.T @ x)
                 file[site["name"]].attrs["n_heldout"] = 0
     safetensors.numpy.save_file(tensors, folder / "dense" / "model.safetensors", {"format": "pt"})
-    (folder / "drift.json").write_text(
-        json.dumps({"fingerprint": structure["fingerprint"], "drift": [1.0, 0.1, 0.1, 0.1]})
-    )
+    found = {"format_version": 1, "fingerprint": structure["fingerprint"], "tokens": "some"}
+    (folder / "drift.json").write_text(json.dumps({**found, "drift": [1.0, 0.1, 0.1, 0.1]}))
     codes = {"value_bits": 16, "rounding": "nearest"}
     variant = {"method": "masa", "ratio": 0.3, "groups": 1, "targets": list(ATTENTION), "codes": codes}
     arguments = folder / "dense", structure, grams

@@ -12,16 +12,28 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from cospadi.calibration.activations import calibration_of
 from cospadi.calibration.walk import Place, Walk
+from cospadi.calibration.windows import write_windows
 from cospadi.errors import ArtifactError, ConfigError, NumericalError, UnsupportedModelError
-from cospadi.files import ModelFolder, read_json
+from cospadi.files import ModelFolder, read_json, write_json
 from cospadi.pruning import PRUNERS
 from cospadi.pruning.distances import measure
 from cospadi.pruning.edit import Edit
 from cospadi.pruning.estimators import Moments, Rows, fit_cosine
 from cospadi.pruning.fitting import fit_transforms
 from cospadi.pruning.folding import insert_transform, prune, read_transforms
-from cospadi.pruning.selection import contiguous, cuts_of, least_influence, random_cut, select, several
+from cospadi.pruning.selection import (
+    choose,
+    contiguous,
+    cuts_of,
+    least_influence,
+    provenance,
+    random_cut,
+    read_selection,
+    select,
+    several,
+)
 from cospadi.structure import inspect_model
 
 FOLDABLE = ("llama", "mistral", "qwen2", "qwen3")
@@ -53,10 +65,7 @@ def windows(tmp_path: Path) -> Path:
     mask[1, 20:] = 0
     mask[6, 1:] = 0
     mask[9, :5] = 0
-    with h5py.File(tmp_path / "windows.h5", "w") as file:
-        file.attrs["format_version"] = 1
-        file["input_ids"] = draw.integers(0, 390, mask.shape, np.int32)
-        file["attention_mask"] = mask
+    write_windows(tmp_path / "windows.h5", draw.integers(0, 390, mask.shape, np.int32), mask)
     return tmp_path / "windows.h5"
 
 
@@ -225,6 +234,45 @@ def test_selection_is_recorded():
     assert select(settings("replaceme", blocks=[8, 2, 3]), distances)["cuts"] == [[2, 3], [8, 8]]
     with pytest.raises(ConfigError, match=r"\[10\] are not there; the model has blocks 0 to 9"):
         select(settings("uidl", blocks=[3, 10]), distances)
+
+
+def test_what_belongs_elsewhere_is_refused(tiny_model, windows, tmp_path):
+    """Distances, choice and transforms of another model, other windows, other settings or another cut."""
+    folder = tiny_model("llama", dtype="float32")
+    walk, mine = walk_of(folder, windows), calibration_of(windows, {"dtype": "float32"})
+    step, structure = settings("replaceme", blocks=1), walk.structure
+    distances, chosen_file, transforms = (tmp_path / name for name in ("d.json", "s.json", "t.safetensors"))
+    measure(walk, distances, samples=6)
+    write_json(chosen_file, choose(distances, structure, step, samples=6, calibration=mine))
+    selection = read_selection(chosen_file, structure, step, mine)
+    fit_transforms(walk, selection, step, output=transforms, diagnostics=tmp_path / "t.json")
+    belongs = {**provenance(structure, step), **mine, "cuts": selection["cuts"]}
+    (block,) = read_transforms(transforms, belongs)
+    assert selection["removed"] == [block + 1]
+
+    another = {**structure, "fingerprint": "another"}
+    with h5py.File(windows) as file:
+        write_windows(tmp_path / "others.h5", file["input_ids"][:][::-1], file["attention_mask"][:][::-1])
+    others = calibration_of(tmp_path / "others.h5", {"dtype": "float32"})
+    for changes, differs in (
+        ({"structure": another}, "fingerprint"),
+        ({"calibration": others}, "tokens"),
+        ({"calibration": {**mine, "dtype": "bfloat16"}}, "dtype"),
+        ({"samples": None}, "samples"),
+    ):
+        arguments = {"structure": structure, "settings": step, "samples": 6, "calibration": mine, **changes}
+        with pytest.raises(ArtifactError, match=rf"d\.json: is of {differs} "):
+            choose(distances, **arguments)
+        if differs != "samples":
+            with pytest.raises(ArtifactError, match=rf"s\.json: is of {differs} "):
+                read_selection(chosen_file, arguments["structure"], step, arguments["calibration"])
+            wrong = {**belongs, **provenance(arguments["structure"], step), **arguments["calibration"]}
+            with pytest.raises(ArtifactError, match=rf"t\.safetensors: is of {differs} "):
+                read_transforms(transforms, wrong)
+    with pytest.raises(ArtifactError, match=r"s\.json: is of settings "):
+        read_selection(chosen_file, structure, {**step, "ridge": 0.5}, mine)
+    with pytest.raises(ArtifactError, match=r"t\.safetensors: is of cuts \[\[.*\]\]; expected is cuts \[\[1, 3\]\]"):
+        read_transforms(transforms, {**belongs, "cuts": [[1, 3]]})
 
 
 # --- estimators ------------------------------------------------------------------------------------------------------
@@ -426,7 +474,7 @@ def test_planted_linear_blocks_are_replaced_without_loss(linear_model, windows, 
     scale = float(expected.std())
     assert float((found - expected).abs().max()) < 2e-3 * scale
     assert float((plain - expected).abs().max()) > 0.1 * scale  # removal alone is no match
-    cut = report["cuts"][0]
+    cut = report["fits"][0]
     assert cut["error"] < 1e-3 < 0.5 < cut["error_removal"]
     assert (cut["blocks"], cut["folded_into"], cut["n_tokens"]) == ([2, 3], 1, 272)
     assert removed["pruned"]["target_parameters"] == removed["dense"]["target_parameters"] / 2
@@ -447,15 +495,15 @@ def test_the_fit_is_least_squares_on_the_stream_before_the_final_norm(tiny_model
     scale = np.abs(expected).max()
     np.testing.assert_allclose(transforms[1], expected, atol=2e-3 * scale)
     error = np.linalg.norm(mlp @ expected - (target - residual)) / np.linalg.norm(target - residual)
-    assert report["cuts"][0]["error"] == pytest.approx(error, rel=1e-3)
+    assert report["fits"][0]["error"] == pytest.approx(error, rel=1e-3)
 
 
 def test_pads_do_not_enter(tiny_model, windows, fit):
     folder = tiny_model("llama")
     _, before, _ = fit(folder, [2], name="before")
-    with h5py.File(windows, "r+") as file:  # other tokens under the pads
+    with h5py.File(windows) as file:
         ids, mask = file["input_ids"][:], file["attention_mask"][:]
-        file["input_ids"][:] = np.where(mask == 0, 7, ids)
+    write_windows(windows, np.where(mask == 0, 7, ids), mask)  # other tokens under the pads
     _, after, _ = fit(folder, [2], name="after")
     np.testing.assert_allclose(before[1], after[1], rtol=1e-5, atol=1e-7)
 
@@ -465,7 +513,7 @@ def test_several_cuts(tiny_model, windows, fit, prefix):
     folder = tiny_model("llama", num_hidden_layers=6)
     _, transforms, report = fit(folder, [1, 3, 4], prefix=prefix, ridge=0.0, normalize=False)
     assert sorted(transforms) == [0, 2]
-    assert [cut["blocks"] for cut in report["cuts"]] == [[1, 1], [3, 4]]
+    assert [cut["blocks"] for cut in report["fits"]] == [[1, 1], [3, 4]]
     original = full_pass(folder, windows)
     target = original["stream 5"].double().numpy()
     seen = original
@@ -487,7 +535,7 @@ def test_several_cuts(tiny_model, windows, fit, prefix):
 def test_cosine_fits_lower_the_cosine_distance(tiny_model, windows, fit, options):
     folder = tiny_model("llama")
     _, transforms, report = fit(folder, [2, 3], dtype="bfloat16", objective="cosine", epochs=5, lr=5e-3, **options)
-    history = report["cuts"][0]["history"]
+    history = report["fits"][0]["history"]
     assert [entry["epoch"] for entry in history] == list(range(6))
     assert history[-1]["loss"] < (0.95 if options == {"start": "identity"} else 0.999) * history[0]["loss"]
     assert transforms[1].shape == (48, 48)

@@ -13,6 +13,7 @@ import pytest
 from cospadi.calibration.windows import prepare_windows
 from cospadi.errors import ArtifactError, ConfigError, NumericalError
 from cospadi.files import ModelFolder, write_tensors
+from cospadi.provenance import tokens_digest
 from cospadi.stage import choose_dtype
 
 EOS = 2
@@ -60,6 +61,7 @@ def test_packed_windows_are_pieces_of_the_joined_documents(tiny_model, tiny_text
     assert (attention_mask == 1).all()
     assert attributes == {
         "format_version": 1,
+        "tokens": tokens_digest(input_ids, attention_mask),
         "model": model.name,
         "seed": 42,
         "source": "text",

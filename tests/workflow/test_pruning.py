@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 
 import h5py
@@ -89,6 +90,16 @@ def test_targets_and_reruns(pruned, tmp_path):
     planned = run.planned()
     assert planned["fit_transforms"] == 2 and "measure_distances" not in planned
     assert planned["compute_gram"] == planned["learn_dictionary"] == 2  # the base of the third keeps what it has
+
+
+def test_a_choice_of_another_step_is_refused_by_name(pruned, tmp_path):
+    run = pruned.copy(tmp_path / "run")
+    results = run.results
+    selection = "pruning/selection.json"
+    shutil.copy(results / "short-1_svd-40/pruned" / selection, results / "ls-1" / selection)
+    shutil.rmtree(results / "ls-1/model")
+    output = run.snakemake("results/tiny/ls-1/model", succeeds=False)
+    assert f"ls-1/{selection}: is of settings" in output and not (results / "ls-1/model").exists()
 
 
 def test_report_shows_the_distances(pruned):

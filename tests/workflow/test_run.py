@@ -108,6 +108,32 @@ def test_one_lost_factor_file_is_one_job(run):
     assert (run.folder / target).exists()
 
 
+def test_files_of_another_calibration_are_refused_by_name(run, tmp_path):
+    """All Grams, or all codes, of a run with another seed: of the right model, layer, shape and time."""
+    import h5py
+
+    other = run.copy(tmp_path / "other")
+    other.config["calibration"]["seed"] = 7
+    codes = [f"results/tiny/cospadi-20/codes/layer_0{layer}.safetensors" for layer in range(4)]
+    other.snakemake(*codes)
+    factors = "results/tiny/cospadi-20/factors/layer_03.safetensors"
+    gram = "results/tiny/gram/layer_03.h5"
+    kept = (run.folder / gram).read_bytes()
+    shutil.copy(other.folder / gram, run.folder / gram)
+    (run.folder / factors).unlink()
+    with h5py.File(other.results / "calibration.h5") as file, h5py.File(run.results / "calibration.h5") as mine:
+        problem = f"is of tokens {file.attrs['tokens']}; expected is tokens {mine.attrs['tokens']}"
+    output = run.snakemake(factors, succeeds=False)
+    assert f"{gram}: {problem}" in output and not (run.folder / factors).exists()
+    (run.folder / gram).write_bytes(kept)
+    run.snakemake(*codes)
+    for path in codes:
+        shutil.copy(other.folder / path, run.folder / path)
+    shutil.rmtree(run.results / "cospadi-20/model")
+    output = run.snakemake("results/tiny/cospadi-20/model", succeeds=False)
+    assert f"{codes[0]}: {problem}" in output and not (run.results / "cospadi-20/model").exists()
+
+
 def test_single_layer_recomputes_nothing_else(run):
     before = (run.results / "cospadi-20/factors/layer_00.safetensors").stat().st_mtime_ns
     target = run.results / "cospadi-20/factors/layer_03.safetensors"

@@ -24,7 +24,7 @@ from cospadi.errors import ArtifactError, CospadiError
 from cospadi.factorization import dictionary_names, read_specs, tensor_names, unpack
 from cospadi.files import BFLOAT16, ModelFolder, TensorFile, data_files, explaining, read_object, replacing, write_json
 from cospadi.learning import FORMAT_VERSION as CODES_VERSION
-from cospadi.provenance import check_provenance, fingerprint
+from cospadi.provenance import CALIBRATION, check_provenance, fingerprint
 from cospadi.runtime.cospadi_checksums import CHECKSUMS, checksum_faults, write_checksums
 from cospadi.runtime.cospadi_format import (
     AUTO_MAP,
@@ -138,7 +138,12 @@ def assemble(
         (folder / "README.md").write_text(_model_card(base, folder, Path(output).resolve(), card))
 
 
-def check_codes(model_folder: str | Path, codes_files: Iterable[str | Path], targets: Sequence[str] | None) -> None:
+def check_codes(
+    model_folder: str | Path,
+    codes_files: Iterable[str | Path],
+    targets: Sequence[str] | None,
+    calibration: Mapping[str, Any] | None = None,
+) -> None:
     """Refuse codes that are not all of one variant of this model, before they are assembled.
 
     Parameters
@@ -149,20 +154,23 @@ def check_codes(model_folder: str | Path, codes_files: Iterable[str | Path], tar
         Written by `quantization.quantize_unit`.
     targets : sequence of str or None
         Projections that the variant factorizes; None: all.
+    calibration : mapping, optional
+        What they have to be of (`activations.calibration_of`); without it, all of the same.
 
     Raises
     ------
     ArtifactError
-        If a file is of another model, version or variant, or a matrix is in none of them.
+        If a file is of another model, version, variant or calibration, or a matrix is in none of them.
     """
     base = ModelFolder(model_folder)
-    belongs: dict[str, Any] = {"format_version": CODES_VERSION, "fingerprint": fingerprint(base)}
+    belongs = {"format_version": CODES_VERSION, "fingerprint": fingerprint(base), **(calibration or {})}
     there: set[str] = set()
     for path in codes_files:
         file = TensorFile(path, _REMEDY)
         header = file.metadata
         check_provenance(path, header, belongs, _REMEDY)
-        belongs |= {key: header.get(key) for key in ("settings", "codes")}  # one variant's: as in the first file
+        # of one variant and one calibration: as in the first file
+        belongs |= {key: header.get(key) for key in ("settings", "codes", *CALIBRATION)}
         there |= {*read_specs(file, CODECS, _REMEDY), *header.get("kept_dense", ())}
     wanted = {
         name.removesuffix(".weight")

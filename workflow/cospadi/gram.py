@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ import scipy.linalg
 
 from cospadi.calibration.activations import FORMAT_VERSION, STORED_AS, first_heldout, reading, to_float32, writing
 from cospadi.errors import ArtifactError, NumericalError
-from cospadi.provenance import check_provenance
+from cospadi.provenance import CALIBRATION, check_provenance, plain
 from cospadi.structure import layer_name
 
 # eigenvalues below this share of the mean diagonal are rounding noise of the Gram, not calibration data
@@ -36,6 +36,7 @@ def compute_gram(
     output: str | Path,
     *,
     structure: Mapping[str, Any],
+    calibration: Mapping[str, Any] | None = None,
     heldout_fraction: float = 0.0,
     dtype: Literal["float64", "float32"] = "float64",
 ) -> None:
@@ -55,6 +56,8 @@ def compute_gram(
         infinity), ``n_batches``, ``matrices`` (full names).
     structure : mapping
         What `cospadi.structure.inspect_model` found.
+    calibration : mapping, optional
+        What the activations have to be of (`activations.calibration_of`).
     heldout_fraction : float
         Share of the windows, the last ones, whose rows go to ``gram_heldout``; 0 <= heldout_fraction < 1.
     dtype : {"float64", "float32"}
@@ -65,8 +68,8 @@ def compute_gram(
     ConfigError
         If `heldout_fraction` leaves no window.
     ArtifactError
-        If the activations are damaged, lack the layer, have another width than the structure says, or were streamed
-        with another `heldout_fraction`.
+        If the activations are damaged, lack the layer, have another width than the structure says, are of another
+        model or other windows, or were streamed with another `heldout_fraction`.
     NumericalError
         If a Gram is not finite or no token is left for it.
     """
@@ -75,7 +78,9 @@ def compute_gram(
         says = dict(file.attrs)
         header = {key: file.attrs[key] for key in ("fingerprint", "tokens", "model", "seed", "dtype", "dtype_reason")}
         n_windows, mode, streamed_from = int(file.attrs["n_windows"]), file.attrs["mode"], file.attrs["heldout_from"]
-    belongs = {"format_version": FORMAT_VERSION, "fingerprint": structure["fingerprint"]}
+    # rows that are stored are parted here, whatever was held out when they were collected
+    asked = {key: value for key, value in (calibration or {}).items() if key != "heldout_from"}
+    belongs = {"format_version": FORMAT_VERSION, "fingerprint": structure["fingerprint"], **asked}
     check_provenance(activations, says, belongs, _ROWS_REMEDY)
     heldout_from = first_heldout(n_windows, heldout_fraction)
     if mode == "stream" and streamed_from != heldout_from:
@@ -85,7 +90,8 @@ def compute_gram(
             _ROWS_REMEDY,
         )
 
-    with writing(output, {**header, "format_version": FORMAT_VERSION, "layer": layer}) as target:
+    header |= {"format_version": FORMAT_VERSION, "layer": layer, "heldout_from": heldout_from}
+    with writing(output, header) as target:
         for site in structure["layers"][layer]["sites"]:
             with reading(activations, _ROWS_REMEDY) as file:
                 source = file[f"{name}/{site['name']}"]
@@ -115,27 +121,44 @@ def compute_gram(
                 group.create_dataset(key, data=gram.astype(dtype), chunks=True, fletcher32=True)
 
 
-def check_gram(path: str | Path, structure: Mapping[str, Any], layer: int, tokens: str | None = None) -> str | None:
-    """Refuse a Gram file that is not of this model and layer, or of other calibration tokens than `tokens`.
+def check_grams(
+    paths: Sequence[str | Path],
+    structure: Mapping[str, Any],
+    layers: Sequence[int],
+    calibration: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Refuse Gram files that are not of this model, of these layers, one a file, and of one calibration.
+
+    Parameters
+    ----------
+    paths : sequence of path-like
+    structure : mapping
+        From `structure.inspect_model`.
+    layers : sequence of int
+    calibration : mapping, optional
+        What they have to be of (`activations.calibration_of`), as far as it is known; of the rest, all of the same.
 
     Returns
     -------
-    str
-        Digest of the tokens that it is of, for the files that are read together with it.
+    dict
+        ``tokens``, ``heldout_from`` and ``dtype`` of the calibration, for what is made from them.
 
     Raises
     ------
     ArtifactError
-        If it is of another version, model or layer, of other tokens, or lacks a site.
+        If one is of another version, model or layer, of another calibration, or lacks a site.
     """
-    with reading(path, _GRAM_REMEDY) as file:
-        says, there = dict(file.attrs), set(file)
-    belongs = {"format_version": FORMAT_VERSION, "fingerprint": structure["fingerprint"], "layer": layer}
-    check_provenance(path, says, belongs if tokens is None else {**belongs, "tokens": tokens}, _GRAM_REMEDY)
-    missing = [site["name"] for site in structure["layers"][layer]["sites"] if site["name"] not in there]
-    if missing:
-        raise ArtifactError(path, f"has no Gram of {', '.join(missing)}", _GRAM_REMEDY)
-    return says.get("tokens")
+    expected = dict(calibration or {})
+    for layer, path in zip(layers, paths, strict=True):
+        with reading(path, _GRAM_REMEDY) as file:
+            says, there = plain(file.attrs), set(file)
+        belongs = {"format_version": FORMAT_VERSION, "fingerprint": structure["fingerprint"], "layer": layer}
+        check_provenance(path, says, {**belongs, **expected}, _GRAM_REMEDY)
+        missing = [site["name"] for site in structure["layers"][layer]["sites"] if site["name"] not in there]
+        if missing:
+            raise ArtifactError(path, f"has no Gram of {', '.join(missing)}", _GRAM_REMEDY)
+        expected = {key: says.get(key) for key in CALIBRATION}
+    return expected
 
 
 def sites(path: str | Path) -> dict[str, dict[str, Any]]:
@@ -147,7 +170,7 @@ def sites(path: str | Path) -> dict[str, dict[str, Any]]:
         If the file is missing or damaged.
     """
     with reading(path, _GRAM_REMEDY) as file:
-        return {name: _plain(group.attrs) for name, group in file.items()}
+        return {name: plain(group.attrs) for name, group in file.items()}
 
 
 def read_gram(path: str | Path, site: str, *, heldout: bool = False) -> np.ndarray:
@@ -312,7 +335,3 @@ def _cholesky(gram: np.ndarray) -> np.ndarray | None:
     norm = np.linalg.norm(gram, 1)
     reciprocal, _ = scipy.linalg.lapack.dpocon(factor, norm)
     return factor if reciprocal * norm >= EPS / 2 / math.sqrt(len(gram)) else None
-
-
-def _plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value.tolist() if hasattr(value, "tolist") else value for key, value in attributes.items()}

@@ -16,13 +16,15 @@ from cospadi.codecs import storage_of
 from cospadi.errors import ArtifactError
 from cospadi.factorization import Factorization, dictionary_names, read_specs, tensor_names, unpack
 from cospadi.files import ModelFolder, TensorFile, read_json, write_json, write_tensors
-from cospadi.gram import squared_norm
+from cospadi.gram import check_grams, squared_norm
 from cospadi.methods import METHODS, Method
 from cospadi.problem import Matrix, Metric, Problem, matrices_of, shared
 from cospadi.provenance import check_provenance, digest_of
 from cospadi.runtime.cospadi_format import FACTOR_CODECS
 
 FORMAT_VERSION = 1
+
+_WARM_REMEDY = "Run learn_dictionary of the variant that warm_start names again, for this unit"
 
 
 def learn_unit(
@@ -32,6 +34,7 @@ def learn_unit(
     layers: Sequence[int],
     variant: Mapping[str, Any],
     *,
+    calibration: Mapping[str, Any] | None = None,
     output: Path,
     diagnostics: Path,
     warm_factors: Path | None = None,
@@ -57,6 +60,8 @@ def learn_unit(
     layers : sequence of int
     variant : mapping
         ``method``, ``ratio``, ``codes`` and the method's options.
+    calibration : mapping, optional
+        What Grams and drift have to be of (`activations.calibration_of`); without it, all Grams of the same.
     output, diagnostics : Path
         ``factors/<unit>.safetensors`` and ``.json``.
     warm_factors : Path, optional
@@ -68,7 +73,11 @@ def learn_unit(
     ------
     NumericalError
         If a weight holds NaN or infinity.
+    ArtifactError
+        If Grams, drift or warm factors are of another model, other layers or another calibration.
     """
+    calibration = check_grams(gram_files, structure, layers, calibration)
+    belongs = provenance(structure, layers, variant, calibration)
     method = METHODS[variant["method"]]
     options = method.complete(variant)
     job = _Job(
@@ -76,8 +85,8 @@ def learn_unit(
         options=options,
         ratio=variant["ratio"],
         storage=storage_of(variant["codes"]),
-        warm=None if warm_factors is None else TensorFile(warm_factors),
-        drift=None if drift is None else _read_drift(drift, structure),
+        warm=None if warm_factors is None else _open_warm(warm_factors, belongs),
+        drift=None if drift is None else _read_drift(drift, belongs),
         device=device,
         log=log,
     )
@@ -103,7 +112,6 @@ def learn_unit(
         report["shared_with"] = [
             other for other, theirs in dictionaries.items() if other != name and theirs & dictionaries[name]
         ]
-    belongs = provenance(structure, layers, variant)
     write_tensors(output, tensors, {**belongs, "matrices": specs, "kept_dense": kept_dense})
     write_json(
         diagnostics,
@@ -121,8 +129,13 @@ def learn_unit(
     )
 
 
-def provenance(structure: Mapping[str, Any], layers: Sequence[int], variant: Mapping[str, Any]) -> dict[str, Any]:
-    """What factors of a unit belong to: version, model, layers, and the settings that decide them."""
+def provenance(
+    structure: Mapping[str, Any],
+    layers: Sequence[int],
+    variant: Mapping[str, Any],
+    calibration: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """What factors of a unit belong to: version, model, layers, the settings that decide them, and the calibration."""
     # how values are rounded is decided later
     codes = {key: value for key, value in variant["codes"].items() if key != "rounding"}
     return {
@@ -130,6 +143,7 @@ def provenance(structure: Mapping[str, Any], layers: Sequence[int], variant: Map
         "fingerprint": structure["fingerprint"],
         "layers": list(layers),
         "settings": digest_of({**variant, "codes": codes}),
+        **(calibration or {}),
     }
 
 
@@ -200,11 +214,18 @@ def _learn(job: _Job, groups: Sequence[Sequence[Matrix]], *, n_layers: int) -> I
         means = {key: mean for key, mean in means.items() if key in later}
 
 
-def _read_drift(path: Path, structure: Mapping[str, Any]) -> list[float]:
+def _read_drift(path: Path, belongs: Mapping[str, Any]) -> list[float]:
     remedy = "Delete it and run again to measure the drift anew"
     found = read_json(path, remedy)
-    check_provenance(path, found, {"fingerprint": structure["fingerprint"]}, remedy)
+    check_provenance(path, found, {key: belongs[key] for key in ("format_version", "fingerprint", "tokens")}, remedy)
     return found["drift"]
+
+
+def _open_warm(path: Path, belongs: Mapping[str, Any]) -> TensorFile:
+    """Factors to start from: of another variant, so of other settings."""
+    factors = TensorFile(path, _WARM_REMEDY)
+    check_provenance(path, factors.metadata, {k: v for k, v in belongs.items() if k != "settings"}, _WARM_REMEDY)
+    return factors
 
 
 def _arguments(job: _Job, problem: Problem) -> dict[str, Any]:
@@ -256,12 +277,11 @@ def _read_side_by_side(factors: TensorFile, names: Sequence[str]) -> Factorizati
     ArtifactError
         If a matrix is not in the file.
     """
-    remedy = "Run learn_dictionary of the variant that warm_start names again, for this unit"
-    specs = read_specs(factors, FACTOR_CODECS, remedy)
+    specs = read_specs(factors, FACTOR_CODECS, _WARM_REMEDY)
     found = []
     for name in names:
         if name not in specs:
             raise ArtifactError(factors.path, f"has no factors of {name}", "Name another variant as warm_start")
         tensors = {tensor: factors.read(tensor) for tensor in tensor_names(name, specs[name])}
-        found.append(unpack(tensors, specs[name], name, source=factors.path, remedy=remedy))
+        found.append(unpack(tensors, specs[name], name, source=factors.path, remedy=_WARM_REMEDY))
     return replace(found[0], codes=np.concatenate([part.codes for part in found], axis=1))

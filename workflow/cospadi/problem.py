@@ -17,7 +17,7 @@ import numpy as np
 from cospadi.errors import NumericalError
 from cospadi.factorization import Factorization
 from cospadi.files import ModelFolder
-from cospadi.gram import Whitening, check_gram, read_gram, sites, squared_norm, whitening_factor
+from cospadi.gram import Whitening, read_gram, sites, squared_norm, whitening_factor
 
 # Where all layers are one problem, so many whitenings stay in memory: those of a few layers that share
 _WHITENINGS_HELD = 4
@@ -187,16 +187,8 @@ def matrices_of(
     *,
     keep_grams: bool = True,
 ) -> Iterator[Matrix]:
-    """Every target matrix of `layers`, in the order of the model; one Gram file a layer, one `Metric` a site.
-
-    Raises
-    ------
-    ArtifactError
-        If a Gram file is of another model or layer, or two are of different calibration tokens.
-    """
-    tokens = None
+    """Every target matrix of `layers`, in the order of the model; one Gram file a layer, one `Metric` a site."""
     for layer, gram_file in zip(layers, gram_files, strict=True):
-        tokens = check_gram(gram_file, structure, layer, tokens)
         for site in structure["layers"][layer]["sites"]:
             d_in = site["matrices"][0]["shape"][0]
             metric = Metric.of_file(gram_file, site["name"], d_in, keep_gram=keep_grams)

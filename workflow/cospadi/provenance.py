@@ -17,6 +17,9 @@ import numpy as np
 from cospadi.errors import ArtifactError
 from cospadi.files import ModelFolder
 
+# What everything of a run that was computed on the calibration windows says of them
+CALIBRATION = ("tokens", "heldout_from", "dtype")
+
 # Of each tensor so many bytes count, from its start and its end: models that were trained apart differ there
 _SAMPLE = 4096
 
@@ -48,6 +51,11 @@ def tokens_digest(input_ids: np.ndarray, attention_mask: np.ndarray) -> str:
     return digest.hexdigest()[:32]
 
 
+def plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Attributes of an HDF5 file as ordinary values of Python."""
+    return {key: value.tolist() if hasattr(value, "tolist") else value for key, value in attributes.items()}
+
+
 def check_provenance(path: str | Path, found: Mapping[str, Any], expected: Mapping[str, Any], remedy: str) -> None:
     """Refuse an artifact that belongs elsewhere.
 
@@ -67,8 +75,7 @@ def check_provenance(path: str | Path, found: Mapping[str, Any], expected: Mappi
         Naming the first key that differs, and both values.
     """
     for key, value in expected.items():
-        have = found.get(key)
-        have = have.tolist() if hasattr(have, "tolist") else have
+        have = plain(found).get(key)
         if have != value:
             says = f"says nothing of its {key}" if have is None else f"is of {key} {have}"
             raise ArtifactError(path, f"{says}; expected is {key} {value}", remedy)

@@ -16,9 +16,10 @@ from cospadi.codecs import MIXTURE, storage_of
 from cospadi.errors import ArtifactError
 from cospadi.factorization import Factorization, dictionary_names, read_specs, tensor_names, unpack
 from cospadi.files import ModelFolder, TensorFile, write_json, write_tensors
+from cospadi.gram import check_grams
 from cospadi.learning import FORMAT_VERSION, provenance
 from cospadi.problem import Metric, matrices_of
-from cospadi.provenance import check_provenance
+from cospadi.provenance import CALIBRATION, check_provenance
 from cospadi.runtime.cospadi_format import FACTOR_CODECS
 
 _REMEDY = "Delete it and run again to learn this unit anew"
@@ -32,6 +33,7 @@ def quantize_unit(
     layers: Sequence[int],
     variant: Mapping[str, Any],
     *,
+    calibration: Mapping[str, Any] | None = None,
     output: Path,
     diagnostics: Path,
     log: Callable[[str], None] = print,
@@ -39,13 +41,14 @@ def quantize_unit(
     """Store the codes of a unit with ``codes.value_bits`` and the dictionary with ``codes.dictionary_bits``.
 
     Writes the packed tensors exactly as they go into the checkpoint, and per matrix its bytes and the relative
-    error of what the file holds.
+    error of what the file holds. Factors and Grams have to be of one calibration, of `calibration` where it is given.
     """
     codes = variant["codes"]
     folder = ModelFolder(model_folder)
     learned = TensorFile(factors)
-    belongs = provenance(structure, layers, variant)
-    check_provenance(factors, learned.metadata, belongs, _REMEDY)
+    check_provenance(factors, learned.metadata, provenance(structure, layers, variant, calibration), _REMEDY)
+    belongs = provenance(structure, layers, variant, {key: learned.metadata.get(key) for key in CALIBRATION})
+    check_grams(gram_files, structure, layers, {key: belongs[key] for key in CALIBRATION})
     learned_specs = read_specs(learned, FACTOR_CODECS, _REMEDY)
     sharers = Counter(part for spec in learned_specs.values() for part in dictionary_names(spec))
     tensors: dict[str, np.ndarray] = {}

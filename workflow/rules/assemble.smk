@@ -1,6 +1,7 @@
 rule assemble_model:
     input:
         model=lambda wildcards: plan.model_input(plan.base_of(wildcards.variant)),
+        windows=rules.prepare_calibration.output[0],
         codes=lambda wildcards: expand(
             rules.quantize_codes.output.codes,
             unit=plan.units(wildcards.variant),
@@ -28,6 +29,7 @@ rule assemble_model:
     params:
         variant=lambda wildcards: config["variants"][wildcards.variant],
         targets=lambda wildcards: plan.factorizing(wildcards.variant)["targets"],
+        collection=plan.collection(),
         model=lambda wildcards: plan.model_digest(ALL, base=plan.base_of(wildcards.variant)),
         code=plan.code("assemble"),
     message:

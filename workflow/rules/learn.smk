@@ -31,6 +31,7 @@ rule learn_dictionary:
     input:
         model=lambda wildcards: plan.model_input(plan.base_of(wildcards.variant)),
         structure=lambda wildcards: plan.structure_of(plan.base_of(wildcards.variant)),
+        windows=rules.prepare_calibration.output[0],
         gram=lambda wildcards: plan.grams_of(wildcards.unit, plan.base_of(wildcards.variant)),
         drift=lambda wildcards: plan.drift_of(wildcards.variant),
         warm=lambda wildcards: plan.warm_factors_of(wildcards.variant, wildcards.unit),
@@ -54,6 +55,7 @@ rule learn_dictionary:
     params:
         layers=lambda wildcards: layers_of(wildcards.unit),
         variant=lambda wildcards: plan.learning(wildcards.variant),
+        collection=plan.collection(),
         model=lambda wildcards: plan.model_digest(WEIGHTS, base=plan.base_of(wildcards.variant)),
         device=config["device"],
         code=plan.code("learn"),

@@ -59,7 +59,9 @@ rule plot_distances:
 
 rule select_blocks:
     input:
-        rules.measure_distances.output[0],
+        distances=rules.measure_distances.output[0],
+        structure="<results>/structure.json",
+        windows=rules.prepare_calibration.output[0],
     output:
         "<results>/{base}pruning/selection.json",
     log:
@@ -75,6 +77,8 @@ rule select_blocks:
         runtime=plan.runtime("select"),
     params:
         settings=lambda wildcards: plan.pruned_bases[wildcards.base],
+        samples=config["pruning"]["samples"],
+        walk=plan.pruning(),
         code=plan.code("select"),
     message:
         "Choosing the blocks that go ({wildcards.base})"
@@ -120,6 +124,7 @@ rule prune_model:
     input:
         model=plan.model_input(),
         structure="<results>/structure.json",
+        windows=rules.prepare_calibration.output[0],
         selection=rules.select_blocks.output[0],
         fitted=lambda wildcards: (
             [rules.fit_transforms.output.transforms, rules.fit_transforms.output.diagnostics]
@@ -144,6 +149,7 @@ rule prune_model:
     params:
         model=plan.model_digest(ALL),
         settings=lambda wildcards: plan.pruned_bases[wildcards.base],
+        walk=plan.pruning(),
         code=plan.code("prune"),
     message:
         "Writing {output.model}, without the blocks that go"

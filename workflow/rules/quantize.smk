@@ -2,6 +2,7 @@ rule quantize_codes:
     input:
         model=lambda wildcards: plan.model_input(plan.base_of(wildcards.variant)),
         structure=lambda wildcards: plan.structure_of(plan.base_of(wildcards.variant)),
+        windows=rules.prepare_calibration.output[0],
         gram=lambda wildcards: plan.grams_of(wildcards.unit, plan.base_of(wildcards.variant)),
         factors=rules.learn_dictionary.output.factors,
     output:
@@ -23,6 +24,7 @@ rule quantize_codes:
     params:
         layers=lambda wildcards: layers_of(wildcards.unit),
         variant=lambda wildcards: plan.factorizing(wildcards.variant),
+        collection=plan.collection(),
         model=lambda wildcards: plan.model_digest(WEIGHTS, base=plan.base_of(wildcards.variant)),
         code=plan.code("quantize"),
     message:

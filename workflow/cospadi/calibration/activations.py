@@ -1,4 +1,6 @@
-"""The activation file: how it is read and written, what its bits mean, which windows are held out. No torch needed."""
+"""The files of calibration: how they are read and written, what their bits mean, which windows are held out, and what
+everything that is computed from the windows has to say of itself. No torch needed.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,13 @@ import numpy as np
 
 from cospadi.errors import ArtifactError, ConfigError
 from cospadi.files import explaining, replacing
+from cospadi.provenance import check_provenance
 
 if TYPE_CHECKING:
     import torch
 
 FORMAT_VERSION = 1
+WINDOWS_REMEDY = "Delete it and run again to prepare the calibration windows anew"
 
 # how values of a dtype are stored; HDF5 has no bfloat16, so its bits travel as uint16
 STORED_AS = {"bfloat16": np.uint16, "float16": np.float16, "float32": np.float32}
@@ -90,3 +94,32 @@ def first_heldout(n_windows: int, fraction: float) -> int:
     if first < 1:
         raise ConfigError([f"heldout_fraction {fraction} leaves none of {n_windows} windows; take more samples"])
     return first
+
+
+def calibration_of(windows: str | Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What everything of a run says of the calibration that it was computed from, key by key.
+
+    Reads what the windows say of themselves, not the windows: who reads these compares them with their digest.
+
+    Parameters
+    ----------
+    windows : path-like
+        The calibration windows of the run.
+    settings : mapping
+        ``dtype`` of the config and, where windows are held out, ``heldout_fraction``.
+
+    Returns
+    -------
+    dict
+        ``tokens`` (digest of the windows); ``heldout_from`` (the first held-out window), if asked for; ``dtype``,
+        unless the config leaves it to the machine.
+    """
+    with reading(windows, WINDOWS_REMEDY) as file:
+        says, n_windows = dict(file.attrs), len(file["input_ids"])
+    check_provenance(windows, says, {"format_version": FORMAT_VERSION}, WINDOWS_REMEDY)
+    if "tokens" not in says:
+        raise ArtifactError(windows, "says nothing of its tokens", WINDOWS_REMEDY)
+    found = {"tokens": says["tokens"]}
+    if "heldout_fraction" in settings:
+        found["heldout_from"] = first_heldout(n_windows, settings["heldout_fraction"])
+    return found if settings["dtype"] == "auto" else {**found, "dtype": settings["dtype"]}

@@ -28,7 +28,7 @@ from cospadi.calibration.activations import (
 )
 from cospadi.calibration.walk import Chunk, Tap, Windows, read_windows
 from cospadi.errors import ArtifactError, NumericalError
-from cospadi.provenance import check_provenance, tokens_digest
+from cospadi.provenance import check_provenance
 from cospadi.stage import choose_dtype
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def collect(
     belongs = {
         "format_version": FORMAT_VERSION,
         "fingerprint": structure["fingerprint"],
-        "tokens": tokens_digest(read.input_ids, read.attention_mask),
+        "tokens": read.tokens,
     }
     samples, length = read.input_ids.shape
     hidden_shape = (samples, length, structure["hidden_size"])

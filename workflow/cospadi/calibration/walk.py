@@ -10,14 +10,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from cospadi.calibration.activations import FORMAT_VERSION, reading
+from cospadi.calibration.activations import FORMAT_VERSION, WINDOWS_REMEDY, reading
 from cospadi.errors import ArtifactError, NumericalError
-from cospadi.provenance import check_provenance
+from cospadi.provenance import check_provenance, tokens_digest
 from cospadi.stage import choose_device, choose_dtype
 from cospadi.structure import find_blocks, load_layers, read_structure
 
@@ -26,15 +27,16 @@ if TYPE_CHECKING:
 
 GROUP_BYTES = 2**28
 
-_REMEDY = "Delete it and run again to prepare the calibration windows anew"
-
 
 class Windows(NamedTuple):
-    """Token ids (int64) and mask (int64, 0 on pads), both (samples, length), and the seed they were drawn with."""
+    """Token ids (int64) and mask (int64, 0 on pads), both (samples, length), the seed they were drawn with, and the
+    digest of both.
+    """
 
     input_ids: np.ndarray
     attention_mask: np.ndarray
     seed: int
+    tokens: str
 
     def step(self, batch_tokens: int) -> int:
         """Windows that go through a model together: at least one."""
@@ -49,21 +51,22 @@ def read_windows(path: str | Path, vocab_size: int) -> Windows:
     ArtifactError
         If the file is damaged, or holds tokens that the model does not know.
     """
-    with reading(path, _REMEDY) as file:
+    with reading(path, WINDOWS_REMEDY) as file:
         input_ids = file["input_ids"][:].astype(np.int64)
         attention_mask = file["attention_mask"][:].astype(np.int64)
         says, seed = dict(file.attrs), int(file.attrs.get("seed", -1))
     if input_ids.ndim != 2 or input_ids.size == 0 or input_ids.shape != attention_mask.shape:
         problem = f"input_ids {input_ids.shape} and attention_mask {attention_mask.shape} are no (samples, length)"
-        raise ArtifactError(path, problem, _REMEDY)
+        raise ArtifactError(path, problem, WINDOWS_REMEDY)
     if not np.isin(attention_mask, (0, 1)).all() or not attention_mask.any(axis=1).all():
         problem = "attention_mask holds values other than 0 and 1, or a window without tokens"
-        raise ArtifactError(path, problem, _REMEDY)
+        raise ArtifactError(path, problem, WINDOWS_REMEDY)
     if input_ids.min() < 0 or input_ids.max() >= vocab_size:
         problem = f"token ids reach from {input_ids.min()} to {input_ids.max()}, the model knows 0 to {vocab_size - 1}"
         raise ArtifactError(path, problem, "Prepare the calibration windows with the tokenizer of this model")
-    check_provenance(path, says, {"format_version": FORMAT_VERSION}, _REMEDY)
-    return Windows(input_ids, attention_mask, seed)
+    tokens = tokens_digest(input_ids, attention_mask)
+    check_provenance(path, says, {"format_version": FORMAT_VERSION, "tokens": tokens}, WINDOWS_REMEDY)
+    return Windows(input_ids, attention_mask, seed, tokens)
 
 
 class Tap(NamedTuple):
@@ -247,9 +250,19 @@ class Walk:
         )
 
     @property
-    def arithmetic(self) -> dict[str, str]:
-        """What every artifact of a walk says about the numbers in it."""
-        return {"dtype": self.dtype, "dtype_reason": self.dtype_reason}
+    def provenance(self) -> dict[str, Any]:
+        """What every artifact of a walk says of itself: its model, its windows, what it was computed in and why."""
+        return {
+            "model": self.structure["model"],
+            "fingerprint": self.structure["fingerprint"],
+            "tokens": self._windows.tokens,
+            "dtype": self.dtype,
+            "dtype_reason": self.dtype_reason,
+        }
+
+    @cached_property
+    def _windows(self) -> Windows:
+        return read_windows(self.windows, self.structure["vocab_size"])
 
     def groups(
         self, places: Sequence[Place], *, edit: Edit | None = None, samples: int | None = None
@@ -271,7 +284,7 @@ class Walk:
         """
         import torch
 
-        windows = read_windows(self.windows, self.structure["vocab_size"])
+        windows = self._windows
         count, length = windows.input_ids[:samples].shape
         stop = max(place.block for place in places) + 1
         size = self.blocks_per_job or stop

@@ -8,17 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 
+from cospadi.calibration.activations import FORMAT_VERSION, writing
 from cospadi.errors import ArtifactError, ConfigError, NumericalError
-from cospadi.files import ModelFolder, replacing
+from cospadi.files import ModelFolder
+from cospadi.provenance import tokens_digest
 from cospadi.sources.models import embedding_rows
 from cospadi.sources.texts import read_documents
 from cospadi.stage import choose_dtype
 from cospadi.tokenizer import load_tokenizer
-
-FORMAT_VERSION = 1
 
 _GENERATED_TOGETHER = 16  # windows; part of what a seed means, so it is not a setting
 _LOG_EVERY = 64  # sampled positions
@@ -52,8 +51,9 @@ def prepare_windows(
         ``calibration.jsonl``; None for ``source: self``.
     output : path-like
         HDF5: ``input_ids (samples, length) int32``, ``attention_mask (samples, length) uint8``, 0 on padding.
-        Attributes: ``format_version``, ``model``, ``seed``, ``source``, ``packing``, ``vocabulary_size`` (of the
-        tokenizer), ``n_documents`` (used); for ``source: self`` also ``dtype`` and ``dtype_reason``.
+        Attributes: ``format_version``, ``tokens`` (their digest), ``model``, ``seed``, ``source``, ``packing``,
+        ``vocabulary_size`` (of the tokenizer), ``n_documents`` (used); for ``source: self`` also ``dtype`` and
+        ``dtype_reason``.
     log : callable
 
     Raises
@@ -97,20 +97,27 @@ def prepare_windows(
             f"the tokenizer gives id {input_ids.max()}, but the model has {rows} embedding rows (vocabulary mismatch)",
             "Take tokenizer and weights from the same model",
         )
-    with replacing(output) as temporary, h5py.File(temporary, "w") as file:
+    write_windows(
+        output,
+        input_ids,
+        attention_mask,
+        model=model_folder.name,
+        seed=seed,
+        source=calibration["source"],
+        packing=calibration.get("packing", "packed"),
+        vocabulary_size=tokenizer.size,
+        n_documents=n_documents,
+        **arithmetic,
+    )
+    log(f"{samples} windows of {length} tokens, {int(attention_mask.sum())} tokens in all")
+
+
+def write_windows(path: str | Path, input_ids: np.ndarray, attention_mask: np.ndarray, **attributes: Any) -> None:
+    """Write windows, ids and mask both (samples, length), with the digest that all that is made from them carries."""
+    belongs = {"format_version": FORMAT_VERSION, "tokens": tokens_digest(input_ids, attention_mask)}
+    with writing(path, {**belongs, **attributes}) as file:
         file.create_dataset("input_ids", data=input_ids.astype(np.int32), chunks=True, fletcher32=True)
         file.create_dataset("attention_mask", data=attention_mask.astype(np.uint8), chunks=True, fletcher32=True)
-        file.attrs.update(
-            format_version=FORMAT_VERSION,
-            model=model_folder.name,
-            seed=seed,
-            source=calibration["source"],
-            packing=calibration.get("packing", "packed"),
-            vocabulary_size=tokenizer.size,
-            n_documents=n_documents,
-            **arithmetic,
-        )
-    log(f"{samples} windows of {length} tokens, {int(attention_mask.sum())} tokens in all")
 
 
 @dataclass(frozen=True)

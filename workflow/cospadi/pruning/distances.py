@@ -36,10 +36,10 @@ def measure(walk: Walk, output: str | Path, *, samples: int | None) -> dict[str,
     Returns
     -------
     dict
-        ``n_layers``, ``n_tokens``, ``n_windows``; ``metrics``: ``angular``, ``angular_last``, ``cosine``,
-        ``cosine_worst`` (mean over the windows of their worst token) and ``l2``, each ``[start][length - 1]`` for the
-        cut of `length` blocks from block `start` on; ``block_influence`` (ShortGPT): mean of 1 - cosine over each
-        block alone.
+        ``n_layers``, ``n_tokens``, ``n_windows``, ``samples`` (as asked for); ``metrics``: ``angular``,
+        ``angular_last``, ``cosine``, ``cosine_worst`` (mean over the windows of their worst token) and ``l2``, each
+        ``[start][length - 1]`` for the cut of `length` blocks from block `start` on; ``block_influence`` (ShortGPT):
+        mean of 1 - cosine over each block alone.
     """
     import torch
 
@@ -77,8 +77,8 @@ def measure(walk: Walk, output: str | Path, *, samples: int | None) -> dict[str,
     }
     result = {
         "format_version": FORMAT_VERSION,
-        "model": walk.structure["model"],
-        **walk.arithmetic,
+        **walk.provenance,
+        "samples": samples,
         "n_layers": n_layers,
         "n_tokens": n_tokens,
         "n_windows": n_windows,

@@ -71,9 +71,7 @@ def measure(walk: Walk, output: str | Path) -> dict[str, Any]:
         n_tokens += len(chosen)
     result = {
         "format_version": FORMAT_VERSION,
-        "model": walk.structure["model"],
-        "fingerprint": walk.structure["fingerprint"],
-        **walk.arithmetic,
+        **walk.provenance,
         "n_layers": n_layers,
         "n_tokens": n_tokens,
         "drift": (total / n_tokens).tolist(),

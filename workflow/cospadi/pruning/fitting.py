@@ -18,8 +18,7 @@ from cospadi.files import write_json, write_tensors
 from cospadi.pruning.edit import Edit
 from cospadi.pruning.estimators import Moments, Rows, fit_cosine
 from cospadi.pruning.folding import check_foldable
-
-FORMAT_VERSION = 1
+from cospadi.pruning.selection import provenance
 
 
 def fit_transforms(
@@ -37,14 +36,14 @@ def fit_transforms(
     walk : Walk
         Its errors are errors here too, and those of the estimators.
     selection : mapping
-        From `selection.select`.
+        From `selection.choose` or `selection.select`.
     settings : mapping
         The complete options of ``replaceme``.
     output : path-like
         Safetensors: ``layer_03`` (d, d) float64, T to fold into the MLP of block 3.
     diagnostics : path-like
-        JSON: for each cut ``error`` (``|M T + Y - L| / |L - Y|`` on the calibration tokens, in the metric of the fit),
-        ``error_removal`` (the same with T = 1), tokens, seconds and, for the cosine objective, ``history``.
+        JSON, ``fits``: for each cut ``error`` (``|M T + Y - L| / |L - Y|`` on the calibration tokens, in the metric
+        of the fit), ``error_removal`` (the same with T = 1), tokens, seconds, and of the cosine objective ``history``.
 
     Raises
     ------
@@ -80,20 +79,20 @@ def fit_transforms(
                     f"of removal alone {report['error_removal']:.4f}"
                 )
         done += together
+    belongs = {**walk.provenance, **provenance(walk.structure, settings), "cuts": selection["cuts"]}
     write_tensors(
         output,
         {f"layer_{block:02d}": transform for block, transform in transforms.items()},
-        {"format_version": FORMAT_VERSION, "cuts": selection["cuts"]},
+        belongs,
     )
     write_json(
         diagnostics,
         {
-            "format_version": FORMAT_VERSION,
-            "settings": dict(settings),
+            **belongs,
+            "options": dict(settings),
             "device": walk.device,
-            **walk.arithmetic,
             "seconds": sum(report["seconds"] for report in reports),
-            "cuts": reports,
+            "fits": reports,
         },
     )
 

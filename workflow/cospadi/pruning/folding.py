@@ -14,6 +14,7 @@ import numpy as np
 from cospadi.checkpoint import MAX_SHARD_BYTES, StoredTensor, origin_of, write_folder
 from cospadi.errors import ArtifactError, ConfigError, UnsupportedModelError
 from cospadi.files import ModelFolder, TensorFile
+from cospadi.provenance import check_provenance
 from cospadi.pruning.edit import fold
 from cospadi.structure import FOLDABLE
 
@@ -38,9 +39,16 @@ def check_foldable(architecture: str) -> None:
         )
 
 
-def read_transforms(path: str | Path) -> dict[int, np.ndarray]:
-    """Transforms written by `fitting.fit_transforms`: block to (d, d) float64."""
+def read_transforms(path: str | Path, belongs: Mapping[str, Any] | None = None) -> dict[int, np.ndarray]:
+    """Transforms written by `fitting.fit_transforms`: block to (d, d) float64.
+
+    Raises
+    ------
+    ArtifactError
+        If they do not belong to what they have to, key by key.
+    """
     file = TensorFile(path, _REMEDY)
+    check_provenance(path, file.metadata, belongs or {}, _REMEDY)
     return {int(name.removeprefix("layer_")): np.array(file.read(name)) for name in file.names()}
 
 

@@ -1,4 +1,4 @@
-"""Which blocks go. Blocks are numbered from 0; a cut is a range of consecutive blocks.
+"""Which blocks go, and what a choice belongs to. Blocks are numbered from 0; a cut is a range of consecutive blocks.
 
 The first block stays in every choice by distance: there is none before it that could make up for the cut.
 """
@@ -6,11 +6,16 @@ The first block stays in every choice by distance: there is none before it that 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cospadi.errors import ConfigError
+from cospadi.files import read_object
+from cospadi.provenance import check_provenance, digest_of
+
+FORMAT_VERSION = 1
 
 
 def cuts_of(blocks: Sequence[int]) -> list[range]:
@@ -105,6 +110,77 @@ CHOICES: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], list[range]]
         random_cut(distances["n_layers"], settings["blocks"], settings["random_state"])
     ],
 }
+
+
+def provenance(structure: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What the choice of a pruning step, and all that is fitted to it, belongs to: version, model, settings."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": structure["fingerprint"],
+        "settings": digest_of(dict(settings)),
+    }
+
+
+def choose(
+    distances_file: str | Path,
+    structure: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    *,
+    samples: int | None,
+    calibration: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The blocks that a pruning step removes, from a file of distances.
+
+    Parameters
+    ----------
+    distances_file : path-like
+        Written by `distances.measure`.
+    structure : mapping
+        From `structure.inspect_model`.
+    settings : mapping
+        As in `select`.
+    samples : int or None
+        Windows that the distances have to be of; None: all.
+    calibration : mapping, optional
+        What else they have to be of (`activations.calibration_of`).
+
+    Returns
+    -------
+    dict
+        That of `select`, with what it belongs to.
+
+    Raises
+    ------
+    ConfigError
+        As `select`.
+    ArtifactError
+        If the distances are of another model or version, or of other windows.
+    """
+    remedy = "Delete it and run again to measure the distances anew"
+    distances = read_object(distances_file, remedy)
+    belongs = {"format_version": FORMAT_VERSION, "fingerprint": structure["fingerprint"], "samples": samples}
+    check_provenance(distances_file, distances, {**belongs, **(calibration or {})}, remedy)
+    of_windows = {key: distances[key] for key in ("tokens", "dtype", "dtype_reason")}
+    return {**select(settings, distances), **provenance(structure, settings), **of_windows}
+
+
+def read_selection(
+    path: str | Path,
+    structure: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    calibration: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What `choose` found, from its file.
+
+    Raises
+    ------
+    ArtifactError
+        If it is of another model, step or version, or of other windows.
+    """
+    remedy = "Delete it and run again to choose the blocks anew"
+    selection = read_object(path, remedy)
+    check_provenance(path, selection, {**provenance(structure, settings), **(calibration or {})}, remedy)
+    return selection
 
 
 def select(settings: Mapping[str, Any], distances: Mapping[str, Any]) -> dict[str, Any]:
