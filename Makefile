@@ -18,7 +18,7 @@ SNAKEMAKE := $(BIN)/snakemake --cores $(CORES)
 RULES := Snakefile workflow/*.smk workflow/rules
 
 .DEFAULT_GOAL := help
-.PHONY: help env run densify verify test fuzz slurm-test lint format bench bench-runtime clean
+.PHONY: help env run frontier densify verify test fuzz slurm-test lint format bench bench-runtime clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 20
@@ -31,6 +31,12 @@ help: ## List the targets
 
 run: env ## Run the workflow: compress, evaluate, report
 	$(SNAKEMAKE) $(if $(CONFIG),--configfile $(CONFIG))
+
+frontier: ## Every method at every size (hours); docs/frontier.tsv and its plots from that
+	$(MAKE) run CONFIG=config/frontier.yaml
+	cp results/frontier/frontier.tsv docs/frontier.tsv
+	cp results/frontier/plots/pareto.png docs/frontier-perplexity.png
+	cp results/frontier/plots/accuracy.png docs/frontier-accuracy.png
 
 densify: env ## Write results/RUN/VARIANT/dense, an ordinary model folder
 	$(SNAKEMAKE) --configfile results/$(RUN)/config.yaml -- results/$(RUN)/$(VARIANT)/dense

@@ -598,3 +598,50 @@ def test_options_of_learning_that_do_go_together(minimal):
         "d": {"method": "cospadi", "ratio": 0.4, "group_size": 2, "targets": ["q_proj"], "warm_start": "c"},
     }
     assert check_config(minimal)["variants"]["b"]["rho"] == 2
+
+
+def test_a_sweep_is_one_variant_for_every_combination_named_after_its_values(minimal):
+    minimal["variants"] = {
+        "a": {"method": "cospadi", "sweep": {"ratio": [0.2, 0.4375]}, "rho": 3.0},
+        "b": {"method": "sparsegpt", "sweep": {"pattern": ["matrix", "row"], "ratio": [0.5]}},
+        "c": {"method": "svd_llm", "ratio": 0.3},
+        "d": {"method": "uidl", "sweep": {"blocks": [2, 4]}},
+    }
+    variants = check_config(minimal)["variants"]
+    assert list(variants) == ["a-20", "a-43.75", "b-matrix-50", "b-row-50", "c", "d-2", "d-4"]
+    assert (variants["a-43.75"]["ratio"], variants["a-43.75"]["rho"]) == (0.4375, 3.0)
+    assert (variants["b-row-50"]["pattern"], variants["b-row-50"]["ratio"]) == ("row", 0.5)
+    assert variants["d-4"]["blocks"] == 4
+    assert check_config(check_config(minimal)) == check_config(minimal)
+
+
+def test_faults_of_sweeps_are_told_together_with_all_others(minimal):
+    minimal["variants"] = {
+        "a": {"method": "cospadi", "sweep": {"ratio": 0.2}},
+        "b": {"method": "cospadi", "sweep": {"ratio": [0.2, 0.2]}},
+        "c": {"method": "cospadi", "ratio": 0.2, "sweep": {"ratio": [0.3]}, "rhoo": 2.0},
+        "d": {
+            "steps": [{"method": "uidl", "blocks": 1}, {"method": "svd_llm", "ratio": 0.2}],
+            "sweep": {"ratio": [0.3]},
+        },
+        "e": {"method": "cospadi", "sweep": {"ratio": [0.3]}},
+        "e-30": {"method": "cospadi", "ratio": 0.3},
+        "f": {"method": "cospadi", "sweep": [0.3]},
+        "g": {"method": "cospadi", "sweep": {"ratio": [0.3, 7]}},
+    }
+    found = "\n".join(faults(minimal))
+    assert "variants.a.sweep.ratio: expected a list of at least one value" in found
+    assert "variants.b.sweep.ratio: names a value twice" in found
+    assert "variants.c.sweep.ratio: stands beside the sweep too; leave one out" in found
+    assert "variants.c.rhoo: unknown key (did you mean rho?)" in found
+    assert "variants.d.sweep: no sweep beside steps" in found
+    assert "variants.e.sweep: makes e-30, which is a variant already; rename one" in found
+    assert "variants.f.sweep: expected options and lists of their values" in found
+    assert "variants.g-700.ratio: 7 is not allowed; from 0.01 to 0.95" in found
+    assert "empty" not in found
+
+
+def test_the_frontier_compares_every_method_that_factorizes_all_matrices():
+    config = yaml.safe_load((PROJECT / "config/frontier.yaml").read_text())
+    compared = {variant["method"] for variant in config["variants"].values()}
+    assert compared == {name for name, method in METHODS.items() if method.scope == "problem"}

@@ -14,6 +14,7 @@ import pytest
 
 from cospadi.errors import ArtifactError
 from cospadi.report import closing_message, collect, summarize
+from cospadi.report.frontier import front, sizes, write_frontier
 
 RUN = {
     "variants": {
@@ -191,7 +192,8 @@ def test_closing_message_tells_of_several_dtypes(results, dense_model):
 
 def test_pages_are_self_contained_and_escaped(finished):
     page = (finished / "summary.html").read_text()
-    assert page.count("<tr>") == 4
+    assert page.count("<tr>") == 4 + 2  # and the best of the two that are as large, under its headings
+    assert "<td>16-bit</td><td>cospadi-20</td>" in page
     assert "<td>cospadi-20</td><td>cospadi</td><td>0.20</td>" in page
     samples = (finished / "samples.html").read_text()
     assert "A &lt;b&gt; &amp; c" in samples and "<script>" not in samples
@@ -204,7 +206,7 @@ def test_pages_are_self_contained_and_escaped(finished):
 
 def test_plots_show_every_variant(finished):
     texts = {}
-    for name in ("errors", "pareto", "convergence"):
+    for name in ("errors", "pareto", "accuracy", "convergence"):
         assert (finished / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         drawing = ElementTree.parse(finished / "plots" / f"{name}.svg")
         texts[name] = {"".join(text.itertext()).strip() for text in drawing.iter(f"{SVG}text")}
@@ -295,6 +297,85 @@ def test_names_beside_points_that_nearly_coincide_do_not_overlap(monkeypatch):
     boxes = [text.get_window_extent() for text in named]
     assert len(boxes) == 3
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def measured(name, nbytes, perplexity, *, bits=16, accuracy=None):
+    method = name.split("-")[0]
+    codes = {"value_bits": bits, "dictionary_bits": 16}
+    scores = {"token_perplexity": perplexity, "word_perplexity": perplexity and 2 * perplexity, "recovery": None}
+    return {
+        **scores,
+        "method": method,
+        "target_bytes": nbytes,
+        "ratio_true": 1 - nbytes / 1000,
+        "mean_accuracy": accuracy,
+        "mean_relative_error": 0.1,
+        "seconds_learning": 1.0,
+        "config": {"method": method, "ratio": 1 - nbytes / 1000, "codes": codes},
+    }
+
+
+@pytest.fixture
+def rivals():
+    """Two methods at two sizes, one of few bits, one that nobody compares with."""
+    variants = [
+        ("dense", 1000, 10.0),
+        ("a-20", 800, 12.0),
+        ("b-20", 795, 11.0),
+        ("a-40", 600, 15.0),
+        ("b-40", 601, 16.0),
+    ]
+    found = {name: measured(name, nbytes, perplexity) for name, nbytes, perplexity in variants}
+    found["dense"] |= {"method": "none", "config": {}}
+    few = {"c-20": measured("c-20", 800, 10.5, bits=8), "c-70": measured("c-70", 300, 14.0, bits=4)}
+    return {"variants": {**found, **few}}
+
+
+def test_frontier_has_bits_a_weight_and_a_class_for_every_variant(rivals, tmp_path):
+    write_frontier(rivals, tmp_path / "frontier.tsv")
+    with open(tmp_path / "frontier.tsv") as file:
+        table = list(csv.DictReader(file, delimiter="\t"))
+    assert [row["variant"] for row in table] == ["dense", "a-20", "b-20", "b-40", "a-40", "c-20", "c-70"]
+    assert [row["class"] for row in table] == ["16-bit"] * 5 + ["any-bits"] * 2
+    assert [float(row["bits"]) for row in table[:2]] == [16.0, 12.8]  # 500 weights of 16 bits
+    assert table[0]["method"] == "dense" and table[0]["accuracy"] == ""
+    assert (table[2]["ratio"], table[2]["bytes"], table[2]["perplexity"]) == ("0.205", "795", "11")
+
+
+def test_best_for_each_size_compares_what_is_as_large_and_of_one_class(rivals):
+    found = {(row["class"], row["best"]): row for row in sizes(rivals)}
+    assert found.keys() == {("16-bit", "b-20"), ("16-bit", "a-40")}  # few bits are not the rivals of 16
+    assert found["16-bit", "b-20"]["next"] == "a-20" and found["16-bit", "b-20"]["over_dense"] == 1.1
+    assert found["16-bit", "a-40"]["next_perplexity"] == 16.0
+
+
+def test_front_is_what_nothing_smaller_is_as_good_as():
+    points = {"large": (9, 5.0), "dominated": (8, 7.0), "middle": (7, 6.0), "small": (2, 8.0), "twin": (2, 9.0)}
+    assert front(points) == ["small", "middle", "large"]
+    assert front({name: (x, -y) for name, (x, y) in points.items()}, least=False) == ["small", "middle", "large"]
+    assert front({}) == []
+
+
+def test_accuracy_is_drawn_with_its_front(rivals, tmp_path):
+    from cospadi.report import plots
+
+    for name, accuracy in [("dense", 0.6), ("a-20", 0.5), ("b-20", 0.55), ("a-40", 0.4), ("b-40", 0.45)]:
+        rivals["variants"][name]["mean_accuracy"] = accuracy
+    plots.plot_accuracy(rivals, [tmp_path / "accuracy.svg"])
+    drawing = ElementTree.parse(tmp_path / "accuracy.svg")
+    texts = {"".join(text.itertext()).strip() for text in drawing.iter(f"{SVG}text")}
+    assert {"dense  0.6", "b-20  0.55", "a-40  0.4"} <= texts and not any("c-20" in text for text in texts)
+
+
+def test_many_variants_are_named_in_a_legend_of_groups(tmp_path):
+    from cospadi.report import plots
+
+    names = [f"{method}-{ratio}" for method in ("a", "b_long") for ratio in range(10, 90, 10)]
+    variants = {name: measured(name, 1000 - 10 * int(name.split("-")[1]), 12.0 + len(name)) for name in names}
+    plots.plot_pareto({"variants": {"dense": measured("dense", 1000, 10.0), **variants}}, [tmp_path / "pareto.svg"])
+    drawing = ElementTree.parse(tmp_path / "pareto.svg")
+    texts = {"".join(text.itertext()).strip() for text in drawing.iter(f"{SVG}text")}
+    assert {"a", "b_long"} <= texts and not any(text.startswith("a-") for text in texts)
 
 
 def test_many_variants_have_styles_of_their_own():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable
 
 import pytest
@@ -16,13 +17,14 @@ NAMES = ["alps-40", "hybrid-40", "magnitude-40", "sparse-40", "sparsegpt-24", "w
 @pytest.fixture(scope="module")
 def run(new_run: Callable[..., Run]) -> Run:
     run = new_run("llama", num_hidden_layers=2, hidden_size=96, intermediate_size=192)
-    run.config["variants"] = {name: {"method": name.split("-")[0], "ratio": 0.4} for name in NAMES}
+    methods = [name.removesuffix("-40") for name in NAMES if name.endswith("-40")]
+    run.config["variants"] = {method: {"method": method, "sweep": {"ratio": [0.4]}} for method in methods}
     run.config["variants"]["sparsegpt-24"] = {"method": "sparsegpt", "ratio": 0.4375, "pattern": "2:4"}
-    run.config["variants"]["hybrid-40"] |= {
+    run.config["variants"]["hybrid"] |= {
         "share_within": [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]],
         "atoms": 8,
     }
-    run.config["evaluation"]["generate"] = None
+    run.config["evaluation"] |= {"tasks": ["last_word"], "limit": 2, "generate": None}
     run.snakemake()
     return run
 
@@ -31,7 +33,22 @@ def test_every_one_comes_out_at_its_bytes(run):
     check_finished(run, NAMES)
     table = rows(run.results / "summary.tsv")
     for name in NAMES:
-        assert float(table[name]["ratio_true"]) < run.config["variants"][name]["ratio"] + 0.01
+        assert float(table[name]["ratio_true"]) < (0.4375 if name.endswith("24") else 0.4) + 0.01
+
+
+def test_frontier_says_what_is_best_for_these_bytes(run):
+    with open(run.results / "frontier.tsv") as file:
+        table = list(csv.DictReader(file, delimiter="\t"))
+    assert table[0]["variant"] == "dense" and {row["variant"] for row in table[1:]} == set(NAMES)
+    assert {row["class"] for row in table} == {"16-bit"}
+    for row in table[1:]:
+        folder = run.results / row["variant"] / "codes"
+        reports = [read_json(file)["matrices"] for file in folder.glob("*.json")]
+        nbytes = sum(report["nbytes"] for unit in reports for report in unit.values())
+        weights = sum(report["dense_nbytes"] for unit in reports for report in unit.values()) / 2
+        assert float(row["bits"]) == pytest.approx(8 * nbytes / weights, rel=1e-5)
+        assert float(row["perplexity"]) > 1 and 0 <= float(row["accuracy"]) <= 1
+    assert (run.results / "plots/accuracy.svg").exists()
 
 
 def test_errors_fall_with_insight(run):

@@ -29,6 +29,7 @@ from cospadi.pruning import PRUNERS
 from cospadi.registry import Entry
 from cospadi.sources import MODEL_SOURCES, TEXT_SOURCES
 from cospadi.sources.texts import SPLIT_OPTIONS
+from cospadi.sweep import expanded
 
 SCHEMAS = Path(__file__).parent / "schemas"
 # a config file that names one of these means it instead of the base config's, not besides it
@@ -36,7 +37,16 @@ REPLACED = ("model", "text", "variants")
 # What else is in the folder of a run, where every variant has a folder of its own
 RESERVED = (
     *("dense", "structure.json", "calibration.h5", "activations", "gram", "pruning", "drift.json", "plots", "logs"),
-    *("benchmarks", "summary.tsv", "summary.html", "summary.json", "samples.html", "samples.md", "report.zip"),
+    *(
+        "benchmarks",
+        "summary.tsv",
+        "summary.html",
+        "summary.json",
+        "frontier.tsv",
+        "samples.html",
+        "samples.md",
+        "report.zip",
+    ),
     *("config.yaml", "training", "training.tsv", "training.html", "training.json"),
 )
 # Where no maximum is named; larger ones are no longer exact as floating-point numbers
@@ -174,6 +184,9 @@ def checked(
         raise ConfigError(["a section contains itself, or is nested without end"], source) from None
     if not isinstance(result, dict):
         raise ConfigError([f"{_show(result)} is not allowed; expected {_KINDS['object']}"], source)
+    if "variants" in whole["properties"] and "variants" in result:
+        result["variants"], wrong = expanded(result["variants"])
+        faults += wrong
     concrete = _resolve(whole, result, (), faults)
     for error in _Validator(concrete).iter_errors(result):
         faults += _describe(error)

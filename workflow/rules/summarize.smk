@@ -37,6 +37,12 @@ rule summarize:
             labels={"what": "bytes against perplexity", "of": "all models"},
             caption="../report/pareto.rst",
         ),
+        accuracy=report(
+            "<results>/plots/accuracy.svg",
+            category="Plots",
+            labels={"what": "bytes against accuracy", "of": "all models"},
+            caption="../report/accuracy.rst",
+        ),
         convergence=report(
             "<results>/plots/convergence.svg",
             category="Plots",
@@ -44,8 +50,9 @@ rule summarize:
             caption="../report/convergence.rst",
         ),
         summary="<results>/summary.json",
+        frontier="<results>/frontier.tsv",
         text="<results>/samples.md",
-        png=expand("<results>/plots/{plot}.png", plot=["errors", "pareto", "convergence"]),
+        png=expand("<results>/plots/{plot}.png", plot=["errors", "pareto", "accuracy", "convergence"]),
     log:
         "<logs>/summarize.log",
     benchmark:

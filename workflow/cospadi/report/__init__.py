@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from cospadi.files import read_json, write_json
-from cospadi.report.plots import plot_convergence, plot_errors, plot_pareto
+from cospadi.report.frontier import write_frontier
+from cospadi.report.plots import plot_accuracy, plot_convergence, plot_errors, plot_pareto
 from cospadi.report.summary import collect
 from cospadi.report.tables import console_text, write_page, write_samples, write_table
 from cospadi.stage import choose_device, choose_dtype
@@ -28,7 +29,8 @@ def summarize(
     """Gather the artifacts of a run and write everything a reader looks at.
 
     Writes into `output`: ``summary.tsv`` (one row a variant), ``summary.json`` (also every matrix), ``summary.html``,
-    ``samples.html``, ``samples.md`` and ``plots/{errors,pareto,convergence}.{png,svg}``.
+    ``frontier.tsv`` (what is best for how many bytes), ``samples.html``, ``samples.md`` and
+    ``plots/{errors,pareto,accuracy,convergence}.{png,svg}``.
 
     Parameters
     ----------
@@ -63,10 +65,12 @@ def summarize(
     output = output or results
     write_json(output / "summary.json", summary)
     write_table(summary, output / "summary.tsv")
+    write_frontier(summary, output / "frontier.tsv")
     write_page(summary, output / "summary.html")
     write_samples(summary, output / "samples.html")
     write_samples(summary, output / "samples.md")
-    for plot, name in ((plot_errors, "errors"), (plot_pareto, "pareto"), (plot_convergence, "convergence")):
+    plots = {"errors": plot_errors, "pareto": plot_pareto, "accuracy": plot_accuracy, "convergence": plot_convergence}
+    for name, plot in plots.items():
         plot(summary, [output / "plots" / f"{name}.{suffix}" for suffix in ("png", "svg")])
         log(f"plotted {name}")
     return summary

@@ -13,7 +13,10 @@ import numpy as np
 
 from cospadi.report.figures import COLOURS, Style, draw_legend, draw_line, new_figure, style
 from cospadi.report.figures import save as _save
+from cospadi.report.frontier import family, front
 
+# With more variants than that, names beside the points hide the points, and a legend of groups stands below
+LABELLED = 14
 _ERROR = r"relative error  $\|X(W-DS)\|\,/\,\|XW\|$"
 
 
@@ -55,28 +58,39 @@ def plot_errors(summary: Mapping[str, Any], paths: Sequence[Path]) -> None:
 
 
 def plot_pareto(summary: Mapping[str, Any], paths: Sequence[Path]) -> None:
-    """Bytes of the compressed matrices against perplexity; the dense model as a line."""
-    variants = {name: v for name, v in _compressed(summary).items() if v["word_perplexity"] is not None}
+    """Bytes of the compressed matrices against perplexity; the dense model as a line, the Pareto front marked."""
+    _plot_sizes(summary, "word_perplexity", "word perplexity on held-out text  (lower is better)", paths)
+
+
+def plot_accuracy(summary: Mapping[str, Any], paths: Sequence[Path]) -> None:
+    """Bytes of the compressed matrices against the mean accuracy of the tasks, drawn as `plot_pareto`."""
+    _plot_sizes(summary, "mean_accuracy", "mean accuracy of the tasks  (higher is better)", paths, least=False)
+
+
+def _plot_sizes(summary: Mapping[str, Any], key: str, label: str, paths: Sequence[Path], *, least: bool = True) -> None:
+    variants = {name: v for name, v in _compressed(summary).items() if v[key] is not None}
     dense = summary["variants"]["dense"]
     styles = _styles(_compressed(summary))
-    figure = new_figure(8, 5.2 + 0.2 * max(0, len(variants) - 6))
+    figure = new_figure(8, 5.2 + 0.2 * max(0, min(len(variants), LABELLED) - 6))
     axis = figure.subplots()
-    if not variants or dense["word_perplexity"] is None:
-        _say(axis, "Perplexity was not measured in this run")
+    if not variants or dense[key] is None:
+        _say(axis, f"{'Perplexity' if least else 'Accuracy'} was not measured in this run")
         _save(figure, paths)
         return
-    points = {name: (v["target_bytes"] / 1e6, v["word_perplexity"]) for name, v in variants.items()}
+    points = {name: (v["target_bytes"] / 1e6, v[key]) for name, v in variants.items()}
     full = dense["target_bytes"] / 1e6
+    best = front(points, least=least)
     for names in _groups(variants).values():
         line = sorted(points[name] for name in names)
         axis.plot(*zip(*line, strict=True), color=styles[names[0]].color, lw=1.2, alpha=0.5, zorder=1)
     for name, point in points.items():
         axis.plot(*point, marker=styles[name].marker, color=styles[name].color, markersize=9, linestyle="")
-    axis.axhline(dense["word_perplexity"], color="#666666", lw=1.2, linestyle=(0, (4, 2)))
-    axis.plot(full, dense["word_perplexity"], marker="*", color="#444444", markersize=14)
-    label = f"dense  {dense['word_perplexity']:.4g}"
-    axis.annotate(label, (full, dense["word_perplexity"]), xytext=(6, 9), textcoords="offset points", ha="right")
-    if max(y for _, y in points.values()) > 3 * dense["word_perplexity"]:
+    ring = {"markersize": 16, "markerfacecolor": "none", "markeredgecolor": "#444444", "markeredgewidth": 1.0}
+    axis.plot(*zip(*(points[name] for name in best), strict=True), "o", **ring, linestyle="", zorder=0)
+    axis.axhline(dense[key], color="#666666", lw=1.2, linestyle=(0, (4, 2)))
+    axis.plot(full, dense[key], marker="*", color="#444444", markersize=14)
+    axis.annotate(f"dense  {dense[key]:.4g}", (full, dense[key]), xytext=(6, 9), textcoords="offset points", ha="right")
+    if least and max(y for _, y in points.values()) > 3 * dense[key]:
         _logarithmic(axis)
     lowest = min(x for x, _ in points.values())
     axis.set_xlim(lowest - 0.12 * (full - lowest), full + 0.08 * (full - lowest))
@@ -87,11 +101,17 @@ def plot_pareto(summary: Mapping[str, Any], paths: Sequence[Path]) -> None:
     )
     share.set_xlabel("percent of their dense bytes (bfloat16)")
     axis.set_xlabel("bytes of the compressed matrices in the file, masks counted  [MB]")
-    axis.set_ylabel("word perplexity on held-out text  (lower is better)")
+    axis.set_ylabel(label)
     axis.set_title(
-        "Size against quality; lines join variants that differ only in how much they remove", fontsize=12, pad=12
+        "Size against quality; lines join variants that differ only in how much they remove,\n"
+        "rings are the Pareto front: nothing smaller is as good",
+        fontsize=12,
+        pad=12,
     )
-    _label(axis, {name: (f"{name}  {y:.4g}", x, y) for name, (x, y) in points.items()}, styles)
+    if len(variants) <= LABELLED:
+        _label(axis, {name: (f"{name}  {y:.4g}", x, y) for name, (x, y) in points.items()}, styles)
+    else:
+        draw_legend(figure, {family(names): styles[names[0]] for names in _groups(variants).values()})
     _save(figure, paths)
 
 
@@ -211,8 +231,14 @@ def _groups(variants: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
 
 
 def _styles(variants: Mapping[str, Mapping[str, Any]]) -> dict[str, Style]:
-    """One colour a group, one line and marker a ratio in it; if all are of one group, one colour a variant."""
+    """One colour a group, one line and marker a ratio in it; if all are of one group, one colour a variant.
+
+    Where the legend names groups alone, all of a group look alike.
+    """
     groups = list(_groups(variants).values())
+    if len(variants) > LABELLED:
+        looks = {name: style(n, n // len(COLOURS), n) for n, names in enumerate(groups) for name in names}
+        return {name: looks[name] for name in variants}
     if len(groups) == 1:
         groups = [[name] for name in variants]
     styles = {}

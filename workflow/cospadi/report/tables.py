@@ -11,6 +11,7 @@ import jinja2
 from tabulate import tabulate
 
 from cospadi.files import replacing
+from cospadi.report.frontier import sizes
 
 
 class Column(NamedTuple):
@@ -95,14 +96,19 @@ def write_page(summary: Mapping[str, Any], path: Path) -> None:
     """``summary.html``: the table on a page of its own, with the meaning of each column."""
     headings, rows = _cells(summary)
     meanings = [(column.heading, column.meaning) for column in _columns(summary)]
-    write_numbers(headings, rows, meanings, path)
+    write_numbers(headings, rows, meanings, path, sizes=_size_cells(summary))
 
 
 def write_numbers(
-    headings: Sequence[str], rows: Sequence[Sequence[str]], meanings: Sequence[tuple[str, str]], path: Path
+    headings: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    meanings: Sequence[tuple[str, str]],
+    path: Path,
+    *,
+    sizes: Sequence[Sequence[str]] = (),
 ) -> None:
-    """A table on a web page of its own, with the meaning of its columns under it."""
-    _render(_SUMMARY_PAGE, path, headings=headings, rows=rows, meanings=meanings)
+    """A table on a web page of its own, with the meaning of its columns under it; `sizes` is a second one."""
+    _render(_SUMMARY_PAGE, path, headings=headings, rows=rows, meanings=meanings, sizes=sizes)
 
 
 def write_samples(summary: Mapping[str, Any], path: Path) -> None:
@@ -132,6 +138,20 @@ def _cells(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         row += [f"{variant['tasks'][task]:.4f}" if task in variant["tasks"] else "" for task in tasks]
         rows.append(row)
     return ["variant", *(column.heading for column in columns), *tasks], rows
+
+
+def _size_cells(summary: Mapping[str, Any]) -> list[list[str]]:
+    found = sizes(summary)
+    headings = ["class", "best", "ratio true", "token ppl", "over dense", "next", "its ppl"]
+    rows = [
+        [
+            *(row["class"], row["best"], f"{row['ratio']:.3f}", f"{row['perplexity']:.2f}"),
+            "" if row["over_dense"] is None else f"{row['over_dense']:.3f}",
+            *(row["next"], f"{row['next_perplexity']:.2f}"),
+        ]
+        for row in found
+    ]
+    return [headings, *rows] if rows else []
 
 
 def _render(template: str, path: Path, **values: Any) -> None:
@@ -171,6 +191,17 @@ _SUMMARY_PAGE = (
 </tbody>
 </table>
 </div>
+{% if sizes %}
+<h2>Best for each size</h2>
+<table class="numbers">
+<thead><tr>{% for heading in sizes[0] %}<th>{{ heading }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for row in sizes[1:] %}
+<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody>
+</table>
+{% endif %}
 <h2>Columns</h2>
 <dl>
 {% for heading, meaning in meanings %}

@@ -1,0 +1,114 @@
+"""The frontier: which variant is best for how many bytes."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cospadi.files import replacing
+
+COLUMNS = (
+    *("class", "method", "variant", "bits", "ratio", "bytes", "perplexity", "word_perplexity", "recovery"),
+    *("accuracy", "mean_relative_error", "seconds_learning"),
+)
+# Sizes within a percent of each other are compared as one
+SAME_SIZE = 0.01
+
+
+def rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row a variant with the keys `COLUMNS`, the dense model first, then by class and size.
+
+    ``class`` is ``16-bit`` where every stored value has 16 bits and ``any-bits`` otherwise; ``bits`` are bits in the
+    file a weight of the target matrices, masks, scales and dictionaries counted; ``ratio`` is the share of their bytes
+    that is gone; ``perplexity`` is a token's; ``accuracy`` the mean over the tasks.
+    """
+    variants = summary["variants"]
+    weights = variants["dense"]["target_bytes"] / 2
+    found = [
+        {
+            "class": _class(variant["config"]),
+            "method": variant["method"] if name != "dense" else "dense",
+            "variant": name,
+            "bits": 8 * variant["target_bytes"] / weights if weights else None,
+            "ratio": variant["ratio_true"],
+            "bytes": variant["target_bytes"],
+            "perplexity": variant["token_perplexity"],
+            "accuracy": variant["mean_accuracy"],
+            **{key: variant[key] for key in ("word_perplexity", "recovery", "mean_relative_error", "seconds_learning")},
+        }
+        for name, variant in variants.items()
+    ]
+    return sorted(found, key=lambda row: (row["variant"] != "dense", row["class"], -row["bytes"]))
+
+
+def _class(config: Mapping[str, Any]) -> str:
+    codes = [step["codes"] for step in config.get("steps", [config]) if "codes" in step]
+    return "16-bit" if all(part["value_bits"] == part["dictionary_bits"] == 16 for part in codes) else "any-bits"
+
+
+def front(points: Mapping[str, tuple[float, float]], *, least: bool = True) -> list[str]:
+    """Names of the points (bytes, score) that no other beats in both, in the order of their bytes.
+
+    `least` says whether a small score is good.
+    """
+    sign = 1 if least else -1
+    best, names = float("inf"), []
+    for name, (_, score) in sorted(points.items(), key=lambda item: (item[1][0], sign * item[1][1])):
+        if sign * score < best:
+            best = sign * score
+            names.append(name)
+    return names
+
+
+def sizes(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """For every size, and class, that two variants or more were measured at: the best one and the next.
+
+    A row has ``class``, ``ratio`` (mean true one), ``best`` and ``next`` (names), and ``perplexity``,
+    ``next_perplexity``, ``over_dense`` (perplexities a token, and the best one's over the dense model's).
+    """
+    measured = [row for row in rows(summary) if row["perplexity"] is not None]
+    dense = next((row["perplexity"] for row in measured if row["variant"] == "dense"), None)
+    compressed = [row for row in measured if row["variant"] != "dense"]
+    table = []
+    for name, of_class in itertools.groupby(compressed, key=lambda row: row["class"]):
+        alike: list[list[dict[str, Any]]] = []
+        for row in of_class:
+            if alike and alike[-1][0]["bytes"] - row["bytes"] <= SAME_SIZE * alike[-1][0]["bytes"]:
+                alike[-1].append(row)
+            else:
+                alike.append([row])
+        for same in alike:
+            first, *others = sorted(same, key=lambda row: row["perplexity"])
+            if not others:
+                continue
+            table.append(
+                {
+                    "class": name,
+                    "ratio": sum(row["ratio"] for row in same) / len(same),
+                    "best": first["variant"],
+                    "perplexity": first["perplexity"],
+                    "over_dense": first["perplexity"] / dense if dense else None,
+                    "next": others[0]["variant"],
+                    "next_perplexity": others[0]["perplexity"],
+                }
+            )
+    return table
+
+
+def write_frontier(summary: Mapping[str, Any], path: Path) -> None:
+    """``frontier.tsv``: the rows, numbers with six digits, empty where nothing was measured."""
+    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, delimiter="\t", lineterminator="\n")
+        writer.writeheader()
+        for row in rows(summary):
+            writer.writerow({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()})
+
+
+def family(names: Sequence[str]) -> str:
+    """What variants are called that differ only in how much they remove."""
+    parts = [name.split("-") for name in names]
+    common = [words[0] for words in zip(*parts, strict=False) if len(set(words)) == 1]
+    return "-".join(common) or names[0]
