@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,6 +65,18 @@ def english_articles(count: int, sentences: int = 40, seed: int = 0) -> list[dic
         {"title": f"{draw.choice(_NOUNS)} {index}", "text": " ".join(sentence() for _ in range(sentences))}
         for index in range(count)
     ]
+
+
+@pytest.fixture(scope="session")
+def tour_example() -> Callable[[str], str]:
+    """Factory ``tour_example(name)``: the code behind a line ``<!-- example: name -->`` of docs/architecture.md."""
+    page = (Path(__file__).parents[1] / "docs/architecture.md").read_text()
+
+    def example(name: str) -> str:
+        (code,) = re.findall(rf"<!-- example: {re.escape(name)} -->\n```python\n(.*?)```", page, flags=re.DOTALL)
+        return code
+
+    return example
 
 
 @pytest.fixture(scope="session")

@@ -1,43 +1,36 @@
-"""Magnitudes: of every column the weights that move its outputs most, as they are."""
+"""Magnitudes: the weights that move the outputs most stay as they are, as many in every column."""
 
 import numpy as np
 
-from cospadi.budget import factors_nbytes
-from cospadi.codecs import IDENTITY
+from cospadi.codecs import storage_of
 from cospadi.factorization import Factorization
-from cospadi.methods.base import WHITENING_OPTIONS, Method
+from cospadi.methods.base import Method, budget_faults
+from cospadi.methods.single_weights import n_entries
+from cospadi.solvers.entries import best_entries
 from cospadi.work import Work
 
 POWER = {"type": "number", "minimum": 0, "maximum": 2, "default": 1.0, "description": "How much the inputs count."}
 
 
-def kept(shape, nbytes, storage):
-    """Weights a column, as many as fit."""
-    d_in, d_out = shape
-    storage = {**storage, "dictionary_codec": IDENTITY}
-    fits = [s for s in range(d_in) if factors_nbytes(*shape, d_in, s * d_out, support="bitmask", **storage) <= nbytes]
-    return max(fits, default=0)
-
-
-def fit(problem, nbytes, *, storage, device="cpu", log=None, warm=None, power=1.0, whiten=True, eta=0.0):
+def fit(problem, nbytes, *, storage, device="cpu", log=None, warm=None, power=1.0):
     """The largest ``|w_ij| ||x_i||^power``; the diagonal of the Gram is all that is needed."""
-    s = kept(problem.shape, nbytes, storage)
-    score = np.abs(problem.weight) * problem.metric.diagonal[:, None] ** (power / 2 if whiten else 0)
-    codes = np.where(score >= -np.sort(-score, axis=0)[s - 1], problem.weight, 0)
-    return [Factorization(None, codes, support="bitmask", **storage, diagnostics={"n_nonzero_coefs": s})]
+    score = np.abs(problem.weight) * problem.metric.diagonal[:, None] ** (power / 2)
+    mask = best_entries(score.T, n_entries(problem.shape, nbytes, **storage), "column").T
+    return problem.split(Factorization(None, problem.weight * mask, support="bitmask", **storage))
+
+
+def faults(settings, problems=()):
+    storage = storage_of(settings["codes"])
+    return budget_faults(settings, problems, lambda shape, nbytes: n_entries(shape, nbytes, **storage))
 
 
 METHOD = Method(
     name="magnitudes",
     summary="Weights that matter most, by magnitude and inputs.",
     factors="single weights",
-    options={"power": POWER, **WHITENING_OPTIONS},
+    options={"power": POWER},
     fit=fit,
     work=lambda targets, nbytes, options, storage: Work(8 * targets[0].shape[0] ** 2, 0, 1.0, 1.0),
     modules=lambda options: [__name__],
-    faults=lambda settings, problems=(): (
-        f"ratio: {settings['ratio']} leaves no weight of {problem[0].projection}"
-        for problem in problems
-        if not kept(problem[0].shape, (1 - settings["ratio"]) * 2 * np.prod(problem[0].shape), {"value_codec": "bf16"})
-    ),
+    faults=faults,
 )
