@@ -75,6 +75,19 @@ def test_projections_of_different_width_cannot_share():
     assert caught.value.faults == [f"variants.a.{expected}", f"variants.b.{expected}"]
 
 
+def test_a_job_may_take_several_layers_that_share_nothing():
+    variants = {
+        "alone": {"method": "svd_llm", "ratio": 0.2},
+        "in_twos": {"method": "basis_sharing", "ratio": 0.2},
+        "model": {"method": "masa", "ratio": 0.2},
+    }
+    plan = make_plan(variants=variants, layers_per_job=20)
+    assert plan.units("alone") == ["layers_00-19", "layers_20-29"]
+    assert plan.units("in_twos")[:2] == ["layers_00-01", "layers_02-03"]  # what shares is one job whatever is asked
+    assert plan.units("model") == ["layers_00-29"]
+    assert make_plan(variants=variants, layers_per_job=0).units("alone") == ["layers_00-29"]
+
+
 def test_units_are_layers_or_groups_of_them():
     variants = {
         "one": {"method": "cospadi", "ratio": 0.2},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
 from cospadi.files import TensorFile, read_json
@@ -25,6 +26,7 @@ def run(new_run: Callable[..., Run]) -> Run:
         "atoms": 8,
     }
     run.config["evaluation"] |= {"tasks": ["last_word"], "limit": 2, "generate": None}
+    run.config["layers_per_job"] = 2
     run.snakemake()
     return run
 
@@ -72,3 +74,14 @@ def test_what_is_stored(run):
     assert dictionaries <= set(stored.names())
     # one for all that read the same input, under the name of the first
     assert dictionaries and not [name for name in dictionaries if name.split(".")[4] in ("k_proj", "v_proj", "up_proj")]
+
+
+def test_a_layer_alone_has_the_factors_of_a_job_with_several(run):
+    folder = run.results / "hybrid-40" / "factors"
+    assert [file.name for file in sorted(folder.glob("*.safetensors"))] == ["layers_00-01.safetensors"]
+    together = TensorFile(folder / "layers_00-01.safetensors")
+    run.snakemake(str(folder.relative_to(run.folder) / "layer_01.safetensors"))
+    alone = TensorFile(folder / "layer_01.safetensors")
+    assert set(alone.names()) == {name for name in together.names() if ".1." in name}
+    for name in alone.names():
+        np.testing.assert_array_equal(alone.read(name), together.read(name))

@@ -112,5 +112,11 @@ class Variants:
         if settings is None:
             return []
         layers = self.n_layers_of(self.base_of(variant))
-        size = layers if self.learns_model(variant) else settings.get("group_size", 1)
+        together = settings.get("group_size", 1)
+        if self.learns_model(variant):
+            size = layers
+        elif together > 1:
+            size = together
+        else:
+            size = self.config["layers_per_job"] or layers
         return [unit_name(group) for group in parts(layers, size)]
