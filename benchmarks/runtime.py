@@ -32,8 +32,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 import cospadi  # noqa: F401 (registers the packed classes)
 from cospadi.budget import dense_nbytes, nbytes_left, sparse_shape
 from cospadi.checkpoint import assemble, target_bytes
-from cospadi.factorization import Factorization
 from cospadi.files import ModelFolder, write_tensors
+from cospadi.formats.factorization import Factorization
 from cospadi.problem import Matrix, Metric, shared, split_codes
 from cospadi.runtime.cospadi_cpu import bfloat16_is_native, kernel
 from cospadi.runtime.cospadi_linear import PackedLinear

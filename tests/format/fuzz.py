@@ -422,7 +422,7 @@ def check_folder(case: int, seeds: Path, scratch: Path) -> Findings:
 
     from cospadi.checkpoint import densify
     from cospadi.errors import CospadiError
-    from cospadi.factorization import unpack
+    from cospadi.formats.factorization import unpack
     from cospadi.runtime.modeling_cospadi import CospadiForCausalLM
 
     findings = Findings()

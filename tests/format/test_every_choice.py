@@ -15,8 +15,8 @@ import torch
 
 import cospadi
 from cospadi.config import schema
-from cospadi.factorization import unpack
 from cospadi.files import BFLOAT16
+from cospadi.formats.factorization import unpack
 from cospadi.methods import METHODS
 from cospadi.runtime.cospadi_linear import PackedLinear
 

@@ -9,7 +9,7 @@ from format_reader import read_matrix
 from format_writer import BFLOAT16, random_matrix
 
 from cospadi.errors import ArtifactError
-from cospadi.factorization import Factorization, tensor_names, unpack
+from cospadi.formats.factorization import Factorization, tensor_names, unpack
 from cospadi.runtime.cospadi_linear import pack_, packed_layers, unpack_
 from cospadi.runtime.cospadi_mixture import MIXED_ROWS, MixtureLinear, SummedLinear, packed_module
 

@@ -15,9 +15,9 @@ from fuzz import Folder, make_seeds
 
 from cospadi.checkpoint import assemble, densify, target_bytes
 from cospadi.errors import ArtifactError
-from cospadi.factorization import read_specs, unpack
 from cospadi.files import ModelFolder, TensorFile, read_object, write_tensors
-from cospadi.runtime.cospadi_format import CODECS, FACTOR_CODECS
+from cospadi.formats.factorization import read_specs, unpack
+from cospadi.runtime.cospadi_registry import CODECS, FACTOR_CODECS
 from cospadi.runtime.modeling_cospadi import CospadiForCausalLM
 
 LAYERS = "model.layers"

@@ -26,7 +26,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from cospadi.runtime import cospadi_cpu, cospadi_linear
-from cospadi.runtime.cospadi_codecs import VALUE_CODECS, decode_codes, decode_support, encode_codes, encode_dictionary
+from cospadi.runtime.cospadi_codecs import decode_codes, decode_support, encode_codes, encode_dictionary
 from cospadi.runtime.cospadi_cpu import PATHS, Kernel, product_dtype
 from cospadi.runtime.cospadi_linear import (
     PARTS,
@@ -36,6 +36,7 @@ from cospadi.runtime.cospadi_linear import (
     packed_layers,
     unpack_,
 )
+from cospadi.runtime.cospadi_registry import CODECS as REGISTERED
 
 FEW = max(paths.few_rows for paths in PATHS.values())  # more rows than these go another way on every machine
 SHAPES = [(48, 40, 27), (5, 3, 1), (16, 24, 8), (33, 17, 9), (64, 96, 40)]  # (d_in, d_out, k)
@@ -110,8 +111,8 @@ def machine(request, monkeypatch) -> str:
 def test_14_bit_stream_decodes_bit_for_bit(n):
     words = np.random.default_rng(n).integers(0, 2**16, n, dtype=np.uint16)
     stored = pack14(words.view(BFLOAT16))
-    decoded = VALUE_CODECS["bf14"].decode(torch.from_numpy(stored.copy()), (n,))
-    assert decoded.dtype == torch.bfloat16 and len(stored) == VALUE_CODECS["bf14"].shape((n,))[0]
+    decoded = REGISTERED["bf14"].decode(torch.from_numpy(stored.copy()), (n,))
+    assert decoded.dtype == torch.bfloat16 and len(stored) == REGISTERED["bf14"].shape((n,))[0]
     assert (decoded.view(torch.int16).numpy().view(np.uint16) == words & 0xFFFC).all()
     if n:
         finite = np.isfinite(numbers(stored, "bf14", n))
@@ -715,7 +716,7 @@ def test_an_unknown_codec_is_refused_by_name(part, key, value):
 
 def test_a_codec_or_support_that_only_torch_knows_is_computed_by_torch(machine, monkeypatch):
     """As when a new codec has its decoder and no kernel yet."""
-    monkeypatch.setitem(VALUE_CODECS, "new8", VALUE_CODECS["int8"])
+    monkeypatch.setitem(REGISTERED, "new8", REGISTERED["int8"])
     x = torch.randn(2, 48)
     for section in ("codes", "dictionary"):
         layer, weight = make(codec="int8", dictionary="int8")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from format_reader import read_matrix
 
-from cospadi.factorization import Factorization
+from cospadi.formats.factorization import Factorization
 
 BEGIN = "<!-- worked example: begin -->\n"
 END = "<!-- worked example: end -->"

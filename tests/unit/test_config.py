@@ -556,7 +556,7 @@ def test_documentation_follows_the_schema(name, module, documentation):
     [
         ({"rho": "best"}, "variants.a.rho: best is not allowed; it has to match ^auto$"),
         ({"rho": 0.5}, "variants.a.rho: 0.5 is not allowed; from 1 to 16"),
-        ({"support": "2:4", "rho": 3.0}, "rho: 3.0; support 2:4 has two nonzeros in four atoms, which is rho: 2"),
+        ({"support": "2:4", "rho": 3.0}, "rho: 3.0; support 2:4 has 2 nonzeros in 4 atoms, which is rho: 2"),
         ({"support": "2:4", "solver": "ksvd"}, "variants.a.support: 2:4 is not for solver ksvd; leave it out"),
         ({"atom_update": "mod"}, "variants.a.atom_update: mod is not for solver htp; leave it out"),
         ({"solver": "procrustes", "polish": True}, "a.polish: True is not for solver procrustes; leave it out"),

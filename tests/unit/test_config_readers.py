@@ -25,8 +25,8 @@ PLAN = ("workflow/cospadi/plan/*.py", "workflow/cospadi/stages.py")
 RULES = ("Snakefile", "workflow/*.smk", "workflow/rules/*.smk")
 LEARNING = (
     *("workflow/cospadi/learning.py", "workflow/cospadi/problem.py", "workflow/cospadi/quantization.py"),
-    "workflow/cospadi/codecs.py",
-    *("workflow/cospadi/factorization.py", "workflow/cospadi/methods/base.py", "scripts/learn_dictionary.py"),
+    "workflow/cospadi/formats/*.py",
+    *("workflow/cospadi/methods/base.py", "scripts/learn_dictionary.py"),
 )
 # Where the keys of a section are read for what they are for. Not `resources`: an estimate is no use of a setting.
 READERS = {

@@ -6,7 +6,7 @@ import torch
 
 from cospadi import Factorization, factorize
 from cospadi.errors import ConfigError, NumericalError
-from cospadi.factorization import unpack
+from cospadi.formats.factorization import unpack
 
 RNG = np.random.default_rng(0)
 D_IN, D_OUT = 48, 40

@@ -12,8 +12,8 @@ import pytest
 from cospadi.budget import nbytes_left, sparse_shape
 from cospadi.checkpoint import check_codes
 from cospadi.errors import ArtifactError, NumericalError
-from cospadi.factorization import tensor_names, unpack
 from cospadi.files import BFLOAT16, ModelFolder, TensorFile, read_json, write_json, write_tensors
+from cospadi.formats.factorization import tensor_names, unpack
 from cospadi.learning import learn_unit
 from cospadi.problem import matrices_of, shared
 from cospadi.provenance import fingerprint

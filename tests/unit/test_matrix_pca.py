@@ -14,8 +14,8 @@ from cospadi.calibration.walk import Walk
 from cospadi.calibration.windows import prepare_windows
 from cospadi.checkpoint import assemble, target_bytes
 from cospadi.errors import ConfigError
-from cospadi.factorization import tensor_names, unpack
 from cospadi.files import BFLOAT16, ModelFolder, TensorFile, read_json
+from cospadi.formats.factorization import tensor_names, unpack
 from cospadi.learning import learn_unit
 from cospadi.methods import METHODS, masa, svd_llm
 from cospadi.problem import Matrix, Metric, Problem, matrices_of

@@ -3,9 +3,9 @@
 import pytest
 
 from cospadi.budget import nbytes_left
-from cospadi.codecs import storage_of
 from cospadi.config import check_config
 from cospadi.errors import ConfigError
+from cospadi.formats.values import storage_of
 from cospadi.methods import METHODS, planning_faults
 from cospadi.methods.base import planned_problems
 from cospadi.plan import Plan

@@ -17,6 +17,7 @@ from cospadi.config import check_config
 from cospadi.digests import code_digest, files_digest
 from cospadi.errors import ConfigError, UnsupportedModelError
 from cospadi.files import TensorFile, write_json, write_tensors
+from cospadi.formats.values import modules_of
 from cospadi.outside import ALL, TOKENIZER, WEIGHTS, remember_fetched
 from cospadi.plan import Plan, layers_of, one_of
 
@@ -334,39 +335,47 @@ def test_an_edit_changes_the_digests_of_the_stages_that_use_the_file(package, fi
     assert {stage for stage in before if before[stage] != after[stage]} == changed
 
 
-NEW_CODEC = """
-
-def _encode_bf12(values, rounding):
-    return _shortened(values)
-
-
-def _shortened(values):
-    return values[:12]
-"""
-
-
-def test_a_codec_more_changes_nothing_and_an_edited_one_what_uses_it(package):
+def test_a_format_more_changes_nothing_and_an_edited_one_what_uses_it(package):
     method = {"method": "svd_llm", "ratio": 0.2}
     variants = {"plain": method} | {f"bits{bits}": {**method, "codes": {"value_bits": bits}} for bits in (14, 8)}
+    variants["dictionary8"] = {**method, "codes": {"dictionary_bits": 8}}
     plan, each = make_plan(variants=variants), ("learn", "quantize")
     before = digests(plan, each)
-    path, (entry, function) = package / "codecs.py", ('    "bf14": ValueCodec(', "def _decode_bf14(")
-    text = path.read_text()
-    assert text.count(entry) == text.count(function) == 1
 
-    path.write_text(text.replace(entry, f'    "bf12": ValueCodec(_encode_bf12, None, len, 12),\n{entry}') + NEW_CODEC)
-    forget()
-    assert digests(plan, each) == before
+    def changed():
+        forget()
+        after = digests(plan, each)
+        return {key for key in before if key.removeprefix("quantize ") in variants and before[key] != after[key]}
 
-    path.write_text(text.replace(function, "def _decode_bf14(edited, *, "))
-    forget()
-    after = digests(plan, each)
-    assert {stage for stage in before if before[stage] != after[stage]} == {"bits14", "quantize bits14"}
+    registry = package / "runtime/cospadi_registry.py"
+    text = registry.read_text()
+    more = text.replace("        Bf14(),\n", "        Bf14(),\n        Bf12(),\n").replace(
+        "        Dense(),\n", "        Dense(),\n        Runs(),\n"
+    )
+    assert more.count("()") == text.count("()") + 2
+    registry.write_text(f"from .cospadi_more import Bf12, Runs\n{more}")
+    (package / "runtime/cospadi_more.py").write_text("class Bf12:\n    pass\n\n\nclass Runs:\n    pass\n")
+    assert not changed()
+    assert plan.code("assemble")(SimpleNamespace(variant="plain")) != before["assemble"]  # all of the runtime travels
 
-    path.write_text(text + "\n\nEDITED = True\n")  # no entry of a table: it may mean anything
-    forget()
-    after = digests(plan, each)
-    assert all(before[stage] != after[stage] for stage in ("plain", "bits14", "quantize bits8", "assemble"))
+    for file, users in (
+        ("cospadi_bf14", {"bits14"}),
+        ("cospadi_integers", {"bits8", "dictionary8"}),
+        ("cospadi_supports", set(variants)),
+    ):
+        path = package / f"runtime/{file}.py"
+        text = path.read_text()
+        path.write_text(f"{text}\nedited = True\n")
+        assert changed() == users | {f"quantize {name}" for name in users}, file
+        path.write_text(text)
+
+
+def test_a_variant_names_the_modules_of_its_formats():
+    """An option that names a support, whatever the option is called."""
+    built_in = ["cospadi.runtime.cospadi_supports", "cospadi.runtime.cospadi_values"]
+    assert modules_of({"support": "bitmask", "codes": {}}) == built_in
+    assert modules_of({"pattern": "2:4", "codes": {"value_bits": 14}}) == ["cospadi.runtime.cospadi_bf14", *built_in]
+    assert modules_of({"codes": {"dictionary_bits": 4}}) == ["cospadi.runtime.cospadi_integers", *built_in]
 
 
 def test_imports_are_found_wherever_they_stand(package):

@@ -12,9 +12,9 @@ import yaml
 
 from cospadi import needs as needs_module
 from cospadi.budget import nbytes_left
-from cospadi.codecs import storage_of
 from cospadi.config import check_config
 from cospadi.errors import ConfigError
+from cospadi.formats.values import storage_of
 from cospadi.methods import cospadi
 from cospadi.needs import measured, needs, table
 from cospadi.plan import Plan

@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from cospadi.codecs import encode_values
-from cospadi.factorization import Factorization
+from cospadi.formats.factorization import Factorization
+from cospadi.formats.values import store
 from cospadi.gram import relative_error
 from cospadi.problem import Metric
 from cospadi.quantization import round_factors
@@ -85,7 +85,7 @@ def test_rounded_codes_are_numbers_of_the_codec(codec):
     dictionary, codes, weight, gram = problem()
     rounded, scales = round_codes(codes, codes != 0, dictionary, weight, gram, codec=codec, group_size=64)
     assert scales is None
-    words = encode_values(rounded, "bf16").astype(np.float32)
+    words = store(rounded, "bf16", None)[0].astype(np.float32)
     np.testing.assert_array_equal(words, rounded)
     if codec == "bf14":
         assert not (rounded.view(np.uint32) & 0x0003FFFF).any()

@@ -7,8 +7,8 @@ import pytest
 
 from cospadi import factorize
 from cospadi.budget import dense_nbytes, nbytes_left
-from cospadi.codecs import storage_of
 from cospadi.errors import ConfigError
+from cospadi.formats.values import storage_of
 from cospadi.methods import METHODS
 from cospadi.problem import Matrix, Metric, Problem
 

@@ -13,7 +13,8 @@ from scipy.linalg import hadamard
 
 from cospadi.arrays import orthonormal_rows
 from cospadi.errors import NumericalError
-from cospadi.solvers import SOLVERS, _arrays, htp, least_squares, multi_metric, starts, svd
+from cospadi.runtime.cospadi_registry import SUPPORTS
+from cospadi.solvers import SOLVERS, htp, least_squares, multi_metric, starts, svd
 from cospadi.solvers._rounds import redraw, ridge_dictionary
 
 LEARNED = ("htp", "ksvd")
@@ -165,12 +166,12 @@ def test_the_adaptive_step_is_steepest_descents():
 def test_two_of_four_are_the_largest_of_every_four():
     rng = np.random.default_rng(0)
     values = rng.integers(-3, 4, (200, 12)).astype(np.float32)  # many ties
-    mask = _arrays.two_of_four(values)
+    mask = SUPPORTS["2:4"].project(values)
     for row, kept in zip(abs(values).reshape(-1, 4), mask.reshape(-1, 4), strict=True):
         expected = np.sort(np.argsort(-row, kind="stable")[:2])
         np.testing.assert_array_equal(np.flatnonzero(kept), expected)
     torch = pytest.importorskip("torch")
-    np.testing.assert_array_equal(_arrays.two_of_four(torch.from_numpy(values)).numpy(), mask)
+    np.testing.assert_array_equal(SUPPORTS["2:4"].project(torch.from_numpy(values)).numpy(), mask)
 
 
 @pytest.mark.parametrize("solver", ["htp", "procrustes"])
@@ -181,7 +182,7 @@ def test_support_of_two_in_four(solver):
     tied = SOLVERS[solver](target, support="2:4", **shape)
     assert ((tied.codes.reshape(8, 4, 120) != 0).sum(1) == 2).all()
     assert relative_error(target, free) < relative_error(target, tied) < 1.3 * relative_error(target, free)
-    with pytest.raises(ValueError, match="multiple of 4 atoms and half as many nonzeros, got 30 and 15"):
+    with pytest.raises(ValueError, match="multiple of 4 atoms and 2 of every 4 as nonzeros, got 30 and 15"):
         SOLVERS[solver](target, n_atoms=30, n_nonzero_coefs=15, support="2:4")
     with pytest.raises(ValueError, match="support must be one of bitmask, 2:4"):
         SOLVERS[solver](target, support="1:2", **shape)

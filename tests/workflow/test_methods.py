@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from cospadi.factorization import tensor_names, unpack
 from cospadi.files import ModelFolder, TensorFile
+from cospadi.formats.factorization import tensor_names, unpack
 
 from .conftest import Run, check_finished, copy_project, rows
 

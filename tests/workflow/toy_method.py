@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from cospadi.codecs import storage_of
-from cospadi.factorization import Factorization
+from cospadi.formats.factorization import Factorization
+from cospadi.formats.values import storage_of
 from cospadi.methods.base import Method, budget_faults
 from cospadi.methods.single_weights import n_entries
 from cospadi.solvers.entries import best_entries

@@ -14,7 +14,7 @@ import wrapt
 if TYPE_CHECKING:
     from cospadi.api import factorize
     from cospadi.checkpoint import verify
-    from cospadi.factorization import Factorization
+    from cospadi.formats.factorization import Factorization
     from cospadi.solvers.coding import dict_learning, sparse_encode
 
 __version__ = "0.1.0"
@@ -22,7 +22,7 @@ __all__ = ["Factorization", "dict_learning", "factorize", "sparse_encode", "veri
 
 # Loaded on first use: a stage pays only for what it needs
 _LAZY = {
-    "Factorization": "cospadi.factorization",
+    "Factorization": "cospadi.formats.factorization",
     "dict_learning": "cospadi.solvers.coding",
     "factorize": "cospadi.api",
     "sparse_encode": "cospadi.solvers.coding",

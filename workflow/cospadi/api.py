@@ -10,9 +10,9 @@ import numpy as np
 
 from cospadi.arrays import to_numpy
 from cospadi.budget import nbytes_left
-from cospadi.codecs import CODEC_OF_BITS, GROUP_SIZE, ROUNDINGS, storage_of
 from cospadi.errors import ConfigError, NumericalError
-from cospadi.factorization import Factorization
+from cospadi.formats.factorization import Factorization
+from cospadi.formats.values import CODEC_OF_BITS, DICTIONARY_BITS, GROUP_SIZE, ROUNDINGS, storage_of
 from cospadi.methods import METHODS
 from cospadi.problem import Matrix, Metric, Problem, Target, check_finite
 
@@ -117,7 +117,7 @@ def _check(
     faults = []
     if not 0 < ratio < 1:
         faults.append(f"ratio is {ratio}; allowed: more than 0, less than 1")
-    for name, allowed in (("value_bits", tuple(CODEC_OF_BITS)), ("dictionary_bits", (16, 8, 4))):
+    for name, allowed in (("value_bits", tuple(CODEC_OF_BITS)), ("dictionary_bits", DICTIONARY_BITS)):
         if codes[name] not in allowed:
             faults.append(f"{name} is {codes[name]}; allowed: {', '.join(map(str, allowed))}")
     if codes["group_size"] is not None and codes["group_size"] < 1:

@@ -1,7 +1,7 @@
 """Budget: which number of atoms and nonzeros (or which rank) so many bytes of the file are enough for.
 
 `ratio` is the fraction of bytes removed from matrices that cost ``2 * d_in * d_out`` bytes each in bfloat16; it becomes
-bytes in `nbytes_left` and nowhere else. The count includes dictionary, values, scales and support exactly as `codecs`
+bytes in `nbytes_left` and nowhere else. The count includes dictionary, values, scales and support exactly as `formats`
 stores them, so the file keeps the promise.
 """
 
@@ -11,8 +11,11 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from cospadi.codecs import GROUP_SIZE, IDENTITY, codec_bits, scales_nbytes, stored_nbytes, support_nbytes
 from cospadi.errors import ConfigError
+from cospadi.formats.codes import codes_nbytes
+from cospadi.formats.dictionaries import dictionary_nbytes
+from cospadi.formats.values import GROUP_SIZE
+from cospadi.runtime.cospadi_registry import CODECS, SUPPORTS
 
 
 def dense_nbytes(d_in: int, d_out: int) -> int:
@@ -49,11 +52,8 @@ def factors_nbytes(
     if n_scales is None:
         column = -(-n_nonzero // d_out)
         n_scales = d_out * -(-column // (group_size or max(column, 1)))
-    nbytes = stored_nbytes(value_codec, n_nonzero) + scales_nbytes(value_codec, n_scales)
-    if dictionary_codec != IDENTITY:
-        nbytes += stored_nbytes(dictionary_codec, d_in * n_atoms)
-        nbytes += scales_nbytes(dictionary_codec, -(-d_in // (group_size or d_in)) * n_atoms)
-    return nbytes + support_nbytes(support, n_atoms, d_out)
+    codes = codes_nbytes(support, value_codec, n_atoms, d_out, n_nonzero, n_scales)
+    return codes + dictionary_nbytes(d_in, n_atoms, dictionary_codec, group_size)
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def sparse_shape(
     With bfloat16 values and a 1-bit mask this is ``k = nbytes / 2 / (d_in + d_out / rho + d_out / 16)``; with 14-bit
     values and ``rho = 2`` it is the paper's Eq. 11, ``k = nbytes / 2 / (d_in + d_out / rho)``. Rounding to whole atoms
     and bytes is exact: the atoms are maximal, then the nonzeros are raised while a whole one more a column still fits.
-    Support ``"2:4"`` has a multiple of 4 atoms and half as many nonzeros, whatever `rho`.
+    A support with a pattern has a multiple of its atoms and its share of nonzeros, whatever `rho`: of ``"2:4"`` half.
 
     Raises
     ------
@@ -100,23 +100,23 @@ def sparse_shape(
             group_size=group_size,
         )
 
-    quads = support == "2:4"
-    rho = 2.0 if quads else rho
-    step = 4 if quads else 1
+    pattern = SUPPORTS[support].pattern
+    step = 1 if pattern is None else pattern[1]
+    rho = rho if pattern is None else pattern[1] / pattern[0]
 
     def coefs(n_atoms: int) -> int:
         return max(1, math.floor(n_atoms / rho))
 
-    value_bytes = codec_bits(value_codec) / 8
-    atom_bytes = codec_bits(dictionary_codec) / 8
+    value_bytes = CODECS[value_codec].bits / 8
+    atom_bytes = CODECS[dictionary_codec].bits / 8
     n_atoms = (math.ceil(nbytes / (atom_bytes * d_in + value_bytes * d_out / rho + d_out / 8)) + 2) // step * step
     while n_atoms > 0 and taken(n_atoms, coefs(n_atoms)) > nbytes:
         n_atoms -= step
     if n_atoms <= 0:
-        smallest = "four atoms fit" if quads else "one atom fits"
+        smallest = "one atom fits" if step == 1 else f"{step} atoms fit"
         raise ConfigError([f"{nbytes} bytes for a {d_in}x{d_out} matrix: not {smallest}"])
     n_nonzero_coefs = coefs(n_atoms)
-    while not quads and n_nonzero_coefs < n_atoms and taken(n_atoms, n_nonzero_coefs + 1) <= nbytes:
+    while pattern is None and n_nonzero_coefs < n_atoms and taken(n_atoms, n_nonzero_coefs + 1) <= nbytes:
         n_nonzero_coefs += 1
     return SparseShape(n_atoms, n_nonzero_coefs)
 
@@ -137,7 +137,7 @@ def low_rank(
     ConfigError
         If not even rank 1 fits.
     """
-    bits = codec_bits(dictionary_codec) * d_in + codec_bits(value_codec) * d_out  # of rank 1, without scales
+    bits = CODECS[dictionary_codec].bits * d_in + CODECS[value_codec].bits * d_out  # of rank 1, without scales
     rank = min(d_in, d_out, 8 * nbytes // bits)
     while rank > 0 and nbytes < factors_nbytes(
         d_in,

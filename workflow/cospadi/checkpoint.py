@@ -21,14 +21,13 @@ import safetensors.numpy
 
 from cospadi.budget import dense_nbytes
 from cospadi.errors import ArtifactError, CospadiError
-from cospadi.factorization import dictionary_names, read_specs, tensor_names, unpack
 from cospadi.files import BFLOAT16, ModelFolder, TensorFile, data_files, explaining, read_object, replacing, write_json
+from cospadi.formats.factorization import dictionary_names, read_specs, tensor_names, unpack
 from cospadi.learning import FORMAT_VERSION as CODES_VERSION
 from cospadi.provenance import CALIBRATION, check_provenance, fingerprint
 from cospadi.runtime.cospadi_checksums import CHECKSUMS, checksum_faults, write_checksums
 from cospadi.runtime.cospadi_format import (
     AUTO_MAP,
-    CODECS,
     FORMAT_VERSION,
     LOAD_HINT,
     MODEL_TYPE,
@@ -41,6 +40,7 @@ from cospadi.runtime.cospadi_format import (
     read_headers,
     stored_faults,
 )
+from cospadi.runtime.cospadi_registry import CODECS
 from cospadi.structure import PROJECTIONS
 from cospadi.tokenizer import check_equal, class_to_store, has_tokenizer, load_tokenizer
 

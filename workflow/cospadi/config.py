@@ -23,6 +23,7 @@ import yaml
 from jsonschema import Draft202012Validator, ValidationError, validators
 
 from cospadi.errors import ConfigError
+from cospadi.formats.values import CODEC_OF_BITS, DICTIONARY_BITS
 from cospadi.methods import METHODS, warm_start_faults
 from cospadi.methods.base import sharing_option_faults
 from cospadi.pruning import PRUNERS
@@ -67,6 +68,8 @@ def schema() -> Schema:
     whole = copy.deepcopy(read_schema("config.schema.yaml"))
     parts = whole["$defs"]
     common = parts.pop("variant")["properties"]
+    for key, bits in (("value_bits", CODEC_OF_BITS), ("dictionary_bits", DICTIONARY_BITS)):
+        common["codes"]["properties"][key]["enum"] = list(bits)
     alternatives = [_entry_schema(method, "method", common) for method in METHODS.values()]
     alternatives += [_entry_schema(pruner, "method", {"method": _PRUNING}) for pruner in PRUNERS.values()]
     whole["properties"]["variants"]["propertyNames"]["not"] = {"enum": list(RESERVED)}

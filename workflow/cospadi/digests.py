@@ -15,13 +15,15 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent
 # What a run takes from these is chosen by name in the config, and the chooser names the chosen module: their tables
 # are no part of a digest, so a line more in one changes nothing that was there
-REGISTRIES = {"cospadi.methods", "cospadi.pruning", "cospadi.solvers", "cospadi.sources"}
+REGISTRIES = {
+    "cospadi.methods",
+    "cospadi.pruning",
+    "cospadi.runtime.cospadi_registry",
+    "cospadi.solvers",
+    "cospadi.sources",
+}
 # Estimates of memory and time decide nothing in an artifact
 ESTIMATES = {"cospadi.work"}
-
-# Modules with tables of which a stage may say what it takes: other entries, and the private functions and classes that
-# only those use, are then no part of its digest
-TABLES = {"cospadi.codecs"}
 
 # Files up to this size are hashed whole: half a second at most for all of a small model
 _HASHED_WHOLE = 64 * 2**20
@@ -29,9 +31,7 @@ _PART = 2**20
 
 
 @cache
-def code_digest(
-    *modules: str, without: str | None = None, data: str | None = None, entries: frozenset[str] | None = None
-) -> str:
+def code_digest(*modules: str, without: str | None = None, data: str | None = None) -> str:
     """SHA-256 over the code of modules and of all modules of this package that they import.
 
     The code is the syntax tree without comments and docstrings. The import closure is found in the source (imports
@@ -45,16 +45,17 @@ def code_digest(
         A package whose modules do not count, because what they change is seen elsewhere.
     data : str, optional
         A folder of the package that the modules read, ``tasks``.
-    entries : frozenset of str, optional
-        Keys of the entries of `TABLES` that are used; by default all.
     """
     found: dict[str, bytes] = {}
     waiting = list(modules)
     while waiting:
         module = waiting.pop()
-        left_out = module in REGISTRIES | ESTIMATES or (without and f"{module}.".startswith(f"{without}."))
+        reached = module not in modules  # by an import; a registry that is named itself counts
+        left_out = (reached and module in REGISTRIES | ESTIMATES) or (
+            without and f"{module}.".startswith(f"{without}.")
+        )
         if module not in found and not left_out:
-            found[module], imports = _read(module, entries if module in TABLES else None)
+            found[module], imports = _read(module)
             waiting += imports
     digest = hashlib.sha256()
     for module in sorted(found):
@@ -72,7 +73,7 @@ def modules_of(package: str) -> list[str]:
 
 def imports_of(module: str) -> list[str]:
     """Modules of this package that a module imports, anywhere in it."""
-    return _read(module, None)[1]
+    return _read(module)[1]
 
 
 def _source_file(module: str) -> Path:
@@ -81,11 +82,9 @@ def _source_file(module: str) -> Path:
 
 
 @cache
-def _read(module: str, entries: frozenset[str] | None) -> tuple[bytes, list[str]]:
+def _read(module: str) -> tuple[bytes, list[str]]:
     """SHA-256 of a module's syntax tree, and the modules of this package that it imports anywhere in it."""
     tree = ast.parse(_source_file(module).read_bytes())
-    if entries is not None:
-        _keep_entries(tree, entries)
     package = module if _source_file(module).name == "__init__.py" else module.rpartition(".")[0]
     names = []
     for node in ast.walk(tree):
@@ -104,32 +103,6 @@ def _read(module: str, entries: frozenset[str] | None) -> tuple[bytes, list[str]
     # a tree says nothing of lines and columns unless asked
     code = hashlib.sha256(ast.dump(tree).encode()).digest()
     return code, [name for name in names if name.startswith(f"{PACKAGE.name}.")]
-
-
-def _keep_entries(tree: ast.Module, entries: frozenset[str]) -> None:
-    """Take out of a module's tables all other entries, then the private definitions that nothing uses any more.
-
-    A table is a dictionary at the top with text as keys, or as values (names of entries of another table).
-    """
-
-    def kept(key: ast.expr | None, value: ast.expr) -> bool:
-        name = next((part.value for part in (key, value) if isinstance(getattr(part, "value", None), str)), None)
-        return not isinstance(name, str) or name in entries
-
-    for node in tree.body:
-        table = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
-        if isinstance(table, ast.Dict):
-            pairs = [pair for pair in zip(table.keys, table.values, strict=True) if kept(*pair)]
-            table.keys, table.values = [key for key, _ in pairs], [value for _, value in pairs]
-    unused = True
-    while unused:
-        used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-        unused = [
-            node
-            for node in tree.body
-            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] == "_" and node.name not in used
-        ]
-        tree.body = [node for node in tree.body if node not in unused]
 
 
 def _drop_docstring(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> None:

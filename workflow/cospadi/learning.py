@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cospadi.budget import nbytes_left
-from cospadi.codecs import storage_of
 from cospadi.errors import ArtifactError
-from cospadi.factorization import Factorization, dictionary_names, read_specs, tensor_names, unpack
 from cospadi.files import ModelFolder, TensorFile, read_json, write_json, write_tensors
+from cospadi.formats.factorization import Factorization, dictionary_names, read_specs, tensor_names, unpack
+from cospadi.formats.values import storage_of
 from cospadi.gram import check_grams, squared_norm
 from cospadi.methods import METHODS, Method
 from cospadi.problem import Matrix, Metric, Problem, matrices_of, shared
 from cospadi.provenance import check_provenance, digest_of
-from cospadi.runtime.cospadi_format import FACTOR_CODECS
+from cospadi.runtime.cospadi_registry import FACTOR_CODECS
 
 FORMAT_VERSION = 1
 

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from cospadi.errors import NumericalError
-from cospadi.factorization import Factorization
 from cospadi.files import ModelFolder
+from cospadi.formats.factorization import Factorization
 from cospadi.gram import Whitening, read_gram, sites, squared_norm, whitening_factor
 
 # Where all layers are one problem, so many whitenings stay in memory: those of a few layers that share

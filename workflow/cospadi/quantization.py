@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 
 from cospadi.budget import dense_nbytes
-from cospadi.codecs import MIXTURE, storage_of
 from cospadi.errors import ArtifactError
-from cospadi.factorization import Factorization, dictionary_names, read_specs, tensor_names, unpack
 from cospadi.files import ModelFolder, TensorFile, write_json, write_tensors
+from cospadi.formats.factorization import Factorization, dictionary_names, read_specs, tensor_names, unpack
+from cospadi.formats.values import storage_of
 from cospadi.gram import check_grams
 from cospadi.learning import FORMAT_VERSION, provenance
 from cospadi.problem import Metric, matrices_of
 from cospadi.provenance import CALIBRATION, check_provenance
-from cospadi.runtime.cospadi_format import FACTOR_CODECS
+from cospadi.runtime.cospadi_registry import FACTOR_CODECS, SUPPORTS
 
 _REMEDY = "Delete it and run again to learn this unit anew"
 
@@ -120,7 +120,7 @@ def round_factors(
         **storage_of(codes),
         rounding="nearest" if optimal else codes["rounding"],
     )
-    if not optimal or chosen.support == MIXTURE:
+    if not optimal or SUPPORTS[chosen.support].mixes:
         return chosen
     from cospadi.rounding import round_codes  # numba, which the other roundings do without
 

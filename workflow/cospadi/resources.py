@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cospadi.budget import nbytes_left
-from cospadi.codecs import storage_of
+from cospadi.formats.values import storage_of
 from cospadi.methods import METHODS
 from cospadi.methods.base import planned_problems
 from cospadi.work import (

@@ -13,14 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numba
 import numpy as np
 
-from cospadi.codecs import INTEGER_CODECS, find_scales, groups_of_columns
+from cospadi.formats.values import blocks_of_columns, find_scales
+from cospadi.runtime.cospadi_registry import CODECS
 from cospadi.solvers._threads import n_threads
 
 # Sweeps over the codes of a column at most; most columns stand still after four
 MAX_SWEEPS = 12
-
-# Significant bits of a number, the hidden one included
-_SIGNIFICANT_BITS = {"bf16": 8, "bf14": 6}
 
 _COLUMNS_A_TASK = 16
 
@@ -66,17 +64,15 @@ def round_codes(
     values = np.ascontiguousarray(codes.T[mask.T], np.float32)
     scales = None
     steps = np.zeros(0, np.float32)
-    low = high = bits = 0
-    if codec in INTEGER_CODECS:
-        groups = groups_of_columns(counts, group_size)
-        scales = find_scales(values, groups, codec)
-        steps = scales.astype(np.float32)[groups]
-        low, high = INTEGER_CODECS[codec].low, INTEGER_CODECS[codec].high
-    else:
-        bits = _SIGNIFICANT_BITS.get(codec, 0)
-        if not bits:
-            known = ", ".join([*_SIGNIFICANT_BITS, *INTEGER_CODECS])
-            raise ValueError(f"codec {codec!r} has no rounding to decide; known: {known}")
+    chosen = CODECS.get(codec)
+    if chosen is None or not chosen.can_be_rounded:
+        known = ", ".join(name for name, one in CODECS.items() if one.can_be_rounded)
+        raise ValueError(f"codec {codec!r} has no rounding to decide; known: {known}")
+    if chosen.scaled:
+        blocks = blocks_of_columns(counts, group_size)
+        scales = find_scales(values, blocks, codec)
+        steps = scales.astype(np.float32)[blocks]
+    low, high, bits = chosen.low, chosen.high, chosen.significant_bits
     starts = np.concatenate([[0], np.cumsum(counts)])
     atoms = np.nonzero(mask.T)[1]
     moments = np.ascontiguousarray(moments, np.float64)

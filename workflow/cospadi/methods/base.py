@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from cospadi.budget import nbytes_left
 from cospadi.errors import ConfigError
-from cospadi.factorization import Factorization
+from cospadi.formats.factorization import Factorization
 from cospadi.problem import Target, shared, side_by_side
 from cospadi.registry import Entry
 from cospadi.structure import PROJECTIONS
@@ -85,9 +85,9 @@ class Method(Entry):
     fit : callable
         ``fit(problem, nbytes, *, storage, device, log, warm, **options) -> list of Factorization``, one for each matrix
         of the `problem.Problem`, which take `nbytes` in the file at most, all together. `storage` says how they will
-        be stored (`codecs.storage_of`); `warm` are factors of the matrices side by side to start from, or None. Options
-        are complete but for those of `SHARING_OPTIONS` and `WARM_OPTIONS`, which are settled before; ``max_seconds``
-        (`TIME_OPTIONS`) is what this problem may take.
+        be stored (`formats.values.storage_of`); `warm` are factors of the matrices side by side to start from, or
+        None. Options are complete but for those of `SHARING_OPTIONS` and `WARM_OPTIONS`, which are settled before;
+        ``max_seconds`` (`TIME_OPTIONS`) is what this problem may take.
     work : callable
         ``work(targets, nbytes, options, storage) -> Work``: what `fit` takes for a problem of these `problem.Target`,
         besides the process and the factors that it gives.

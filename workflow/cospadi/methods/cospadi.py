@@ -12,8 +12,8 @@ import numpy as np
 
 from cospadi.arrays import on_device, to_numpy
 from cospadi.budget import SparseShape, nbytes_left, sparse_shape
-from cospadi.codecs import storage_of
-from cospadi.factorization import Factorization
+from cospadi.formats.factorization import Factorization
+from cospadi.formats.values import storage_of
 from cospadi.gram import Whitening, whitening_factor
 from cospadi.methods.base import (
     SHARING_OPTIONS,
@@ -27,6 +27,7 @@ from cospadi.methods.base import (
     work_of,
 )
 from cospadi.problem import Problem, Target, side_by_side
+from cospadi.runtime.cospadi_registry import SUPPORTS
 from cospadi.solvers import SOLVERS, several_metrics
 from cospadi.solvers.starts import STARTS, dictionary_start, warm_start
 from cospadi.work import KSVD, PRODUCT, Work
@@ -56,7 +57,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         f"and downhill from {RHO_FIRST:g}.",
     },
     "support": {
-        "enum": ["bitmask", "2:4"],
+        "enum": [name for name, support in SUPPORTS.items() if support.is_stored],
         "default": "bitmask",
         "description": "Where nonzeros may be: any atoms, or two of every four, which GPUs multiply fast. Same bytes "
         "at rho: 2, which 2:4 needs.",
@@ -131,7 +132,7 @@ def fit(
     nbytes : int
         k and s follow from it (`budget.sparse_shape`).
     storage : mapping
-        How the factors will be stored (`codecs.storage_of`).
+        How the factors will be stored (`formats.values.storage_of`).
     device : str
     log : callable, optional
     warm : Factorization, optional
@@ -365,8 +366,12 @@ def faults(settings: Mapping[str, Any], problems: Problems = ()) -> Iterator[str
         parameter = "dictionary_init" if name == "start" else name
         if options[name] != OPTIONS[name]["default"] and parameter not in taken:
             yield f"{name}: {options[name]} is not for solver {options['solver']}; leave it out"
-    if options["support"] == "2:4" and options["rho"] != 2:
-        yield f"rho: {options['rho']}; support 2:4 has two nonzeros in four atoms, which is rho: 2"
+    kept, among = SUPPORTS[options["support"]].pattern or (0, 0)
+    if kept and options["rho"] != among / kept:
+        yield (
+            f"rho: {options['rho']}; support {options['support']} has {kept} nonzeros in {among} atoms, "
+            f"which is rho: {among / kept:g}"
+        )
     if options["start"] is not None and options["warm_start"] is not None:
         yield "start: warm_start is a start too; leave one of them out"
     yield from sharing_faults(problems)

@@ -15,7 +15,7 @@ import numpy as np
 
 from cospadi.arrays import on_device, to_numpy
 from cospadi.errors import ConfigError
-from cospadi.factorization import Factorization
+from cospadi.formats.factorization import Factorization
 from cospadi.methods import single_weights
 from cospadi.methods.base import SHARING_OPTIONS, Method, Problems, sharing_faults
 from cospadi.methods.single_weights import PATTERN, inputs_of, n_entries, scaled

@@ -17,13 +17,14 @@ import numpy as np
 
 from cospadi.allocation import Menu, Point, choose
 from cospadi.budget import factors_nbytes, nbytes_left
-from cospadi.codecs import IDENTITY, MIXTURE
 from cospadi.errors import ConfigError
-from cospadi.factorization import Factorization
 from cospadi.files import BFLOAT16
+from cospadi.formats.dictionaries import IDENTITY
+from cospadi.formats.factorization import Factorization
 from cospadi.methods import svd_llm
 from cospadi.methods.base import WHITENING_OPTIONS, Method
 from cospadi.problem import Problem, Target
+from cospadi.runtime.cospadi_supports import MIXTURE
 from cospadi.work import Work
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -243,7 +244,7 @@ def fit(
     nbytes : int
         Of all of them together.
     storage : mapping
-        How the factors will be stored (`codecs.storage_of`).
+        How the factors will be stored (`formats.values.storage_of`).
     groups, atoms
         As in `OPTIONS`.
 

@@ -13,15 +13,20 @@ import numpy as np
 
 from cospadi.arrays import on_device, to_numpy
 from cospadi.budget import factors_nbytes
-from cospadi.codecs import IDENTITY, storage_of
 from cospadi.errors import ConfigError
-from cospadi.factorization import Factorization
+from cospadi.formats.dictionaries import IDENTITY
+from cospadi.formats.factorization import Factorization
+from cospadi.formats.values import storage_of
 from cospadi.methods.base import Method, Problems, budget_faults, work_of
 from cospadi.problem import Metric, Problem, Target, side_by_side
+from cospadi.runtime.cospadi_registry import SUPPORTS
 from cospadi.work import PRODUCT, Work
 
+# Patterns that a support has of its own
+_PATTERNED = tuple(name for name, support in SUPPORTS.items() if support.pattern is not None)
+
 PATTERN: dict[str, Any] = {
-    "enum": ["matrix", "column", "row", "2:4"],
+    "enum": ["matrix", "column", "row", *_PATTERNED],
     "default": "matrix",
     "description": "Where weights may stay. matrix: anywhere; column, row: as many in every output, or every input; "
     "2:4: two of every four inputs, which GPUs multiply fast and which removes .4375 of the bytes of bfloat16.",
@@ -30,7 +35,7 @@ PATTERN: dict[str, Any] = {
 
 def support_of(pattern: str) -> str:
     """How the file stores the positions of a pattern."""
-    return "2:4" if pattern == "2:4" else "bitmask"
+    return pattern if pattern in _PATTERNED else "bitmask"
 
 
 def n_entries(
@@ -81,12 +86,15 @@ def n_entries(
             )
         return total
 
-    if pattern == "2:4":
-        n = d_in * d_out // 2
-        if d_in % 4:
-            raise ConfigError([f"{nbytes} bytes for a {d_in}x{d_out} matrix: 2:4 needs a multiple of 4 inputs"])
+    if pattern in _PATTERNED:
+        among = SUPPORTS[pattern].pattern[1]
+        if d_in % among:
+            raise ConfigError(
+                [f"{nbytes} bytes for a {d_in}x{d_out} matrix: {pattern} needs a multiple of {among} inputs"]
+            )
+        n = SUPPORTS[pattern].column(d_in) * d_out
         if taken(n) > nbytes:
-            raise ConfigError([f"{nbytes} bytes for a {d_in}x{d_out} matrix: 2:4 takes {taken(n)}"])
+            raise ConfigError([f"{nbytes} bytes for a {d_in}x{d_out} matrix: {pattern} takes {taken(n)}"])
         return n
     low, high = 0, d_in * d_out
     while low < high:

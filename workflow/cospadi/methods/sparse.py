@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from cospadi.factorization import Factorization
+from cospadi.formats.factorization import Factorization
 from cospadi.methods import hybrid
 from cospadi.methods.base import Method
 from cospadi.problem import Problem, Target

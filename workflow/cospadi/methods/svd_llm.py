@@ -7,8 +7,8 @@ from typing import Any
 
 from cospadi.arrays import on_device, to_numpy
 from cospadi.budget import low_rank
-from cospadi.codecs import storage_of
-from cospadi.factorization import Factorization
+from cospadi.formats.factorization import Factorization
+from cospadi.formats.values import storage_of
 from cospadi.gram import Whitening
 from cospadi.methods.base import (
     SHARING_OPTIONS,
@@ -42,7 +42,7 @@ def fit(
     nbytes : int
         The rank follows from it (`budget.low_rank`).
     storage : mapping
-        How the factors will be stored (`codecs.storage_of`).
+        How the factors will be stored (`formats.values.storage_of`).
     """
     rank = low_rank(*problem.shape, nbytes=nbytes, **storage)
     whitening = problem.metric.whitening(whiten=whiten, eta=eta)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from cospadi.codecs import storage_of
 from cospadi.digests import code_digest, modules_of
+from cospadi.formats.values import modules_of as formats_of
 from cospadi.methods import METHODS
 from cospadi.plan.names import layers_of
 from cospadi.stages import Jobs, Stage, code_of, table_of
@@ -16,7 +16,6 @@ from cospadi.work import MEBI, Work
 if TYPE_CHECKING:
     from cospadi.plan import Plan
 
-_UNPACKED = frozenset({"float32", "bf16"})
 _TABLES_AND_PLOTS = Work(1000 * MEBI, 30)
 
 
@@ -120,18 +119,12 @@ def _learning_code(plan: Plan, wildcards: Any) -> str:
     """Of a variant its method and solver, and not those of other variants."""
     settings = plan.factorizing(wildcards.variant)
     modules = METHODS[settings["method"]].modules(settings)
-    return code_digest("cospadi.learning", *modules, entries=_codecs(plan, wildcards.variant))
-
-
-def _codecs(plan: Plan, variant: str) -> frozenset[str]:
-    """Codecs of a variant's values and dictionaries, those of every unpacked tensor among them."""
-    stored = storage_of(plan.factorizing(variant)["codes"])
-    return _UNPACKED | {stored["value_codec"], stored["dictionary_codec"]}
+    return code_digest("cospadi.learning", *modules, *formats_of(settings))
 
 
 def _of_variant(*modules: str) -> Callable[[Plan, Any], str]:
-    """The code of a stage that packs a variant or writes it: other codecs than the variant's do not count."""
-    return lambda plan, wildcards: code_digest(*modules, entries=_codecs(plan, wildcards.variant))
+    """The code of a stage that packs a variant or writes it: other codecs and supports than its own do not count."""
+    return lambda plan, wildcards: code_digest(*modules, *formats_of(plan.factorizing(wildcards.variant)))
 
 
 STAGES = table_of(
@@ -201,7 +194,7 @@ STAGES = table_of(
         after=("fetch", "inspect", "prepare", "select"),
         jobs=_each_base("fit_transforms", _fitted),
         work=_walks,
-        code=code_of("cospadi.pruning.fitting", entries=_UNPACKED),
+        code=code_of("cospadi.pruning.fitting"),
         threads="prune",
         uses_gpu=True,
     ),
@@ -212,7 +205,7 @@ STAGES = table_of(
         after=("fetch", "inspect", "prepare", "select", "fit"),
         jobs=_each_base("prune_model", lambda plan: list(plan.pruned_bases)),
         work=lambda plan, wildcards: plan.estimates.assemble(),
-        code=code_of("cospadi.pruning.folding", entries=_UNPACKED),
+        code=code_of("cospadi.pruning.folding"),
         threads="assemble",
     ),
     Stage(

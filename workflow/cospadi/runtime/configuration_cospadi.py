@@ -27,14 +27,19 @@ from .cospadi_format import (
 if TYPE_CHECKING:
     # Nothing of this runs. transformers copies a folder's code by the lines of this form in the module that config.json
     # names; older versions do not look for more in the modules that these lines name.
+    from .cospadi_bf14 import Bf14  # noqa: F401
     from .cospadi_checksums import write_checksums  # noqa: F401
     from .cospadi_codecs import decode_codes  # noqa: F401
     from .cospadi_cpu import kernel  # noqa: F401
     from .cospadi_cpu_source import SOURCE  # noqa: F401
     from .cospadi_cuda import gpu_kernels  # noqa: F401
     from .cospadi_cuda_kernels import row_products  # noqa: F401
+    from .cospadi_integers import Integers  # noqa: F401
     from .cospadi_linear import PackedLinear  # noqa: F401
     from .cospadi_mixture import Mixture  # noqa: F401
+    from .cospadi_registry import CODECS  # noqa: F401
+    from .cospadi_supports import Support  # noqa: F401
+    from .cospadi_values import Codec  # noqa: F401
     from .modeling_cospadi import CospadiForCausalLM  # noqa: F401
 
 

@@ -1,83 +1,20 @@
 """How the tensors of a packed matrix become numbers again, in torch (docs/format.md of CoSpaDi Workflow).
 
-A codec is one line of `VALUE_CODECS`: dtype and shape of the stored tensor as `cospadi_format` says, and its decoding.
+What a codec or a support does is said in its own file (`cospadi_registry`); here both factors are put together.
 The functions are made of plain tensor operations, so they run on every device and `torch.compile` traces through them.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from .cospadi_format import CODECS, in_one_line, spec_faults, stored_tensors
+from .cospadi_format import in_one_line, spec_faults, stored_tensors
+from .cospadi_registry import CODECS, SUPPORTS
 
-
-@dataclass(frozen=True)
-class ValueCodec:
-    """A way to store numbers.
-
-    Attributes
-    ----------
-    dtype : torch.dtype
-        Of the stored tensor.
-    shape : callable
-        ``shape(numbers) -> tuple``: shape of the stored tensor for numbers of that shape.
-    decode : callable
-        ``decode(stored, shape) -> Tensor``: bfloat16 numbers of that shape, before scaling.
-    scaled : bool
-        Whether a group of numbers has a scale.
-    """
-
-    dtype: torch.dtype
-    shape: Callable[[Sequence[int]], tuple[int, ...]]
-    decode: Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
-    scaled: bool = False
-
-
-def _decode_bf14(stored: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """Stream of 14-bit words, least significant bit first: 7 bytes hold 4 values."""
-    n = math.prod(shape)
-    groups = -(-n // 4)
-    b = F.pad(stored, (0, 7 * groups - stored.numel())).view(groups, 7).to(torch.int32).unbind(1)
-    words = torch.stack(
-        [
-            b[0] | (b[1] & 0x3F) << 8,
-            b[1] >> 6 | b[2] << 2 | (b[3] & 0x0F) << 10,
-            b[3] >> 4 | b[4] << 4 | (b[5] & 0x03) << 12,
-            b[5] >> 2 | b[6] << 6,
-        ],
-        dim=1,
-    )  # (groups, 4)
-    # a word is the upper 14 bits of a bfloat16; int16 takes the upper half as negative numbers
-    bits = words << 2
-    bits = torch.where(bits >= 1 << 15, bits - (1 << 16), bits)
-    return bits.to(torch.int16).view(torch.bfloat16).flatten()[:n].view(*shape)
-
-
-def _decode_int4(stored: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """Two's complement, two a byte, the first in the low half."""
-    nibbles = torch.stack([stored & 15, stored >> 4], dim=1).flatten()[: math.prod(shape)]
-    return ((nibbles ^ 8).to(torch.int8) - 8).to(torch.bfloat16).view(*shape)
-
-
-_TORCH_DTYPES = {"BF16": torch.bfloat16, "U8": torch.uint8, "I8": torch.int8}
-
-_DECODERS = {
-    "bf16": lambda stored, shape: stored.view(*shape),
-    "bf14": _decode_bf14,
-    "int8": lambda stored, shape: stored.view(*shape).to(torch.bfloat16),
-    "int4": _decode_int4,
-}
-
-VALUE_CODECS: dict[str, ValueCodec] = {
-    name: ValueCodec(_TORCH_DTYPES[codec.dtype], codec.shape, _DECODERS[name], codec.scaled)
-    for name, codec in CODECS.items()
-}
+_DTYPES = {"BF16": torch.bfloat16, "U8": torch.uint8, "I8": torch.int8}
 
 
 def tensor_shapes(spec: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -99,13 +36,13 @@ def tensor_shapes(spec: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], torc
     ValueError
         If the spec is not valid, or names a codec or support that this code does not know.
     """
-    faults = spec_faults(spec, VALUE_CODECS)
+    faults = spec_faults(spec)
     if faults:
         raise ValueError(in_one_line(faults))
     others = {"support": torch.uint8, "scales": torch.bfloat16, "dictionary_scales": torch.bfloat16}
     return {
-        kind: (shape, codec.dtype if codec else others[kind])
-        for kind, shape, codec in stored_tensors("", spec, VALUE_CODECS).values()
+        kind: (shape, _DTYPES[codec.dtype] if codec else others[kind])
+        for kind, shape, codec in stored_tensors("", spec).values()
     }
 
 
@@ -159,26 +96,14 @@ def _group_of(mask: torch.Tensor, group_size: int | None, n_scales: int) -> torc
 
 
 def decode_support(spec: dict[str, Any], support: torch.Tensor) -> torch.Tensor:
-    """Mask (d_out, k) of the stored codes, from either kind of stored support."""
-    k = spec["dictionary"]["n_atoms"]
-    support = support.to(torch.uint8)
-    if spec["codes"]["support"] == "bitmask":
-        return unpack_support(support, k)
-    pairs = torch.stack([support & 15, support >> 4], dim=2).flatten(1)[:, : k // 4].unsqueeze(2)  # (d_out, k / 4, 1)
-    atoms = torch.arange(4, dtype=torch.uint8, device=support.device)
-    return ((pairs & 3) == atoms).logical_or((pairs >> 2) == atoms).flatten(1)
-
-
-def unpack_support(support: torch.Tensor, k: int) -> torch.Tensor:
-    """Bits (d_out, ceil(k / 8)) uint8 to a boolean mask (d_out, k); bit i % 8 of byte i // 8 is atom i."""
-    bits = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=support.device)
-    return (support.unsqueeze(-1) & bits).ne(0).flatten(1)[:, :k]
+    """Mask (d_out, k) of the stored codes."""
+    return SUPPORTS[spec["codes"]["support"]].mask(support.to(torch.uint8), spec["dictionary"]["n_atoms"])
 
 
 def _decode(name: str, stored: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """Numbers of that shape. A tool may have cast what is stored: integers are in it unchanged, bfloat16 rounded."""
-    codec = VALUE_CODECS[name]
-    return codec.decode(stored if codec.dtype.is_floating_point else stored.to(codec.dtype), shape)
+    dtype = _DTYPES[CODECS[name].dtype]
+    return CODECS[name].decode(stored if dtype.is_floating_point else stored.to(dtype), shape)
 
 
 def encode_dictionary(spec: dict[str, Any], dictionary: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
@@ -203,17 +128,4 @@ def encode_codes(
 
 def _encode(codec: str, numbers: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
     """Stored tensor of `numbers`, rounded to nearest."""
-    if codec == "bf16":
-        return numbers.to(torch.bfloat16)
-    if codec == "bf14":
-        words = numbers.float().flatten().view(torch.int32).long() & 0xFFFFFFFF
-        words = (words + 0x1FFFF + (words >> 18 & 1)) >> 18
-        bits = words.unsqueeze(1) >> torch.arange(14, device=words.device) & 1
-        bits = F.pad(bits.flatten(), (0, -14 * len(words) % 8)).view(-1, 8)
-        return (bits << torch.arange(8, device=words.device)).sum(1).to(torch.uint8)
-    limit = 128 if codec == "int8" else 8
-    integers = (numbers.float() / scales).nan_to_num(0, 0, 0).round().clamp(-limit, limit - 1).to(torch.int16)
-    if codec == "int8":
-        return integers.to(torch.int8)
-    nibbles = F.pad(integers.flatten() & 15, (0, integers.numel() % 2))
-    return (nibbles[::2] | nibbles[1::2] << 4).to(torch.uint8)
+    return CODECS[codec].encode(numbers if scales is None else (numbers.float() / scales).nan_to_num(0, 0, 0))

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .cospadi_codecs import decode_codes, decode_dictionary, unpack_support
+from .cospadi_codecs import decode_codes, decode_dictionary
+from .cospadi_supports import unpack_bits
 
 logger = logging.getLogger("cospadi.runtime")
 
@@ -74,7 +75,7 @@ def kernels_agree(device: torch.device) -> bool:
     generator = torch.Generator().manual_seed(0)
     x, atoms = (torch.randn(shape, generator=generator).to(device, torch.bfloat16) for shape in ((2, d_in), (d_in, k)))
     support = torch.randint(0, 256, (d_out, k // 8), generator=generator, dtype=torch.uint8).to(device)
-    mask = unpack_support(support, k)
+    mask = unpack_bits(support, k)
     values = torch.randn(int(mask.sum()), generator=generator).to(device, torch.bfloat16)
     spec = {
         "shape": [d_in, d_out],
@@ -291,7 +292,7 @@ class _Index:
         if codes["support"] == "2:4":
             counts = torch.full((d_out, 1), k // 2, device=support.device)
         else:
-            bits = unpack_support(F.pad(support, (0, 32 * self.n_chunks - support.shape[1])), 256 * self.n_chunks)
+            bits = unpack_bits(F.pad(support, (0, 32 * self.n_chunks - support.shape[1])), 256 * self.n_chunks)
             counts = bits.view(d_out, self.n_chunks, 256).sum(2)
         ends = counts.flatten().cumsum(0)
         found = int(ends[-1])

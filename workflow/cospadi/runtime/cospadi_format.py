@@ -16,10 +16,13 @@ import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+
+from .cospadi_registry import CODECS, SUPPORTS
+from .cospadi_values import Codec
 
 MODEL_TYPE = "cospadi"
 FORMAT_VERSION = 1
@@ -43,49 +46,10 @@ INDEX = "model.safetensors.index.json"
 WEIGHT_DTYPES = ("BF16", "F16", "F32", "F64")
 
 
-@dataclass(frozen=True)
-class Codec:
-    """How numbers are stored.
-
-    Attributes
-    ----------
-    dtype : str
-        Of the stored tensor, in safetensors' words.
-    bits : int
-        A number takes.
-    stream : bool
-        Whether the tensor is one stream of bits; else it has the shape of the numbers.
-    scaled : bool
-        Whether a group of numbers has a scale.
-    """
-
-    dtype: str
-    bits: int
-    stream: bool = False
-    scaled: bool = False
-
-    def shape(self, numbers: Sequence[int]) -> tuple[int, ...]:
-        """Shape of the stored tensor for numbers of that shape."""
-        return ((self.bits * math.prod(numbers) + 7) // 8,) if self.stream else tuple(numbers)
-
-
-CODECS = {
-    "bf16": Codec("BF16", 16),
-    "bf14": Codec("U8", 14, stream=True),
-    "int8": Codec("I8", 8, scaled=True),
-    "int4": Codec("U8", 4, stream=True, scaled=True),
-}
-
-# of the files between learning and packing, which are no checkpoints
-FACTOR_CODECS = {**CODECS, "float32": Codec("F32", 32)}
+_SCALES = CODECS["bf16"]
 
 # the dictionary that is not there: the atoms are the inputs
 IDENTITY = "identity"
-
-SUPPORTS = ("bitmask", "dense", "2:4")
-
-# the codes of whole matrices as atoms: one coefficient each
-MIXTURE = "mixture"
 
 # No size is larger, and no factor has more numbers: what is computed from them fits 64 bits everywhere
 _MOST = 2**31 - 1
@@ -95,10 +59,6 @@ _MODULE = re.compile(r"[^.\s]+(\.[^.\s]+)*")
 
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring = 3, 120
-
-
-class _Scaled(Protocol):
-    scaled: bool
 
 
 def parts_of(name: str, spec: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -134,7 +94,7 @@ def stored_tensors(
         (bfloat16) and support (bytes).
     """
     (d_in, d_out), dictionary, codes = part["shape"], part["dictionary"], part["codes"]
-    k, support = dictionary["n_atoms"], codes["support"]
+    k, support = dictionary["n_atoms"], SUPPORTS[codes["support"]]
     tensors: dict[str, tuple[str, tuple[int, ...], Any]] = {}
     if dictionary["codec"] != IDENTITY:
         tensor, codec = dictionary["tensor"], codecs[dictionary["codec"]]
@@ -143,12 +103,12 @@ def stored_tensors(
             n_groups = -(-d_in // (dictionary["group_size"] or d_in))
             tensors[f"{tensor}_scales"] = ("dictionary_scales", (n_groups, k), None)
     codec = codecs[codes["codec"]]
-    numbers = (d_out, k) if support == "dense" else (codes["n_nonzero"],)
+    numbers = support.shape_of_values(k, d_out, codes["n_nonzero"])
     tensors[f"{name}.values"] = ("values", codec.shape(numbers), codec)
     if codec.scaled:
         tensors[f"{name}.scales"] = ("scales", (codes["n_scales"],), None)
-    if support not in ("dense", MIXTURE):
-        tensors[f"{name}.support"] = ("support", (d_out, -(-k // 8)), None)
+    if support.is_stored:
+        tensors[f"{name}.support"] = ("support", support.shape(k, d_out), None)
     return tensors
 
 
@@ -180,7 +140,7 @@ def packing_faults(packing: Any) -> list[str]:
     return faults + matrices_faults(packing["matrices"])
 
 
-def matrices_faults(matrices: Any, codecs: Mapping[str, _Scaled] = CODECS) -> list[str]:
+def matrices_faults(matrices: Any, codecs: Mapping[str, Codec] = CODECS) -> list[str]:
     """What is wrong with the specs of all matrices, each alone and with the dictionaries they share."""
     if not isinstance(matrices, Mapping) or not matrices:
         return [f"matrices is {_shown(matrices)}, expected an object with the spec of at least one matrix"]
@@ -206,7 +166,7 @@ def matrices_faults(matrices: Any, codecs: Mapping[str, _Scaled] = CODECS) -> li
     return faults
 
 
-def spec_faults(spec: Any, codecs: Mapping[str, _Scaled] = CODECS, *, is_part: bool = False) -> list[str]:
+def spec_faults(spec: Any, codecs: Mapping[str, Codec] = CODECS, *, is_part: bool = False) -> list[str]:
     """What is wrong with the spec of one matrix, or of one part that is added to a matrix."""
     if is_part and isinstance(spec, Mapping) and "plus" in spec:
         return ["what is added is no sum itself"]
@@ -218,13 +178,13 @@ def spec_faults(spec: Any, codecs: Mapping[str, _Scaled] = CODECS, *, is_part: b
         faults.append(f"shape is {_shown(shape)}, expected two whole numbers, (d_in, d_out), each from 1")
     faults += _dictionary_faults(dictionary, codecs) + _codes_faults(codes, codecs)
     if not faults:
-        faults = _size_faults(*shape, dictionary, codes, codecs)
+        faults = _size_faults(spec, codecs)
     if "plus" in spec:
         faults += _plus_faults(spec, codecs)
     return faults
 
 
-def _dictionary_faults(dictionary: Any, codecs: Mapping[str, _Scaled]) -> list[str]:
+def _dictionary_faults(dictionary: Any, codecs: Mapping[str, Codec]) -> list[str]:
     codec = dictionary.get("codec") if isinstance(dictionary, Mapping) else None
     if codec != IDENTITY:
         faults = _codec_faults(dictionary, "its dictionary", codecs)
@@ -245,7 +205,7 @@ def _dictionary_faults(dictionary: Any, codecs: Mapping[str, _Scaled]) -> list[s
     return faults + _group_faults(dictionary, "dictionary", keys)
 
 
-def _codes_faults(codes: Any, codecs: Mapping[str, _Scaled]) -> list[str]:
+def _codes_faults(codes: Any, codecs: Mapping[str, Codec]) -> list[str]:
     faults = _codec_faults(codes, "its codes", codecs)
     if faults:
         return faults
@@ -254,16 +214,15 @@ def _codes_faults(codes: Any, codecs: Mapping[str, _Scaled]) -> list[str]:
     faults = _key_faults(codes, "its codes", keys)
     if faults:
         return faults
-    if not isinstance(codes["support"], str) or codes["support"] not in (*SUPPORTS, MIXTURE):
-        known = ", ".join((*SUPPORTS, MIXTURE))
-        faults.append(f"support {_shown(codes['support'])} is not known; this code reads {known}")
+    if not isinstance(codes["support"], str) or codes["support"] not in SUPPORTS:
+        faults.append(f"support {_shown(codes['support'])} is not known; this code reads {', '.join(SUPPORTS)}")
     for key in ("n_nonzero", "n_scales"):
         if key in keys and not _is_size(codes[key], least=0, most=_MOST_NUMBERS):
             faults.append(f"{key} is {_shown(codes[key])}, expected a whole number from 0")
     return faults + _group_faults(codes, "codes", keys)
 
 
-def _codec_faults(section: Any, what: str, codecs: Mapping[str, _Scaled]) -> list[str]:
+def _codec_faults(section: Any, what: str, codecs: Mapping[str, Codec]) -> list[str]:
     if not isinstance(section, Mapping) or "codec" not in section:
         return _key_faults(section, what, ("codec",))
     codec = section["codec"]
@@ -279,47 +238,27 @@ def _group_faults(section: Mapping[str, Any], what: str, keys: Sequence[str]) ->
     return []
 
 
-def _size_faults(
-    d_in: int, d_out: int, dictionary: Mapping[str, Any], codes: Mapping[str, Any], codecs: Mapping[str, _Scaled]
-) -> list[str]:
+def _size_faults(spec: Mapping[str, Any], codecs: Mapping[str, Codec]) -> list[str]:
     """What does not fit, in a spec whose values are right one by one."""
-    k, support, n = dictionary["n_atoms"], codes["support"], codes["n_nonzero"]
+    (d_in, d_out), dictionary, codes = spec["shape"], spec["dictionary"], spec["codes"]
+    k = dictionary["n_atoms"]
     if max(d_in, d_out) * k > _MOST_NUMBERS:
         return [f"{k} atoms for shape ({d_in}, {d_out}) are more than any file holds"]
     faults = []
     if dictionary["codec"] == IDENTITY and k != d_in:
         faults.append(f"{k} atoms in an identity dictionary of {d_in} inputs")
-    if support == MIXTURE:
-        if dictionary["codec"] == IDENTITY or k != n * d_out:
-            faults.append(f"{n} coefficients do not fit {k} columns of matrix atoms, {d_out} each")
-        if codes["codec"] not in ("bf16", "float32"):
-            faults.append(f"the coefficients of a mixture have codec {codes['codec']!r}, expected 'bf16'")
-        return faults
-    if support == "2:4" and k % 4:
-        return [*faults, f"support '2:4' needs a multiple of 4 atoms, not {k}"]
-    column = k // 2 if support == "2:4" else k  # values a column, at most or exactly
-    exact = support != "bitmask"
-    if n > d_out * column or (exact and n != d_out * column):
-        faults.append(
-            f"n_nonzero is {n}; support {support!r} of {k} atoms and {d_out} columns holds "
-            f"{'' if exact else 'at most '}{d_out * column}"
-        )
-    if codecs[codes["codec"]].scaled:
-        n_scales, size = codes["n_scales"], codes["group_size"] or k
-        expected = d_out * -(-column // size) if exact else n
-        if n_scales > expected or (exact and n_scales != expected):
-            faults.append(f"{n_scales} scales for {n} values, expected {'' if exact else 'at most '}{expected}")
-    return faults
+    return faults + SUPPORTS[codes["support"]].size_faults(spec, codecs[codes["codec"]])
 
 
-def _plus_faults(spec: Mapping[str, Any], codecs: Mapping[str, _Scaled]) -> list[str]:
+def _plus_faults(spec: Mapping[str, Any], codecs: Mapping[str, Codec]) -> list[str]:
     plus, codes = spec["plus"], spec["codes"]
     if not isinstance(plus, (list, tuple)) or not plus:
         return [f"plus is {_shown(plus)}, expected a list of at least one spec"]
     faults = [
         f"plus.{index}: {fault}" for index, part in enumerate(plus) for fault in spec_faults(part, codecs, is_part=True)
     ]
-    if isinstance(codes, Mapping) and codes.get("support") == MIXTURE:
+    support = codes.get("support") if isinstance(codes, Mapping) else None
+    if isinstance(support, str) and support in SUPPORTS and SUPPORTS[support].mixes:
         faults.append("a mixture has nothing added to it: it is itself the part that is added")
     if not faults:
         faults = [
@@ -350,7 +289,7 @@ def header_faults(
             if tensor in expected:  # shared
                 continue
             expected.add(tensor)
-            dtype = codec.dtype if codec else "U8" if kind == "support" else "BF16"
+            dtype = codec.dtype if codec else "U8" if kind == "support" else _SCALES.dtype
             if tensor not in entries:
                 faults.append(f"tensor {tensor} is missing")
                 continue
@@ -398,70 +337,14 @@ def content_faults(
                 continue
             seen.add(tensor)
             if kind == "support":
-                faults += _support_faults(name, part, read(tensor), codecs)
-            elif codec is None or not codec.scaled:
-                bad = _count_not_finite(read(tensor), codec)
-                if bad:
-                    faults.append(f"{tensor} holds {bad} values that are NaN or infinite")
-            if codec is not None and codec.stream:
+                support = SUPPORTS[part["codes"]["support"]]
+                faults += support.content_faults(name, part, read(tensor), codecs[part["codes"]["codec"]])
+            elif codec is None or codec.stream or not codec.scaled:  # other integers are right whatever they are
                 (d_in, _), k = part["shape"], part["dictionary"]["n_atoms"]
                 n = d_in * k if kind == "dictionary" else part["codes"]["n_nonzero"]
-                used = codec.bits * n % 8
-                if used and read(tensor)[-1] >> used:
-                    faults.append(f"{tensor} has bits set behind its last number")
+                found = (codec or _SCALES).faults(read(tensor), n)
+                faults += [f"{tensor} {fault}" for fault in found]
     return faults
-
-
-def _support_faults(
-    name: str, part: Mapping[str, Any], support: np.ndarray, codecs: Mapping[str, _Scaled]
-) -> list[str]:
-    codes, k = part["codes"], part["dictionary"]["n_atoms"]
-    last = np.asarray(support[:, -1])
-    if codes["support"] == "2:4":
-        whole = support[:, : k // 8]
-        bad = int(np.count_nonzero(~_TWO_PAIRS[whole]))
-        if k % 8:
-            bad += int(np.count_nonzero((last >> 4 != 0) | ((last & 3) >= (last >> 2))))
-        if not bad:
-            return []
-        return [
-            f"{name}.support has {bad} bytes whose pairs are not two atoms in order, or that name atoms from {k} on"
-        ]
-    if k % 8 and (last >> (k % 8)).any():
-        return [f"{name}.support has bits set from atom {k} on"]
-    counts = _ONES[support].sum(1, dtype=np.int64)
-    found = int(counts.sum())
-    if found != codes["n_nonzero"]:
-        return [f"{name} has {found} positions for {codes['n_nonzero']} values"]
-    if codecs[codes["codec"]].scaled:
-        n_scales = int((-(-counts // (codes["group_size"] or k))).sum())
-        if n_scales != codes["n_scales"]:
-            return [f"{name} has {codes['n_scales']} scales, its support {n_scales}"]
-    return []
-
-
-_ONES = np.array([byte.bit_count() for byte in range(256)], np.uint8)
-_TWO_PAIRS = np.array([(b & 3) < (b >> 2 & 3) and (b >> 4 & 3) < (b >> 6) for b in range(256)])
-
-
-def _count_not_finite(stored: np.ndarray, codec: Codec | None) -> int:
-    """Numbers that are NaN or infinite, of a tensor without a scale of its own."""
-    if codec is not None and codec.dtype == "F32":
-        return int(np.count_nonzero(~np.isfinite(stored)))
-    if codec is None or codec.dtype == "BF16":
-        exponents = np.ascontiguousarray(stored).view(np.uint16) & np.uint16(0x7F80)
-        return int(np.count_nonzero(exponents == 0x7F80))
-    # words of 14 bits: sign, 8 of the exponent, 5 of the mantissa; seven bytes hold four
-    bad, piece = 0, 7 * 2**18
-    for first in range(0, stored.size, piece):
-        part = stored[first : first + piece]
-        words = np.zeros((-(-part.size // 7), 8), np.uint8)
-        words[: part.size // 7, :7] = part[: part.size // 7 * 7].reshape(-1, 7)
-        words[part.size // 7 :, : part.size % 7] = part[part.size // 7 * 7 :]
-        lanes = words.view("<u8")
-        for lane in range(4):
-            bad += int(np.count_nonzero(lanes >> np.uint64(14 * lane + 5) & np.uint64(0xFF) == 0xFF))
-    return bad
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .cospadi_codecs import VALUE_CODECS, decode_dictionary
+from .cospadi_codecs import decode_dictionary
 from .cospadi_cpu import product_dtype
-from .cospadi_format import MIXTURE, in_one_line, spec_faults
+from .cospadi_format import in_one_line, spec_faults
 from .cospadi_linear import Packed, PackedLinear
+from .cospadi_registry import SUPPORTS
 
 # Rows of x up to which the product with every atom is faster than mixing the weight first (docs/runtime.md)
 MIXED_ROWS = 8
@@ -24,7 +25,7 @@ def packed_module(spec: dict[str, Any], bias: nn.Parameter | None = None, device
     ValueError
         If the spec is not valid, or names a codec, support or key that this code does not know.
     """
-    faults = spec_faults(spec, VALUE_CODECS)
+    faults = spec_faults(spec)
     if faults:
         raise ValueError(in_one_line(faults))
     if "plus" in spec:
@@ -33,7 +34,7 @@ def packed_module(spec: dict[str, Any], bias: nn.Parameter | None = None, device
 
 
 def _is_mixture(spec: dict[str, Any]) -> bool:
-    return spec["codes"]["support"] == MIXTURE
+    return SUPPORTS[spec["codes"]["support"]].mixes
 
 
 class SummedLinear(PackedLinear):

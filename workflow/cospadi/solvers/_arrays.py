@@ -16,6 +16,7 @@ import scipy.linalg
 from array_api_compat import array_namespace, device, is_torch_array
 
 from cospadi.arrays import orthonormal_rows
+from cospadi.runtime.cospadi_registry import SUPPORTS
 
 Array = Any
 
@@ -75,26 +76,9 @@ def top_mask(values: Array, count: int) -> Array:
 
 
 def support_mask(values: Array, count: int, support: str) -> Array:
-    """Support of codes by magnitude: the `count` largest entries of a row, or two of every four (``"2:4"``)."""
-    return two_of_four(values) if support == "2:4" else top_mask(values, count)
-
-
-def two_of_four(values: Array) -> Array:
-    """Mask of the two entries of largest magnitude in every four of a row, ties towards the lower index.
-
-    Parameters
-    ----------
-    values : array (n, k)
-        k a multiple of 4.
-    """
-    n, k = values.shape
-    quads = abs(values).reshape(n, k // 4, 4)
-    a, b, c, d = (quads[:, :, i] for i in range(4))
-    ab, ac, ad, bc, bd, cd = a >= b, a >= c, a >= d, b >= c, b >= d, c >= d
-    # an entry stays if at most one of the other three beats it, that is, if it beats two
-    beaten = (ab & ac | ab & ad | ac & ad), (~ab & bc | ~ab & bd | bc & bd), (~ac & ~bc | ~ac & cd | ~bc & cd)
-    last = ~ad & ~bd | ~ad & ~cd | ~bd & ~cd
-    return array_namespace(values).stack([*beaten, last], axis=2).reshape(n, k)
+    """Support of codes by magnitude: those that a support with a pattern keeps, else the `count` largest of a row."""
+    mask = SUPPORTS[support].project(values)
+    return top_mask(values, count) if mask is None else mask
 
 
 def spd_solver(matrix: Array) -> Callable[[Array], Array]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from cospadi.arrays import to_numpy
 from cospadi.errors import NumericalError
+from cospadi.runtime.cospadi_registry import SUPPORTS
 from cospadi.solvers import Solution
 from cospadi.solvers._arrays import (
     Array,
@@ -28,7 +29,6 @@ from cospadi.solvers.least_squares import restricted
 DUPLICATE_COSINE = 0.99999
 
 # What the supports of sparse codes may be, by the names of the file format.
-SUPPORTS = ("bitmask", "2:4")
 
 
 def as_rows(target: Array, n_atoms: int, n_nonzero_coefs: int) -> tuple[Array, float]:
@@ -72,11 +72,14 @@ def check_support(support: str, n_atoms: int, n_nonzero_coefs: int) -> None:
     ------
     ValueError
     """
-    if support not in SUPPORTS:
-        raise ValueError(f"support must be one of {', '.join(SUPPORTS)}, got {support!r}")
-    if support == "2:4" and (n_atoms % 4 or 2 * n_nonzero_coefs != n_atoms):
+    known = [name for name, one in SUPPORTS.items() if one.is_stored]
+    if support not in known:
+        raise ValueError(f"support must be one of {', '.join(known)}, got {support!r}")
+    kept, among = SUPPORTS[support].pattern or (0, 1)
+    if kept and (n_atoms % among or n_nonzero_coefs * among != kept * n_atoms):
         raise ValueError(
-            f"support 2:4 needs a multiple of 4 atoms and half as many nonzeros, got {n_atoms} and {n_nonzero_coefs}"
+            f"support {support} needs a multiple of {among} atoms and {kept} of every {among} as nonzeros, "
+            f"got {n_atoms} and {n_nonzero_coefs}"
         )
 
 

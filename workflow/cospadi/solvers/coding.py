@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from cospadi.runtime.cospadi_registry import SUPPORTS
 from cospadi.solvers import SOLVERS
 from cospadi.solvers._arrays import Array, array_namespace, is_torch_array
 from cospadi.solvers._rounds import as_rows, check_support, initial
@@ -79,7 +80,7 @@ def sparse_encode(
         raise ValueError(f"dictionary must be a matrix (d, k), got shape {getattr(dictionary, 'shape', None)}")
     n_atoms = dictionary.shape[1]
     check_support(support, n_atoms, n_nonzero_coefs)
-    if support != "bitmask" and algorithm == "omp":
+    if SUPPORTS[support].pattern is not None and algorithm == "omp":
         raise ValueError(f"algorithm omp chooses any atoms; support {support} needs htp or threshold")
     rows, scale = as_rows(target, n_atoms, n_nonzero_coefs)
     n, d = rows.shape

@@ -9,8 +9,8 @@ import re
 
 from cospadi.solvers._arrays import Array, array_namespace, device_of, top_mask
 
-# Where the budget is spent: over all entries, the same in every column (output) or row (input) of W, or 2 of every 4
-PATTERNS = ("matrix", "column", "row", "2:4")
+# Where the budget is spent: over all entries, the same in every column (output) or row (input) of W; or "n:m"
+PATTERNS = ("matrix", "column", "row")
 
 
 def kept_of(pattern: str) -> tuple[int, int] | None:
@@ -30,7 +30,7 @@ def best_entries(scores: Array, n_kept: int, pattern: str = "matrix") -> Array:
         Entries that stay, at most. ``"column"`` and ``"row"`` keep the same number in each, rounded down; ``"n:m"``
         keeps n of every m inputs whatever `n_kept`.
     pattern : str
-        One of `PATTERNS`.
+        One of `PATTERNS`, or ``"n:m"``.
 
     Returns
     -------

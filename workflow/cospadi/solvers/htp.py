@@ -15,8 +15,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from cospadi.runtime.cospadi_registry import SUPPORTS
 from cospadi.solvers import Solution
-from cospadi.solvers._arrays import Array, array_namespace, row_dots, support_mask, two_of_four
+from cospadi.solvers._arrays import Array, array_namespace, row_dots, support_mask
 from cospadi.solvers._rounds import (
     Rounds,
     as_rows,
@@ -120,9 +121,9 @@ def learn(
         codes = xp.zeros((n, n_atoms), dtype=rows.dtype, device=rows.device)
     else:
         atoms, codes = procrustes(rows, n_atoms, n_nonzero_coefs, rng)
-        if support == "2:4":
-            atoms, codes = spread(atoms, codes)
-            codes = codes * two_of_four(codes)
+        if SUPPORTS[support].pattern is not None:
+            atoms, codes = spread(atoms, codes, SUPPORTS[support].pattern[1])
+            codes = codes * support_mask(codes, n_nonzero_coefs, support)
 
     def left(atoms: Array, codes: Array) -> Array:
         return over_rows(lambda y, c: y - c @ atoms, rows, codes)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from cospadi.arrays import orthonormal_rows
+from cospadi.runtime.cospadi_registry import SUPPORTS
 from cospadi.solvers import Solution
 from cospadi.solvers._arrays import Array, leading_rows
 from cospadi.solvers._rounds import Rounds, as_rows, check_support, finish, initial, total_norm
@@ -79,8 +80,8 @@ def learn(
         atoms = orthonormal_rows(given_dictionary)
     else:
         atoms = leading_rows(rows, n_atoms)
-        if support == "2:4":
-            atoms, _ = spread(atoms, rows @ atoms.T)
+        if SUPPORTS[support].pattern is not None:
+            atoms, _ = spread(atoms, rows @ atoms.T, SUPPORTS[support].pattern[1])
     codes = threshold(rows, atoms, n_nonzero_coefs, support)
     rounds.record(_error(rows, atoms, codes, norm))
     for _ in range(max_iter):

@@ -87,10 +87,12 @@ def threshold(rows: Array, dictionary: Array, n_nonzero_coefs: int, support: str
     return over_rows(largest, rows)
 
 
-def spread(atoms: Array, codes: Array) -> tuple[Array, Array]:
-    """Order atoms so that every four hold one of each quarter by strength of codes: strong ones should not compete."""
+def spread(atoms: Array, codes: Array, among: int) -> tuple[Array, Array]:
+    """Order atoms so that every `among` (four) hold one of each quarter by strength of codes: strong ones should not
+    compete.
+    """
     energy = to_numpy(row_dots(codes.T, codes.T))
-    order = np.argsort(-energy, kind="stable").reshape(4, -1).T.ravel()
+    order = np.argsort(-energy, kind="stable").reshape(among, -1).T.ravel()
     order = from_numpy(order, codes)
     return atoms[order], codes[:, order]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,31 +10,13 @@ from typing import Any
 import numpy as np
 
 from cospadi.arrays import to_numpy
-from cospadi.budget import factors_nbytes
-from cospadi.codecs import (
-    GROUP_SIZE,
-    IDENTITY,
-    INTEGER_CODECS,
-    MIXTURE,
-    decode_grouped,
-    decode_values,
-    encode_grouped,
-    encode_values,
-    fill_pairs,
-    find_scales,
-    groups_of_atoms,
-    groups_of_columns,
-    pack_pairs,
-    pack_support,
-    unpack_pairs,
-    unpack_support,
-)
 from cospadi.errors import ArtifactError, NumericalError
-from cospadi.files import BFLOAT16, SAFETENSORS_DTYPES, TensorFile
+from cospadi.files import SAFETENSORS_DTYPES, TensorFile
+from cospadi.formats.codes import codes_nbytes, n_blocks, pack_codes, unpack_codes
+from cospadi.formats.dictionaries import IDENTITY, dictionary_nbytes, pack_dictionary, unpack_dictionary
+from cospadi.formats.values import GROUP_SIZE
 from cospadi.gram import relative_error
 from cospadi.runtime.cospadi_format import (
-    FACTOR_CODECS,
-    Codec,
     content_faults,
     header_faults,
     in_one_line,
@@ -43,6 +25,9 @@ from cospadi.runtime.cospadi_format import (
     spec_faults,
     stored_tensors,
 )
+from cospadi.runtime.cospadi_registry import FACTOR_CODECS, SUPPORTS
+from cospadi.runtime.cospadi_supports import Support
+from cospadi.runtime.cospadi_values import Codec
 
 
 @dataclass
@@ -58,16 +43,17 @@ class Factorization:
         None is the identity (k = d_in), which takes no bytes.
     codes : array (k, d_out), float32
         With explicit zeros unless `support` is ``"dense"``. Of a mixture: (n_matrix_atoms,).
-    support : {"bitmask", "dense", "2:4", "mixture"}
-        How the positions of the nonzeros are stored; ``"2:4"`` has two of every four atoms in a row.
+    support : str
+        Key of `cospadi_registry.SUPPORTS`: how the positions of the nonzeros are stored; ``"2:4"`` has two of every
+        four atoms in a row.
     value_codec, dictionary_codec : str
-        Keys of `codecs.VALUE_CODECS` or `codecs.INTEGER_CODECS`: how the file stores codes and dictionary.
+        Keys of `cospadi_registry.FACTOR_CODECS`: how the file stores codes and dictionary.
     rounding : {"nearest", "truncate"}
         How values are cut to the codec's bits.
     group_size : int or None
         Numbers a scale covers where a codec has scales: stored values of a column, rows of an atom; None, all of them.
     scales, dictionary_scales : array, optional
-        Scales that codes and dictionary are multiples of already; found by `codecs.find_scales` where they are needed
+        Scales that codes and dictionary are multiples of already; found by `values.find_scales` where they are needed
         and not given.
     mask : array (k, d_out), bool, optional
         Codes that are stored, some of which may be zero; default: the nonzeros.
@@ -96,55 +82,58 @@ class Factorization:
     @property
     def shape(self) -> tuple[int, int]:
         """(d_in, d_out) of the matrix."""
-        if self.support == MIXTURE:
-            d_in, k = self.dictionary.shape
-            return d_in, k // self.codes.shape[0]
-        return (self.codes if self.dictionary is None else self.dictionary).shape[0], self.codes.shape[1]
+        d_in, _, d_out = self._on.sizes(self.dictionary, self.codes)
+        return d_in, d_out
 
     @property
     def n_atoms(self) -> int:
         """Columns of the dictionary, k."""
-        return self.codes.shape[0] * (self.shape[1] if self.support == MIXTURE else 1)
+        return self._on.sizes(self.dictionary, self.codes)[1]
 
     @property
     def n_nonzero(self) -> int:
         """Stored values of the codes: the nonzeros, all of them for dense codes, the coefficients of a mixture."""
-        return self.codes.shape[0] if self.support == MIXTURE else int(self._counts().sum())
+        return int(self._counts().sum())
 
     @property
     def nbytes(self) -> int:
         """Bytes this matrix takes in the file: dictionary, values, scales and support, of all parts."""
-        counts = None if self.support == MIXTURE else self._counts()
-        own = factors_nbytes(
-            *self.shape,
-            self.n_atoms,
-            self.n_nonzero,
-            support=self.support,
-            value_codec=self._stored_value_codec,
-            dictionary_codec=IDENTITY if self.dictionary is None else self.dictionary_codec,
-            group_size=self.group_size,
-            n_scales=0
-            if counts is None
-            else int((-(-counts // (self.group_size or max(1, counts.max(initial=1))))).sum()),
-        )
+        (d_in, d_out), k, counts = self.shape, self.n_atoms, self._counts()
+        codec = IDENTITY if self.dictionary is None else self.dictionary_codec
+        own = dictionary_nbytes(d_in, k, codec, self.group_size)
+        scales = n_blocks(counts, self.group_size)
+        own += codes_nbytes(self.support, self._stored_value_codec, k, d_out, int(counts.sum()), scales)
         return own + sum(part.nbytes for part in self.plus)
 
     def reconstruct(self) -> Any:
         """D S plus the other parts, (d_in, d_out)."""
-        if self.support == MIXTURE:
-            product = self._mixed(self.dictionary)
-        else:
-            product = self.codes if self.dictionary is None else self.dictionary @ self.codes
-        return sum((part.reconstruct() for part in self.plus), product)
+        if self.dictionary is None:
+            return sum((part.reconstruct() for part in self.plus), self.codes)
+        return self._times(self.dictionary, Factorization.reconstruct)
 
     def __call__(self, x: Any) -> Any:
         """``(x D) S`` plus the other parts: inputs (n, d_in) to outputs (n, d_out) through the factors."""
-        projected = x if self.dictionary is None else x @ self.dictionary
-        product = self._mixed(projected) if self.support == MIXTURE else projected @ self.codes
-        return sum((part(x) for part in self.plus), product)
+        return self._times(x if self.dictionary is None else x @ self.dictionary, lambda part: part(x))
+
+    def __add__(self, other: Factorization) -> Factorization:
+        """The sum of two matrices; the parts of `other` follow. A mixture is never the first, whatever the order.
+
+        Raises
+        ------
+        ValueError
+            If the shapes differ, or all parts are mixtures: a file cannot hold that sum.
+        """
+        first, *rest = sorted(
+            (part for one in (self, other) for part in (replace(one, plus=()), *one.plus)),
+            key=lambda part: part._on.mixes,
+        )
+        if self.shape != other.shape or first._on.mixes:
+            what = f"{self.shape} and {other.shape}" if self.shape != other.shape else "mixtures alone"
+            raise ValueError(f"no sum of {what}: parts have one shape, and the first is no mixture")
+        return replace(first, plus=rest, diagnostics=self.diagnostics)
 
     def with_storage(self, **changes: Any) -> Factorization:
-        """A copy with other codecs, group size or rounding, in all parts."""
+        """A copy with other codecs, block size or rounding, in all parts."""
         return replace(self, plus=[part.with_storage(**changes) for part in self.plus], **changes)
 
     def relative_error(self, weight: Any, gram: Any | None = None) -> float:
@@ -177,73 +166,53 @@ class Factorization:
         NumericalError
             If a factor holds NaN or infinity.
         """
-        tensors: dict[str, np.ndarray] = {}
-        parts = [part.pack(f"{name}.plus.{index}") for index, part in enumerate(self.plus)]
-        codes = _finite(self.codes, f"{name}: codes")
-        dictionary_spec: dict[str, Any] = {"codec": IDENTITY, "n_atoms": self.n_atoms}
-        if self.dictionary is not None:
-            atoms = _finite(self.dictionary, f"{name}: dictionary")
-            tensor = dictionary or self.tensor or f"{name}.dictionary"
-            dictionary_spec = {"codec": self.dictionary_codec, "n_atoms": self.n_atoms, "tensor": tensor}
-            if self.dictionary_codec in INTEGER_CODECS:
-                groups, scales = groups_of_atoms(*atoms.shape, self.group_size), self.dictionary_scales
-                if scales is None:
-                    scales = find_scales(atoms.ravel(), groups.ravel(), self.dictionary_codec)
-                scales = to_numpy(scales).astype(BFLOAT16)
-                tensors[tensor] = encode_grouped(atoms, groups, scales.ravel(), self.dictionary_codec)
-                tensors[f"{tensor}_scales"] = scales.reshape(-1, self.n_atoms)
-                dictionary_spec["group_size"] = self.group_size
-            else:
-                tensors[tensor] = encode_values(atoms, self.dictionary_codec, "nearest")
-        if self.support == MIXTURE:
-            values, counts = codes, None
-        elif self.support == "dense":
-            values = np.ascontiguousarray(codes.T)
-            counts = np.full(codes.shape[1], self.n_atoms)
-        else:
-            mask = self._mask()
-            tensors[f"{name}.support"] = (pack_pairs if self.support == "2:4" else pack_support)(mask)
-            values = codes.T[mask.T]
-            counts = mask.sum(0)
-        codec = self._stored_value_codec
-        codes_spec = {"codec": codec, "support": self.support, "n_nonzero": int(values.size)}
-        if codec in INTEGER_CODECS:
-            groups, scales = groups_of_columns(counts, self.group_size).reshape(values.shape), self.scales
-            if scales is None:
-                scales = find_scales(values.ravel(), groups.ravel(), codec)
-            scales = to_numpy(scales).astype(BFLOAT16)
-            tensors[f"{name}.values"] = encode_grouped(values, groups, scales, codec, self.rounding)
-            tensors[f"{name}.scales"] = scales
-            codes_spec |= {"group_size": self.group_size, "n_scales": int(scales.size)}
-        else:
-            tensors[f"{name}.values"] = encode_values(values, codec, self.rounding)
+        dictionary_tensors, dictionary_spec = pack_dictionary(
+            None if self.dictionary is None else _finite(self.dictionary, f"{name}: dictionary"),
+            self.n_atoms,
+            dictionary or self.tensor or f"{name}.dictionary",
+            codec=self.dictionary_codec,
+            group_size=self.group_size,
+            scales=self.dictionary_scales,
+        )
+        codes_tensors, codes_spec = pack_codes(
+            _finite(self.codes, f"{name}: codes"),
+            self._mask(),
+            name,
+            support=self.support,
+            codec=self._stored_value_codec,
+            group_size=self.group_size,
+            scales=self.scales,
+            rounding=self.rounding,
+        )
+        tensors = {**dictionary_tensors, **codes_tensors}
         spec = {"shape": list(self.shape), "dictionary": dictionary_spec, "codes": codes_spec}
-        if parts:
-            spec["plus"] = [part_spec for _, part_spec in parts]
-            for part_tensors, _ in parts:
-                tensors |= part_tensors
+        for index, part in enumerate(self.plus):
+            part_tensors, part_spec = part.pack(f"{name}.plus.{index}")
+            tensors |= part_tensors
+            spec.setdefault("plus", []).append(part_spec)
         return tensors, spec
 
     @property
+    def _on(self) -> Support:
+        return SUPPORTS[self.support]
+
+    @property
     def _stored_value_codec(self) -> str:
-        """Coefficients of a mixture are few, and all of the matrix hangs on each: they are never cut."""
-        return "bf16" if self.support == MIXTURE and self.value_codec != "float32" else self.value_codec
+        return self._on.value_codec(self.value_codec)
 
-    def _mixed(self, rows: Any) -> Any:
-        """``sum_m c_m rows_m`` of rows (n, k) that stand side by side in blocks of d_out, (n, d_out)."""
-        blocks = rows.reshape(rows.shape[0], self.codes.shape[0], -1)
-        return (blocks * self.codes[None, :, None]).sum(1)
+    def _times(self, rows: Any, of_part: Callable[[Factorization], Any]) -> Any:
+        """``rows S`` of rows (n, k), plus what the other parts give."""
+        return sum((of_part(part) for part in self.plus), self._on.product(rows, self.codes))
 
-    def _mask(self) -> np.ndarray:
-        """Codes that are stored, (k, d_out)."""
-        mask = to_numpy(self.codes) != 0 if self.mask is None else to_numpy(self.mask)
-        return fill_pairs(mask) if self.support == "2:4" else mask
+    def _mask(self) -> np.ndarray | None:
+        """Codes that are stored, (k, d_out); None where the support stores no positions."""
+        if not self._on.is_stored:
+            return None
+        return self._on.complete(to_numpy(self.codes) != 0 if self.mask is None else to_numpy(self.mask))
 
     def _counts(self) -> np.ndarray:
         """Stored values a column, (d_out,)."""
-        if self.support == "dense":
-            return np.full(self.codes.shape[1], self.n_atoms)
-        return self._mask().sum(0)
+        return self._on.counts(to_numpy(self.codes), self._mask())
 
 
 def _finite(array: Any, what: str) -> np.ndarray:
@@ -280,7 +249,7 @@ def read_specs(file: TensorFile, codecs: Mapping[str, Codec], remedy: str) -> di
     ----------
     file : TensorFile
     codecs : mapping
-        Those the file may have: `cospadi_format.CODECS`, or `FACTOR_CODECS` of learned factors.
+        Those the file may have: `cospadi_registry.CODECS`, or `FACTOR_CODECS` of learned factors.
     remedy : str
         What the user does if the file is at fault.
 
@@ -347,45 +316,15 @@ def _dtype_name(array: Any) -> str:
 
 def _unpack(tensors: Mapping[str, np.ndarray], spec: Mapping[str, Any], name: str) -> Factorization:
     (d_in, d_out), k = spec["shape"], spec["dictionary"]["n_atoms"]
-    dictionary_codec, value_codec = spec["dictionary"]["codec"], spec["codes"]["codec"]
-    support = spec["codes"]["support"]
-    group_size = spec["codes"].get("group_size", spec["dictionary"].get("group_size", GROUP_SIZE))
-    dictionary = dictionary_scales = mask = scales = None
-    if dictionary_codec in INTEGER_CODECS:
-        tensor = spec["dictionary"]["tensor"]
-        stored, dictionary_scales = np.asarray(tensors[tensor]), np.asarray(tensors[f"{tensor}_scales"])
-        groups = groups_of_atoms(d_in, k, spec["dictionary"]["group_size"])
-        dictionary = decode_grouped(stored, groups, dictionary_scales.ravel(), dictionary_codec)
-    elif dictionary_codec != IDENTITY:
-        stored = np.asarray(tensors[spec["dictionary"]["tensor"]])
-        dictionary = decode_values(stored, dictionary_codec, d_in * k).reshape(d_in, k)
-    if support == MIXTURE:
-        counts = None
-    elif support == "dense":
-        counts = np.full(d_out, k)
-    else:
-        mask = (unpack_pairs if support == "2:4" else unpack_support)(np.asarray(tensors[f"{name}.support"]), k)
-        counts = mask.sum(0)
-    stored = np.asarray(tensors[f"{name}.values"]).ravel()
-    if value_codec in INTEGER_CODECS:
-        scales = np.asarray(tensors[f"{name}.scales"])
-        values = decode_grouped(stored, groups_of_columns(counts, spec["codes"]["group_size"]), scales, value_codec)
-    else:
-        values = decode_values(stored, value_codec, spec["codes"]["n_nonzero"])
-    if support == MIXTURE:
-        codes = values
-    elif mask is None:
-        codes = values.reshape(d_out, k)
-    else:
-        codes = np.zeros((d_out, k), np.float32)
-        codes[mask.T] = values
+    dictionary, dictionary_scales = unpack_dictionary(tensors, spec["dictionary"], d_in)
+    codes, mask, scales = unpack_codes(tensors, spec["codes"], name, k, d_out)
     return Factorization(
         dictionary,
-        np.ascontiguousarray(codes.T),
-        support=support,
-        value_codec=value_codec,
-        dictionary_codec=dictionary_codec,
-        group_size=group_size,
+        codes,
+        support=spec["codes"]["support"],
+        value_codec=spec["codes"]["codec"],
+        dictionary_codec=spec["dictionary"]["codec"],
+        group_size=spec["codes"].get("group_size", spec["dictionary"].get("group_size", GROUP_SIZE)),
         scales=scales,
         dictionary_scales=dictionary_scales,
         mask=mask,

@@ -1,0 +1,75 @@
+"""Codes as the file stores them: values on a support, with scales along each column."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from cospadi.formats.values import blocks_of_columns, restore, scales_nbytes, store
+from cospadi.runtime.cospadi_registry import FACTOR_CODECS, SUPPORTS
+
+
+def codes_nbytes(support: str, codec: str, k: int, d_out: int, n_nonzero: int, n_scales: int) -> int:
+    """Bytes of codes (k, d_out) with so many stored values and scales."""
+    values = FACTOR_CODECS[codec].nbytes(n_nonzero) + scales_nbytes(codec, n_scales)
+    return values + SUPPORTS[support].nbytes(k, d_out)
+
+
+def n_blocks(counts: np.ndarray, group_size: int | None) -> int:
+    """Scales that columns with so many stored values have, where the codec has scales."""
+    return int((-(-counts // (group_size or max(1, counts.max(initial=1))))).sum())
+
+
+def pack_codes(
+    codes: np.ndarray,
+    mask: np.ndarray | None,
+    name: str,
+    *,
+    support: str,
+    codec: str,
+    group_size: int | None,
+    scales: Any | None,
+    rounding: str,
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Tensors, by their names, and spec of codes (k, d_out) of the matrix or part `name`.
+
+    Parameters
+    ----------
+    mask : ndarray (k, d_out), bool, or None
+        Codes that are stored; None where the support stores no positions.
+    scales : array, optional
+        Default: `values.find_scales`.
+    """
+    on = SUPPORTS[support]
+    tensors = {f"{name}.support": on.pack(mask)} if on.is_stored else {}
+    values = on.values(codes, mask)
+    spec = {"codec": codec, "support": support, "n_nonzero": int(values.size)}
+    tensors[f"{name}.values"], found = store(
+        values,
+        codec,
+        lambda: blocks_of_columns(on.counts(codes, mask), group_size).reshape(values.shape),
+        scales=scales,
+        rounding=rounding,
+    )
+    if found is not None:
+        tensors[f"{name}.scales"] = found
+        spec |= {"group_size": group_size, "n_scales": int(found.size)}
+    return tensors, spec
+
+
+def unpack_codes(
+    tensors: Mapping[str, np.ndarray], spec: Mapping[str, Any], name: str, k: int, d_out: int
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """Inverse of `pack_codes`: codes, mask and scales."""
+    on, codec = SUPPORTS[spec["support"]], spec["codec"]
+    mask = on.unpack(tensors[f"{name}.support"], k) if on.is_stored else None
+    scales = np.asarray(tensors[f"{name}.scales"]) if FACTOR_CODECS[codec].scaled else None
+
+    def blocks() -> np.ndarray:
+        counts = np.full(d_out, k) if mask is None else mask.sum(0)
+        return blocks_of_columns(counts, spec["group_size"])
+
+    values = restore(tensors[f"{name}.values"], codec, blocks, (spec["n_nonzero"],), scales=scales)
+    return on.codes(values, mask, k, d_out), mask, scales

@@ -1,0 +1,64 @@
+"""Integers in two's complement, with a scale for every block of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .cospadi_values import Codec, decode_words, encode_words, pack_words, unpack_words
+
+
+class Integers(Codec):
+    """Integers of 2 to 8 bits: 8 keep the shape of the numbers, fewer are one stream."""
+
+    scaled = True
+
+    def __init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"integers of {self.bits} bits; allowed: 2 to 8")
+        self.stream = self.bits < 8
+        self.dtype = "U8" if self.stream else "I8"
+        self.low, self.high = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+
+    def pack(self, numbers: np.ndarray, rounding: str) -> np.ndarray:
+        whole = np.rint(numbers) if rounding == "nearest" else np.trunc(numbers)
+        integers = np.clip(whole, self.low, self.high).astype(np.int8)
+        return pack_words(integers.view(np.uint8), self.bits) if self.stream else integers
+
+    def unpack(self, stored: np.ndarray, n: int) -> np.ndarray:
+        if not self.stream:
+            return np.asarray(stored, np.int8).reshape(n)
+        sign = 1 << (self.bits - 1)
+        return (unpack_words(stored, self.bits, n) ^ np.uint8(sign)).view(np.int8) - np.int8(sign)
+
+    def encode(self, numbers: Any) -> Any:
+        import torch
+
+        integers = numbers.round().clamp(self.low, self.high)
+        if not self.stream:
+            return integers.to(torch.int8)
+        return encode_words(integers.to(torch.int16) & (1 << self.bits) - 1, self.bits)
+
+    def decode(self, stored: Any, shape: Sequence[int]) -> Any:
+        import torch
+
+        if not self.stream:
+            return stored.view(*shape).to(torch.bfloat16)
+        sign = 1 << (self.bits - 1)
+        words = decode_words(stored, self.bits, math.prod(shape))
+        return ((words ^ sign).to(torch.int8) - sign).to(torch.bfloat16).view(*shape)
+
+
+class Int8(Integers):
+    """From -128 to 127."""
+
+    name, bits = "int8", 8
+
+
+class Int4(Integers):
+    """From -8 to 7."""
+
+    name, bits = "int4", 4

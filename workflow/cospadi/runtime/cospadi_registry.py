@@ -1,0 +1,34 @@
+"""The formats of numbers and positions that this code knows: a line each, in the order in which messages name them.
+
+Whatever is not here is refused by name. The compiled kernels know some of them; plain torch computes with the others.
+"""
+
+from __future__ import annotations
+
+from .cospadi_bf14 import Bf14
+from .cospadi_integers import Int4, Int8
+from .cospadi_supports import Bitmask, Dense, Mixture, Pairs, Support
+from .cospadi_values import Bf16, Codec, Float32
+
+CODECS: dict[str, Codec] = {
+    codec.name: codec
+    for codec in (
+        Bf16(),
+        Bf14(),
+        Int8(),
+        Int4(),
+    )
+}
+
+# of the files between learning and packing, which are no checkpoints
+FACTOR_CODECS: dict[str, Codec] = {**CODECS, Float32.name: Float32()}
+
+SUPPORTS: dict[str, Support] = {
+    support.name: support
+    for support in (
+        Bitmask(),
+        Dense(),
+        Pairs(),
+        Mixture(),
+    )
+}
