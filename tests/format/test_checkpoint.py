@@ -124,8 +124,8 @@ def test_model_card_names_base_licence_bytes_figures_and_load_line(packed_model,
     card = (tmp_path / "out" / "README.md").read_text()
     nbytes = sum(tensor.nbytes for tensor in safetensors.numpy.load_file(folders.codes).values())
     for text in (
-        'base_model: "some/model-1B"',
-        'license: "apache-2.0"',
+        "base_model: some/model-1B",
+        "license: apache-2.0",
         f"{nbytes:,}",
         "| word perplexity | 12.5 |",
         'from_pretrained("out", trust_remote_code=True)',

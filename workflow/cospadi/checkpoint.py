@@ -11,7 +11,7 @@ import json
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import numpy as np
 import safetensors.numpy
 
 from cospadi.budget import dense_nbytes
+from cospadi.cards import packed_card
 from cospadi.errors import ArtifactError, CospadiError
 from cospadi.files import BFLOAT16, ModelFolder, TensorFile, data_files, explaining, read_object, replacing, write_json
 from cospadi.formats.factorization import dictionary_names, read_specs, tensor_names, unpack
@@ -31,7 +32,6 @@ from cospadi.runtime.cospadi_format import (
     FORMAT_VERSION,
     LOAD_HINT,
     MODEL_TYPE,
-    TRANSFORMERS,
     UnreadableError,
     all_parts,
     config_faults,
@@ -135,7 +135,9 @@ def assemble(
             if file.name != "__init__.py":
                 shutil.copyfile(file, folder / file.name)
         write_checksums(folder)
-        (folder / "README.md").write_text(_model_card(base, folder, Path(output).resolve(), card))
+        weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        packing, name = config["quantization_config"], Path(output).resolve().name
+        (folder / "README.md").write_text(packed_card(base, name, packing, target_bytes(folder), weights, card))
 
 
 def check_codes(
@@ -427,34 +429,25 @@ def _byte_count(nbytes: float, dense: int) -> dict[str, float]:
 
 
 def _write_shards(folder: Path, tensors: Sequence[StoredTensor], max_shard_bytes: int) -> None:
-    shards = list(_shards(tensors, max_shard_bytes))
-    names = (
-        ["model.safetensors"]
-        if len(shards) == 1
-        else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    by_name = {tensor.name: tensor for tensor in tensors}
+    split = split_state_dict_into_shards_factory(
+        by_name,
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
     )
-    for file_name, shard in zip(names, shards, strict=True):
-        arrays = {tensor.name: np.ascontiguousarray(tensor.read()) for tensor in shard}
+    for file_name, names in split.filename_to_tensors.items():
+        arrays = {name: np.ascontiguousarray(by_name[name].read()) for name in names}
         (folder / file_name).touch()
         mode = (folder / file_name).stat().st_mode  # safetensors makes files that only their owner reads
         # loaders of other tools look for the format in the header
         safetensors.numpy.save_file(arrays, folder / file_name, {"format": "pt"})
         (folder / file_name).chmod(mode)
-    if len(shards) > 1:
-        weight_map = {t.name: file_name for file_name, shard in zip(names, shards, strict=True) for t in shard}
-        total = sum(tensor.nbytes for tensor in tensors)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
         write_json(folder / "model.safetensors.index.json", index)
-
-
-def _shards(tensors: Sequence[StoredTensor], max_shard_bytes: int) -> Iterator[list[StoredTensor]]:
-    shard: list[StoredTensor] = []
-    for tensor in tensors:
-        if shard and sum(t.nbytes for t in shard) + tensor.nbytes > max_shard_bytes:
-            yield shard
-            shard = []
-        shard.append(tensor)
-    yield shard
 
 
 def _copy_files(source: Path, folder: Path) -> None:
@@ -488,75 +481,6 @@ def _keep_tokenizer(base: Path, folder: Path) -> None:
     settings = _settings(file) if file.exists() else {}
     write_json(file, settings | {"tokenizer_class": class_to_store(load_tokenizer(base))})
     check_equal(folder, base)
-
-
-def _model_card(base: ModelFolder, folder: Path, path: Path, card: Mapping[str, Any] | None) -> str:
-    """README.md of the checkpoint in `folder`, whose final place is `path`."""
-    count = target_bytes(folder)
-    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    packing = json.loads((folder / "config.json").read_text())["quantization_config"]
-    origin = origin_of(base)
-    header = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [cospadi, compression]"]
-    header += [f"{key}: {json.dumps(value)}" for key, value in origin.items()] + ["---"]
-    lines = [
-        *header,
-        f"# {origin['base_model']}, packed by CoSpaDi Workflow",
-        "",
-        f"{len(packing['matrices'])} weight matrices are stored as dictionary times codes, `W = D S`. "
-        "All other tensors are the base model's.",
-        "",
-        f"- Base model: {origin['base_model']}",
-        f"- Licence of the base model: {origin.get('license', 'not found, see the base model')}",
-        f"- Variant: `{json.dumps(packing['variant'], sort_keys=True)}`",
-        "",
-        "| | bytes |",
-        "|---|---:|",
-        f"| packed matrices in the files | {count['nbytes']:,} |",
-        f"| the same matrices dense in bfloat16 | {count['dense_nbytes']:,} |",
-        f"| removed | {100 * count['ratio']:.2f} % |",
-        f"| all weight files | {weights:,} |",
-        "",
-    ]
-    if card:
-        lines += ["| measured | |", "|---|---:|", *(f"| {label} | {value} |" for label, value in card.items()), ""]
-    lines += [
-        f"Load it with transformers {TRANSFORMERS} or newer alone (the folder holds the code):",
-        "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f'model = AutoModelForCausalLM.from_pretrained("{path.name}", trust_remote_code=True)',
-        f'tokenizer = AutoTokenizer.from_pretrained("{path.name}", trust_remote_code=False)  # needs no code',
-        "```",
-        "",
-        "With `import cospadi` first, the flag is not needed. On CPUs without bfloat16 instructions (most laptops) "
-        "load with `dtype=torch.float32`: the packed tensors stay as small as in the file, and the model is faster.",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def origin_of(base: ModelFolder) -> dict[str, str]:
-    """Name and licence of the base model, from what its folder says about itself."""
-    said: dict[str, str] = {}
-    origin = base.path / "ORIGIN.md"
-    if origin.exists():
-        for line in origin.read_text().splitlines():
-            label, colon, value = line.removeprefix("- ").partition(": ")
-            if colon:
-                said[label] = value
-    card = base.path / "README.md"
-    if card.exists():
-        _, _, rest = card.read_text(errors="replace").partition("---\n")
-        for line in rest.partition("\n---")[0].splitlines():
-            label, colon, value = line.partition(": ")
-            if colon and label == "license":
-                said["license"] = value.strip().strip("\"'")
-    known = {
-        "base_model": said.get("Base model") or base.config.get("_name_or_path") or base.path.resolve().name,
-        "license": said.get("license") or said.get("Model licence") or said.get("Licence"),
-    }
-    return {key: value for key, value in known.items() if value}
 
 
 def main(arguments: Sequence[str] | None = None) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cospadi.checkpoint import MAX_SHARD_BYTES, StoredTensor, origin_of, write_folder
+from cospadi.cards import origin_card, pruned_card
+from cospadi.checkpoint import MAX_SHARD_BYTES, StoredTensor, write_folder
 from cospadi.errors import ArtifactError, ConfigError, UnsupportedModelError
 from cospadi.files import ModelFolder, TensorFile
 from cospadi.provenance import check_provenance
@@ -123,12 +123,15 @@ def prune(
         tensors.append(
             StoredTensor(new_name, file.nbytes(name), functools.partial(_read, file, name, folded.get(name)))
         )
+    texts = {"README.md": pruned_card(folder, Path(output).name, removed, settings)}
+    if not (folder.path / "ORIGIN.md").exists():
+        texts["ORIGIN.md"] = origin_card(folder)
     write_folder(
         output,
         _config(folder, kept),
         tensors,
         base=folder.path,
-        texts=_texts(folder, removed, settings, Path(output).name),
+        texts=texts,
         max_shard_bytes=max_shard_bytes,
     )
     gone_parameters = sum(
@@ -194,34 +197,3 @@ def _config(folder: ModelFolder, kept: Sequence[int]) -> dict[str, Any]:
     if kinds:
         config["layer_types"] = [kinds[index] for index in kept]
     return config
-
-
-def _texts(folder: ModelFolder, removed: Sequence[int], settings: Mapping[str, Any], name: str) -> dict[str, str]:
-    """Model card, and a record of the origin where the base model has none."""
-    origin = origin_of(folder)
-    licence = origin.get("license", "not found, see the base model")
-    header = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [cospadi, pruning]"]
-    header += [f"{key}: {json.dumps(value)}" for key, value in origin.items()] + ["---"]
-    lines = [
-        *header,
-        f"# {origin['base_model']} without {len(removed)} blocks, by CoSpaDi Workflow",
-        "",
-        "An ordinary model of fewer layers; it loads with transformers alone.",
-        "",
-        f"- Base model: {origin['base_model']}",
-        f"- Licence of the base model: {licence}",
-        f"- Blocks removed, numbered from 0: {', '.join(map(str, removed))}",
-        f"- Step: `{json.dumps(settings, sort_keys=True)}`",
-        "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f'model = AutoModelForCausalLM.from_pretrained("{name}")',
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
-        "```",
-        "",
-    ]
-    texts = {"README.md": "\n".join(lines)}
-    if not (folder.path / "ORIGIN.md").exists():
-        texts["ORIGIN.md"] = f"- Base model: {origin['base_model']}\n- Licence: {licence}\n"
-    return texts
