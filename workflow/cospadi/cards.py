@@ -15,7 +15,7 @@ _HEAD = """\
 ---
 {{ header }}
 ---
-# {{ origin.base_model }}{{ title }}, by CoSpaDi Workflow
+# {{ origin.base_model }}{{ title }} by CoSpaDi Workflow
 
 {{ what }}
 
@@ -114,7 +114,7 @@ def pruned_card(base: ModelFolder, name: str, removed: Sequence[int], settings: 
         _PRUNED,
         base,
         "pruning",
-        f" without {len(removed)} blocks",
+        f" without {len(removed)} blocks,",
         "An ordinary model of fewer layers; it loads with transformers alone.",
         name=name,
         removed=removed,
