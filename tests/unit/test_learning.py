@@ -15,7 +15,9 @@ from cospadi.errors import ArtifactError, NumericalError
 from cospadi.files import BFLOAT16, ModelFolder, TensorFile, read_json, write_json, write_tensors
 from cospadi.formats.factorization import tensor_names, unpack
 from cospadi.learning import learn_unit
+from cospadi.methods import METHODS
 from cospadi.problem import matrices_of, shared
+from cospadi.profiles import allocate, profile_unit, read_allocation
 from cospadi.provenance import fingerprint
 from cospadi.quantization import quantize_unit
 
@@ -64,7 +66,7 @@ def unit(tmp_path_factory):
     return folder, {"fingerprint": model, "layers": layers}, grams
 
 
-def run(unit, tmp_path, layers, *, warm_factors=None, **variant):
+def run(unit, tmp_path, layers, *, warm_factors=None, allotted=None, **variant):
     folder, structure, grams = unit
     variant = {"ratio": 0.3, "codes": {"value_bits": 16, "rounding": "nearest"}, **variant}
     arguments = folder, structure, [grams[layer] for layer in layers]
@@ -75,6 +77,7 @@ def run(unit, tmp_path, layers, *, warm_factors=None, **variant):
         output=tmp_path / "factors.safetensors",
         diagnostics=tmp_path / "factors.json",
         warm_factors=warm_factors,
+        allotted=allotted,
         log=lambda line: None,
     )
     quantize_unit(
@@ -480,3 +483,62 @@ def test_codes_of_a_variant_are_complete_and_of_this_model(unit, tmp_path):
     write_json(another / "config.json", {"vocab_size": 7})
     with pytest.raises(ArtifactError, match="is of fingerprint"):
         check_codes(another, files, None)
+
+
+def parted(unit, folder, **settings):
+    """A variant, the profiles of both layers and the allocation, from files to files."""
+    model, structure, grams = unit
+    variant = {
+        **METHODS[settings["method"]].defaults(),
+        "codes": {"value_bits": 16, "rounding": "nearest"},
+        "ratio": 0.3,
+        **settings,
+    }
+    for layer in (0, 1):
+        output = folder / f"{layer}.json"
+        profile_unit(model, structure, [grams[layer]], [layer], variant, output, log=lambda line: None)
+    profiles = [folder / "0.json", folder / "1.json"]
+    allocate(profiles, structure, [[0], [1]], variant, folder / "allocation.json", log=lambda line: None)
+    return variant, profiles, folder / "allocation.json"
+
+
+@pytest.mark.parametrize("method", ["svd_llm_v2", "rocket"])
+def test_a_unit_is_learned_at_the_bytes_that_the_allocation_gives(unit, tmp_path, method):
+    variant, _, path = parted(unit, tmp_path, method=method)
+    allotted = read_allocation(path, unit[1], variant)
+    assert len(allotted) == 2 * len(SHAPES)
+    assert sum(allotted.values()) <= nbytes_left([*SHAPES.values()] * 2, 0.3)
+    _, learned, quantized = run(unit, tmp_path, [1], allotted=allotted, **variant)
+    for name, report in quantized["matrices"].items():
+        # one more atom with a code a column does not fit
+        d_in, d_out = learned["matrices"][name]["shape"]
+        assert allotted[(name,)] - 2 * (d_in + d_out) - 2 * d_out < report["nbytes"] <= allotted[(name,)]
+
+
+def test_what_the_allocation_leaves_as_it_is_is_exact_and_counted(unit, tmp_path):
+    variant, _, path = parted(unit, tmp_path, method="rocket", candidate_ratios=[0.5])
+    allotted = read_allocation(path, unit[1], variant)
+    name = "model.layers.1.k_proj"
+    codes, learned, quantized = run(unit, tmp_path, [1], allotted={**allotted, (name,): None}, **variant)
+    np.testing.assert_array_equal(read(codes, name).reconstruct(), ModelFolder(unit[0]).read_weight(name))
+    assert quantized["matrices"][name]["nbytes"] == 2 * D * 16 and not quantized["kept_dense"]
+    assert learned["matrices"][name]["relative_error"] == 0
+    del allotted[(name,)]
+    with pytest.raises(ArtifactError, match=f"has no bytes for {name}"):
+        run(unit, tmp_path, [1], allotted=allotted, **variant)
+
+
+def test_profiles_and_allocations_of_something_else_are_refused(unit, tmp_path):
+    variant, profiles, path = parted(unit, tmp_path, method="svd_llm_v2")
+    with pytest.raises(ArtifactError, match="is of settings"):
+        read_allocation(path, unit[1], {**variant, "ratio": 0.4})
+    with pytest.raises(ArtifactError, match="is of layers"):
+        allocate(profiles[::-1], unit[1], [[0], [1]], variant, path, log=lambda line: None)
+    with pytest.raises(ArtifactError, match="is of settings"):
+        allocate(profiles, unit[1], [[0], [1]], {**variant, "eta": 0.1}, path, log=lambda line: None)
+    for wrong in (-5, 2.5, "many"):
+        content = read_json(path)
+        content["problems"][0]["nbytes"] = wrong
+        write_json(tmp_path / "wrong.json", content)
+        with pytest.raises(ArtifactError, match=f"gives {wrong} bytes to model.layers.0.q_proj"):
+            read_allocation(tmp_path / "wrong.json", unit[1], variant)

@@ -260,9 +260,11 @@ def edit(path):
 def digests(plan, each=("learn",)) -> dict[str, str]:
     """Digests of all stages; of those in `each`, of every variant."""
     first = plan.factorized[0]
-    found = {stage: plan.code(stage)(SimpleNamespace(variant=first)) for stage in plan.stages if stage not in each}
-    for stage in each:
-        for name in plan.factorized:
+    parting = ("profile", "allocate")  # of the variants that have these stages
+    stages = [stage for stage in plan.stages if stage not in (*each, *parting)]
+    found = {stage: plan.code(stage)(SimpleNamespace(variant=first)) for stage in stages}
+    for stage in (*each, *parting):
+        for name in filter(plan.allocates, plan.factorized) if stage in parting else plan.factorized:
             key = name if stage == "learn" else f"{stage} {name}"
             found[key] = plan.code(stage)(SimpleNamespace(variant=name))
     return found
@@ -273,7 +275,9 @@ METHODS_AND_SOLVERS = {
     "ksvd": {"method": "cospadi", "ratio": 0.2, "solver": "ksvd"},
     "exact": {"method": "cospadi", "ratio": 0.2, "group_size": 2, "share": ["q_proj"], "group_metric": "exact"},
     "svd": {"method": "svd_llm", "ratio": 0.2},
+    "v2": {"method": "svd_llm_v2", "ratio": 0.2},
 }
+PARTED = {"v2", "profile v2", "allocate v2"}
 
 
 def test_comments_docstrings_and_layout_are_no_code(package):
@@ -310,8 +314,11 @@ def test_a_module_that_is_moved_into_another_place_of_the_file_system_is_the_sam
         ("solvers/htp.py", {"htp", "exact"}),
         ("solvers/ksvd.py", {"ksvd"}),
         ("solvers/multi_metric.py", {"exact"}),
-        ("solvers/svd.py", {"svd"}),
-        ("methods/svd_llm.py", {"svd"}),
+        ("solvers/svd.py", {"svd"} | PARTED),
+        ("methods/svd_llm.py", {"svd"} | PARTED),
+        ("methods/svd_llm_v2.py", PARTED),
+        # uniform variants read no allocation
+        ("profiles.py", PARTED),
         # the registries: a line more changes nothing that was there
         ("methods/__init__.py", set()),
         ("solvers/__init__.py", set()),

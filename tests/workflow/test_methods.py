@@ -34,7 +34,11 @@ def run(snapshot, tiny_model, articles, tmp_path_factory):
     )
     assert (methods / "__init__.py").read_text().count("magnitudes") == 2
     config = tiny_config(tiny_model("llama"), articles)
-    config["variants"] = {"magnitudes-30": {"method": "magnitudes", "ratio": 0.3, "power": 0.5}}
+    config["variants"] = {
+        "magnitudes-30": {"method": "magnitudes", "ratio": 0.3, "power": 0.5},
+        "svd_llm_v2-40": {"method": "svd_llm_v2", "ratio": 0.4},
+        "rocket-40": {"method": "rocket", "ratio": 0.4, "candidate_ratios": [0.2, 0.3, 0.5, 0.6]},
+    }
     (folder / "run").mkdir()
     run = Run(folder / "run", config, project)
     run.snakemake()
@@ -42,7 +46,7 @@ def run(snapshot, tiny_model, articles, tmp_path_factory):
 
 
 def test_a_method_of_one_file_and_one_line_runs_from_config_to_report(run):
-    check_finished(run, ["magnitudes-30"])
+    check_finished(run, list(run.config["variants"]))
     assert rows(run.results / "summary.tsv")["magnitudes-30"]["method"] == "magnitudes"
     name = "model.layers.2.mlp.down_proj"
     codes = TensorFile(run.results / "magnitudes-30/codes/layer_02.safetensors")
@@ -62,6 +66,32 @@ def test_a_method_of_one_file_and_one_line_runs_from_config_to_report(run):
     assert report["options"] == {"power": 0.5}
     packed = load_file(run.results / "magnitudes-30/model/model.safetensors")
     assert f"{name}.support" in packed and f"{name}.dictionary" not in packed
+
+
+@pytest.mark.parametrize("variant", ["svd_llm_v2-40", "rocket-40"])
+def test_bytes_are_parted_before_units_are_learned(run, variant):
+    folder, settings = run.results / variant, run.config["variants"][variant]
+    allocation = json.loads((folder / "allocation.json").read_text())
+    given = {name: one["nbytes"] for one in allocation["problems"] for name in one["matrices"]}
+    model = ModelFolder(run.config["model"]["path"])
+    dense = {name: 2 * model.read_weight(name).size for name in given}
+    assert len({round(1 - given[name] / dense[name], 3) for name in given}) > 7, "ratios differ"
+    assert sum(given.values()) <= (1 - settings["ratio"]) * sum(dense.values())
+    for path in folder.glob("codes/*.json"):
+        for name, numbers in json.loads(path.read_text())["matrices"].items():
+            assert numbers["nbytes"] <= given.pop(name)
+    assert not given, "every matrix was learned"
+
+
+def test_an_allocation_is_made_again_when_its_settings_change(run, tmp_path):
+    variant = "svd_llm_v2-40"
+    again = run.copy(tmp_path / "again")
+    target = f"results/tiny/{variant}/factors/layer_01.safetensors"
+    assert again.planned(target) == {}
+    again.config["variants"][variant]["ratio"] = 0.5
+    layers = len(list(run.results.glob(f"{variant}/profile/*.json")))
+    planned = again.planned(target)
+    assert planned["profile_matrices"] == layers and planned["allocate_bytes"] == planned["learn_dictionary"] == 1
 
 
 def test_its_options_and_faults_are_checked_like_any_other(run):

@@ -195,6 +195,8 @@ def test_the_tables_of_stages_have_the_arrows_that_snakemake_finds(folder):
         "cut": {"method": "replaceme", "blocks": 2},
         "both": {"steps": [{"method": "uidl", "blocks": 3}, {"method": "cospadi", "ratio": 0.2}]},
         "plain": {"method": "cospadi", "ratio": 0.2},
+        "parted": {"method": "svd_llm_v2", "ratio": 0.2},
+        "cut_parted": {"steps": [{"method": "replaceme", "blocks": 2}, {"method": "svd_llm_v2", "ratio": 0.2}]},
         "masa": {"steps": [{"method": "replaceme", "blocks": 2}, {"method": "masa", "ratio": 0.2}]},
     }
     found = rulegraph(folder, {"run": "graph", "variants": variants}, "all", "results/graph/plain/dense")

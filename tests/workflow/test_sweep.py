@@ -38,6 +38,8 @@ LLAMA = {
 TOLD: dict[str, list[Any]] = {
     "name": ["m", "n" * 100],
     "rho": [1, 2.0, 16],
+    "candidate_ratios": [[0.01], [0.2, 0.5, 0.95]],
+    "rhos": [[1], [1.5, 16.0]],
     "warm_start": [None, "start"],
     "repo": ["owner/model"],
     "revision": ["main", "0123abc", "refs/pr/1"],

@@ -35,6 +35,29 @@ class Point:
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
+@dataclass(frozen=True)
+class Profile:
+    """What an allocation knows of a problem.
+
+    Attributes
+    ----------
+    matrices : tuple of str
+        Names of its matrices.
+    shapes : tuple of (d_in, d_out)
+    figures : mapping
+        What the method measured of it.
+    """
+
+    matrices: tuple[str, ...]
+    shapes: tuple[tuple[int, int], ...]
+    figures: Mapping[str, Any] = field(hash=False)
+
+    @property
+    def kind(self) -> tuple[str, ...]:
+        """Projections of its matrices: problems of all layers have the same."""
+        return tuple(name.rsplit(".", 1)[-1] for name in self.matrices)
+
+
 class Menu(Protocol):
     """What one matrix or problem could be: a list of points, or what knows them without listing them."""
 

@@ -8,12 +8,13 @@ stores them, so the file keeps the promise.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from cospadi.errors import ConfigError
 from cospadi.formats.codes import codes_nbytes
-from cospadi.formats.dictionaries import dictionary_nbytes
+from cospadi.formats.dictionaries import IDENTITY, dictionary_nbytes
 from cospadi.formats.values import GROUP_SIZE
 from cospadi.runtime.cospadi_registry import CODECS, SUPPORTS
 
@@ -21,6 +22,18 @@ from cospadi.runtime.cospadi_registry import CODECS, SUPPORTS
 def dense_nbytes(d_in: int, d_out: int) -> int:
     """Bytes of the dense matrix in bfloat16."""
     return 2 * d_in * d_out
+
+
+def as_is_nbytes(shapes: Iterable[tuple[int, int]], storage: Mapping[str, Any]) -> int:
+    """Bytes of matrices that are stored as they are, as exactly as the codec of the values can.
+
+    Parameters
+    ----------
+    storage : mapping
+        From `formats.values.storage_of`.
+    """
+    own = {**storage, "dictionary_codec": IDENTITY}
+    return sum(factors_nbytes(*shape, shape[0], shape[0] * shape[1], support="dense", **own) for shape in shapes)
 
 
 def nbytes_left(shapes: Iterable[tuple[int, int]], ratio: float) -> int:
@@ -74,6 +87,7 @@ def sparse_shape(
     value_codec: str = "bf16",
     dictionary_codec: str = "bf16",
     group_size: int | None = GROUP_SIZE,
+    most_atoms: int | None = None,
 ) -> SparseShape:
     """Largest dictionary with ``n_nonzero_coefs = n_atoms / rho`` within `nbytes`.
 
@@ -81,6 +95,7 @@ def sparse_shape(
     values and ``rho = 2`` it is the paper's Eq. 11, ``k = nbytes / 2 / (d_in + d_out / rho)``. Rounding to whole atoms
     and bytes is exact: the atoms are maximal, then the nonzeros are raised while a whole one more a column still fits.
     A support with a pattern has a multiple of its atoms and its share of nonzeros, whatever `rho`: of ``"2:4"`` half.
+    Where `most_atoms` are reached, what is left goes to nonzeros and lowers rho.
 
     Raises
     ------
@@ -110,6 +125,8 @@ def sparse_shape(
     value_bytes = CODECS[value_codec].bits / 8
     atom_bytes = CODECS[dictionary_codec].bits / 8
     n_atoms = (math.ceil(nbytes / (atom_bytes * d_in + value_bytes * d_out / rho + d_out / 8)) + 2) // step * step
+    if most_atoms is not None:
+        n_atoms = min(n_atoms, most_atoms // step * step)
     while n_atoms > 0 and taken(n_atoms, coefs(n_atoms)) > nbytes:
         n_atoms -= step
     if n_atoms <= 0:

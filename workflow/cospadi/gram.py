@@ -217,6 +217,65 @@ class Whitening:
         return scipy.linalg.solve_triangular(self.factor, matrix.astype(np.float64).T, lower=False, trans="T").T
 
 
+@dataclasses.dataclass(frozen=True)
+class EigenWhitening:
+    """Map between a weight and its whitened form by the eigenvectors of the Gram; see `eigen_whitening`.
+
+    Attributes
+    ----------
+    factor : ndarray, float64 (r, d_in)
+        ``Lambda^1/2 V^T`` of the r eigenvalues that are no rounding noise.
+    inverse : ndarray, float64 (d_in, r)
+        ``V Lambda^-1/2``.
+    shift : float
+        0: nothing is added to a singular Gram.
+    eta : float
+        Ridge asked for, as a share of the mean diagonal.
+    """
+
+    factor: np.ndarray
+    inverse: np.ndarray
+    shift: float
+    eta: float
+
+    def whiten(self, weight: np.ndarray) -> np.ndarray:
+        """``Lambda^1/2 V^T W``: float32 (r, n) of `weight` (d_in, n), computed in float64."""
+        return (self.factor @ weight.astype(np.float64)).astype(np.float32)
+
+    def unwhiten(self, dictionary: np.ndarray) -> np.ndarray:
+        """``V Lambda^-1/2 D_L``: float32 (d_in, k) of `dictionary` (r, k), in float64."""
+        return (self.inverse @ dictionary.astype(np.float64)).astype(np.float32)
+
+
+def eigen_whitening(gram: np.ndarray, *, eta: float = 0.0) -> EigenWhitening:
+    """Whitening by ``G = V Lambda V^T`` instead of Cholesky: no Gram is too singular for it (SVD-LLM V2).
+
+    Directions whose eigenvalue is under 1e-9 of the mean diagonal hold no calibration data and are left out.
+
+    Parameters
+    ----------
+    gram : ndarray (d_in, d_in)
+        Symmetric, positive semidefinite up to rounding.
+    eta : float
+        Relative ridge, as in `whitening_factor`.
+
+    Raises
+    ------
+    NumericalError
+        If the Gram holds NaN or infinity, is not symmetric, or is zero.
+    """
+    gram = np.asarray(gram, dtype=np.float64)
+    _check_gram(gram, "Gram")
+    mean = float(np.mean(np.diag(gram)))
+    if mean <= 0:
+        raise NumericalError("the Gram is zero: no calibration data reached this matrix")
+    values, vectors = scipy.linalg.eigh(gram / mean, check_finite=False)
+    values = values + eta
+    kept = values > EPS
+    roots, vectors = np.sqrt(values[kept] * mean), vectors[:, kept]
+    return EigenWhitening(roots[:, None] * vectors.T, vectors / roots, shift=0.0, eta=eta)
+
+
 def whitening_factor(gram: np.ndarray, *, eta: float = 0.0) -> Whitening:
     """Upper triangular ``L`` with ``L^T L = G``, by Cholesky in float64.
 

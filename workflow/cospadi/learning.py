@@ -39,6 +39,7 @@ def learn_unit(
     diagnostics: Path,
     warm_factors: Path | None = None,
     drift: Path | None = None,
+    allotted: Mapping[tuple[str, ...], int | None] | None = None,
     device: str = "cpu",
     log: Callable[[str], None] = print,
 ) -> None:
@@ -68,13 +69,17 @@ def learn_unit(
         Factors of the same unit from another variant, to start from (option ``warm_start``).
     drift : Path, optional
         From `pruning.drift.measure`, for a method that learns the whole model at once.
+    allotted : mapping, optional
+        Bytes of every problem by the names of its matrices, None for those that stay as they are
+        (`profiles.read_allocation`); by default what the ratio leaves of each.
 
     Raises
     ------
     NumericalError
         If a weight holds NaN or infinity.
     ArtifactError
-        If Grams, drift or warm factors are of another model, other layers or another calibration.
+        If Grams, drift or warm factors are of another model, other layers or another calibration, or the allocation
+        has nothing for a problem.
     """
     calibration = check_grams(gram_files, structure, layers, calibration)
     belongs = provenance(structure, layers, variant, calibration)
@@ -87,6 +92,7 @@ def learn_unit(
         storage=storage_of(variant["codes"]),
         warm=None if warm_factors is None else _open_warm(warm_factors, belongs),
         drift=None if drift is None else _read_drift(drift, belongs),
+        allotted=allotted,
         device=device,
         log=log,
     )
@@ -156,6 +162,7 @@ class _Job(NamedTuple):
     storage: dict[str, Any]
     warm: TensorFile | None
     drift: Sequence[float] | None
+    allotted: Mapping[tuple[str, ...], int | None] | None
     device: str
     log: Callable[[str], None]
 
@@ -200,7 +207,11 @@ def _learn(job: _Job, groups: Sequence[Sequence[Matrix]], *, n_layers: int) -> I
                 left = job.options["max_seconds"] * n_layers - (problem_started - started)
                 costs = [_cost(other) for other in groups[index:]]
                 arguments["max_seconds"] = max(1e-3, left * costs[0] / sum(costs))
-            found = job.method.fit(problem, nbytes_left(problem.shapes, job.ratio), **arguments)
+            nbytes = _nbytes(job, problem)
+            if nbytes is None:
+                found = [Factorization(None, weight, support="dense", **job.storage) for weight in problem.weights]
+            else:
+                found = job.method.fit(problem, nbytes, **arguments)
             seconds = (time.perf_counter() - problem_started) / len(kept)
             for place, i in enumerate(kept):
                 factors, found[place] = found[place], None  # each is freed once it is packed
@@ -212,6 +223,19 @@ def _learn(job: _Job, groups: Sequence[Sequence[Matrix]], *, n_layers: int) -> I
         for metric in {matrix.metric for matrix in group} - frozenset().union(*later):
             metric.forget()
         means = {key: mean for key, mean in means.items() if key in later}
+
+
+def _nbytes(job: _Job, problem: Problem) -> int | None:
+    """Bytes that a problem may take; None where its matrices stay as they are."""
+    if job.allotted is None:
+        return nbytes_left(problem.shapes, job.ratio)
+    if tuple(problem.names) not in job.allotted:
+        raise ArtifactError(
+            "allocation.json",
+            f"has no bytes for {' + '.join(problem.names)}",
+            "Delete it and the profiles of the variant, and run again",
+        )
+    return job.allotted[tuple(problem.names)]
 
 
 def _read_drift(path: Path, belongs: Mapping[str, Any]) -> list[float]:

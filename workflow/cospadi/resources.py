@@ -153,6 +153,19 @@ class Estimates:
         memory = _NUMPY + factors + grams + max(work.memory for work in works)
         return Work(memory, 1 + factors / READ, core, gpu, factors)
 
+    def profile(self, settings: Mapping[str, Any], n_layers: int = 1) -> Work:
+        """What the allocation of a unit of `n_layers` layers has to know, problem after problem."""
+        method, storage = METHODS[settings["method"]], storage_of(settings.get("codes", {}))
+        options = method.complete(settings)
+        works = [
+            method.allocator.work(
+                targets, nbytes_left([target.shape for target in targets], settings["ratio"]), options, storage
+            )
+            for targets in planned_problems(settings, method, self.shapes.matrices, n_layers)
+        ]
+        core, gpu = sum(work.core for work in works), sum(work.gpu for work in works)
+        return Work(_NUMPY + max(work.memory for work in works), 1, core, gpu)
+
     def quantize(self, settings: Mapping[str, Any], n_layers: int = 1) -> Work:
         """Packing a unit, matrix after matrix, with the error of what is stored (float64)."""
         chosen = settings.get("targets") or self.shapes.matrices

@@ -34,6 +34,7 @@ rule learn_dictionary:
         windows=rules.prepare_calibration.output[0],
         gram=lambda wildcards: plan.grams_of(wildcards.unit, plan.base_of(wildcards.variant)),
         drift=lambda wildcards: plan.drift_of(wildcards.variant),
+        allocation=lambda wildcards: plan.allocation_of(wildcards.variant),
         warm=lambda wildcards: plan.warm_factors_of(wildcards.variant, wildcards.unit),
     output:
         factors="<results>/{variant}/factors/{unit}.safetensors",

@@ -17,9 +17,11 @@ from cospadi.methods import (
     hybrid,
     magnitude,
     masa,
+    rocket,
     sparse,
     sparsegpt,
     svd_llm,
+    svd_llm_v2,
     wanda,
 )
 from cospadi.methods.base import Method, planned_problems
@@ -31,7 +33,9 @@ _MODULES = (
     hybrid,
     sparse,
     svd_llm,
+    svd_llm_v2,
     compot,
+    rocket,
     basis_sharing,
     masa,
     magnitude,

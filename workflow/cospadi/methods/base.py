@@ -71,6 +71,46 @@ TIME_OPTIONS: dict[str, dict[str, Any]] = {
     },
 }
 
+# Every matrix the same ratio: what a method does that parts no bytes
+UNIFORM = "uniform"
+
+
+def allocation_option(rule: str, description: str, *, default: str | None = None) -> dict[str, dict[str, Any]]:
+    """The option ``allocation`` of a method that has an `Allocator`; by default its own rule."""
+    return {
+        "allocation": {
+            "enum": [UNIFORM, rule],
+            "default": default or rule,
+            "description": f"Which matrix gets how many of the bytes. {rule}: {description}; {UNIFORM}: the same ratio "
+            "for all.",
+        }
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allocator:
+    """How a method parts the bytes of a model among its problems, before any of them is learned.
+
+    Attributes
+    ----------
+    profile : callable
+        ``profile(problem, nbytes, *, storage, device, **options) -> mapping``: what `share` has to know of a problem
+        that would get `nbytes` if all had the same ratio, in JSON's types.
+    share : callable
+        ``share(profiles, nbytes, *, storage, **options) -> list``: bytes of each of the `allocation.Profile`, which
+        take `nbytes` together at most; None for matrices that stay as they are.
+    work : callable
+        ``work(targets, nbytes, options, storage) -> Work``: what `profile` takes.
+    options : tuple of str
+        Those of the method's options that are for this alone, and not for `Method.fit`.
+    """
+
+    profile: Callable[..., Mapping[str, Any]]
+    share: Callable[..., Sequence[int | None]]
+    work: Callable[[Sequence[Target], int, Mapping[str, Any], Mapping[str, Any]], Work]
+    options: tuple[str, ...] = ()
+
+
 Problems = Sequence[Sequence[Target]]
 
 
@@ -98,6 +138,8 @@ class Method(Entry):
         ``key: what``; with the problems of the planned model (lists of `problem.Target`) also what it cannot do there.
     scope : {"problem", "model"}
         What `fit` gets: the matrices that share a dictionary, or all matrices of the model in one job, with its drift.
+    allocator : Allocator, optional
+        Of a method with the option ``allocation`` (`allocation_option`).
     """
 
     factors: str
@@ -106,6 +148,11 @@ class Method(Entry):
     modules: Callable[[Mapping[str, Any]], list[str]]
     faults: Callable[..., Iterable[str]] = lambda settings, problems=(): ()
     scope: Literal["problem", "model"] = "problem"
+    allocator: Allocator | None = None
+
+    def allocates(self, settings: Mapping[str, Any]) -> bool:
+        """Whether complete settings ask for bytes that differ from matrix to matrix."""
+        return self.allocator is not None and settings["allocation"] != UNIFORM
 
     def complete(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """The method's own options among a variant's settings, defaults filled in."""
@@ -113,7 +160,7 @@ class Method(Entry):
 
     def own(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The options that `fit` takes: all but those that are settled before it."""
-        settled = {**SHARING_OPTIONS, **WARM_OPTIONS}
+        settled = {*SHARING_OPTIONS, *WARM_OPTIONS, "allocation", *(self.allocator.options if self.allocator else ())}
         return {name: value for name, value in options.items() if name not in settled}
 
 

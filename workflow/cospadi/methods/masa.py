@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 
 from cospadi.allocation import Menu, Point, choose
-from cospadi.budget import factors_nbytes, nbytes_left
+from cospadi.budget import as_is_nbytes, factors_nbytes, nbytes_left
 from cospadi.errors import ConfigError
 from cospadi.files import BFLOAT16
-from cospadi.formats.dictionaries import IDENTITY
 from cospadi.formats.factorization import Factorization
 from cospadi.methods import svd_llm
 from cospadi.methods.base import WHITENING_OPTIONS, Method
 from cospadi.problem import Problem, Target
 from cospadi.runtime.cospadi_supports import MIXTURE
+from cospadi.solvers.svd import squares_left
 from cospadi.work import Work
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -122,10 +122,7 @@ class _Menu(Menu):
     ) -> None:
         self.shape = weights[0].shape
         self._storage = storage
-        d_in, d_out = self.shape
-        self._exact = factors_nbytes(
-            d_in, d_out, d_in, d_in * d_out, support="dense", **{**storage, "dictionary_codec": IDENTITY}
-        )
+        self._exact = as_is_nbytes([self.shape], storage)
         sizes = [
             np.square(w.whiten(weight), dtype=np.float64).sum() for weight, w in zip(weights, whitenings, strict=True)
         ]
@@ -139,7 +136,7 @@ class _Menu(Menu):
                 mixtures = mix(*matrix_pca(weights, n_atoms)[:2], storage)
                 rest = [weight - mixture.reconstruct() for weight, mixture in zip(weights, mixtures, strict=True)]
             self._left[n_atoms] = [
-                _squares_left(whitening.whiten(weight)) / size
+                squares_left(whitening.whiten(weight)) / size
                 for weight, whitening, size in zip(rest, whitenings, sizes, strict=True)
             ]
         self._n_layers = len(weights)
@@ -192,14 +189,6 @@ class _Menu(Menu):
 
     def _rank_nbytes(self, rank: int) -> int:
         return factors_nbytes(*self.shape, rank, rank * self.shape[1], support="dense", **self._storage)
-
-
-def _squares_left(whitened: np.ndarray) -> np.ndarray:
-    """Squared error of the best approximation of every rank, 0 to full."""
-    tall = whitened if whitened.shape[0] >= whitened.shape[1] else whitened.T
-    tall = tall.astype(np.float64)
-    squares = np.maximum(np.linalg.eigvalsh(tall.T @ tall), 0)  # the smallest first
-    return np.append(np.cumsum(squares)[::-1], 0.0)
 
 
 def mix(atoms: np.ndarray, coefficients: np.ndarray, storage: Mapping[str, Any]) -> list[Factorization]:

@@ -9,7 +9,7 @@ from cospadi.arrays import on_device, to_numpy
 from cospadi.budget import low_rank
 from cospadi.formats.factorization import Factorization
 from cospadi.formats.values import storage_of
-from cospadi.gram import Whitening
+from cospadi.gram import EigenWhitening, Whitening
 from cospadi.methods.base import (
     SHARING_OPTIONS,
     WHITENING_OPTIONS,
@@ -50,7 +50,7 @@ def fit(
 
 
 def truncated(
-    weight: Any, rank: int, whitening: Whitening, *, storage: Mapping[str, Any], device: str
+    weight: Any, rank: int, whitening: Whitening | EigenWhitening, *, storage: Mapping[str, Any], device: str
 ) -> Factorization:
     """The best product of rank `rank` in a metric."""
     from cospadi.solvers import svd

@@ -65,6 +65,14 @@ class Paths(Variants):
         """Gram files of a unit's layers."""
         return [f"{self.results}/{base}gram/{layer_name(layer)}.h5" for layer in layers_of(unit)]
 
+    def profiles_of(self, variant: str) -> list[str]:
+        """What bytes are worth to the matrices of every unit."""
+        return [f"{self.results}/{variant}/profile/{unit}.json" for unit in self.units(variant)]
+
+    def allocation_of(self, variant: str) -> list[str]:
+        """Bytes of every matrix, where they are parted; else an empty list."""
+        return [f"{self.results}/{variant}/allocation.json"] if self.allocates(variant) else []
+
     def warm_factors_of(self, variant: str, unit: str) -> list[str]:
         """Factors that learning a unit starts from: another variant's, as a list that is empty where it has none."""
         source = self.factorizing(variant).get("warm_start")

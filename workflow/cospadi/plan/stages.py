@@ -96,6 +96,22 @@ def _units(rule: str) -> Callable[[Plan], Iterator[Jobs]]:
     return jobs
 
 
+def _parting(plan: Plan) -> list[str]:
+    return [variant for variant in plan.factorized if plan.allocates(variant)]
+
+
+def _profile(plan: Plan) -> Iterator[Jobs]:
+    for variant in _parting(plan):
+        units = plan.units(variant)
+        wildcards = SimpleNamespace(variant=variant, unit=units[0])
+        yield Jobs(len(units), f"profile_matrices/{variant}/*.tsv", wildcards, variant)
+
+
+def _allocate(plan: Plan) -> Iterator[Jobs]:
+    for variant in _parting(plan):
+        yield Jobs(1, f"allocate_bytes/{variant}.tsv", SimpleNamespace(variant=variant), variant)
+
+
 def _assemble(plan: Plan) -> Iterator[Jobs]:
     if plan.factorized:
         yield Jobs(len(plan.factorized), "assemble_model/*.tsv")
@@ -116,10 +132,11 @@ def _learn(plan: Plan, wildcards: Any) -> Work:
 
 
 def _learning_code(plan: Plan, wildcards: Any) -> str:
-    """Of a variant its method and solver, and not those of other variants."""
+    """Of a variant its method and solver, and not those of other variants; who reads its allocation, if it has one."""
     settings = plan.factorizing(wildcards.variant)
     modules = METHODS[settings["method"]].modules(settings)
-    return code_digest("cospadi.learning", *modules, *formats_of(settings))
+    reader = ["cospadi.profiles"] * plan.allocates(wildcards.variant)
+    return code_digest("cospadi.learning", *reader, *modules, *formats_of(settings))
 
 
 def _of_variant(*modules: str) -> Callable[[Plan, Any], str]:
@@ -242,10 +259,32 @@ STAGES = table_of(
         uses_gpu=True,
     ),
     Stage(
+        name="profile",
+        rule="profile_matrices",
+        result="what bytes are worth to the matrices of a unit",
+        after=("fetch", "prune", "inspect", "prepare", "gram"),
+        jobs=_profile,
+        work=lambda plan, wildcards: plan.estimates.profile(
+            plan.factorizing(wildcards.variant), len(layers_of(wildcards.unit))
+        ),
+        code=_learning_code,
+        threads="learn",
+        uses_gpu=True,
+    ),
+    Stage(
+        name="allocate",
+        rule="allocate_bytes",
+        result="bytes of every matrix of a variant",
+        after=("inspect", "prepare", "profile"),
+        jobs=_allocate,
+        work=lambda plan, wildcards: Work(300 * MEBI, 30),
+        code=_learning_code,
+    ),
+    Stage(
         name="learn",
         rule="learn_dictionary",
         result="factors of a unit of layers",
-        after=("fetch", "prune", "inspect", "prepare", "gram", "drift"),
+        after=("fetch", "prune", "inspect", "prepare", "gram", "drift", "allocate"),
         jobs=_units("learn_dictionary"),
         work=_learn,
         code=_learning_code,

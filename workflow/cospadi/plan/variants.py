@@ -106,6 +106,11 @@ class Variants:
         settings = self.factorizing(variant)
         return settings is not None and METHODS[settings["method"]].scope == "model"
 
+    def allocates(self, variant: str) -> bool:
+        """Whether a variant's bytes are parted among its matrices before they are learned."""
+        settings = self.factorizing(variant)
+        return settings is not None and METHODS[settings["method"]].allocates(settings)
+
     def units(self, variant: str) -> list[str]:
         """Units of a variant: what one learning job each handles; none where nothing is learned."""
         settings = self.factorizing(variant)

@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from cospadi.solvers import Solution
 from cospadi.solvers._arrays import Array, array_namespace, leading_rows
 from cospadi.solvers._rounds import Rounds, as_rows, total_norm
+
+
+def squares_left(target: np.ndarray) -> np.ndarray:
+    """Squared error of the best approximation of every rank, 0 to full: the squares of the singular values left out.
+
+    Parameters
+    ----------
+    target : ndarray (d, n), float
+        Whitened weight.
+
+    Returns
+    -------
+    ndarray (min(d, n) + 1,) float64
+    """
+    tall = target if target.shape[0] >= target.shape[1] else target.T
+    tall = tall.astype(np.float64)
+    squares = np.maximum(np.linalg.eigvalsh(tall.T @ tall), 0)  # the smallest first
+    return np.append(np.cumsum(squares)[::-1], 0.0)
 
 
 def truncated(target: Array, rank: int) -> Solution:
