@@ -76,6 +76,21 @@ def test_nothing_is_kept_between_calls():
     assert half.values.dtype == half.plus[0].dictionary.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("summed", [False, True])
+def test_unpacked_for_many_rows_it_is_one_dense_weight(summed):
+    layer, weight = make(summed=summed)
+    model = torch.nn.ModuleDict({"layer": layer})
+    x = torch.randn(64, D_IN, generator=torch.Generator().manual_seed(1))
+    packed, names = layer(x), set(model.state_dict())
+    unpack_(model, torch.float32)
+    torch.testing.assert_close(layer.unpacked_weight.T, weight, rtol=1e-5, atol=1e-5)
+    assert all(part.unpacked_codes is None for part in packed_layers(model).values())
+    torch.testing.assert_close(layer(x), packed, rtol=1e-4, atol=1e-4)
+    assert set(model.state_dict()) == names
+    pack_(model)
+    assert layer.unpacked_weight is None and torch.equal(layer(x), packed)
+
+
 def test_unpacked_parts_can_be_trained_and_are_stored():
     layer, weight = make(summed=True)
     model = torch.nn.ModuleDict({"layer": layer})

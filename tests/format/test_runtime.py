@@ -20,10 +20,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from format_reader import numbers, read_matrix
 from format_writer import BFLOAT16, pack14, random_matrix
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 from cospadi.runtime import cospadi_cpu, cospadi_linear
 from cospadi.runtime.cospadi_codecs import decode_codes, decode_support, encode_codes, encode_dictionary
@@ -686,21 +688,74 @@ def test_unpacked_factors_can_be_trained_on_their_support(codec, dictionary):
 
 
 def test_unpacked_layers_compute_the_same_and_pack_again():
-    first, _ = make()
-    second, _ = make(codec="bf14", seed=1)
+    """Factors where they multiply less than a dense weight does, else the weight."""
+    first, _ = make((48, 40, 12))
+    second, _ = make((48, 40, 12), codec="bf14", seed=1)
     second.dictionary = first.dictionary
-    model = torch.nn.ModuleDict({"first": first, "second": second})
-    x = torch.randn(3, 48)
+    second.projection = first.projection = SharedProjection()
+    large, _ = make((48, 40, 64))
+    model = torch.nn.ModuleDict({"first": first, "second": second, "large": large})
+    x = torch.randn(20, 48)
     packed = [layer(x) for layer in model.values()]
     names = set(model.state_dict())
     unpack_(model, torch.float32)
     assert first.unpacked_dictionary is second.unpacked_dictionary
     assert torch.equal(first.unpacked_codes, decode_codes(first.spec, first.values, None, first.support, torch.float32))
+    assert large.unpacked_codes is None and large.unpacked_weight.shape == (large.out_features, large.in_features)
     assert set(model.state_dict()) == names
-    for layer, y in zip(model.values(), packed, strict=True):
-        torch.testing.assert_close(layer(x), y, rtol=1e-5, atol=1e-5)
+    for inference in (True, False):
+        with torch.inference_mode() if inference else torch.no_grad():
+            inputs = x.clone()
+            with FlopCounterMode(display=False) as counter:
+                found = [layer(inputs) for layer in model.values()]
+            # a counter watches: nothing is shared, so that it counts what is computed
+            d_out = first.out_features
+            assert counter.get_total_flops() == 2 * 20 * (2 * (48 * 12 + 12 * d_out) + 48 * d_out)
+            assert torch.equal(found[1], model["second"](inputs))
+        for layer, y, again in zip(model.values(), packed, found, strict=True):
+            torch.testing.assert_close(again, y, rtol=1e-5, atol=1e-5)
+            with torch.no_grad():
+                torch.testing.assert_close(layer(inputs), y, rtol=1e-5, atol=1e-5)
     pack_(model)
-    assert all(layer.unpacked_codes is None for layer in packed_layers(model).values())
+    assert all(layer.unpacked_codes is layer.unpacked_weight is None for layer in packed_layers(model).values())
+
+
+def test_unpacked_layers_that_share_a_dictionary_project_once_and_never_with_old_numbers():
+    first, _ = make((48, 40, 12))
+    second, _ = make((48, 40, 12), seed=1)
+    second.dictionary = first.dictionary
+    second.projection = first.projection = SharedProjection()
+    model = torch.nn.ModuleDict({"first": first, "second": second})
+    unpack_(model, torch.float32)
+    x = torch.randn(20, 48)
+    expected = F.linear(x @ second.unpacked_dictionary, second.unpacked_codes)
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            first(x)
+            assert torch.equal(second(x), expected)
+            asked = []
+            second.projection.of(x, first.unpacked_dictionary.data_ptr(), asked.append, x)
+            assert not asked, "z of this x is known"
+            changed = x.clone()
+            first(changed)
+            changed.mul_(2)
+            torch.testing.assert_close(second(changed), 2 * expected)
+    leaf = x.clone().requires_grad_()
+    with torch.no_grad():
+        first(leaf)
+    second(leaf).sum().backward()
+    weight = second.unpacked_codes @ second.unpacked_dictionary.T
+    torch.testing.assert_close(leaf.grad, weight.sum(0).expand(20, 48))
+
+
+def test_in_bfloat16_and_to_train_the_factors_stay():
+    layer, _ = make((48, 40, 64))
+    model = torch.nn.ModuleDict({"layer": layer})
+    unpack_(model, torch.bfloat16)
+    assert layer.unpacked_weight is None and layer.unpacked_codes.dtype == torch.bfloat16
+    pack_(model)
+    unpack_(model, torch.float32, trainable=True)
+    assert layer.unpacked_weight is None and layer.unpacked_codes.requires_grad
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 import warnings
@@ -181,3 +182,26 @@ def test_an_error_of_the_machine_is_shown_with_its_remedy(job, console):
     with pytest.raises(SystemExit):
         stage.script(main, job)
     assert "the disk is full" in console() and "Free space" in console() and "Errno" not in console()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_kept_memory_is_not_taken_from_the_system_again():
+    """Page faults of filling 64 MiB again, which are 16384 where the system gave new pages."""
+    program = """
+import resource, numpy as np
+from cospadi.stage import keep_freed_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.ones(2**23)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+given_back = faults()
+keep_freed_memory()
+faults()
+print(given_back, faults())
+"""
+    # without huge pages, of which a few would do
+    environment = {**os.environ, "NUMPY_MADVISE_HUGEPAGE": "0"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
+    given_back, kept = map(int, done.stdout.split())
+    assert kept < 100 < given_back

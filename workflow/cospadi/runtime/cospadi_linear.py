@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -71,6 +72,7 @@ class Packed(nn.Module):
         # filled by `unpack`, never saved
         self.unpacked_dictionary: nn.Parameter | None = None
         self.unpacked_codes: nn.Parameter | None = None
+        self.unpacked_weight: nn.Parameter | None = None
         # set where other layers have the same dictionary
         self.projection: SharedProjection | None = None
         self._spec_text = json.dumps(spec)
@@ -79,9 +81,10 @@ class Packed(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Inputs (..., d_in) to outputs (..., d_out), in the dtype of the input."""
+        if self.unpacked_weight is not None:
+            return F.linear(x, self.unpacked_weight, self.bias)
         if self.unpacked_codes is not None:
-            z = x if self.unpacked_dictionary is None else x @ self.unpacked_dictionary
-            return F.linear(z, self.unpacked_codes, self.bias)
+            return F.linear(self._unpacked_projection(x), self.unpacked_codes, self.bias)
         if _is_watched(x):
             y = self._shown(x)
         elif not has_kernel(x, self.spec):
@@ -106,6 +109,20 @@ class Packed(nn.Module):
         """Dictionary (d_in, k), None if it is the identity, and transposed codes (d_out, k) with zeros, in `dtype`."""
         return _factors(self.spec, dtype, *self.parts())
 
+    def summands(self) -> list[Packed]:
+        """The packed matrices whose outputs are added up: of most layers itself."""
+        return [self]
+
+    def dense(self) -> torch.Tensor:
+        """``(D S)^T`` in float32, (d_out, d_in)."""
+        dictionary, codes = self.factors(torch.float32)
+        return codes if dictionary is None else codes @ dictionary.T
+
+    def multiplications(self, sharers: int) -> float:
+        """Of a row of x with the unpacked factors, where `sharers` layers have one dictionary and compute z once."""
+        projecting = 0 if self.dictionary is None else self.in_features * self.n_atoms / sharers
+        return projecting + self.n_atoms * self.out_features
+
     def unpack(self, dtype: torch.dtype, *, trainable: bool = False) -> None:
         """Keep both factors unpacked beside the packed ones; `unpack_` is for whole models."""
         dictionary, codes = self.factors(dtype)
@@ -129,7 +146,7 @@ class Packed(nn.Module):
         """Drop what `unpack` keeps; what was trained is stored."""
         if self.unpacked_codes is not None and self.unpacked_codes.requires_grad:
             self.store()
-        self.unpacked_dictionary = self.unpacked_codes = None
+        self.unpacked_dictionary = self.unpacked_codes = self.unpacked_weight = None
 
     def freeze_packed(self) -> None:
         """Packed tensors are no leaves to train; loading makes every floating-point parameter one."""
@@ -158,6 +175,15 @@ class Packed(nn.Module):
             f"n_nonzero={codes['n_nonzero']}, codec={codes['codec']}, support={codes['support']}, "
             f"bias={self.bias is not None}"
         )
+
+    def _unpacked_projection(self, x: torch.Tensor) -> torch.Tensor:
+        """``z = x D``; once for the layers that share ``D``, where nothing keeps count of what it is computed from."""
+        dictionary = self.unpacked_dictionary
+        if dictionary is None:
+            return x
+        if self.projection is None or torch.is_grad_enabled() or dictionary.requires_grad or _is_watched(x):
+            return x @ dictionary
+        return self.projection.of(x, dictionary.data_ptr(), lambda rows: rows @ dictionary, x)
 
     def _shown(self, x: torch.Tensor) -> torch.Tensor:
         """The product as torch can record or transform it."""
@@ -228,7 +254,7 @@ class Packed(nn.Module):
             self.store()
         self._restore_dtypes()
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in ("unpacked_dictionary", "unpacked_codes"):
+        for name in ("unpacked_dictionary", "unpacked_codes", "unpacked_weight"):
             destination.pop(prefix + name, None)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -495,6 +521,9 @@ packed_linear.register_autograd(_backward, setup_context=_save_for_backward)
 def unpack_(model: nn.Module, dtype: torch.dtype | None = None, *, trainable: bool = False) -> nn.Module:
     """Unpack every packed layer of `model` in place; undone by `pack_`.
 
+    Both factors are kept, or in their place the product of them where that multiplies less: in float32 and float64
+    alone, where it is the same up to the rounding of the sums, and not to train them.
+
     Parameters
     ----------
     model : Module
@@ -506,11 +535,20 @@ def unpack_(model: nn.Module, dtype: torch.dtype | None = None, *, trainable: bo
     """
     if dtype is None:
         dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    sharers = Counter(part.dictionary for layer in layers for part in layer.summands())
     shared: dict[nn.Parameter, nn.Parameter] = {}
-    for layer in packed_layers(model).values():
-        layer.unpack(dtype, trainable=trainable)
-        if layer.dictionary is not None:
-            layer.unpacked_dictionary = shared.setdefault(layer.dictionary, layer.unpacked_dictionary)
+    for layer in layers:
+        parts = layer.summands()
+        factored = sum(part.multiplications(sharers[part.dictionary]) for part in parts)
+        exact = dtype in (torch.float32, torch.float64) and not trainable
+        if exact and layer.in_features * layer.out_features <= factored:
+            layer.unpacked_weight = nn.Parameter(sum(part.dense() for part in parts).to(dtype), requires_grad=False)
+            continue
+        for part in parts:
+            part.unpack(dtype, trainable=trainable)
+            if part.dictionary is not None:
+                part.unpacked_dictionary = shared.setdefault(part.dictionary, part.unpacked_dictionary)
     return model
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .cospadi_codecs import decode_dictionary
@@ -53,9 +54,15 @@ class SummedLinear(PackedLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Inputs (..., d_in) to outputs (..., d_out), in the dtype of the input."""
         y = super().forward(x)
+        if self.unpacked_weight is not None:  # of the sum
+            return y
         for part in self.plus:
             y = y + part(x)
         return y
+
+    def summands(self) -> list[Packed]:
+        """Itself without what is added, and the parts that are."""
+        return [self, *self.plus]
 
 
 class Mixture(Packed):
@@ -67,6 +74,8 @@ class Mixture(Packed):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Inputs (..., d_in) to outputs (..., d_out), in the dtype of the input."""
+        if self.unpacked_weight is not None:
+            return F.linear(x, self.unpacked_weight, self.bias)
         rows = x.reshape(-1, self.in_features)
         few = len(rows) <= MIXED_ROWS
         if self.unpacked_codes is not None:
@@ -82,6 +91,15 @@ class Mixture(Packed):
         y = mixed if few else rows @ mixed
         y = y.to(x.dtype).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
+
+    def dense(self) -> torch.Tensor:
+        """The mixed weight in float32, (d_out, d_in)."""
+        atoms, coefficients = self.factors(torch.float32)
+        return torch.einsum("inj,n->ji", atoms.unflatten(1, (-1, self.out_features)), coefficients)
+
+    def multiplications(self, sharers: int) -> float:
+        """Of a row of x, not counting those that mix the weight anew at every call."""
+        return self.in_features * self.out_features
 
     def factors(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Matrix atoms side by side (d_in, n d_out), and their coefficients (n,), in `dtype`."""
