@@ -178,7 +178,7 @@ def planned(config: Mapping[str, Any]) -> Plan:
     plan = Plan(check_config(config), LLAMA)
     assert "expected in all" in table(needs(plan))
     for name, stage in plan.stages.items():
-        for alike in stage.jobs(plan):
+        for alike in stage.jobs_of(plan):
             assert plan.mem_mb(name)(alike.wildcards, attempt=1) > 0
             assert plan.runtime(name)(alike.wildcards, attempt=1, threads=plan.threads(name)) > 0
             if name in ("collect", "gram", "learn"):

@@ -62,7 +62,7 @@ def needs(plan: Staged) -> list[Need]:
             benchmarks=jobs.benchmarks,
         )
         for stage in plan.stages.values()
-        for jobs in stage.jobs(plan)
+        for jobs in stage.jobs_of(plan)
     ]
 
 

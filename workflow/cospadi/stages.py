@@ -17,7 +17,9 @@ from typing import Any
 
 from cospadi.digests import code_digest
 from cospadi.stage import has_gpu
-from cospadi.work import Work
+from cospadi.work import MEBI, Work
+
+TABLES_AND_PLOTS = Work(1000 * MEBI, 30)
 
 
 @dataclass(frozen=True)
@@ -49,36 +51,61 @@ class Stage:
     ----------
     name, rule : str
         What the rules' files and the config call it; the rule's name.
+    result : str
+        What it makes, for a reader.
     after : tuple of str
         Stages whose files it reads.
-    jobs : callable
-        ``jobs(plan)`` yields `Jobs`; none for a stage that runs only when its file is asked for.
-    work : callable
-        ``work(plan, wildcards) -> Work`` of one job.
-    code : callable
-        ``code(plan, wildcards) -> digest`` of what decides the result.
+    jobs : callable, optional
+        ``jobs(plan)`` yields `Jobs`; none for a stage that runs only when its file is asked for. Default: one.
+    work : Work or callable
+        Of one job, or ``work(plan, wildcards) -> Work``. Default: that of tables and plots.
+    code : tuple of str or callable
+        Modules that decide the result, or ``code(plan, wildcards) -> digest``.
     threads : str, optional
         Key of the config's section ``threads``; None for one thread.
     uses_gpu : bool
         Whether it uses a GPU where there is one.
-    result : str
-        What it makes, for a reader.
     """
 
     name: str
     rule: str
-    after: tuple[str, ...]
-    jobs: Callable[[Any], Iterable[Jobs]]
-    work: Callable[[Any, Any], Work]
-    code: Callable[[Any, Any], str]
     result: str
+    after: tuple[str, ...] = ()
+    jobs: Callable[[Any], Iterable[Jobs]] | None = None
+    work: Work | Callable[[Any, Any], Work] = TABLES_AND_PLOTS
+    code: tuple[str, ...] | Callable[[Any, Any], str] = ()
     threads: str | None = None
     uses_gpu: bool = False
 
+    def jobs_of(self, plan: Any) -> Iterable[Jobs]:
+        """Its jobs in a run."""
+        return [Jobs(1, f"{self.rule}.tsv")] if self.jobs is None else self.jobs(plan)
 
-def code_of(*modules: str, **options: Any) -> Callable[[Any, Any], str]:
-    """The `code` of a stage whose modules are always the same: `digests.code_digest` of them."""
-    return lambda plan, wildcards: code_digest(*modules, **options)
+    def work_of(self, plan: Any, wildcards: Any) -> Work:
+        """What one job takes."""
+        return self.work if isinstance(self.work, Work) else self.work(plan, wildcards)
+
+    def code_of(self, plan: Any, wildcards: Any) -> str:
+        """Digest of the code that decides what one job makes."""
+        return code_digest(*self.code) if isinstance(self.code, tuple) else self.code(plan, wildcards)
+
+
+def fetch_text(jobs: Callable[[Any], Iterable[Jobs]], result: str) -> Stage:
+    """The stage of every kind of run that reads text."""
+    return Stage(
+        name="text",
+        rule="fetch_text",
+        result=result,
+        jobs=jobs,
+        work=Work(1000 * MEBI, 300),
+        code=("cospadi.sources.texts",),
+        threads="fetch",
+    )
+
+
+def report(*after: str) -> Stage:
+    """The last stage of every kind of run."""
+    return Stage(name="report", rule="report", result="all of it in one zip", after=after)
 
 
 def table_of(*stages: Stage) -> dict[str, Stage]:
@@ -136,7 +163,7 @@ class Staged:
 
     def work(self, stage: str, wildcards: Any) -> Work:
         """What the job of `stage` with these wildcards does (`resources`)."""
-        return self.stages[stage].work(self, wildcards)
+        return self.stages[stage].work_of(self, wildcards)
 
     def mem_mb(self, stage: str) -> Callable[..., int]:
         """Memory of a job of `stage` in MiB, a function for Snakemake: from shapes, times the attempt."""
@@ -156,7 +183,7 @@ class Staged:
 
     def code(self, stage: str) -> Callable[[Any], str]:
         """Digest of the code that decides what a job of `stage` makes, a function for Snakemake."""
-        return lambda wildcards: self.stages[stage].code(self, wildcards)
+        return lambda wildcards: self.stages[stage].code_of(self, wildcards)
 
     def has_written(self, name: str) -> bool:
         """Whether file `name` of the results is newer than this plan; making one layer leaves no new table to show."""

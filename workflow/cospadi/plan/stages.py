@@ -10,18 +10,17 @@ from cospadi.digests import code_digest, modules_of
 from cospadi.formats.values import modules_of as formats_of
 from cospadi.methods import METHODS
 from cospadi.plan.names import layers_of
-from cospadi.stages import Jobs, Stage, code_of, table_of
+from cospadi.resources import Estimates
+from cospadi.stages import Jobs, Stage, fetch_text, report, table_of
 from cospadi.work import MEBI, Work
 
 if TYPE_CHECKING:
     from cospadi.plan import Plan
 
-_TABLES_AND_PLOTS = Work(1000 * MEBI, 30)
 
-
-def _once(benchmarks: str) -> Callable[[Plan], Iterator[Jobs]]:
-    """One job."""
-    return lambda plan: iter([Jobs(1, benchmarks)])
+def _estimated(estimate: Callable[[Estimates], Work]) -> Callable[[Plan, Any], Work]:
+    """The `work` of a stage that follows from the model and the config alone."""
+    return lambda plan, wildcards: estimate(plan.estimates)
 
 
 def _each_base(rule: str, bases: Callable[[Plan], list[str]]) -> Callable[[Plan], Iterator[Jobs]]:
@@ -149,30 +148,20 @@ STAGES = table_of(
         name="fetch",
         rule="fetch_model",
         result="the model, as a Hugging Face folder",
-        after=(),
         jobs=_fetch_model,
-        work=lambda plan, wildcards: plan.estimates.fetch(),
-        code=code_of("cospadi.sources.models"),
+        work=_estimated(Estimates.fetch),
+        code=("cospadi.sources.models",),
         threads="fetch",
     ),
-    Stage(
-        name="text",
-        rule="fetch_text",
-        result="articles, parted into calibration and held-out ones",
-        after=(),
-        jobs=_fetch_text,
-        work=lambda plan, wildcards: Work(1000 * MEBI, 300),
-        code=code_of("cospadi.sources.texts"),
-        threads="fetch",
-    ),
+    fetch_text(_fetch_text, "articles, parted into calibration and held-out ones"),
     Stage(
         name="inspect",
         rule="inspect_model",
         result="layers, matrices, and which of them read the same input",
         after=("fetch", "prune"),
         jobs=_each_base("inspect_model", _inspected),
-        work=lambda plan, wildcards: plan.estimates.inspect(),
-        code=code_of("cospadi.structure"),
+        work=_estimated(Estimates.inspect),
+        code=("cospadi.structure",),
     ),
     Stage(
         name="prepare",
@@ -180,8 +169,8 @@ STAGES = table_of(
         result="windows of tokens",
         after=("fetch", "text"),
         jobs=_prepare,
-        work=lambda plan, wildcards: plan.estimates.prepare(),
-        code=code_of("cospadi.calibration.windows"),
+        work=_estimated(Estimates.prepare),
+        code=("cospadi.calibration.windows",),
         threads="prepare",
     ),
     Stage(
@@ -191,7 +180,7 @@ STAGES = table_of(
         after=("fetch", "inspect", "prepare"),
         jobs=_pruning("measure_distances"),
         work=_walks,
-        code=code_of("cospadi.pruning.distances"),
+        code=("cospadi.pruning.distances",),
         threads="prune",
         uses_gpu=True,
     ),
@@ -201,8 +190,8 @@ STAGES = table_of(
         result="the blocks that go",
         after=("inspect", "prepare", "distances"),
         jobs=_each_base("select_blocks", lambda plan: list(plan.pruned_bases)),
-        work=lambda plan, wildcards: Work(300 * MEBI, 10),
-        code=code_of("cospadi.pruning.selection"),
+        work=Work(300 * MEBI, 10),
+        code=("cospadi.pruning.selection",),
     ),
     Stage(
         name="fit",
@@ -211,7 +200,7 @@ STAGES = table_of(
         after=("fetch", "inspect", "prepare", "select"),
         jobs=_each_base("fit_transforms", _fitted),
         work=_walks,
-        code=code_of("cospadi.pruning.fitting"),
+        code=("cospadi.pruning.fitting",),
         threads="prune",
         uses_gpu=True,
     ),
@@ -221,8 +210,8 @@ STAGES = table_of(
         result="a model of fewer blocks",
         after=("fetch", "inspect", "prepare", "select", "fit"),
         jobs=_each_base("prune_model", lambda plan: list(plan.pruned_bases)),
-        work=lambda plan, wildcards: plan.estimates.assemble(),
-        code=code_of("cospadi.pruning.folding"),
+        work=_estimated(Estimates.assemble),
+        code=("cospadi.pruning.folding",),
         threads="assemble",
     ),
     Stage(
@@ -232,7 +221,7 @@ STAGES = table_of(
         after=("fetch", "prune", "inspect", "prepare", "collect"),  # a chunk after the one before
         jobs=_collect,
         work=lambda plan, wildcards: plan.estimates.collect(int(wildcards.last) - int(wildcards.first) + 1),
-        code=code_of("cospadi.calibration.collect"),
+        code=("cospadi.calibration.collect",),
         threads="collect",
         uses_gpu=True,
     ),
@@ -242,9 +231,9 @@ STAGES = table_of(
         result="second moments of that, layer by layer",
         after=("inspect", "prepare", "collect"),
         jobs=_gram,
-        work=lambda plan, wildcards: plan.estimates.gram(),
+        work=_estimated(Estimates.gram),
         # activations are temporary: once they are gone, Snakemake cannot see that their rule changed
-        code=code_of("cospadi.gram", "cospadi.calibration.collect"),
+        code=("cospadi.gram", "cospadi.calibration.collect"),
         threads="gram",
     ),
     Stage(
@@ -254,7 +243,7 @@ STAGES = table_of(
         after=("fetch", "prune", "inspect", "prepare"),
         jobs=_each_base("measure_drift", _drifting),
         work=_walks,
-        code=code_of("cospadi.pruning.drift"),
+        code=("cospadi.pruning.drift",),
         threads="prune",
         uses_gpu=True,
     ),
@@ -309,7 +298,7 @@ STAGES = table_of(
         result="a packed Hugging Face folder",
         after=("fetch", "prune", "prepare", "quantize"),
         jobs=_assemble,
-        work=lambda plan, wildcards: plan.estimates.assemble(),
+        work=_estimated(Estimates.assemble),
         # all of the runtime travels in the folder
         code=_of_variant("cospadi.checkpoint", *modules_of("cospadi.runtime")),
         threads="assemble",
@@ -320,7 +309,7 @@ STAGES = table_of(
         result="the same as an ordinary dense folder",
         after=("assemble",),
         jobs=_asked_for,
-        work=lambda plan, wildcards: plan.estimates.assemble(),
+        work=_estimated(Estimates.assemble),
         code=_of_variant("cospadi.checkpoint"),
         threads="assemble",
     ),
@@ -330,9 +319,11 @@ STAGES = table_of(
         result="perplexity, tasks, generated text",
         after=("fetch", "text", "prune", "assemble"),
         jobs=_evaluate,
-        work=lambda plan, wildcards: plan.estimates.evaluate(),
+        work=_estimated(Estimates.evaluate),
         # the runtime is inside every model that uses it: when it changes, that is assembled anew
-        code=code_of("cospadi.evaluation.evaluate", without="cospadi.runtime", data="evaluation/task_files"),
+        code=lambda plan, wildcards: code_digest(
+            "cospadi.evaluation.evaluate", without="cospadi.runtime", data="evaluation/task_files"
+        ),
         threads="evaluate",
         uses_gpu=True,
     ),
@@ -342,25 +333,14 @@ STAGES = table_of(
         result="a plot of the distances",
         after=("distances",),
         jobs=_pruning("plot_distances"),
-        work=lambda plan, wildcards: _TABLES_AND_PLOTS,
-        code=code_of("cospadi.report.plots"),
+        code=("cospadi.report.plots",),
     ),
     Stage(
         name="summarize",
         rule="summarize",
         result="table, plots, generated texts side by side",
         after=("fetch", "prune", "learn", "quantize", "assemble", "evaluate"),
-        jobs=_once("summarize.tsv"),
-        work=lambda plan, wildcards: _TABLES_AND_PLOTS,
-        code=code_of("cospadi.report"),
+        code=("cospadi.report",),
     ),
-    Stage(
-        name="report",
-        rule="report",
-        result="all of it in one zip",
-        after=("summarize", "plot_distances"),
-        jobs=_once("report.tsv"),
-        work=lambda plan, wildcards: _TABLES_AND_PLOTS,
-        code=code_of(),
-    ),
+    report("summarize", "plot_distances"),
 )

@@ -8,12 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 from cospadi.report.training import training_message
-from cospadi.stages import Jobs, Stage, Staged, code_of, table_of
+from cospadi.stages import Jobs, Stage, Staged, fetch_text, report, table_of
 from cospadi.training.config import EXPERIMENTS
 from cospadi.work import FORWARD, GPU_FORWARD, MEBI, Work
 
 _TEXT = Work(1800 * MEBI, 180)
-_TABLES_AND_PLOTS = Work(1000 * MEBI, 30)
 
 
 def _with_language(benchmarks: str) -> Callable[[TrainingPlan], Iterator[Jobs]]:
@@ -44,24 +43,15 @@ def _work(plan: TrainingPlan, wildcards: Any) -> Work:
 
 
 STAGES = table_of(
-    Stage(
-        name="text",
-        rule="fetch_text",
-        result="articles, parted into those to train on and held-out ones",
-        after=(),
-        jobs=_with_language("fetch_text/*.tsv"),
-        work=lambda plan, wildcards: Work(1000 * MEBI, 300),
-        code=code_of("cospadi.sources.texts"),
-        threads="fetch",
-    ),
+    fetch_text(_with_language("fetch_text/*.tsv"), "articles, parted into those to train on and held-out ones"),
     Stage(
         name="tokenizer",
         rule="train_tokenizer",
         result="a tokenizer made from the text",
         after=("text",),
         jobs=_with_language("train_tokenizer.tsv"),
-        work=lambda plan, wildcards: _TEXT,
-        code=code_of("cospadi.training.text"),
+        work=_TEXT,
+        code=("cospadi.training.text",),
     ),
     Stage(
         name="tokens",
@@ -69,8 +59,8 @@ STAGES = table_of(
         result="the text as two streams of tokens",
         after=("text", "tokenizer"),
         jobs=_with_language("tokenize_text.tsv"),
-        work=lambda plan, wildcards: _TEXT,
-        code=code_of("cospadi.training.text"),
+        work=_TEXT,
+        code=("cospadi.training.text",),
     ),
     Stage(
         name="train",
@@ -79,7 +69,7 @@ STAGES = table_of(
         after=("tokenizer", "tokens"),
         jobs=_train,
         work=_work,
-        code=code_of("cospadi.training.train"),
+        code=("cospadi.training.train",),
         threads="train",
         uses_gpu=True,
     ),
@@ -90,26 +80,16 @@ STAGES = table_of(
         after=("train",),
         jobs=lambda plan: iter(()),  # only where it is asked for
         work=_work,
-        code=code_of("cospadi.training.models"),
+        code=("cospadi.training.models",),
     ),
     Stage(
         name="summarize",
         rule="summarize_training",
         result="table and loss curves",
         after=("train",),
-        jobs=lambda plan: iter([Jobs(1, "summarize_training.tsv")]),
-        work=lambda plan, wildcards: _TABLES_AND_PLOTS,
-        code=code_of("cospadi.report.training"),
+        code=("cospadi.report.training",),
     ),
-    Stage(
-        name="report",
-        rule="report",
-        result="all of it in one zip",
-        after=("summarize",),
-        jobs=lambda plan: iter([Jobs(1, "report.tsv")]),
-        work=lambda plan, wildcards: _TABLES_AND_PLOTS,
-        code=code_of(),
-    ),
+    report("summarize"),
 )
 
 
