@@ -17,7 +17,9 @@ from cospadi.solvers.omp import encode_rows
 
 torch = pytest.importorskip("torch")
 
-from cospadi.solvers.coding import dict_learning, sparse_encode  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
+from cospadi.solvers.coding import ALGORITHMS, dict_learning, encode, sparse_encode  # noqa: E402
 
 
 def problem(d=30, k=20, n=50, seed=0):
@@ -47,7 +49,7 @@ def test_omp_equals_scikit_learn(dtype, wrap, d, k, s):
     target, dictionary = problem(d, k)
     gram, correlations = dictionary.T @ dictionary, dictionary.T @ target
     expected = linear_model.orthogonal_mp_gram(gram, correlations, n_nonzero_coefs=s)
-    codes = sparse_encode(wrap(target.astype(dtype)), wrap(dictionary.astype(dtype)), n_nonzero_coefs=s).numpy()
+    codes = np.asarray(encode(wrap(target.astype(dtype)), wrap(dictionary.astype(dtype)), n_nonzero_coefs=s))
     assert ((codes != 0) == (expected != 0)).all()
     np.testing.assert_allclose(codes, expected, atol=1e-4 if dtype == np.float32 else 1e-10)
 
@@ -62,7 +64,7 @@ def test_omp_on_degenerate_dictionaries(wrap):
     wide = np.hstack(
         [dictionary, dictionary[:, [0]], -dictionary[:, [1]], dictionary[:, [2]], combined, np.zeros((8, 1))]
     )
-    codes = sparse_encode(wrap(target), wrap(wide), n_nonzero_coefs=9).numpy()
+    codes = np.asarray(encode(wrap(target), wrap(wide), n_nonzero_coefs=9))
     used = (codes != 0).sum(axis=0)
     assert used[3] == 0 and used[4] == 1
     assert (np.delete(used, [3, 4]) == 6).all()
@@ -86,13 +88,13 @@ def test_columns_that_single_precision_cannot_solve_are_done_in_double():
 @pytest.mark.parametrize("wrap", [np.asarray, torch.from_numpy], ids=["numpy", "torch"])
 def test_omp_takes_the_atoms_of_a_warm_start_first(wrap):
     target, dictionary = problem()
-    cold = sparse_encode(wrap(target), wrap(dictionary), n_nonzero_coefs=8).numpy()
-    half = sparse_encode(wrap(target), wrap(dictionary), n_nonzero_coefs=4).numpy()
-    warm = sparse_encode(wrap(target), wrap(dictionary), n_nonzero_coefs=8, codes_init=wrap(half)).numpy()
+    cold = np.asarray(encode(wrap(target), wrap(dictionary), n_nonzero_coefs=8))
+    half = np.asarray(encode(wrap(target), wrap(dictionary), n_nonzero_coefs=4))
+    warm = np.asarray(encode(wrap(target), wrap(dictionary), n_nonzero_coefs=8, codes_init=wrap(half)))
     np.testing.assert_allclose(warm, cold, atol=1e-10)
     forced = np.zeros_like(cold)
     forced[:3] = 1
-    warm = sparse_encode(wrap(target), wrap(dictionary), n_nonzero_coefs=5, codes_init=wrap(forced)).numpy()
+    warm = np.asarray(encode(wrap(target), wrap(dictionary), n_nonzero_coefs=5, codes_init=wrap(forced)))
     assert (warm[:3] != 0).all() and ((warm != 0).sum(axis=0) == 5).all()
 
 
@@ -125,7 +127,7 @@ def test_omp_is_least_squares_on_its_support_for_any_shape_and_rank(d, k, n, sha
 def _torch_codes(target, dictionary, s):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     arrays = (torch.from_numpy(array).to(device) for array in (target, dictionary))
-    return sparse_encode(*arrays, n_nonzero_coefs=s).cpu().numpy()
+    return encode(*arrays, n_nonzero_coefs=s).cpu().numpy()
 
 
 def test_omp_and_htp_find_the_exhaustive_optimum_where_atoms_are_incoherent():
@@ -171,9 +173,9 @@ def test_polish_makes_thresholded_codes_least_squares():
 @pytest.mark.parametrize("wrap", [np.asarray, torch.from_numpy], ids=["numpy", "torch"])
 def test_batches_do_not_change_the_codes(wrap, batch_columns):
     target, dictionary = problem()
-    whole = sparse_encode(wrap(target), wrap(dictionary), n_nonzero_coefs=6)
-    parts = sparse_encode(wrap(target), wrap(dictionary), n_nonzero_coefs=6, batch_columns=batch_columns)
-    np.testing.assert_allclose(parts.numpy(), whole.numpy(), atol=1e-12)
+    whole = encode(wrap(target), wrap(dictionary), n_nonzero_coefs=6)
+    parts = encode(wrap(target), wrap(dictionary), n_nonzero_coefs=6, batch_columns=batch_columns)
+    np.testing.assert_allclose(np.asarray(parts), np.asarray(whole), atol=1e-12)
 
 
 def test_thread_counts_do_not_change_a_byte():
@@ -321,6 +323,31 @@ def test_arguments_are_checked():
         sparse_encode(target, dictionary, n_nonzero_coefs=21)
     with pytest.raises(ValueError, match="solver must be one of htp, ksvd, procrustes, got 'adam'"):
         dict_learning(target, n_components=4, n_nonzero_coefs=2, solver="adam")
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_tensors_on_the_cpu_take_the_compiled_path(algorithm, monkeypatch):
+    """The same bytes as NumPy arrays give, as tensors of the same dtype; nothing is computed in torch."""
+    target, dictionary = problem()
+    tensors = torch.from_numpy(target).requires_grad_(), torch.from_numpy(dictionary)
+    wanted = {"n_nonzero_coefs": 6, "algorithm": algorithm}
+    expected = sparse_encode(target, dictionary, **wanted)
+    learned = dict_learning(target, n_components=20, n_nonzero_coefs=6, max_iter=2)
+    computed = []
+
+    class Recorded(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            computed.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Recorded():
+        codes = sparse_encode(*tensors, **wanted)
+        again = dict_learning(tensors[0], n_components=20, n_nonzero_coefs=6, max_iter=2)
+    assert {str(func) for func in computed} <= {"aten.detach.default", "aten.lift_fresh.default"}
+    assert codes.dtype == torch.float64 and torch.equal(codes, expected)
+    assert torch.equal(again[0], learned[0]) and torch.equal(again[1], learned[1])
+    half = sparse_encode(tensors[0].bfloat16(), tensors[1].bfloat16(), **wanted)
+    assert half.dtype == torch.float32
 
 
 def test_dict_learning_gives_torch_and_what_the_solver_gives():

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from cospadi.arrays import to_numpy
 from cospadi.runtime.cospadi_registry import SUPPORTS
 from cospadi.solvers import SOLVERS
 from cospadi.solvers._arrays import Array, array_namespace, is_torch_array
@@ -41,7 +42,8 @@ def sparse_encode(
     Parameters
     ----------
     target : array or tensor (d, n)
-        NumPy, or torch on any device; other dtypes than float32 and float64 become float32.
+        NumPy, or torch on any device; other dtypes than float32 and float64 become float32. Tensors on the CPU are
+        computed with as NumPy arrays, whose kernels are compiled.
     dictionary : array or tensor (d, k)
         Atoms as columns; the greedy and thresholding rules are meant for unit norm.
     n_nonzero_coefs : int
@@ -74,6 +76,35 @@ def sparse_encode(
     NumericalError
         If an array holds NaN or infinities.
     """
+    codes = encode(
+        _on_cpu_as_numpy(target),
+        dictionary,
+        n_nonzero_coefs=n_nonzero_coefs,
+        algorithm=algorithm,
+        gram=gram,
+        codes_init=codes_init,
+        support=support,
+        max_iter=max_iter,
+        polish=polish,
+        batch_columns=batch_columns,
+    )
+    return as_torch(codes)
+
+
+def encode(
+    target: Array,
+    dictionary: Array,
+    *,
+    n_nonzero_coefs: int,
+    algorithm: str = "omp",
+    gram: Array | None = None,
+    codes_init: Array | None = None,
+    support: str = "bitmask",
+    max_iter: int = 20,
+    polish: bool = False,
+    batch_columns: int | None = None,
+) -> Array:
+    """`sparse_encode` in the library and on the device of `target`."""
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
     if getattr(dictionary, "ndim", None) != 2:
@@ -100,7 +131,7 @@ def sparse_encode(
         codes = threshold(rows, atoms, n_nonzero_coefs, support)
     if polish:
         codes = restricted(rows, atoms, codes)
-    return as_torch(codes.T * scale)
+    return codes.T * scale
 
 
 def _htp(
@@ -148,7 +179,7 @@ def dict_learning(
     Parameters
     ----------
     target : array or tensor (d, n)
-        NumPy, or torch on any device.
+        NumPy, or torch on any device; as in `sparse_encode`.
     n_components : int
         Atoms k.
     n_nonzero_coefs : int
@@ -186,7 +217,7 @@ def dict_learning(
         raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
     given = {name: value for name, value in (("max_iter", max_iter), ("tol", tol)) if value is not None}
     solution = SOLVERS[solver](
-        target,
+        _on_cpu_as_numpy(target),
         n_atoms=n_components,
         n_nonzero_coefs=n_nonzero_coefs,
         random_state=random_state,
@@ -197,6 +228,11 @@ def dict_learning(
         **options,
     )
     return as_torch(solution.dictionary), as_torch(solution.codes), solution.history
+
+
+def _on_cpu_as_numpy(array: Array) -> Array:
+    """The array as NumPy where it is in the CPU's memory: the solvers are many times faster there than in torch."""
+    return to_numpy(array) if is_torch_array(array) and array.is_cpu else array
 
 
 def as_torch(array: Array) -> Any:
