@@ -130,3 +130,35 @@ def test_the_command_says_what_it_compared_or_what_changed(folder):
     done = run()
     assert done.returncode == 1 and f"{path.name}: the bytes of tensor {NAME}" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("way", ["save_pretrained", "push_to_hub"])
+def test_what_is_uploaded_has_the_checksums_of_its_weights(folder, tmp_path, monkeypatch, way):
+    import huggingface_hub
+    from transformers import AutoModelForCausalLM
+
+    uploaded = tmp_path / "hub"
+
+    def create_commit(self, repo_id, operations, **kwargs):
+        for operation in operations:
+            (uploaded / operation.path_in_repo).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(operation.path_or_fileobj, uploaded / operation.path_in_repo)
+
+    def missing(*args, **kwargs):
+        raise huggingface_hub.errors.EntryNotFoundError("no card")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", create_commit)
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "create_repo", lambda self, repo_id, **kwargs: huggingface_hub.RepoUrl(f"me/{repo_id}")
+    )
+    monkeypatch.setattr(huggingface_hub.ModelCard, "load", missing)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    if way == "push_to_hub":
+        model.push_to_hub("packed")
+    else:
+        # an earlier saving in several files, of which one counts no longer
+        model.save_pretrained(tmp_path / "packed", max_shard_size="200KB")
+        model.save_pretrained(tmp_path / "packed", push_to_hub=True)
+        assert cospadi.verify(tmp_path / "packed")["files"] == 1
+    assert (uploaded / "cospadi_checksums.json").exists()
+    assert cospadi.verify(uploaded)["files"] == 1

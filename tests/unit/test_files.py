@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -69,6 +70,70 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         raise RuntimeError
     assert read_json(path) == {"old": 1}
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
+
+
+KILLED_WHILE_REPLACING = """
+import os, sys, shutil
+from cospadi import files
+path, exchanges, moment = sys.argv[1:]
+if exchanges == "no":
+    files._exchange = lambda first, second: False
+calls, replace, exchange = [], os.replace, files._exchange
+def dies(step):
+    def run(*arguments, **options):
+        result = step(*arguments, **options)
+        calls.append(arguments)
+        if len(calls) == int(moment):
+            os._exit(9)
+        return result
+    return run
+os.replace = dies(replace)
+if exchanges == "yes":
+    files._exchange = dies(exchange)
+shutil.rmtree = dies(shutil.rmtree)
+with files.replacing(path) as temporary:
+    temporary.mkdir()
+    (temporary / "new").touch()
+"""
+
+
+@pytest.mark.parametrize(("exchanges", "moments"), [("yes", 2), ("no", 3)])
+def test_a_machine_that_stops_while_a_folder_is_replaced_leaves_the_old_or_the_new_one(tmp_path, exchanges, moments):
+    """Stopped after every step in turn: setting aside, moving, cleaning up."""
+    path = tmp_path / "model"
+    for moment in range(1, moments + 2):
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir()
+        (path / "old").touch()
+        command = [sys.executable, "-c", KILLED_WHILE_REPLACING, str(path), exchanges, str(moment)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == (9 if moment <= moments else 0), done.stderr
+        if exchanges == "yes":  # whoever reads it finds it at once
+            assert [entry.name for entry in path.iterdir()] == ["new"]
+        with pytest.raises(RuntimeError), replacing(path):
+            raise RuntimeError("whoever writes next puts it back first")
+        (left,) = (entry.name for entry in path.iterdir())
+        assert left == ("old" if exchanges == "no" and moment == 1 else "new")
+        assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_folder_that_cannot_take_the_place_of_another_leaves_it(tmp_path, monkeypatch):
+    path = tmp_path / "model"
+    path.mkdir()
+    (path / "old").touch()
+    monkeypatch.setattr("cospadi.files._exchange", lambda first, second: False)
+    replace = os.replace
+
+    def refuses(source, target):
+        if target == path and source.name == "model":
+            raise OSError(errno.EIO, "Input/output error")
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", refuses)
+    with pytest.raises(ArtifactError, match=r"model: the disk .* fails"), replacing(path) as temporary:
+        temporary.mkdir()
+    assert [entry.name for entry in path.iterdir()] == ["old"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
 
 
 def test_what_a_killed_job_left_is_removed_and_a_living_one_is_not_disturbed(tmp_path):

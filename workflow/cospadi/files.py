@@ -7,6 +7,7 @@ mapped here straight from the file with ``ml_dtypes.bfloat16``; no stage needs t
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import json
 import os
@@ -28,6 +29,8 @@ from cospadi.errors import ArtifactError, machine_fault
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 _METADATA_KEY = "cospadi"
+# what a folder is called, in the temporary folder of the one that takes its place
+_ASIDE = ".replaced"
 # what lies beside the weights: settings, vocabularies, templates; no weights and no code
 _DATA_SUFFIXES = frozenset({".json", ".jinja", ".txt", ".model", ".tiktoken", ".md", ".yaml", ".yml", ".vocab", ".bpe"})
 _LEGAL = re.compile(
@@ -56,8 +59,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """Give a temporary path in the folder of `path`; move it onto `path` if the block succeeds.
 
     On any exception (a killed job, a full disk) the temporary file or folder is removed and `path` is
-    left as it was, so a reader never sees a half-written artifact. What a job left behind that had no chance to
-    clean up (``kill -9``) is removed when `path` is written again.
+    left as it was, so a reader never sees a half-written artifact. A folder is exchanged with the old one in one step;
+    where the system knows none, the old one is set aside for a moment. What a job left behind that had no chance to
+    clean up (``kill -9``) is removed when `path` is written again, and what it had set aside is put back.
 
     Raises
     ------
@@ -75,11 +79,36 @@ def replacing(path: str | Path) -> Iterator[Path]:
             # a machine that stops must not leave the new name with half of the content
             _sync(temporary)
             if path.is_dir() and temporary.is_dir():
-                shutil.rmtree(path)
-            os.replace(temporary, path)
+                _replace_folder(temporary, path)
+            else:
+                os.replace(temporary, path)
             _sync_entry(path.parent)
         finally:
             shutil.rmtree(temporary.parent, ignore_errors=True)
+
+
+def _replace_folder(new: Path, path: Path) -> None:
+    """Move a folder in the place of another, which is left in `new`'s parent; at no time is there none to be found."""
+    if _exchange(new, path):
+        return
+    aside = new.parent / _ASIDE
+    os.replace(path, aside)
+    try:
+        _sync_entry(new.parent)
+        os.replace(new, path)
+    except BaseException:
+        os.replace(aside, path)
+        raise
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchange two names in one step; False where the system or the file system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return renameat2(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0
 
 
 def _sync(path: Path) -> None:
@@ -119,11 +148,13 @@ def explaining(path: str | Path) -> Iterator[None]:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove temporary folders of `path` whose process, one of this machine, is gone."""
+    """Remove temporary folders of `path` whose process, one of this machine, is gone; what was set aside comes back."""
     start = f".{path.name}.{socket.gethostname()}."
     for folder in path.parent.iterdir():
         pid = folder.name.removeprefix(start).partition(".")[0]
         if folder.name.startswith(start) and pid.isdigit() and not _is_alive(int(pid)):
+            if (folder / _ASIDE).exists() and not path.exists():
+                os.replace(folder / _ASIDE, path)
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -47,6 +47,8 @@ _REMEDY = "Fetch or assemble the folder again"
 
 # Headers of the folder that is being loaded, for the model that is made for it
 _LOADING: ContextVar[Mapping[str, Stored] | None] = ContextVar("loading", default=None)
+# what the `save_pretrained` that runs now was given
+_SAVING: ContextVar[Mapping[str, Any] | None] = ContextVar("saving", default=None)
 
 
 class CospadiForCausalLM:
@@ -168,13 +170,18 @@ class CospadiForCausalLM:
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As `PreTrainedModel.save_pretrained`, with new checksums of the weight files."""
-        super().save_pretrained(save_directory, *args, **kwargs)
+        token = _SAVING.set(kwargs)
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            _SAVING.reset(token)
         if kwargs.get("is_main_process", True):
-            # of an earlier saving to this folder, in one file or in several, transformers leaves what counts no longer
-            both = [file for file in (Path(save_directory, name) for name in _weight_names(kwargs)) if file.exists()]
-            for stale in sorted(both, key=lambda file: file.stat().st_mtime_ns)[:-1]:
-                stale.unlink()
-            write_checksums(save_directory)
+            _finish(save_directory, kwargs)
+
+    def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        # called by `push_to_hub`, and by `save_pretrained` before it returns: what goes up has its checksums with it
+        _finish(working_dir, _SAVING.get() or {})
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # pickle finds a class by its name, which all families share
@@ -230,6 +237,15 @@ def _replace_linear(model: PreTrainedModel, name: str, spec: dict[str, Any], sou
     for module in packed.modules():
         module._is_hf_initialized = True  # transformers has nothing to draw at random here
     setattr(model.get_submodule(parent_name), child, packed)
+
+
+def _finish(folder: Any, saved_with: Mapping[str, Any]) -> None:
+    """Leave in a folder that was saved to the weights that count, and their checksums."""
+    # of an earlier saving to this folder, in one file or in several, transformers leaves what counts no longer
+    both = [file for file in (Path(folder, name) for name in _weight_names(saved_with)) if file.exists()]
+    for stale in sorted(both, key=lambda file: file.stat().st_mtime_ns)[:-1]:
+        stale.unlink()
+    write_checksums(folder)
 
 
 def _weight_names(kwargs: Mapping[str, Any]) -> tuple[str, str]:
