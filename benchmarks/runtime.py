@@ -148,7 +148,7 @@ def make_models(scratch: Path) -> dict[Name, Path]:
             widths = [matrix.shape[1] for matrix in problem]
             parts = split_codes(factors(problem[0].shape[0], sum(widths)), widths)
             for matrix, part in zip(problem, parts, strict=True):
-                packed, specs[matrix.name] = part.pack(matrix.name, dictionary=f"{problem[0].name}.dictionary")
+                packed, specs[matrix.name] = part.stored_under(problem[0].name).pack(matrix.name)
                 tensors |= packed
         codes = scratch / "codes.safetensors"
         write_tensors(codes, tensors, {"format_version": 1, "matrices": specs})

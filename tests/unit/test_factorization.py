@@ -152,3 +152,37 @@ def test_bad_numbers_are_refused():
     factors = Factorization(np.full((4, 2), np.inf, np.float32), np.ones((2, 4), np.float32))
     with pytest.raises(NumericalError, match="dictionary holds 8 non-finite"):
         factors.pack("layer")
+
+
+def test_a_sum_is_what_its_parts_are_together():
+    draw = np.random.default_rng(3)
+    sparse = Factorization(None, (WEIGHT * (draw.random(WEIGHT.shape) < 0.4)).astype(np.float32))
+    low_rank = Factorization(
+        *(draw.normal(size=s).astype(np.float32) for s in ((D_IN, 3), (3, D_OUT))), support="dense"
+    )
+    mixture = Factorization(
+        draw.normal(size=(D_IN, 2 * D_OUT)).astype(np.float32), np.ones(2, np.float32), support="mixture"
+    )
+    whole = mixture + (sparse + low_rank)
+    assert [part.support for part in whole.parts] == ["bitmask", "dense", "mixture"]  # a mixture is never the first
+    assert whole.nbytes == sparse.nbytes + low_rank.nbytes + mixture.nbytes
+    expected = sparse.reconstruct() + low_rank.reconstruct() + mixture.reconstruct()
+    np.testing.assert_array_equal(whole.reconstruct(), expected)
+    x = INPUTS[:3].astype(np.float32)
+    np.testing.assert_allclose(whole(x), x @ expected, rtol=1e-4, atol=1e-4)
+    tensors, spec = whole.pack("m")
+    assert sum(tensor.nbytes for tensor in tensors.values()) == whole.nbytes and len(spec["plus"]) == 2
+    again, _ = unpack(tensors, spec, "m").pack("m")
+    assert {name: tensor.tobytes() for name, tensor in again.items()} == {n: t.tobytes() for n, t in tensors.items()}
+    # of some columns, and stored under another name, in all parts
+    cut = (sparse + low_rank).columns(slice(5, 9)).stored_under("other")
+    np.testing.assert_array_equal(cut.reconstruct(), (sparse + low_rank).reconstruct()[:, 5:9])
+    assert [part.tensor for part in cut.parts] == ["other.dictionary", "other.plus.0.dictionary"]
+
+
+def test_sums_that_no_file_holds_are_refused():
+    mixture = Factorization(np.ones((4, 6), np.float32), np.ones(2, np.float32), support="mixture")
+    with pytest.raises(ValueError, match="no sum of mixtures alone"):
+        mixture + mixture
+    with pytest.raises(ValueError, match=r"no sum of \(4, 3\) and \(4, 4\)"):
+        mixture + Factorization(None, np.eye(4, dtype=np.float32))

@@ -55,6 +55,11 @@ def test_each_place_is_told_once():
     assert len(set(travels())) == len(travels()) > 15
 
 
+@pytest.mark.parametrize(("name", "file"), [("pow2", "toy_codec.py"), ("quarter", "toy_support.py")])
+def test_the_formats_in_the_tour_are_those_that_the_workflow_runs(tour_example, name, file):
+    assert tour_example(f"runtime/cospadi_{name}.py") == TOY_METHOD.with_name(file).read_text()
+
+
 def test_the_method_in_the_tour_is_the_one_that_the_workflow_runs(tour_example):
     code = tour_example("methods/magnitudes.py")
     assert code == TOY_METHOD.read_text()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -329,14 +329,7 @@ class Problem:
 
     def sharing(self, parts: Sequence[Factorization]) -> list[Factorization]:
         """Factors with one dictionary: where there are several, it is stored under the name of the first matrix."""
-        if len(parts) == 1:
-            return list(parts)
-
-        def named(part: Factorization, name: str) -> Factorization:
-            plus = [named(other, f"{name}.plus.{index}") for index, other in enumerate(part.plus)]
-            return replace(part, tensor=f"{name}.dictionary", plus=plus)
-
-        return [named(part, self.names[0]) for part in parts]
+        return list(parts) if len(parts) == 1 else [part.stored_under(self.names[0]) for part in parts]
 
 
 def side_by_side(shapes: Sequence[tuple[int, int]]) -> tuple[int, int]:
@@ -347,17 +340,7 @@ def side_by_side(shapes: Sequence[tuple[int, int]]) -> tuple[int, int]:
 def split_codes(factorization: Factorization, widths: Sequence[int]) -> list[Factorization]:
     """Factors of matrices that stand side by side: one dictionary, each its columns of the codes, in all parts."""
     edges = itertools.accumulate(widths, initial=0)
-    return [_columns(factorization, slice(*edge)) for edge in itertools.pairwise(edges)]
-
-
-def _columns(factorization: Factorization, columns: slice) -> Factorization:
-    mask = factorization.mask
-    return replace(
-        factorization,
-        codes=factorization.codes[:, columns],
-        mask=None if mask is None else mask[:, columns],
-        plus=[_columns(part, columns) for part in factorization.plus],
-    )
+    return [factorization.columns(slice(*edge)) for edge in itertools.pairwise(edges)]
 
 
 class _OnDemand(Sequence):

@@ -286,13 +286,13 @@ def fit(
             if rank is None:
                 found[i] = Factorization(None, weight, support="dense", **storage, diagnostics=diagnostics)
                 continue
-            plus = []
             if mixture is not None:
                 mixture.tensor = f"{owner}.plus.0.dictionary"
-                weight, plus = weight - mixture.reconstruct(), [mixture]
+                weight = weight - mixture.reconstruct()
             low_rank = svd_llm.truncated(weight, rank, whitenings[i], storage=storage, device=device)
             settled = {key: low_rank.diagnostics[key] for key in ("shift", "eta")}
-            found[i] = replace(low_rank, plus=plus, diagnostics={**diagnostics, **settled})
+            low_rank = replace(low_rank, diagnostics={**diagnostics, **settled})
+            found[i] = low_rank if mixture is None else low_rank + mixture
     return [found[i] for i in range(len(problem.matrices))]
 
 

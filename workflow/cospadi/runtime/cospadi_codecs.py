@@ -81,18 +81,18 @@ def decode_codes(
         return codes.to(dtype)
     if mask is None:
         mask = torch.ones(d_out, k, dtype=torch.bool, device=values.device)
-    group = _group_of(mask, spec["codes"]["group_size"], len(scales))
-    return (codes.float() * scales.float()[group]).to(dtype)
+    block = _block_of(mask, spec["codes"]["group_size"], len(scales))
+    return (codes.float() * scales.float()[block]).to(dtype)
 
 
-def _group_of(mask: torch.Tensor, group_size: int | None, n_scales: int) -> torch.Tensor:
-    """Which scale each code of a (d_out, k) mask has: a column's stored values have one each `group_size`, in order."""
-    size = group_size or mask.shape[1]
+def _block_of(mask: torch.Tensor, size: int | None, n_scales: int) -> torch.Tensor:
+    """Which scale each code of a (d_out, k) mask has: a column's stored values have one for each `size`, in order."""
+    size = size or mask.shape[1]
     rank = mask.cumsum(1, dtype=torch.int32)  # from 1 at the first stored value of a column
-    groups = (rank[:, -1:] + (size - 1)) // size
-    group = groups.cumsum(0) - groups + (rank - 1).clamp(min=0) // size
+    blocks = (rank[:, -1:] + (size - 1)) // size
+    block = blocks.cumsum(0) - blocks + (rank - 1).clamp(min=0) // size
     # codes that are not stored are zero, whichever scale they get
-    return group.clamp(max=n_scales - 1)
+    return block.clamp(max=n_scales - 1)
 
 
 def decode_support(spec: dict[str, Any], support: torch.Tensor) -> torch.Tensor:
@@ -121,7 +121,7 @@ def encode_codes(
     mask = torch.ones_like(codes, dtype=torch.bool) if support is None else decode_support(spec, support)
     numbers = codes if support is None else codes[mask]
     if scales is not None:
-        scales = scales.float()[_group_of(mask, spec["codes"]["group_size"], len(scales))]
+        scales = scales.float()[_block_of(mask, spec["codes"]["group_size"], len(scales))]
         scales = scales if support is None else scales[mask]
     return _encode(spec["codes"]["codec"], numbers, scales)
 

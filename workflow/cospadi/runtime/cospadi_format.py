@@ -100,8 +100,8 @@ def stored_tensors(
         tensor, codec = dictionary["tensor"], codecs[dictionary["codec"]]
         tensors[tensor] = ("dictionary", codec.shape((d_in, k)), codec)
         if codec.scaled:
-            n_groups = -(-d_in // (dictionary["group_size"] or d_in))
-            tensors[f"{tensor}_scales"] = ("dictionary_scales", (n_groups, k), None)
+            n_blocks = -(-d_in // (dictionary["group_size"] or d_in))
+            tensors[f"{tensor}_scales"] = ("dictionary_scales", (n_blocks, k), None)
     codec = codecs[codes["codec"]]
     numbers = support.shape_of_values(k, d_out, codes["n_nonzero"])
     tensors[f"{name}.values"] = ("values", codec.shape(numbers), codec)
@@ -202,7 +202,7 @@ def _dictionary_faults(dictionary: Any, codecs: Mapping[str, Codec]) -> list[str
         and not (isinstance(dictionary["tensor"], str) and dictionary["tensor"].endswith(".dictionary"))
     ):
         faults.append(f"dictionary.tensor is {_shown(dictionary['tensor'])}, which belongs to no packed matrix")
-    return faults + _group_faults(dictionary, "dictionary", keys)
+    return faults + _block_faults(dictionary, "dictionary", keys)
 
 
 def _codes_faults(codes: Any, codecs: Mapping[str, Codec]) -> list[str]:
@@ -219,7 +219,7 @@ def _codes_faults(codes: Any, codecs: Mapping[str, Codec]) -> list[str]:
     for key in ("n_nonzero", "n_scales"):
         if key in keys and not _is_size(codes[key], least=0, most=_MOST_NUMBERS):
             faults.append(f"{key} is {_shown(codes[key])}, expected a whole number from 0")
-    return faults + _group_faults(codes, "codes", keys)
+    return faults + _block_faults(codes, "codes", keys)
 
 
 def _codec_faults(section: Any, what: str, codecs: Mapping[str, Codec]) -> list[str]:
@@ -231,7 +231,7 @@ def _codec_faults(section: Any, what: str, codecs: Mapping[str, Codec]) -> list[
     return []
 
 
-def _group_faults(section: Mapping[str, Any], what: str, keys: Sequence[str]) -> list[str]:
+def _block_faults(section: Mapping[str, Any], what: str, keys: Sequence[str]) -> list[str]:
     size = section.get("group_size")
     if "group_size" in keys and size is not None and not _is_size(size):
         return [f"{what}.group_size is {_shown(size)}, expected null or a whole number from 1"]

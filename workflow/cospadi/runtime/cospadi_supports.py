@@ -106,8 +106,8 @@ class Support:
         return np.unpackbits(np.asarray(stored), axis=1, count=k, bitorder="little").view(bool).T
 
     def complete(self, mask: np.ndarray) -> np.ndarray:
-        """A mask (k, d_out) with what this support stores besides: it has room for codes that are zero."""
-        return mask
+        """A mask (k, d_out) with what a pattern stores besides: codes that are zero, the first ones."""
+        return mask if self.pattern is None else mask | self.project(mask.T.astype(np.float32)).T
 
     def sizes(self, dictionary: Any | None, codes: Any) -> tuple[int, int, int]:
         """``(d_in, k, d_out)`` of a matrix with these factors."""
@@ -133,11 +133,19 @@ class Support:
         return rows @ codes
 
     def project(self, values: Any) -> Any | None:
-        """Mask of the entries of (n, k) that cost least to keep; None where the largest are, as many as there may be.
+        """Mask of the entries that a pattern keeps of (n, k), the largest, first of equal ones; None without a pattern.
 
         Arrays are NumPy or torch; a row holds the codes of one output neuron.
         """
-        return None
+        if self.pattern is None:
+            return None
+        kept, among = self.pattern
+        blocks = abs(values).reshape(len(values), values.shape[1] // among, among)
+        mask = blocks >= 0
+        for i in range(among):
+            here = blocks[:, :, i : i + 1]
+            mask[:, :, i] = (blocks[:, :, :i] >= here).sum(2) + (blocks[:, :, i + 1 :] > here).sum(2) < kept
+        return mask.reshape(values.shape)
 
     # --- torch: a loaded model ----------------------------------------------------------------------------------------
 
@@ -207,16 +215,9 @@ class Pairs(Support):
         atoms = np.arange(4, dtype=np.uint8)
         return (((nibbles & 3) == atoms) | ((nibbles >> 2) == atoms)).reshape(len(stored), k).T
 
-    def complete(self, mask: np.ndarray) -> np.ndarray:
-        """Four atoms with fewer than two ones get two: the first free ones."""
-        quads = np.asarray(mask, bool).T.reshape(mask.shape[1], len(mask) // 4, 4).copy()
-        for atom in range(4):
-            quads[:, :, atom] |= quads.sum(2) < 2
-        return quads.reshape(mask.shape[::-1]).T
-
     def project(self, values: Any) -> Any:
-        """The two of largest magnitude in every four, ties towards the first."""
-        quads = abs(values).reshape(len(values), -1, 4)
+        # as any pattern's, with half as many comparisons
+        quads = abs(values).reshape(len(values), values.shape[1] // 4, 4)
         a, b, c, d = (quads[:, :, i] for i in range(4))
         ab, ac, ad, bc, bd, cd = a >= b, a >= c, a >= d, b >= c, b >= d, c >= d
         kept = quads >= 0

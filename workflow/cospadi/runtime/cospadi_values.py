@@ -155,7 +155,9 @@ def pack_words(words: np.ndarray, bits: int) -> np.ndarray:
 def unpack_words(stored: np.ndarray, bits: int, n: int) -> np.ndarray:
     """Inverse of `pack_words`: uint8 (n,), or uint16 for more than 8 bits."""
     by_bit = np.unpackbits(stored, count=bits * n, bitorder="little").reshape(n, bits)
-    return np.packbits(by_bit, axis=1, bitorder="little").view("u1" if bits <= 8 else "<u2").reshape(n)
+    if bits <= 8:
+        return np.packbits(by_bit, axis=1, bitorder="little").reshape(n)
+    return by_bit.astype(np.uint16) @ (np.uint16(1) << np.arange(bits, dtype=np.uint16))
 
 
 def encode_words(words: Any, bits: int) -> Any:
