@@ -9,6 +9,7 @@ weight files, so they come before any tensor is read; `content_faults` reads wha
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -357,13 +358,13 @@ class Stored:
     offset: int
     nbytes: int
 
-    def read(self) -> np.ndarray:
-        """Map its bytes: integers of one byte in their shape, others as unsigned integers of their size."""
+    def read(self, mapped: np.ndarray) -> np.ndarray:
+        """Its part of the mapped file: integers of one byte in their shape, others as unsigned ones of their size."""
         if not self.nbytes:
             return np.zeros(self.shape, np.uint8)
         size = self.nbytes // math.prod(self.shape)
         kind = np.int8 if self.dtype == "I8" else np.dtype(f"<u{size}")
-        return np.memmap(self.file, kind, "r", self.offset, self.shape)
+        return mapped[self.offset : self.offset + self.nbytes].view(kind).reshape(self.shape)
 
 
 class UnreadableError(Exception):
@@ -458,7 +459,9 @@ def read_header(path: Path) -> dict[str, Stored]:
 def stored_faults(matrices: Mapping[str, Any], stored: Mapping[str, Stored]) -> list[str]:
     """What is wrong with the tensors of a folder: their headers, and where those are right, their contents."""
     faults = header_faults(matrices, {name: (tensor.dtype, tensor.shape) for name, tensor in stored.items()})
-    return faults or content_faults(all_parts(matrices), lambda name: stored[name].read())
+    # mapped once: a map of each tensor takes as long as looking at it
+    mapped = functools.cache(lambda file: np.asarray(np.memmap(file, np.uint8, "r")))
+    return faults or content_faults(all_parts(matrices), lambda name: stored[name].read(mapped(stored[name].file)))
 
 
 def in_one_line(faults: Sequence[str]) -> str:

@@ -82,7 +82,7 @@ class Support:
         codes, k = spec["codes"], spec["dictionary"]["n_atoms"]
         if k % 8 and (np.asarray(stored[:, -1]) >> (k % 8)).any():
             return [f"{name}.support has bits set from atom {k} on"]
-        return self.count_faults(name, codes, _ONES[stored].sum(1, dtype=np.int64), k, codec)
+        return self.count_faults(name, codes, _ones(stored).sum(1, dtype=np.int64), k, codec)
 
     def count_faults(self, name: str, codes: Mapping[str, Any], counts: np.ndarray, k: int, codec: Codec) -> list[str]:
         """What is wrong where the columns have so many positions, (d_out,)."""
@@ -277,6 +277,15 @@ class Mixture(Support):
 MIXTURE = Mixture.name
 
 _ONES = np.array([byte.bit_count() for byte in range(256)], np.uint8)
+
+
+def _ones(stored: np.ndarray) -> np.ndarray:
+    """Number of ones in every byte."""
+    if hasattr(np, "bitwise_count"):  # from NumPy 2 on, with the processor's own instruction
+        return np.bitwise_count(stored)
+    return _ONES[stored]
+
+
 _TWO_PAIRS = np.array([(b & 3) < (b >> 2 & 3) and (b >> 4 & 3) < (b >> 6) for b in range(256)])
 
 

@@ -131,8 +131,8 @@ class Bf16(Codec):
         return stored.view(*shape)
 
     def n_not_finite(self, stored: np.ndarray) -> int:
-        exponents = np.ascontiguousarray(stored).view(np.uint16) & np.uint16(0x7F80)
-        return int(np.count_nonzero(exponents == 0x7F80))
+        sizes = np.ascontiguousarray(stored).view(np.uint16) & np.uint16(0x7FFF)
+        return int(np.count_nonzero(sizes >= 0x7F80)) if sizes.max(initial=0) >= 0x7F80 else 0
 
 
 def upper_bits(numbers: np.ndarray, bits: int, rounding: str) -> np.ndarray:
