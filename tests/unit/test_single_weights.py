@@ -84,6 +84,34 @@ def test_two_of_four_is_stored_as_such(method):
         factorize(w, gram, method=method, ratio=0.45, pattern="2:4")
 
 
+@pytest.mark.parametrize("pattern", ["1:2", "1:4", "4:8", "3:16", "20:32"])
+def test_n_of_m_is_stored_under_a_bit_a_position(pattern):
+    w, gram = weight(d_in=64), inputs(d_in=64)
+    n, m = map(int, pattern.split(":"))
+    ratio = 15 / 16 - n / m
+    errors = []
+    for method in NAMES:
+        found = factorize(w, gram, method=method, ratio=ratio, pattern=pattern)
+        assert found.support == "bitmask"
+        assert found.nbytes == (1 - ratio) * dense_nbytes(*w.shape)
+        assert sum(tensor.nbytes for tensor in found.pack("m")[0].values()) == found.nbytes
+        assert (found.mask.T.reshape(-1, m).sum(1) == n).all()
+        errors.append(found.relative_error(w, gram))
+        with pytest.raises(ConfigError, match=f"{pattern} takes"):
+            factorize(w, gram, method=method, ratio=ratio + 0.01, pattern=pattern)
+    assert errors[0] == max(errors) and errors[-1] < errors[2]  # ours below SparseGPT's
+
+
+def test_patterns_that_cannot_be():
+    with pytest.raises(ConfigError, match="1:32 needs a multiple of 32"):
+        factorize(weight(), inputs(), method="sparse", ratio=0.5, pattern="1:32")
+    with pytest.raises(ConfigError, match="4:4 removes nothing"):
+        factorize(weight(), inputs(), method="sparse", ratio=0.5, pattern="4:4")
+    for pattern in ("2:5", "0:4", "diagonal"):
+        with pytest.raises(ConfigError, match="pattern"):
+            factorize(weight(), inputs(), method="sparse", ratio=0.5, pattern=pattern)
+
+
 @pytest.mark.parametrize("pattern", ["column", "row"])
 def test_patterns_spread_the_budget(pattern):
     w, gram = weight(), inputs()

@@ -139,6 +139,58 @@ def test_admm_is_never_above_its_start(pattern, schedule, seed):
     assert errors[1] < errors[0]
 
 
+@pytest.mark.parametrize("relax", [1.0, 1.6])
+@pytest.mark.parametrize("n_nonzero", [0, 1, 5000, 12345, 14399, 14400])
+def test_compiled_steps_are_those_of_the_definition(n_nonzero, relax):
+    """``X = (H + rho I)^-1 (B + rho (Z - U))``, Z the n largest of ``relax X + (1 - relax) Z + U``, in pieces."""
+    weight, gram = problem(24, 600)
+    metric, rows, targets = scaled(weight, gram)
+    state = admm.split_state(targets, n_nonzero, rows, relax=relax)
+    assert not isinstance(state, type(admm.split_state(targets.astype(np.float64), n_nonzero, rows)))
+    split, dual, before = rows.astype(np.float64), 0.0, 0.5
+    for rho in (0.5, 0.5, 2.0, 1.0):
+        dual = dual * before / rho
+        inverse = metric.inverse(rho).astype(np.float64)
+        moved = relax * ((targets + rho * (split - dual)) @ inverse) + (1 - relax) * split + dual
+        state.step(metric.inverse(rho), rho)
+        np.testing.assert_allclose(state.moved, moved, rtol=1e-4, atol=1e-4 * np.abs(moved).max())
+        mask = best_entries(abs(state.moved), n_nonzero)
+        np.testing.assert_array_equal(state.support(), mask)
+        moved = state.moved.astype(np.float64)
+        split, before = moved * mask, rho
+        dual = moved - split
+
+
+def test_dual_goes_on_under_other_atoms():
+    weight, gram = problem(24, 600)
+    metric, rows, targets = scaled(weight, gram)
+    for dtype in (np.float32, np.float64):
+        state = admm.split_state(targets.astype(dtype), 5000, rows.astype(dtype))
+        state.step(metric.inverse(0.5), 0.5)
+        before, lengths = state.moved.copy(), np.linspace(1, 2, 24).astype(dtype)
+        state.follow(2 * targets.astype(dtype), lengths)
+        np.testing.assert_allclose(state.moved, before * lengths, rtol=1e-6)
+        kept = np.where(state.support(), state.moved, 0)
+        expected = (2 * targets + 0.5 * (2 * kept - state.moved)) @ metric.inverse(0.5) + state.moved - kept
+        state.step(metric.inverse(0.5), 0.5)
+        np.testing.assert_allclose(state.moved, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+
+def test_compiled_conjugate_gradients_are_the_others():
+    weight, gram = problem(24, 600)
+    metric, rows, targets = scaled(weight, gram)
+    codes = rows * best_entries(np.abs(rows), 5000)
+    codes[7] = 0  # an output with nothing left
+    found = admm.fit_values(metric.gram, targets, codes, 6)
+    double = admm.fit_values(metric.gram.astype(np.float64), targets.astype(np.float64), codes.astype(np.float64), 6)
+    assert found.dtype == np.float32 and not found[7].any()
+    np.testing.assert_array_equal(found != 0, codes != 0)
+    np.testing.assert_allclose(found, double, atol=2e-3 * np.abs(double).max())
+    assert admm.squared_error(metric.gram, rows - found) == pytest.approx(
+        admm.squared_error(metric.gram, rows - double.astype(np.float32)), rel=1e-3
+    )
+
+
 def test_inverses_over_identity_and_atoms_are_inverses():
     _, gram = problem()
     metric = admm.Scaled(gram, np.float64)

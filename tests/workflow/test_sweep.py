@@ -50,6 +50,7 @@ TOLD: dict[str, list[Any]] = {
     "tasks": [[], ["last_word"], ["piqa", "last_word"]],
     "prompts": [["The"], ["The", "A"]],
     "share_within": [[], [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]],
+    "pattern": ["matrix", "column", "row", "2:4", "3:8"],
     "path": ["model"],
     "config": ["model/config.json"],
     "task_path": [None, "model"],

@@ -25,9 +25,9 @@ from cospadi.work import Work
 AUTO = "auto"
 # Learned atoms by rule, as a share of the inputs: where outputs are many (gate and up together), and where they are not
 SHARE_WIDE, SHARE_SQUARE = 1 / 9, 1 / 18
-# What `atoms: auto` tries beside none, and in how many alternations
+# What `atoms: auto` tries beside none, and in how many passes
 SHARES_TRIED = (1 / 36, 1 / 18, 1 / 9, 1 / 5)
-TRIAL = 5
+TRIAL = 1
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "pattern": PATTERN,
@@ -42,8 +42,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "max_iter": {
         "type": "integer",
         "minimum": 1,
-        "default": 12,
-        "description": "Alternations of codes and atoms; the gain comes late, take ten at least.",
+        "default": 3,
+        "description": "Passes through the penalties, 42 iterations of codes and 14 of atoms each.",
     },
     "schedule": {
         "enum": ["short", "long", "adaptive"],
@@ -192,7 +192,7 @@ def work(targets: Sequence[Target], nbytes: int, options: Mapping[str, Any], sto
         rounds += TRIAL * len(SHARES_TRIED)
     elif (atoms_by_rule(d, n, options["pattern"]) if atoms is None else atoms) == 0:
         rounds = 0
-    return single_weights.work(targets, products=100 + 34 * rounds, inversions=25)
+    return single_weights.work(targets, products=100 + 84 * rounds, inversions=25 + 14 * bool(rounds))
 
 
 def modules(options: Mapping[str, Any]) -> list[str]:

@@ -20,21 +20,24 @@ from cospadi.formats.values import storage_of
 from cospadi.methods.base import Method, Problems, budget_faults, work_of
 from cospadi.problem import Metric, Problem, Target, side_by_side
 from cospadi.runtime.cospadi_registry import SUPPORTS
+from cospadi.solvers.entries import kept_of
 from cospadi.work import PRODUCT, Work
 
 # Patterns that a support has of its own
 _PATTERNED = tuple(name for name, support in SUPPORTS.items() if support.pattern is not None)
 
 PATTERN: dict[str, Any] = {
-    "enum": ["matrix", "column", "row", *_PATTERNED],
+    "type": "string",
+    "pattern": r"^(matrix|column|row|[1-9][0-9]?:(2|4|8|16|32))$",
     "default": "matrix",
     "description": "Where weights may stay. matrix: anywhere; column, row: as many in every output, or every input; "
-    "2:4: two of every four inputs, which GPUs multiply fast and which removes .4375 of the bytes of bfloat16.",
+    "n:m (2:4, 1:4, 4:8): n of every m inputs, m 2, 4, 8, 16 or 32, under the same 1-bit mask, which removes "
+    "15/16 - n/m of the bytes of bfloat16. GPUs with sparse tensor cores multiply 2:4 fast, and no other.",
 }
 
 
 def support_of(pattern: str) -> str:
-    """How the file stores the positions of a pattern."""
+    """How the file stores the positions of a pattern: its own way where a support has one, else a bit a position."""
     return pattern if pattern in _PATTERNED else "bitmask"
 
 
@@ -86,16 +89,18 @@ def n_entries(
             )
         return total
 
-    if pattern in _PATTERNED:
-        among = SUPPORTS[pattern].pattern[1]
-        if d_in % among:
-            raise ConfigError(
-                [f"{nbytes} bytes for a {d_in}x{d_out} matrix: {pattern} needs a multiple of {among} inputs"]
-            )
-        n = SUPPORTS[pattern].column(d_in) * d_out
-        if taken(n) > nbytes:
-            raise ConfigError([f"{nbytes} bytes for a {d_in}x{d_out} matrix: {pattern} takes {taken(n)}"])
-        return n
+    quota = kept_of(pattern)
+    if quota is not None:
+        n, m = quota
+        here = f"{nbytes} bytes for a {d_in}x{d_out} matrix: {pattern}"
+        if n >= m:
+            raise ConfigError([f"{here} removes nothing; keep fewer than {m} of {m}"])
+        if d_in % m:
+            raise ConfigError([f"{here} needs a multiple of {m} inputs"])
+        n_kept = d_in // m * n * d_out
+        if taken(n_kept) > nbytes:
+            raise ConfigError([f"{here} takes {taken(n_kept)}"])
+        return n_kept
     low, high = 0, d_in * d_out
     while low < high:
         middle = (low + high + 1) // 2

@@ -106,7 +106,12 @@ def inverse_spd(matrix: Array) -> Array:
         import torch
 
         return torch.cholesky_inverse(torch.linalg.cholesky(matrix))
-    return spd_solver(matrix)(np.eye(len(matrix), dtype=matrix.dtype))
+    potrf, potri = scipy.linalg.get_lapack_funcs(("potrf", "potri"), (matrix,))
+    factor, info = potrf(matrix, lower=False, clean=True)
+    if info:
+        return np.linalg.inv(matrix.astype(np.float64)).astype(matrix.dtype)
+    upper = potri(factor, lower=False, overwrite_c=True)[0]  # the lower triangle stays zero
+    return upper + np.triu(upper, 1).T
 
 
 def leading_rows(matrix: Array, count: int) -> Array:

@@ -404,3 +404,85 @@ def ksvd_sweep(residual, atoms, codes, n_power_iterations):
                     row[c] += before * old[c] - value * direction[c]
                 codes[users[i], atom] = value
             atoms[atom] = direction
+
+
+# Magnitudes are counted by the upper bits of their floats: sign off, exponent and the first mantissa bits.
+_BIN_SHIFT = 16
+N_BINS = 1 << (31 - _BIN_SHIFT)
+
+
+@numba.njit(cache=True, nogil=True, fastmath=_FAST)
+def admm_pull(moved, targets, threshold, rho, shrink, out):
+    """``B + rho (Z - U)`` of ADMM, from ``V = Z + U``: what is kept of V is Z, the rest is U, times `shrink`.
+
+    All arrays are flat float32 of one length; kept is what is not below `threshold` in magnitude.
+    """
+    drop = -rho * shrink
+    for i in range(moved.shape[0]):
+        v = moved[i]
+        out[i] = targets[i] + (rho if abs(v) >= threshold else drop) * v
+
+
+@numba.njit(cache=True, nogil=True, fastmath=_FAST)
+def admm_move(moved, solved, threshold, shrink, relax):
+    """``V <- relax X + (1 - relax) Z + U`` in place, with X the least squares of this step."""
+    keep = np.float32(1) - relax
+    for i in range(moved.shape[0]):
+        v = moved[i]
+        moved[i] = relax * solved[i] + (keep if abs(v) >= threshold else shrink) * v
+
+
+@numba.njit(cache=True, nogil=True)
+def count_magnitudes(bits, counts):
+    """Add the magnitudes of flat float32, given as uint32, to `counts` (N_BINS,) of their upper bits."""
+    for i in range(bits.shape[0]):
+        counts[(bits[i] & np.uint32(0x7FFFFFFF)) >> np.uint32(_BIN_SHIFT)] += 1
+
+
+@numba.njit(cache=True, nogil=True)
+def magnitudes_in_bin(bits, which, out):
+    """Magnitudes whose upper bits are `which`, as uint32 in `out`; returns how many."""
+    found = 0
+    for i in range(bits.shape[0]):
+        magnitude = bits[i] & np.uint32(0x7FFFFFFF)
+        if magnitude >> np.uint32(_BIN_SHIFT) == which:
+            out[found] = magnitude
+            found += 1
+    return found
+
+
+@numba.njit(cache=True, nogil=True, fastmath=_FAST, error_model="numpy")
+def conjugate_step(codes, residual, direction, image, energy, least, tiny):
+    """One conjugate gradient step of every row, in place, where `image` is ``direction @ gram``.
+
+    Off the support codes are zero, and stay so.
+
+    Parameters
+    ----------
+    codes, residual, direction, image : float32 array (n, k)
+    energy : float32 array (n,)
+        Squared length of the residual, kept up to date.
+    least : float32
+        Curvature, as a share of the direction's squared length, from which a step is taken (`conjugate_gradients`).
+    tiny : float32
+    """
+    zero = np.float32(0)
+    for row in range(codes.shape[0]):
+        c, r, p, q = codes[row], residual[row], direction[row], image[row]
+        curvature, square = zero, zero
+        for i in range(c.shape[0]):
+            curvature += p[i] * q[i]
+            square += p[i] * p[i]
+        if not curvature > least * square:
+            continue
+        length = energy[row] / max(curvature, tiny)
+        left = zero
+        for i in range(c.shape[0]):
+            here = r[i] - length * q[i] if c[i] != zero else zero
+            c[i] += length * p[i]
+            r[i] = here
+            left += here * here
+        ratio = left / max(energy[row], tiny)
+        for i in range(c.shape[0]):
+            p[i] = r[i] + ratio * p[i]
+        energy[row] = left

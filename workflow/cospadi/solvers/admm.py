@@ -7,6 +7,7 @@ has ones on its diagonal, which makes magnitudes comparable across inputs.
 
 from __future__ import annotations
 
+import abc
 import functools
 from collections.abc import Callable, Generator
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from cospadi.solvers._arrays import Array, array_namespace, device_of, inverse_spd, row_dots
-from cospadi.solvers._threads import one_blas_thread, over_rows
+from cospadi.solvers._threads import in_pieces, one_blas_thread, over_rows
 from cospadi.solvers.entries import best_entries
 
 # Ridge on the scaled Gram, so that inputs that depend on each other have one answer
@@ -23,14 +24,14 @@ RIDGE = 1e-5
 # Inverses that are kept: those of the longest schedule
 _INVERSES_KEPT = 20
 
-# Yields the penalty of each iteration, and is sent the support after it
-Schedule = Callable[[int], Generator[float, Array, None]]
+# Yields the penalty of each iteration, and is sent a function that gives the support after it
+Schedule = Callable[[int], Generator[float, Callable[[], Array], None]]
 
 
 def stepwise(*penalties: float, times: int = 5) -> Schedule:
     """Schedule of fixed penalties, each for so many iterations."""
 
-    def schedule(n_nonzero: int) -> Generator[float, Array, None]:
+    def schedule(n_nonzero: int) -> Generator[float, Callable[[], Array], None]:
         for rho in penalties:
             for _ in range(times):
                 yield rho
@@ -38,12 +39,13 @@ def stepwise(*penalties: float, times: int = 5) -> Schedule:
     return schedule
 
 
-def adaptive(n_nonzero: int) -> Generator[float, Array, None]:
+def adaptive(n_nonzero: int) -> Generator[float, Callable[[], Array], None]:
     """ALPS' schedule: up by 1.1 to 1.3 every three iterations, the more of the support has changed, until none has."""
     rho, before = 0.1, None
     for _ in range(100):
         for _ in range(3):
-            mask = yield rho
+            support = yield rho
+        mask = support()
         if before is not None:
             changed = int((mask ^ before).sum())
             if changed == 0:
@@ -156,24 +158,130 @@ def support_by_admm(
     metric: Any, targets: Array, n_nonzero: int, start: Array, schedule: Schedule, pattern: str = "matrix"
 ) -> Array:
     """Codes that ADMM ends with, their values not yet the best; see `sparse_codes`."""
-    xp = array_namespace(targets)
-    split, dual, before, mask = start, xp.zeros_like(targets), None, None
-    penalties = schedule(n_nonzero)
+    state = split_state(targets, n_nonzero, start, pattern)
+    penalties, support = schedule(n_nonzero), None
     while True:
         try:
-            rho = penalties.send(mask)
+            rho = penalties.send(support)
         except StopIteration:
-            return split
-        if rho != before:
-            inverse = metric.inverse(rho)
-            fixed = over_rows(lambda b, p=inverse: b @ p, targets)
-            if before is not None:
-                dual *= before / rho
-            before = rho
-        moved = over_rows(lambda f, z, u, p=inverse, r=rho: f + r * ((z - u) @ p) + u, fixed, split, dual)  # X + U
-        mask = best_entries(abs(moved), n_nonzero, pattern)
-        split = moved * mask
-        dual = moved - split
+            return state.moved * best_entries(abs(state.moved), n_nonzero, pattern)
+        state.step(metric.inverse(rho), rho)
+        support = state.support
+
+
+def split_state(
+    targets: Array, n_nonzero: int, start: Array, pattern: str = "matrix", *, relax: float = 1.0
+) -> SplitState:
+    """ADMM before its first step.
+
+    Parameters
+    ----------
+    targets, n_nonzero, start, pattern
+        As in `sparse_codes`.
+    relax : float
+        Share of a step's least squares in what is projected (over-relaxation; Boyd et al. 2011, section 3.4.3).
+    """
+    compiled = pattern == "matrix" and _compiled(targets)
+    return (_WholeMatrix if compiled else _AnyPattern)(targets, n_nonzero, start, pattern, relax)
+
+
+class SplitState(abc.ABC):
+    """Where ADMM is: of the split Z and the dual U only their sum V is held; what V keeps is Z, the rest is U.
+
+    Attributes
+    ----------
+    moved : array (d_out, d_in)
+        V.
+    """
+
+    def __init__(self, targets: Array, n_nonzero: int, start: Array, pattern: str, relax: float) -> None:
+        self._targets, self._n_nonzero, self._pattern, self._relax = targets, n_nonzero, pattern, relax
+        self._rho: float | None = None
+        self.moved = start
+
+    def step(self, inverse: Array, rho: float) -> None:
+        """One iteration with ``(H + rho I)^-1``."""
+        # a new penalty has the dual in other units
+        self._step(inverse, rho, 1.0 if self._rho is None else self._rho / rho)
+        self._rho = rho
+
+    @abc.abstractmethod
+    def support(self) -> Array:
+        """Entries of V that are kept; of equal ones at the threshold perhaps some more than there is room for."""
+
+    def follow(self, targets: Array, lengths: Array) -> None:
+        """Go on with other atoms: their targets, and what each atom's codes are multiplied by."""
+        self._targets = targets
+        self.moved = self.moved * lengths
+
+    @abc.abstractmethod
+    def _step(self, inverse: Array, rho: float, shrink: float) -> None: ...
+
+
+class _AnyPattern(SplitState):
+    """For all patterns and arrays."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self._mask = abs(self.moved) >= 0
+
+    def support(self) -> Array:
+        return self._mask
+
+    def _step(self, inverse: Array, rho: float, shrink: float) -> None:
+        xp = array_namespace(self.moved)
+
+        def move(v: Array, kept: Array, b: Array) -> Array:
+            split = xp.where(kept, v, 0.0)
+            dual = shrink * (v - split)
+            return self._relax * ((b + rho * (split - dual)) @ inverse) + (1 - self._relax) * split + dual
+
+        self.moved = over_rows(move, self.moved, self._mask, self._targets)
+        self._mask = best_entries(abs(self.moved), self._n_nonzero, self._pattern)
+
+
+class _WholeMatrix(SplitState):
+    """In float32 on a CPU, where entries of the whole matrix compete: compiled, a piece of the rows at a time."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self._targets, self.moved = np.ascontiguousarray(self._targets), np.array(self.moved, order="C")
+        self._threshold = np.float32(0)
+
+    def support(self) -> Array:
+        return abs(self.moved) >= self._threshold
+
+    def _step(self, inverse: Array, rho: float, shrink: float) -> None:
+        from cospadi.solvers import _kernels
+
+        rho, shrink, relax, threshold = map(np.float32, (rho, shrink, self._relax, self._threshold))
+
+        def move(piece: slice) -> Array:
+            moved = self.moved[piece].ravel()  # a view
+            pulled = np.empty_like(self.moved[piece])
+            _kernels.admm_pull(moved, self._targets[piece].ravel(), threshold, rho, shrink, pulled.ravel())
+            _kernels.admm_move(moved, (pulled @ inverse).ravel(), threshold, shrink, relax)
+            counts = np.zeros(_kernels.N_BINS, np.int64)
+            _kernels.count_magnitudes(moved.view(np.uint32), counts)
+            return counts
+
+        self._threshold = self._nth_largest(sum(in_pieces(len(self.moved), move)))
+
+    def _nth_largest(self, counts: Array) -> Any:
+        """The magnitude of rank n, from the counts by upper bits."""
+        from cospadi.solvers import _kernels
+
+        if self._n_nonzero >= self.moved.size:
+            return np.float32(0)
+        if self._n_nonzero == 0:
+            return np.float32(np.inf)
+        from_above = np.cumsum(counts[::-1])
+        place = int(np.searchsorted(from_above, self._n_nonzero))
+        which = len(counts) - 1 - place
+        rank = self._n_nonzero - (int(from_above[place - 1]) if place else 0)  # within its bin, from above, from 1
+        among = np.empty(int(counts[which]), np.uint32)
+        _kernels.magnitudes_in_bin(self.moved.ravel().view(np.uint32), np.uint32(which), among)
+        return np.partition(among, len(among) - rank)[len(among) - rank].view(np.float32)
 
 
 def fit_values(gram: Array, targets: Array, codes: Array, n_steps: int) -> Array:
@@ -183,7 +291,29 @@ def fit_values(gram: Array, targets: Array, codes: Array, n_steps: int) -> Array
     def fit(b: Array, c: Array) -> Array:
         return conjugate_gradients(gram, c, b - c @ gram, c != 0, n_steps)
 
-    return over_rows(fit, targets, codes)
+    return over_rows(_fit_compiled(gram, n_steps) if _compiled(codes) else fit, targets, codes)
+
+
+def _compiled(codes: Array) -> bool:
+    return isinstance(codes, np.ndarray) and codes.dtype == np.float32
+
+
+def _fit_compiled(gram: Array, n_steps: int) -> Callable[[Array, Array], Array]:
+    """`least_squares.conjugate_gradients` for `fit_values`, between its products one pass over rows in the cache."""
+    from cospadi.solvers import _kernels
+
+    info = np.finfo(np.float32)
+    least, tiny = 16 * info.eps, info.smallest_normal
+
+    def fit(b: Array, c: Array) -> Array:
+        codes = np.array(c, order="C")
+        residual = np.where(codes != 0, b - codes @ gram, np.float32(0))
+        direction, energy = residual.copy(), np.vecdot(residual, residual)
+        for _ in range(n_steps):
+            _kernels.conjugate_step(codes, residual, direction, direction @ gram, energy, least, tiny)
+        return codes
+
+    return fit
 
 
 def _energy(gram: Array, targets: Array, codes: Array) -> float:

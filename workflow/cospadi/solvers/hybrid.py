@@ -2,7 +2,8 @@
 
 The identity atoms are free (they take no bytes), so most of the budget buys single weights; a few learned atoms say
 what many outputs have in common. Codes of both come from one ADMM over ``[I | A]`` (`solvers.admm`), the atoms in
-closed form; the gain shows only after several alternations, because codes and atoms have to share the work first.
+closed form every few of its iterations. Neither waits for the other to settle: a rising penalty freezes both together,
+and ADMM's dual, which remembers what was dropped, goes on under the new atoms.
 """
 
 from __future__ import annotations
@@ -13,11 +14,17 @@ from typing import Any
 
 from cospadi.solvers._arrays import Array, array_namespace, device_of, leading_rows, spd_solver
 from cospadi.solvers._threads import one_blas_thread, over_rows, transposed_product
-from cospadi.solvers.admm import Scaled, fit_values, squared_error, stepwise, support_by_admm
+from cospadi.solvers.admm import Scaled, fit_values, split_state, squared_error
+from cospadi.solvers.entries import best_entries
 
-# Penalties of the codes in one alternation: 24 iterations
-SCHEDULE = stepwise(0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, times=3)
-ALTERNATIONS = 12
+# Penalties of a pass, with how many iterations of the codes each; the atoms follow after every penalty. Passes that
+# start low again let the support change once more, with the atoms known (measured in docs/learning.md).
+PENALTIES = tuple(0.1 * 1.3**i for i in range(14))
+TIMES = 3
+PASSES = 3
+# Over-relaxation of the codes, and conjugate gradient steps before the atoms follow
+RELAX = 1.6
+CG_STEPS = 2
 RIDGE = 1e-5
 
 
@@ -66,11 +73,11 @@ def learn(
     n_atoms: int,
     *,
     start: Array,
-    max_iter: int = ALTERNATIONS,
+    max_iter: int = PASSES,
     pattern: str = "matrix",
     log: Callable[[str], None] | None = None,
 ) -> tuple[Array, Array, list[dict[str, Any]]]:
-    """Alternate codes over ``[I | A]`` and atoms A; the best pair is kept.
+    """One ADMM of the codes over ``[I | A]``, whose atoms A move along with it; the best pair is kept.
 
     Parameters
     ----------
@@ -84,7 +91,7 @@ def learn(
     start : array (d_out, d_in)
         Sparse codes over the identity alone.
     max_iter : int
-        Alternations.
+        Passes through `PENALTIES`.
 
     Returns
     -------
@@ -102,12 +109,21 @@ def learn(
     atoms = _first_atoms(metric, weights - start, n_atoms)
     codes = xp.concat([start, xp.zeros_like(weights[:, :n_atoms])], axis=1)
     best, least, history = (codes, atoms), float("inf"), []
+    extended = Extended(metric, atoms)
+    wanted = extended.targets(targets)
+    state = split_state(wanted, n_nonzero, codes, pattern, relax=RELAX)
     for iteration in range(max_iter):
-        extended = Extended(metric, atoms)
-        wanted = extended.targets(targets)
-        codes = support_by_admm(extended, wanted, n_nonzero, codes, SCHEDULE, pattern)
-        codes = fit_values(extended.gram, wanted, codes, 6)
-        atoms, codes = _update(metric, weights, codes, atoms)
+        for rho in PENALTIES:
+            inverse = extended.inverse(rho)
+            for _ in range(TIMES):
+                state.step(inverse, rho)
+            codes = fit_values(extended.gram, wanted, state.moved * state.support(), CG_STEPS)
+            atoms, lengths = _update(metric, weights, codes, atoms)
+            codes = codes * lengths
+            extended = Extended(metric, atoms)
+            wanted = extended.targets(targets)
+            state.follow(wanted, lengths)
+        codes = codes * best_entries(abs(codes), n_nonzero, pattern)
         error = squared_error(metric.gram, weights - codes[:, :d_in] - _product(codes[:, d_in:], atoms))
         if error < least:
             best, least = (codes, atoms), error
@@ -134,21 +150,25 @@ def _first_atoms(metric: Scaled, left: Array, n_atoms: int) -> Array:
 
 
 def _update(metric: Scaled, weights: Array, codes: Array, atoms: Array) -> tuple[Array, Array]:
-    """Atoms of least error for these codes, ``A = (W - S_0) S_1^T (S_1 S_1^T)^-1``, of unit length; codes to match."""
+    """Atoms of least error for these codes, ``A = (W - S_0) S_1^T (S_1 S_1^T)^-1``, of unit length.
+
+    Codes over ``[I | A]`` have to be multiplied by the lengths (d_in + k,) that are returned with them.
+    """
     xp = array_namespace(codes)
     d_in = weights.shape[1]
     shares = codes[:, d_in:]
     moments = transposed_product(shares, shares)
     mean = float(xp.mean(xp.linalg.diagonal(moments)))
+    ones = xp.ones_like(codes[0, :])
     if mean == 0:
-        return atoms, codes
+        return atoms, ones
     right = transposed_product(shares, weights - codes[:, :d_in])  # (k, d_in)
     found = spd_solver(moments + RIDGE * mean * _eye(moments))(right)
     used = (shares != 0).sum(0) > 0
     found = xp.where(used[:, None], found, atoms)
     lengths = _lengths(metric, found)
     lengths = xp.where(lengths > 0, lengths, 1.0)
-    return found / lengths[:, None], xp.concat([codes[:, :d_in], shares * lengths], axis=1)
+    return found / lengths[:, None], xp.concat([ones[:d_in], lengths])
 
 
 def _unit(metric: Scaled, atoms: Array) -> Array:
