@@ -12,7 +12,7 @@ from cospadi.budget import as_is_nbytes, low_rank, nbytes_left, sparse_shape
 from cospadi.errors import ConfigError
 from cospadi.formats.values import storage_of
 from cospadi.gram import eigen_whitening, whitening_factor
-from cospadi.methods import METHODS, rocket, svd_llm_v2
+from cospadi.methods import METHODS, compot, rocket, svd_llm_v2
 from cospadi.problem import Matrix, Metric, Problem
 
 BF16 = storage_of({})
@@ -190,3 +190,45 @@ def test_a_profile_has_the_error_of_every_ratio():
     assert sorted((error for _, error in points), reverse=True) == [error for _, error in points]
     (found,) = METHODS["rocket"].fit(problem, nbytes, storage=BF16, rhos=[1.0, 2.0])
     assert points[2][1] == found.diagnostics["weight_error"]
+
+
+# --- COMPOT ----------------------------------------------------------------------------------------------------------
+
+ORTHONORMAL = {"rho": 2.0, "support": "bitmask"}
+
+
+def test_compot_pools_singular_values_of_weights_over_their_norms():
+    problem = problem_of()
+    figures = compot.profile(problem, 0, storage=BF16)
+    expected = np.linalg.svd(problem.weight / np.linalg.norm(problem.weight), compute_uv=False)
+    np.testing.assert_allclose(figures["singular_values"], expected, atol=1e-6)
+    # spectra that fall at different speeds, so that a threshold leaves different ranks
+    spectra = [np.exp(-speed * np.arange(D_OUT)) for speed in (0.02, 0.05, 0.1)]
+    spectra = [values / np.linalg.norm(values) for values in spectra]
+    profiles = profiles_of([{"singular_values": values.tolist()} for values in spectra])
+    nbytes = nbytes_left([(D_IN, D_OUT)] * 3, 0.5)
+    found = compot.share(profiles, nbytes, storage=BF16, **ORTHONORMAL)
+    low, high = nbytes_left([(D_IN, D_OUT)], 0.8), nbytes_left([(D_IN, D_OUT)], 0)
+    every = []
+    for threshold in np.concatenate(spectra):
+        ranks = [np.count_nonzero(values >= threshold) for values in spectra]
+        every.append([min(max(2 * rank * (D_IN + D_OUT), low), high) for rank in ranks])
+    assert found == max((one for one in every if sum(one) <= nbytes), key=sum)
+    assert len(set(found)) == 3 and min(found) == found[2], "what is left of the steepest spectrum is the least"
+
+
+def test_compot_gives_no_more_bytes_than_orthonormal_atoms_can_use():
+    wide = (16, 400)
+    profiles = profiles_of([{"singular_values": [1.0] * 16}, {"singular_values": [1e-3] * 16}], shape=wide)
+    nbytes = nbytes_left([wide] * 2, 0.3)
+    first, second = compot.share(profiles, nbytes, storage=BF16, **ORTHONORMAL)
+    assert second == first < nbytes // 2, "neither can use all that is there"
+    assert sparse_shape(*wide, nbytes=first, rho=2.0, **BF16).n_atoms == 16
+    assert sparse_shape(*wide, nbytes=first + 1, rho=2.0, **BF16).n_atoms == 17
+    (found,) = METHODS["compot"].fit(problem_of(shape=wide), first, storage=BF16, max_iter=2)
+    assert found.n_atoms == 16 and found.nbytes <= first
+    # where more has to go than the guard allows, that is the guard
+    assert (
+        compot.share(profiles, nbytes_left([wide] * 2, 0.9), storage=BF16, **ORTHONORMAL)
+        == [nbytes_left([wide], 0.9)] * 2
+    )

@@ -502,9 +502,12 @@ def parted(unit, folder, **settings):
     return variant, profiles, folder / "allocation.json"
 
 
-@pytest.mark.parametrize("method", ["svd_llm_v2", "rocket"])
+PARTING = {"svd_llm_v2": {}, "rocket": {}, "compot": {"allocation": "spectra"}}
+
+
+@pytest.mark.parametrize("method", PARTING)
 def test_a_unit_is_learned_at_the_bytes_that_the_allocation_gives(unit, tmp_path, method):
-    variant, _, path = parted(unit, tmp_path, method=method)
+    variant, _, path = parted(unit, tmp_path, method=method, **PARTING[method])
     allotted = read_allocation(path, unit[1], variant)
     assert len(allotted) == 2 * len(SHAPES)
     assert sum(allotted.values()) <= nbytes_left([*SHAPES.values()] * 2, 0.3)

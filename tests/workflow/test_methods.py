@@ -37,6 +37,7 @@ def run(snapshot, tiny_model, articles, tmp_path_factory):
     config["variants"] = {
         "magnitudes-30": {"method": "magnitudes", "ratio": 0.3, "power": 0.5},
         "svd_llm_v2-40": {"method": "svd_llm_v2", "ratio": 0.4},
+        "compot-40": {"method": "compot", "ratio": 0.4, "max_iter": 3, "allocation": "spectra"},
         "rocket-40": {"method": "rocket", "ratio": 0.4, "candidate_ratios": [0.2, 0.3, 0.5, 0.6]},
     }
     (folder / "run").mkdir()
@@ -46,7 +47,7 @@ def run(snapshot, tiny_model, articles, tmp_path_factory):
 
 
 def test_a_method_of_one_file_and_one_line_runs_from_config_to_report(run):
-    check_finished(run, list(run.config["variants"]))
+    check_finished(run, sorted(run.config["variants"]))
     assert rows(run.results / "summary.tsv")["magnitudes-30"]["method"] == "magnitudes"
     name = "model.layers.2.mlp.down_proj"
     codes = TensorFile(run.results / "magnitudes-30/codes/layer_02.safetensors")
@@ -68,7 +69,7 @@ def test_a_method_of_one_file_and_one_line_runs_from_config_to_report(run):
     assert f"{name}.support" in packed and f"{name}.dictionary" not in packed
 
 
-@pytest.mark.parametrize("variant", ["svd_llm_v2-40", "rocket-40"])
+@pytest.mark.parametrize("variant", ["svd_llm_v2-40", "compot-40", "rocket-40"])
 def test_bytes_are_parted_before_units_are_learned(run, variant):
     folder, settings = run.results / variant, run.config["variants"][variant]
     allocation = json.loads((folder / "allocation.json").read_text())
