@@ -33,11 +33,10 @@ def run(snapshot, tiny_model, articles, tmp_path_factory):
         )
     )
     assert (methods / "__init__.py").read_text().count("magnitudes") == 2
-    config = tiny_config(tiny_model("llama"), articles)
+    config = tiny_config(tiny_model("llama"), articles) | {"layers_per_job": 2}
     config["variants"] = {
         "magnitudes-30": {"method": "magnitudes", "ratio": 0.3, "power": 0.5},
         "svd_llm_v2-40": {"method": "svd_llm_v2", "ratio": 0.4},
-        "compot-40": {"method": "compot", "ratio": 0.4, "max_iter": 3, "allocation": "spectra"},
         "rocket-40": {"method": "rocket", "ratio": 0.4, "candidate_ratios": [0.2, 0.3, 0.5, 0.6]},
     }
     (folder / "run").mkdir()
@@ -50,7 +49,7 @@ def test_a_method_of_one_file_and_one_line_runs_from_config_to_report(run):
     check_finished(run, sorted(run.config["variants"]))
     assert rows(run.results / "summary.tsv")["magnitudes-30"]["method"] == "magnitudes"
     name = "model.layers.2.mlp.down_proj"
-    codes = TensorFile(run.results / "magnitudes-30/codes/layer_02.safetensors")
+    codes = TensorFile(run.results / "magnitudes-30/codes/layers_02-03.safetensors")
     spec = codes.metadata["matrices"][name]
     factors = unpack({part: codes.read(part) for part in tensor_names(name, spec)}, spec, name)
     weight = ModelFolder(run.config["model"]["path"]).read_weight(name)
@@ -63,13 +62,13 @@ def test_a_method_of_one_file_and_one_line_runs_from_config_to_report(run):
     for column in range(weight.shape[1]):
         there = found[:, column] != 0
         assert score[there, column].min() >= score[~there, column].max()
-    report = json.loads((run.results / "magnitudes-30/factors/layer_02.json").read_text())
+    report = json.loads((run.results / "magnitudes-30/factors/layers_02-03.json").read_text())
     assert report["options"] == {"power": 0.5}
     packed = load_file(run.results / "magnitudes-30/model/model.safetensors")
     assert f"{name}.support" in packed and f"{name}.dictionary" not in packed
 
 
-@pytest.mark.parametrize("variant", ["svd_llm_v2-40", "compot-40", "rocket-40"])
+@pytest.mark.parametrize("variant", ["svd_llm_v2-40", "rocket-40"])
 def test_bytes_are_parted_before_units_are_learned(run, variant):
     folder, settings = run.results / variant, run.config["variants"][variant]
     allocation = json.loads((folder / "allocation.json").read_text())
@@ -87,12 +86,11 @@ def test_bytes_are_parted_before_units_are_learned(run, variant):
 def test_an_allocation_is_made_again_when_its_settings_change(run, tmp_path):
     variant = "svd_llm_v2-40"
     again = run.copy(tmp_path / "again")
-    target = f"results/tiny/{variant}/factors/layer_01.safetensors"
+    target = f"results/tiny/{variant}/factors/layers_00-01.safetensors"
     assert again.planned(target) == {}
     again.config["variants"][variant]["ratio"] = 0.5
-    layers = len(list(run.results.glob(f"{variant}/profile/*.json")))
     planned = again.planned(target)
-    assert planned["profile_matrices"] == layers and planned["allocate_bytes"] == planned["learn_dictionary"] == 1
+    assert planned["profile_matrices"] == 2 and planned["allocate_bytes"] == planned["learn_dictionary"] == 1
 
 
 def test_its_options_and_faults_are_checked_like_any_other(run):
