@@ -185,7 +185,7 @@ def method(
         factors="single weights",
         fit=fit,
         work=lambda targets, nbytes, options, storage: work(targets, products=products, inversions=inversions),
-        modules=lambda options: [keep.__module__, f"cospadi.solvers.{solver}"],
+        modules=lambda options: [__name__, keep.__module__, f"cospadi.solvers.{solver}"],
         faults=faults,
     )
 
