@@ -526,6 +526,13 @@ def test_what_the_allocation_leaves_as_it_is_is_exact_and_counted(unit, tmp_path
     np.testing.assert_array_equal(read(codes, name).reconstruct(), ModelFolder(unit[0]).read_weight(name))
     assert quantized["matrices"][name]["nbytes"] == 2 * D * 16 and not quantized["kept_dense"]
     assert learned["matrices"][name]["relative_error"] == 0
+    # another variant that starts from these factors starts this matrix anew
+    arguments = {"method": "cospadi", "max_iter": 2, "warm_start": "other"}
+    (tmp_path / "factors.safetensors").rename(tmp_path / "other.safetensors")
+    warm = run(unit, tmp_path, [1], warm_factors=tmp_path / "other.safetensors", **arguments)[1]["matrices"]
+    cold = run(unit, tmp_path, [1], method="cospadi", max_iter=2)[1]["matrices"]
+    same = {matrix for matrix in warm if warm[matrix]["squared_error"] == cold[matrix]["squared_error"]}
+    assert same == {name}
     del allotted[(name,)]
     with pytest.raises(ArtifactError, match=f"has no bytes for {name}"):
         run(unit, tmp_path, [1], allotted=allotted, **variant)

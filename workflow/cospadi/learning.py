@@ -293,8 +293,10 @@ def _cost(group: Sequence[Matrix]) -> int:
     return d_in * d_out * min(d_in, d_out)
 
 
-def _read_side_by_side(factors: TensorFile, names: Sequence[str]) -> Factorization:
+def _read_side_by_side(factors: TensorFile, names: Sequence[str]) -> Factorization | None:
     """Learned factors of the matrices of a problem as one matrix, with the dictionary of the first.
+
+    None where an allocation left a matrix as it is: there is no dictionary to start from.
 
     Raises
     ------
@@ -308,4 +310,6 @@ def _read_side_by_side(factors: TensorFile, names: Sequence[str]) -> Factorizati
             raise ArtifactError(factors.path, f"has no factors of {name}", "Name another variant as warm_start")
         tensors = {tensor: factors.read(tensor) for tensor in tensor_names(name, specs[name])}
         found.append(unpack(tensors, specs[name], name, source=factors.path, remedy=_WARM_REMEDY))
+    if any(part.dictionary is None for part in found):
+        return None
     return replace(found[0], codes=np.concatenate([part.codes for part in found], axis=1))
