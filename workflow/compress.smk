@@ -20,6 +20,17 @@ include: "rules/prepare.smk"
 include: "rules/prune.smk"
 include: "rules/collect.smk"
 include: "rules/gram.smk"
+
+
+# what every job of a unit reads
+of_unit = {
+    "model": lambda wildcards: plan.model_input(plan.base_of(wildcards.variant)),
+    "structure": lambda wildcards: plan.structure_of(plan.base_of(wildcards.variant)),
+    "windows": rules.prepare_calibration.output[0],
+    "gram": lambda wildcards: plan.grams_of(wildcards.unit, plan.base_of(wildcards.variant)),
+}
+
+
 include: "rules/allocate.smk"
 include: "rules/learn.smk"
 include: "rules/quantize.smk"

@@ -325,7 +325,8 @@ def test_a_module_that_is_moved_into_another_place_of_the_file_system_is_the_sam
         ("sources/__init__.py", set()),
         ("pruning/__init__.py", set()),
         ("calibration/collect.py", {"collect", "gram"}),
-        ("calibration/walk.py", {"collect", "gram", "distances", "fit", "prune", "drift"}),
+        ("calibration/walk.py", {"collect", "gram", "distances", "fit", "drift"}),
+        ("pruning/edit.py", {"fit", "prune"}),
         ("evaluation/scoring.py", {"evaluate"}),
         ("evaluation/task_files/last_word.yaml", {"evaluate"}),
         # what travels in a checkpoint: the dense model is not evaluated again, packed ones are assembled and then are

@@ -163,7 +163,7 @@ def check_config(
     ConfigError
         With all faults: config path, value, what is allowed.
     """
-    return checked(config, schema(), _cross_checks, overrides=overrides, source=source, files=files)
+    return checked(config, schema(), cross_checks, overrides=overrides, source=source, files=files)
 
 
 def checked(
@@ -505,7 +505,7 @@ def _interval(part: Schema) -> str:
     return f"at least {low}" if low is not None else f"at most {high}"
 
 
-def _cross_checks(config: dict[str, Any]) -> Iterator[str]:
+def cross_checks(config: dict[str, Any]) -> Iterator[str]:
     """What no schema can say: keys that depend on each other, and files that have to be there."""
     if config["text"] is None:
         if config["calibration"]["source"] == "text":

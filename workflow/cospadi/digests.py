@@ -71,11 +71,6 @@ def modules_of(package: str) -> list[str]:
     return [package, *(f"{package}.{file.stem}" for file in sorted(folder.glob("*.py")) if file.stem != "__init__")]
 
 
-def imports_of(module: str) -> list[str]:
-    """Modules of this package that a module imports, anywhere in it."""
-    return _read(module)[1]
-
-
 def _source_file(module: str) -> Path:
     path = PACKAGE.parent.joinpath(*module.split("."))
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
@@ -86,6 +81,10 @@ def _read(module: str) -> tuple[bytes, list[str]]:
     """SHA-256 of a module's syntax tree, and the modules of this package that it imports anywhere in it."""
     tree = ast.parse(_source_file(module).read_bytes())
     package = module if _source_file(module).name == "__init__.py" else module.rpartition(".")[0]
+    # what stands under `if TYPE_CHECKING` never runs
+    tree.body = [
+        node for node in tree.body if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    ]
     names = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

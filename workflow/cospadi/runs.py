@@ -31,15 +31,15 @@ class Kind:
         ``workflow/report/<name>.rst``.
     schema : callable
         Schema of its config.
-    check : callable
-        ``check(config, overrides=, source=, files=)`` gives a complete config, as `config.check_config`.
+    cross_checks : callable
+        ``cross_checks(config)`` of a complete config: lines of faults that no schema can say.
     plan : callable
         ``plan(config)`` of a complete config.
     """
 
     name: str
     schema: Callable[[], Mapping[str, Any]]
-    check: Callable[..., dict[str, Any]]
+    cross_checks: Callable[[dict[str, Any]], Iterable[str]]
     plan: Callable[..., Staged]
 
     @property
@@ -48,8 +48,8 @@ class Kind:
         return self.plan.stages
 
 
-COMPRESS = Kind("compress", compression.schema, compression.check_config, Plan)
-TRAIN = Kind("train", training.schema, training.check_config, TrainingPlan)
+COMPRESS = Kind("compress", compression.schema, compression.cross_checks, Plan)
+TRAIN = Kind("train", training.schema, training.cross_checks, TrainingPlan)
 KINDS = (COMPRESS, TRAIN)
 
 
@@ -71,8 +71,9 @@ def check_run(
     ``training`` comes on top of it.
     """
     kind = kind_of(config)
-    others = [other.schema() for other in KINDS if other is not kind]
-    return kind.check(_own(config, kind.schema(), others), overrides=overrides, source=source, files=files)
+    whole, others = kind.schema(), [other.schema() for other in KINDS if other is not kind]
+    own = _own(config, whole, others)
+    return compression.checked(own, whole, kind.cross_checks, overrides=overrides, source=source, files=files)
 
 
 def plan_run(

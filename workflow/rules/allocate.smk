@@ -1,10 +1,7 @@
 # Which matrix gets how many bytes, for the variants that part them: measured unit by unit, decided once.
 rule profile_matrices:
     input:
-        model=lambda wildcards: plan.model_input(plan.base_of(wildcards.variant)),
-        structure=lambda wildcards: plan.structure_of(plan.base_of(wildcards.variant)),
-        windows=rules.prepare_calibration.output[0],
-        gram=lambda wildcards: plan.grams_of(wildcards.unit, plan.base_of(wildcards.variant)),
+        **of_unit,
     output:
         "<results>/{variant}/profile/{unit}.json",
     log:

@@ -29,10 +29,7 @@ rule measure_drift:
 
 rule learn_dictionary:
     input:
-        model=lambda wildcards: plan.model_input(plan.base_of(wildcards.variant)),
-        structure=lambda wildcards: plan.structure_of(plan.base_of(wildcards.variant)),
-        windows=rules.prepare_calibration.output[0],
-        gram=lambda wildcards: plan.grams_of(wildcards.unit, plan.base_of(wildcards.variant)),
+        **of_unit,
         drift=lambda wildcards: plan.drift_of(wildcards.variant),
         allocation=lambda wildcards: plan.allocation_of(wildcards.variant),
         warm=lambda wildcards: plan.warm_factors_of(wildcards.variant, wildcards.unit),

@@ -1,9 +1,6 @@
 rule quantize_codes:
     input:
-        model=lambda wildcards: plan.model_input(plan.base_of(wildcards.variant)),
-        structure=lambda wildcards: plan.structure_of(plan.base_of(wildcards.variant)),
-        windows=rules.prepare_calibration.output[0],
-        gram=lambda wildcards: plan.grams_of(wildcards.unit, plan.base_of(wildcards.variant)),
+        **of_unit,
         factors=rules.learn_dictionary.output.factors,
     output:
         codes="<results>/{variant}/codes/{unit}.safetensors",

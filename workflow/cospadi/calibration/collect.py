@@ -136,13 +136,12 @@ def collect(
         for index in layers:
             layer = structure["layers"][index]
             for site in layer["sites"]:
-                name = f"{layer['name']}/{site['name']}"
-                group = rows_file.create_group(name)
+                group = rows_file.create_group(f"{layer['name']}/{site['name']}")
                 if mode == "store":
                     sink: _Sink = _Rows(group, site["d_in"], dtype, read.attention_mask)
                 else:
                     sink = _Gram(group, site["d_in"], read.attention_mask, heldout_from, device)
-                sites.append(_Site(name, group, sink, len(batches)))
+                sites.append(_Site(group, sink, len(batches)))
                 taps.append(Tap(index, site["name"], "input", sites[-1].see))
         hidden = None
         if hidden_out is not None:
@@ -239,8 +238,7 @@ class _Gram:
 class _Site:
     """Takes the input of one site out of a forward pass, unless it is not finite."""
 
-    def __init__(self, name: str, group: h5py.Group, sink: _Sink, n_batches: int) -> None:
-        self.name = name
+    def __init__(self, group: h5py.Group, sink: _Sink, n_batches: int) -> None:
         self._group = group
         self._sink = sink
         self._n_batches = n_batches
@@ -253,9 +251,9 @@ class _Site:
         self._n_skipped += 1
         if self._n_skipped > LOSS_LIMIT * self._n_batches:
             raise NumericalError(
-                f"{self.name}: the input was NaN or infinite in {self._n_skipped} of {self._n_batches} batches, more "
-                f"than the {LOSS_LIMIT:.0%} that may be lost (last: windows {batch.start}-{batch.stop - 1}). "
-                "Compute in bfloat16 or float32, and check the model's weights"
+                f"{self._group.name[1:]}: the input was NaN or infinite in {self._n_skipped} of {self._n_batches} "
+                f"batches, more than the {LOSS_LIMIT:.0%} that may be lost (last: windows "
+                f"{batch.start}-{batch.stop - 1}). Compute in bfloat16 or float32, and check the model's weights"
             )
 
     def finish(self) -> None:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cospadi.calibration.activations import from_stored, to_stored
-from cospadi.calibration.walk import Chunk
 from cospadi.files import BFLOAT16
 
 if TYPE_CHECKING:
     import torch
+
+    from cospadi.calibration.walk import Chunk
 
 
 def fold(transform: np.ndarray, stored: np.ndarray) -> np.ndarray:

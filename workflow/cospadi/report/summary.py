@@ -91,6 +91,37 @@ def _read_variant(
             "matrices": {},
             **columns,
         }
+    matrices, seconds, all_nbytes = _read_units(name, folder, units)
+    # matrices that share a dictionary count a fraction of it each
+    target_bytes = round(sum(matrix["nbytes"] for matrix in matrices.values()))
+    method, asked = config.get("method"), config.get("ratio")
+    dense_nbytes = sum(matrix["dense_nbytes"] for matrix in matrices.values())
+    # where some matrices stay as they are, the share of all is another one
+    ratio_of_all = None if all_nbytes == dense_nbytes else (dense_nbytes - target_bytes) / all_nbytes
+    if pruning is not None:  # of all blocks, also those that went in the first step
+        method = " + ".join(step["method"] for step in config["steps"])
+        asked = config["steps"][-1]["ratio"] * dense_nbytes / all_nbytes
+        asked = 1 - (1 - columns["target_parameters_removed"]) * (1 - asked)
+        target_bytes += all_nbytes - dense_nbytes
+        dense_nbytes, ratio_of_all = 2 * pruning["dense"]["target_parameters"], None
+        seconds += pruning["seconds"]
+    return {
+        "method": method,
+        "ratio_asked": asked,
+        "target_bytes": target_bytes,
+        "ratio_true": 1 - target_bytes / dense_nbytes,
+        "ratio_of_all": ratio_of_all,
+        "mean_relative_error": sum(matrix["relative_error"] for matrix in matrices.values()) / len(matrices),
+        "seconds_learning": seconds,
+        "model": str(folder / "model"),
+        "config": config,
+        "matrices": matrices,
+        **columns,
+    }
+
+
+def _read_units(name: str, folder: Path, units: Sequence[str] | None) -> tuple[dict[str, dict[str, Any]], float, int]:
+    """Every matrix of a variant, the seconds of learning, and the dense bytes of all matrices of its layers."""
     if units is None:
         units = sorted({path.stem for stage in ("factors", "codes") for path in (folder / stage).glob("*.json")})
     if not units:
@@ -123,32 +154,7 @@ def _read_variant(
             history = diagnostics.get("history", [])
             diagnostics["history"] = {key: [entry[key] for entry in history] for key in ("iteration", "relative_error")}
             matrices[matrix] = {**diagnostics, **numbers}
-    # matrices that share a dictionary count a fraction of it each
-    target_bytes = round(sum(matrix["nbytes"] for matrix in matrices.values()))
-    method, asked = config.get("method"), config.get("ratio")
-    dense_nbytes = sum(matrix["dense_nbytes"] for matrix in matrices.values())
-    # where some matrices stay as they are, the share of all is another one
-    ratio_of_all = None if all_nbytes == dense_nbytes else (dense_nbytes - target_bytes) / all_nbytes
-    if pruning is not None:  # of all blocks, also those that went in the first step
-        method = " + ".join(step["method"] for step in config["steps"])
-        asked = config["steps"][-1]["ratio"] * dense_nbytes / all_nbytes
-        asked = 1 - (1 - columns["target_parameters_removed"]) * (1 - asked)
-        target_bytes += all_nbytes - dense_nbytes
-        dense_nbytes, ratio_of_all = 2 * pruning["dense"]["target_parameters"], None
-        seconds += pruning["seconds"]
-    return {
-        "method": method,
-        "ratio_asked": asked,
-        "target_bytes": target_bytes,
-        "ratio_true": 1 - target_bytes / dense_nbytes,
-        "ratio_of_all": ratio_of_all,
-        "mean_relative_error": sum(matrix["relative_error"] for matrix in matrices.values()) / len(matrices),
-        "seconds_learning": seconds,
-        "model": str(folder / "model"),
-        "config": config,
-        "matrices": matrices,
-        **columns,
-    }
+    return matrices, seconds, all_nbytes
 
 
 def _pruned_columns(pruning: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from cospadi.config import Schema, checked, document, read_schema, without_references
+from cospadi.config import Schema, document, read_schema, without_references
 
 # each a section of the config and a folder of the results
 EXPERIMENTS = ("language", "vision")
@@ -23,18 +23,8 @@ def schema() -> Schema:
     return without_references(read_schema("training.schema.yaml"))
 
 
-def check_config(
-    config: Mapping[str, Any],
-    *,
-    overrides: Mapping[str, Any] | None = None,
-    source: str = "config",
-    files: Iterable[str | Path] = (),
-) -> dict[str, Any]:
-    """Check a config and fill in the defaults, as `config.check_config` does for the other kind of run."""
-    return checked(config, schema(), _cross_checks, overrides=overrides, source=source, files=files)
-
-
-def _cross_checks(config: dict[str, Any]) -> Iterator[str]:
+def cross_checks(config: dict[str, Any]) -> Iterator[str]:
+    """What no schema can say: experiments that are missing, sizes that do not fit each other."""
     training = config["training"]
     if training["language"] is None and training["vision"] is None:
         yield "training: has neither language nor vision; add one"

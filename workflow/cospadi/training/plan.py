@@ -99,7 +99,7 @@ class TrainingPlan(Staged):
     Parameters
     ----------
     config : mapping
-        Complete, from `training.config.check_config`.
+        Complete, from `runs.check_run`.
 
     Attributes
     ----------
