@@ -565,6 +565,22 @@ def test_recorded_and_transformed_products_are_right(rows):
     torch.testing.assert_close(tangent.detach(), example @ weight, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "record", [torch.jit.trace, torch.export.export, functools.partial(torch.export.export, strict=True)]
+)
+def test_onnx_is_refused_with_what_to_do(record, monkeypatch):
+    """However an exporter records the model; unpacked there is nothing to refuse."""
+    layer, weight = make()
+    model = torch.nn.Sequential(layer)
+    x = torch.randn(20, 48)
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    with pytest.raises(Exception, match=r"call unpack_\(model\) first, or export a dense folder \(.*densify\)"):
+        record(model, (x,))
+    made = record(unpack_(model, torch.float32), (x,))
+    made = made if record is torch.jit.trace else made.module()
+    torch.testing.assert_close(made(x).detach(), x @ weight, rtol=1e-5, atol=1e-5)
+
+
 def test_gradient_reaches_the_input_and_the_bias():
     layer, weight = make(bias=True)
     x = torch.randn(4, 48, requires_grad=True)

@@ -187,6 +187,7 @@ class Packed(nn.Module):
 
     def _shown(self, x: torch.Tensor) -> torch.Tensor:
         """The product as torch can record or transform it."""
+        _refuse_onnx()
         if _is_transformed(x):
             # plain operations have rules for everything, an operator of ours only a gradient
             dictionary, codes = self.factors(x.dtype)
@@ -398,6 +399,15 @@ def _is_watched(x: torch.Tensor) -> bool:
     )
 
 
+def _refuse_onnx() -> None:
+    """While a model is exported to ONNX, whose operators know no packed tensors: say so, and what to do."""
+    if torch.onnx.is_in_onnx_export():
+        raise ValueError(
+            "ONNX has no operator for a product with packed tensors; call unpack_(model) first, or export a dense "
+            "folder (cospadi.checkpoint.densify)"
+        )
+
+
 def _is_transformed(x: torch.Tensor) -> bool:
     """Whether torch derives something else from operations on `x`: vmap, grad, jvp of torch.func, dual numbers."""
     if torch.compiler.is_compiling() or not isinstance(x, torch.Tensor):
@@ -499,6 +509,7 @@ def packed_linear(
 
 @packed_linear.register_fake
 def _(x: torch.Tensor, *parts_and_spec: Any) -> torch.Tensor:
+    _refuse_onnx()  # here, too: where torch.export compiles, it does not see it in the layer
     *parts, spec = parts_and_spec
     device = parts[PARTS.index("values")].device  # a layer without memory gives no numbers, whatever x is
     return x.new_empty(*x.shape[:-1], _parsed(spec)["shape"][1], device=device)
