@@ -1,5 +1,8 @@
 """Codecs and supports: exact round trips over ragged sizes, and byte counts that equal what is stored."""
 
+import importlib
+import sys
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -104,8 +107,13 @@ def test_unknown_rounding_is_refused():
 
 def test_every_width_of_the_config_has_its_codec():
     assert CODEC_OF_BITS == {16: "bf16", 14: "bf14", 8: "int8", 4: "int4"} and DICTIONARY_BITS == (16, 8, 4)
-    # a second codec of as many bits could not be asked for
-    assert set(CODEC_OF_BITS.values()) == set(CODECS)
+
+
+def test_two_codecs_of_as_many_bits_are_refused(monkeypatch):
+    monkeypatch.setitem(CODECS, "other4", CODECS["int4"])
+    monkeypatch.delitem(sys.modules, "cospadi.formats.values")
+    with pytest.raises(ValueError, match="bf16, bf14, int8, int4, other4 two have as many bits"):
+        importlib.import_module("cospadi.formats.values")
 
 
 def integers_of(bits):

@@ -20,6 +20,8 @@ ROUNDINGS = ("nearest", "truncate")
 
 # The config's ``codes.value_bits`` and ``codes.dictionary_bits``
 CODEC_OF_BITS = {codec.bits: name for name, codec in CODECS.items()}
+if len(CODEC_OF_BITS) < len(CODECS):
+    raise ValueError(f"of the codecs {', '.join(CODECS)} two have as many bits: no config could tell them apart")
 DICTIONARY_BITS = tuple(codec.bits for codec in CODECS.values() if codec.for_dictionaries)
 
 # The config's ``codes.group_size``, as a default where none is given: numbers of a block
