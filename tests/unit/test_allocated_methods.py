@@ -81,13 +81,16 @@ def test_ratios_are_those_of_the_logarithms_of_the_losses():
     assert found[0] < found[1] < found[2], "the greater the loss, the more bytes"
 
 
-def test_every_matrix_keeps_a_rank_and_the_bytes_are_all_there():
+def test_no_matrix_loses_more_than_the_guard_and_the_bytes_are_all_there():
     # the smallest loss asks for more than all of its matrix
-    profiles = profiles_of([{"loss": 0.0}, {"loss": 1e9}, {"loss": 1e9}])
-    nbytes = nbytes_left([(D_IN, D_OUT)] * 3, 0.8)
-    found = svd_llm_v2.share(profiles, nbytes, storage=BF16)
-    assert found[0] == 2 * (D_IN + D_OUT) and low_rank(D_IN, D_OUT, nbytes=found[0], **BF16) == 1
+    losses = [{"loss": 0.0}, {"loss": 1e9}, {"loss": 1e9}]
+    nbytes = nbytes_left([(D_IN, D_OUT)] * 3, 0.5)
+    found = svd_llm_v2.share(profiles_of(losses), nbytes, storage=BF16)
+    assert found[0] == nbytes_left([(D_IN, D_OUT)], 0.8)
     assert found[1] == found[2] and nbytes - 3 < sum(found) <= nbytes
+    # of a matrix so small that this is less than a rank, the rank stays
+    found = svd_llm_v2.share(profiles_of(losses, shape=(8, 8)), nbytes_left([(8, 8)] * 3, 0.5), storage=BF16)
+    assert found[0] == 32 > nbytes_left([(8, 8)], 0.8) and low_rank(8, 8, nbytes=32, **BF16) == 1
 
 
 # --- ROCKET ----------------------------------------------------------------------------------------------------------

@@ -73,6 +73,8 @@ TIME_OPTIONS: dict[str, dict[str, Any]] = {
 
 # Every matrix the same ratio: what a method does that parts no bytes
 UNIFORM = "uniform"
+# What an allocation by formula may remove of a matrix, unless the ratio is higher: its paper's guard is not known to us
+MOST_REMOVED = 0.8
 
 
 def allocation_option(rule: str, description: str, *, default: str | None = None) -> dict[str, dict[str, Any]]:

@@ -19,13 +19,12 @@ from cospadi.allocation import Profile
 from cospadi.budget import nbytes_left, sparse_shape
 from cospadi.errors import ConfigError
 from cospadi.methods import cospadi
-from cospadi.methods.base import UNIFORM, Allocator, Method, allocation_option, work_of
+from cospadi.methods.base import MOST_REMOVED, UNIFORM, Allocator, Method, allocation_option, work_of
 from cospadi.problem import Problem, Target, side_by_side
 from cospadi.solvers.svd import squares_left
 from cospadi.work import Work
 
 RULE = "spectra"
-MOST_REMOVED = 0.8
 
 # The solver is the method; its codes are exact, and another metric's atoms would not be orthonormal
 _NOT_HERE = ("solver", "atom_update", "polish", "group_metric")

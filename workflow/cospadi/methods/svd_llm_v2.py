@@ -5,8 +5,9 @@ With ``G = V Lambda V^T`` the best product of rank r in the metric of the activa
 is added to a singular Gram. That error at the ratio asked for decides which matrix gets how many bytes.
 
 What the paper leaves open is decided here so: the ratio is the fraction of bytes removed; a loss up to e counts as e,
-since the rule divides by its logarithm; every matrix keeps at least rank 1, and what it cannot give the others of its
-kind do.
+since the rule divides by its logarithm, which also makes it depend on the number of tokens; no matrix loses more than
+.8 of its bytes (or the ratio asked for, where that is more) nor its last rank, and what it cannot give the others of
+its kind do. Without that guard the o of the demo's first layer, whose loss is small, was left with rank 1.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from cospadi.budget import factors_nbytes, low_rank, nbytes_left
 from cospadi.formats.factorization import Factorization
 from cospadi.gram import EigenWhitening, eigen_whitening
 from cospadi.methods import svd_llm
-from cospadi.methods.base import WHITENING_OPTIONS, Allocator, Method, allocation_option
+from cospadi.methods.base import MOST_REMOVED, WHITENING_OPTIONS, Allocator, Method, allocation_option
 from cospadi.problem import Metric, Problem
 from cospadi.solvers.svd import squares_left
 
@@ -87,7 +88,8 @@ def share(profiles: Sequence[Profile], nbytes: int, *, storage: Mapping[str, Any
     for kind in dict.fromkeys(one.kind for one in profiles):
         members = [index for index, one in enumerate(profiles) if one.kind == kind]
         dense = [nbytes_left(profiles[index].shapes, 0) for index in members]
-        least = [_rank_one(profiles[index], storage) for index in members]
+        guard = max(MOST_REMOVED, ratio)
+        least = [max(nbytes_left(profiles[i].shapes, guard), _rank_one(profiles[i], storage)) for i in members]
         losses = [max(math.e, profiles[index].figures["loss"]) for index in members]
         weights = [size / math.log(loss) for size, loss in zip(dense, losses, strict=True)]
         most = [size - low for size, low in zip(dense, least, strict=True)]
