@@ -2,8 +2,9 @@
 
 ``make bench-runtime``, or ``python benchmarks/runtime.py`` (``--help`` says what can be chosen). The packed models have
 the demo model's sizes and random factors of the shapes that the budget gives for each ratio: how fast a product is does
-not depend on what the numbers are. Dictionaries are shared as in the demo's config (q, k, v; gate, up), and beside it
-every matrix has its own. Where there is a GPU, `runtime_gpu` measures on it, too.
+not depend on what the numbers are. Of the method `cospadi` dictionaries are shared as in the demo's config (q, k, v;
+gate, up), or with ``--kinds own`` every matrix has its own; `hybrid` and `sparse` share the same. Where there is a GPU,
+`runtime_gpu` measures on it, too. ``--kinds``, ``--ratios``, ``--threads``, ``--measures`` choose a part of it.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from cospadi.budget import dense_nbytes, nbytes_left, sparse_shape
 from cospadi.checkpoint import assemble, target_bytes
 from cospadi.files import ModelFolder, write_tensors
 from cospadi.formats.factorization import Factorization
+from cospadi.methods.hybrid import atoms_by_rule
+from cospadi.methods.single_weights import n_entries
 from cospadi.problem import Matrix, Metric, shared, split_codes
 from cospadi.runtime.cospadi_cpu import bfloat16_is_native, kernel
 from cospadi.runtime.cospadi_linear import PackedLinear
@@ -43,12 +46,14 @@ CONFIG = PROJECT / "config" / "models" / "SmolLM2-135M-Instruct.json"
 RATIOS = (0.2, 0.4, 0.5)
 SHARED_RHO = {0.2: 2.5, 0.4: 3.0, 0.5: 3.0}  # as in the demo's config
 SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+KINDS = {"shared": "cospadi", "own": "cospadi, own dictionaries", "hybrid": "hybrid", "sparse": "sparse"}
 DECODE_GOALS = {0.2: 1.0, 0.4: 1.25, 0.5: 1.5}
 PREFILL_GOALS = {0.2: 0.9, 0.4: 1.0, 0.5: 1.0}
 MATRIX = (4096, 11008)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 PREFILLS = (128, 512)
-HEADERS = ["measure", "threads", "ratio", "dictionaries"]
+MEASURES = ("model", "matrix", "fresh")
+HEADERS = ["measure", "threads", "ratio", "kind"]
 HEADERS += [f"{which} {dtype}" for which in ("dense", "packed") for dtype in DTYPES]
 HEADERS += ["speed-up", "limit by bytes", "goal"]
 
@@ -61,6 +66,13 @@ def main() -> None:
     cores = torch.get_num_threads()
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, cores}), help="threads of torch")
     parser.add_argument("--rounds", type=int, default=40, help="how often each step is timed")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=KINDS, default=["shared", "hybrid", "sparse"], help="packed models to make"
+    )
+    parser.add_argument("--ratios", type=float, nargs="+", choices=RATIOS, default=RATIOS, help="their ratios")
+    parser.add_argument(
+        "--measures", nargs="+", choices=MEASURES, default=MEASURES, help="what to time; model is decoding and prefill"
+    )
     parser.add_argument("--output", type=Path, help="the table as JSON lines")
     parser.add_argument(
         "--cpu-time",
@@ -88,12 +100,16 @@ def main() -> None:
         return
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        folders = make_models(Path(scratch))
+        names = [Packed(ratio, kind) for kind in arguments.kinds for ratio in arguments.ratios]
+        folders = make_models(Path(scratch), names)
         for threads in arguments.threads:
             torch.set_num_threads(threads)
-            rows += [[row[0], threads, *row[1:]] for row in models(folders, arguments.rounds)]
-            rows += [[row[0], threads, *row[1:]] for row in one_matrix(arguments.rounds)]
-        rows += [[row[0], "", *row[1:]] for row in fresh_processes(folders)]
+            if "model" in arguments.measures:
+                rows += [[row[0], threads, *row[1:]] for row in models(folders, arguments.rounds)]
+            if "matrix" in arguments.measures:
+                rows += [[row[0], threads, *row[1:]] for row in one_matrix(arguments.rounds)]
+        if "fresh" in arguments.measures:
+            rows += [[row[0], "", *row[1:]] for row in fresh_processes(folders)]
     print(table(rows, HEADERS))
     print("\nMedians; least times in brackets. A speed-up compares each in the dtype that is faster for it.")
     print("A limit counts the bytes that are read; a speed-up above it means that the dense product does not reach the")
@@ -111,22 +127,28 @@ def table(rows: list[list], headers: list[str]) -> str:
 
 
 class Packed(NamedTuple):
-    """A packed model: its ratio, and whether dictionaries are shared as in the demo or every matrix has its own."""
+    """A packed model: its ratio, and which of `KINDS` it is."""
 
     ratio: float
-    shared: bool
+    kind: str
 
     def cells(self) -> list[Any]:
         """Its cells in the table."""
-        return [self.ratio, "shared" if self.shared else "own"]
+        return [self.ratio, KINDS[self.kind]]
+
+    def factors(self, d_in: int, d_out: int) -> Factorization:
+        """Random factors of matrices that stand side by side."""
+        if self.kind in ("hybrid", "sparse"):
+            n_atoms = atoms_by_rule(d_in, d_out, "matrix") if self.kind == "hybrid" else 0
+            return random_single_weights(d_in, d_out, self.ratio, n_atoms)
+        return random_factors(d_in, d_out, self.ratio, SHARED_RHO[self.ratio] if self.kind == "shared" else 2.0)
 
 
-PACKED = [Packed(ratio, shared) for shared in (True, False) for ratio in RATIOS]
 Name = Packed | Literal["dense"]
 
 
-def make_models(scratch: Path) -> dict[Name, Path]:
-    """The demo model with random weights, dense and packed in every way."""
+def make_models(scratch: Path, names: list[Packed]) -> dict[Name, Path]:
+    """The demo model with random weights, dense and packed in these ways."""
     config = json.loads(CONFIG.read_text())
     model_type = config.pop("model_type")
     dense = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **config), dtype=torch.bfloat16)
@@ -134,17 +156,15 @@ def make_models(scratch: Path) -> dict[Name, Path]:
     dense.save_pretrained(folders["dense"])
     del dense
     base = ModelFolder(folders["dense"])
-    names = [name.removesuffix(".weight") for name in base.weight_map if name.endswith("_proj.weight")]
     matrices = []
-    for name in names:
+    for name in [name.removesuffix(".weight") for name in base.weight_map if name.endswith("_proj.weight")]:
         shape = base.read(f"{name}.weight").shape[::-1]
         read = functools.partial(base.read_weight, name)
         matrices.append(Matrix(name, int(name.split(".")[2]), "", shape, Metric.identity(shape[0]), read))
-    for made in PACKED:
+    for made in names:
         tensors, specs = {}, {}
-        rho = SHARED_RHO[made.ratio] if made.shared else 2.0
-        factors = functools.cache(functools.partial(random_factors, ratio=made.ratio, rho=rho))  # a few shapes, often
-        for problem in shared(matrices, {"share": [], "share_within": SHARED if made.shared else []}):
+        factors = functools.cache(made.factors)  # a few shapes, often
+        for problem in shared(matrices, {"share": [], "share_within": [] if made.kind == "own" else SHARED}):
             widths = [matrix.shape[1] for matrix in problem]
             parts = split_codes(factors(problem[0].shape[0], sum(widths)), widths)
             for matrix, part in zip(problem, parts, strict=True):
@@ -152,7 +172,7 @@ def make_models(scratch: Path) -> dict[Name, Path]:
                 tensors |= packed
         codes = scratch / "codes.safetensors"
         write_tensors(codes, tensors, {"format_version": 1, "matrices": specs})
-        folders[made] = scratch / f"packed-{made.ratio}-{made.shared}"
+        folders[made] = scratch / f"packed-{made.ratio}-{made.kind}"
         assemble(folders["dense"], [codes], folders[made], variant={"ratio": made.ratio})
         codes.unlink()
     return folders
@@ -169,6 +189,23 @@ def random_factors(d_in: int, d_out: int, ratio: float, rho: float = 2.0) -> Fac
     return Factorization(dictionary, codes)
 
 
+def random_single_weights(d_in: int, d_out: int, ratio: float, n_atoms: int) -> Factorization:
+    """Random weights under a mask, beside `n_atoms` random atoms, as many as the budget gives for `ratio`."""
+    draw = np.random.default_rng(0)
+    storage = {"value_codec": "bf16", "group_size": None, "dictionary_codec": "bf16"}
+    n_kept = n_entries((d_in, d_out), nbytes_left([(d_in, d_out)], ratio), n_atoms=n_atoms, **storage)
+    codes = draw.standard_normal((d_in + n_atoms, d_out), np.float32) / d_in**0.5
+    mask = np.zeros(codes.size, bool)
+    mask[draw.permutation(codes.size)[:n_kept]] = True
+    mask = mask.reshape(codes.shape)
+    codes *= mask
+    plus = []
+    if n_atoms:
+        atoms = draw.standard_normal((d_in, n_atoms), np.float32) / d_in**0.5
+        plus = [Factorization(atoms, codes[d_in:], mask=mask[d_in:])]
+    return Factorization(None, codes[:d_in], mask=mask[:d_in], plus=plus)
+
+
 def interleaved(steps: dict[Any, Callable[[], object]], rounds: int) -> dict[Any, tuple[float, float]]:
     """Median and least seconds of every step; in turn, so that whatever else the machine does hits all alike."""
     times: dict[Any, list[float]] = {name: [] for name in steps}
@@ -180,6 +217,10 @@ def interleaved(steps: dict[Any, Callable[[], object]], rounds: int) -> dict[Any
             step()
             times[name].append(clock() - started)
     return {name: (float(np.median(taken)), min(taken)) for name, taken in times.items()}
+
+
+def packed_only(folders: dict[Name, Path]) -> list[Packed]:
+    return [name for name in folders if isinstance(name, Packed)]
 
 
 def models(folders: dict[Name, Path], rounds: int) -> list[list[Any]]:
@@ -214,7 +255,7 @@ def models(folders: dict[Name, Path], rounds: int) -> list[list[Any]]:
     rows = []
     all_bytes = sum(file.stat().st_size for file in folders["dense"].glob("*.safetensors"))
     for measure, (tokens, taken) in measured.items():
-        for name in PACKED:
+        for name in packed_only(folders):
             count = target_bytes(folders[name])
             limit = all_bytes / (all_bytes - count["dense_nbytes"] + count["nbytes"])
             goals = DECODE_GOALS if tokens == 1 else PREFILL_GOALS
@@ -347,11 +388,11 @@ def fresh_processes(folders: dict[Name, Path]) -> list[list[Any]]:
             found[name].append([float(figure) for figure in done.stdout.split()])
     rows = []
     seconds = {name: sorted(run[0] for run in runs) for name, runs in found.items()}
-    for name in PACKED:
+    for name in packed_only(folders):
         dense, packed = ((seconds[which][1], seconds[which][0]) for which in ("dense", name))
         cells = [shown(dense, 2), "", shown(packed, 2), "", speedup(dense, packed)]
         rows.append(["load, s", *name.cells(), *cells, "", "1.00"])
-    for name in PACKED:
+    for name in packed_only(folders):
         size = sum(file.stat().st_size for file in folders[name].glob("*.safetensors"))
         limit = f"at most {(1.25 * size + 3e8) / 1e6:.0f}"
         for what, which, goal in (("after loading", 1, limit), ("after one token", 2, "")):
