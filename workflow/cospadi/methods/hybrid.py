@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cospadi.arrays import on_device, to_numpy
+from cospadi.budget import dense_nbytes
 from cospadi.errors import ConfigError
 from cospadi.formats.factorization import Factorization
 from cospadi.methods import single_weights
@@ -23,8 +24,10 @@ from cospadi.problem import Problem, Target, side_by_side
 from cospadi.work import Work
 
 AUTO = "auto"
-# Learned atoms by rule, as a share of the inputs: where outputs are many (gate and up together), and where they are not
-SHARE_WIDE, SHARE_SQUARE = 1 / 9, 1 / 18
+# Learned atoms by rule, as a share of the inputs: where outputs are many (gate and up together), and where they are
+# not; in proportion fewer where less than this share of the bytes is left, since an atom is paid for before any weight
+SHARE_WIDE, SHARE_SQUARE = 1 / 6, 1 / 18
+SHARE_LEFT = 0.6
 # What `atoms: auto` tries beside none, and in how many passes
 SHARES_TRIED = (1 / 36, 1 / 18, 1 / 9, 1 / 5)
 TRIAL = 1
@@ -36,8 +39,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "minimum": 0,
         "pattern": f"^{AUTO}$",
         "default": None,
-        "description": "Learned atoms of a problem. null: a ninth of the inputs where there are twice as many outputs, "
-        "an eighteenth where there are as many, else none; auto: searched by error. Never kept where none is better.",
+        "description": "Learned atoms of a problem. null: a sixth of the inputs where there are twice as many outputs, "
+        "an eighteenth where there are as many, else none, and fewer at ratios above 0.4; auto: searched by error. "
+        "Never kept where none is better.",
     },
     "max_iter": {
         "type": "integer",
@@ -123,7 +127,7 @@ def fit(
         trials = {n_atoms: with_atoms(n_atoms, TRIAL, None).error for n_atoms in counts if _fits(room, n_atoms)}
         n_atoms = min(trials, key=trials.get, default=0)
     else:
-        n_atoms = atoms_by_rule(d_in, d_out, pattern) if atoms is None else atoms
+        n_atoms = atoms_by_rule(d_in, d_out, nbytes, pattern) if atoms is None else atoms
     if n_atoms and _fits(room, n_atoms):
         found = with_atoms(n_atoms, max_iter, log)
         if log is not None:
@@ -133,11 +137,12 @@ def fit(
     return _factors(problem, best, metric, sizes, pattern, storage)
 
 
-def atoms_by_rule(d_in: int, d_out: int, pattern: str) -> int:
+def atoms_by_rule(d_in: int, d_out: int, nbytes: int, pattern: str) -> int:
     """Learned atoms where the options name none."""
     if pattern != "matrix" or d_out < d_in:
         return 0
-    return round(d_in * (SHARE_WIDE if d_out >= 2 * d_in else SHARE_SQUARE))
+    share = SHARE_WIDE if d_out >= 2 * d_in else SHARE_SQUARE
+    return round(d_in * share * min(1.0, nbytes / dense_nbytes(d_in, d_out) / SHARE_LEFT))
 
 
 def _fits(room: Callable[[int], int], n_atoms: int) -> bool:
@@ -190,7 +195,7 @@ def work(targets: Sequence[Target], nbytes: int, options: Mapping[str, Any], sto
     rounds = options["max_iter"]
     if atoms == AUTO:
         rounds += TRIAL * len(SHARES_TRIED)
-    elif (atoms_by_rule(d, n, options["pattern"]) if atoms is None else atoms) == 0:
+    elif (atoms_by_rule(d, n, nbytes, options["pattern"]) if atoms is None else atoms) == 0:
         rounds = 0
     return single_weights.work(targets, products=100 + 84 * rounds, inversions=25 + 14 * bool(rounds))
 

@@ -21,6 +21,9 @@ from cospadi.solvers.entries import best_entries
 # Ridge on the scaled Gram, so that inputs that depend on each other have one answer
 RIDGE = 1e-5
 
+# Conjugate gradient steps on the start's support: enough to know whether ADMM did harm
+START_CG_STEPS = 5
+
 # Inverses that are kept: those of the longest schedule
 _INVERSES_KEPT = 20
 
@@ -87,8 +90,8 @@ class Scaled:
         eye = xp.eye(gram.shape[0], dtype=gram.dtype, **device_of(gram))
         self.scale = xp.sqrt(diagonal + ridge)
         self._double = (gram + ridge * eye) / (self.scale[:, None] * self.scale[None, :])
-        self._eye = eye
         self._dtype = dtype
+        self._eye = xp.astype(eye, dtype)
         self._inverses: dict[float, Array] = {}
         self.gram = xp.astype(self._double, dtype)
 
@@ -106,12 +109,11 @@ class Scaled:
         )
 
     def inverse(self, rho: float) -> Array:
-        """``(H + rho I)^-1``."""
+        """``(H + rho I)^-1``, in the dtype of the products: rho keeps it well conditioned, and it guides a support."""
         if rho not in self._inverses:
-            xp = array_namespace(self._double)
             while len(self._inverses) >= _INVERSES_KEPT:
                 self._inverses.pop(next(iter(self._inverses)))
-            self._inverses[rho] = xp.astype(inverse_spd(self._double + rho * self._eye), self._dtype)
+            self._inverses[rho] = inverse_spd(self.gram + rho * self._eye)
         return self._inverses[rho]
 
 
@@ -146,11 +148,12 @@ def sparse_codes(
     Returns
     -------
     array (d_out, d_in)
-        The better of the start, cut to its largest entries, and what ADMM ends with, both with the best values.
+        The better of what ADMM ends with, on the best values, and the start, cut to its largest entries and improved.
     """
     found = support_by_admm(metric, targets, n_nonzero, start, schedule, pattern)
     kept = start * best_entries(abs(start), n_nonzero, pattern)
-    found, kept = (fit_values(metric.gram, targets, codes, cg_steps) for codes in (found, kept))
+    found = fit_values(metric.gram, targets, found, cg_steps)
+    kept = fit_values(metric.gram, targets, kept, min(cg_steps, START_CG_STEPS))
     return found if _energy(metric.gram, targets, found) <= _energy(metric.gram, targets, kept) else kept
 
 
