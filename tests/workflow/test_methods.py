@@ -75,7 +75,7 @@ def test_bytes_are_parted_before_units_are_learned(run, variant):
     given = {name: one["nbytes"] for one in allocation["problems"] for name in one["matrices"]}
     model = ModelFolder(run.config["model"]["path"])
     dense = {name: 2 * model.read_weight(name).size for name in given}
-    assert len({round(1 - given[name] / dense[name], 3) for name in given}) > 7, "ratios differ"
+    assert len({round(1 - given[name] / dense[name], 3) for name in given}) > 2, "ratios differ"
     assert sum(given.values()) <= (1 - settings["ratio"]) * sum(dense.values())
     for path in folder.glob("codes/*.json"):
         for name, numbers in json.loads(path.read_text())["matrices"].items():
