@@ -181,8 +181,8 @@ def test_needs_of_every_rule_with_a_model():
     plan = plan_of()
     rows = {need.name.split()[0]: need for need in needs(plan)}
     assert rows["collect_activations"].n_jobs == 2 and rows["compute_gram"].n_jobs == 30
-    assert [need.n_jobs for need in needs(plan) if need.name.startswith("learn_dictionary")] == [30] * 4
-    assert rows["evaluate_model"].n_jobs == 5
+    assert [need.n_jobs for need in needs(plan) if need.name.startswith("learn_dictionary")] == [10] * 7
+    assert rows["evaluate_model"].n_jobs == 8
     # rows of 15 layers and the hidden states, in the larger of the dtypes that `auto` may be
     assert rows["collect_activations"].work.disk == 4 * 64 * 512 * (15 * (3 * 576 + 1536) + 576)
     assert rows["compute_gram"].work.disk == 8 * (3 * 576**2 + 1536**2)
@@ -192,7 +192,7 @@ def test_needs_of_every_rule_with_a_model():
 
 def test_needs_of_a_run_that_removes_blocks():
     steps = {"steps": [{"method": "replaceme", "blocks": 4}, {"method": "cospadi", "ratio": 0.2}]}
-    rows = {need.name: need for need in needs(plan_of(variants={"a": steps}))}
+    rows = {need.name: need for need in needs(plan_of(variants={"a": steps}, layers_per_job=1))}
     assert rows["fit_transforms a/pruned/"].n_jobs == 1 and rows["measure_distances"].n_jobs == 1
     assert rows["learn_dictionary a"].n_jobs == 26 and rows["compute_gram a/pruned/"].n_jobs == 26
 
