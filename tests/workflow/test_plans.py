@@ -94,14 +94,14 @@ def test_demo_on_slurm(folder):
     output = result.stdout + result.stderr
     assert result.returncode == 0, output
     assert "warning" not in output.lower()
-    assert jobs(output)["learn_dictionary"] == 120
+    assert jobs(output)["learn_dictionary"] == 7 * 10
 
 
 def test_all_faults_of_a_config_in_one_message(folder):
     config = yaml.safe_load((PROJECT / "config.yaml").read_text())
     config["calibration"]["lenght"] = 3
     config["variants"]["cospadi-20"]["ratio"] = 2
-    config["variants"]["svd_llm-20"]["method"] = "svdllm"
+    config["variants"]["svd_llm"]["method"] = "svdllm"
     (folder / "faulty.yaml").write_text(yaml.safe_dump(config))
     result = snakemake(folder, "--configfile", str(folder / "faulty.yaml"))
     output = result.stdout + result.stderr

@@ -401,11 +401,20 @@ def _is_watched(x: torch.Tensor) -> bool:
 
 def _refuse_onnx() -> None:
     """While a model is exported to ONNX, whose operators know no packed tensors: say so, and what to do."""
-    if torch.onnx.is_in_onnx_export():
+    if _exports_to_onnx():
         raise ValueError(
             "ONNX has no operator for a product with packed tensors; call unpack_(model) first, or export a dense "
             "folder (cospadi.checkpoint.densify)"
         )
+
+
+def _exports_to_onnx() -> bool:
+    return torch.onnx.is_in_onnx_export()
+
+
+# What torch.compiler.assume_constant_result does, but that imports torch._dynamo for everyone: torch.compile asks
+# while it compiles, and puts the answer into what it makes
+_exports_to_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _is_transformed(x: torch.Tensor) -> bool:
