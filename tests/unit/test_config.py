@@ -641,6 +641,18 @@ def test_faults_of_sweeps_are_told_together_with_all_others(minimal):
     assert "empty" not in found
 
 
+def test_what_is_wrong_in_all_of_a_sweep_is_told_once(minimal):
+    minimal["variants"] = {
+        "a": {"method": "cospadi", "sweep": {"ratio": [0.2, 0.4, 0.4375, 5]}, "rhoo": 2.0},
+        "b": {"method": "svdllm", "sweep": {"ratio": [0.2, 0.4]}},
+        "c": {"method": "cospadi", "sweep": {"ratio": [0.2, 0.4]}, "share": ["q_proj"]},
+    }
+    found = faults(minimal)
+    assert [fault.split(":")[0] for fault in found] == ["variants.a-500.ratio", "variants.a.rhoo", "variants.b.method"]
+    del minimal["variants"]["a"], minimal["variants"]["b"]
+    assert [fault.split(":")[0] for fault in faults(minimal)] == ["variants.c.share"]
+
+
 def test_the_frontier_compares_every_method_that_factorizes_all_matrices():
     config = yaml.safe_load((PROJECT / "config/frontier.yaml").read_text())
     compared = {variant["method"] for variant in config["variants"].values()}

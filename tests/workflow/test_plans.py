@@ -109,7 +109,7 @@ def test_all_faults_of_a_config_in_one_message(folder):
     assert "faulty.yaml" in output and "3 faults" in output
     assert "calibration.lenght: unknown key (did you mean length?)" in output
     assert "variants.cospadi-20.ratio: 2 is not allowed; from 0.01 to 0.95" in output
-    assert "variants.svd_llm-20.method: svdllm is not known (did you mean svd_llm?)" in output
+    assert "variants.svd_llm.method: svdllm is not known (did you mean svd_llm?)" in output
     assert "Traceback" not in output
     assert not (folder / "results").exists()
 

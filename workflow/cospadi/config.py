@@ -30,7 +30,7 @@ from cospadi.pruning import PRUNERS
 from cospadi.registry import Entry
 from cospadi.sources import MODEL_SOURCES, TEXT_SOURCES
 from cospadi.sources.texts import SPLIT_OPTIONS
-from cospadi.sweep import expanded
+from cospadi.sweep import expanded, told_once
 
 SCHEMAS = Path(__file__).parent / "schemas"
 # a config file that names one of these means it instead of the base config's, not besides it
@@ -187,8 +187,9 @@ def checked(
         raise ConfigError(["a section contains itself, or is nested without end"], source) from None
     if not isinstance(result, dict):
         raise ConfigError([f"{_show(result)} is not allowed; expected {_KINDS['object']}"], source)
-    if "variants" in whole["properties"] and "variants" in result:
-        result["variants"], wrong = expanded(result["variants"])
+    sections = result.get("variants") if "variants" in whole["properties"] else None
+    if sections is not None:
+        result["variants"], wrong = expanded(sections)
         faults += wrong
     concrete = _resolve(whole, result, (), faults)
     for error in _Validator(concrete).iter_errors(result):
@@ -199,7 +200,7 @@ def checked(
         faults += cross_checks(result)
         faults += _file_faults(concrete, result)
     if faults:
-        raise ConfigError(sorted(set(faults)), source, result if allowed else None)
+        raise ConfigError(sorted(set(told_once(faults, sections))), source, result if allowed else None)
     return result
 
 

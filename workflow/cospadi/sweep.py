@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 SWEEP = "sweep"
@@ -48,6 +49,37 @@ def expanded(variants: Any) -> tuple[Any, list[str]]:
                 faults.append(f"variants.{name}.{SWEEP}: makes {variant}, which is a variant already; rename one")
         whole |= made
     return whole, faults
+
+
+def told_once(faults: Sequence[str], variants: Any) -> list[str]:
+    """Faults of the variants that sweeps made: what is wrong in all of one sweep is the fault of its section, once.
+
+    Parameters
+    ----------
+    faults : sequence of str
+        ``variants.<name>.<key>: what``, with the names that `expanded` gave.
+    variants : mapping
+        The section as it stands in the file.
+    """
+    if not isinstance(variants, Mapping):
+        return list(faults)
+    swept = {name: section for name, section in variants.items() if isinstance(section, Mapping) and SWEEP in section}
+    made = {
+        variant: name
+        for name, section in swept.items()
+        if not _faults(section[SWEEP], {})
+        for variant in _written_out(name, {}, section[SWEEP])
+    }
+    told = []
+    for fault in faults:
+        # of names that begin alike the longest is meant
+        variant = max((one for one in made if fault.startswith(f"variants.{one}.")), key=len, default=None)
+        if variant is not None:
+            rest = fault.removeprefix(f"variants.{variant}.")
+            if re.split(r"[.:]", rest)[0] not in swept[made[variant]][SWEEP]:
+                fault = f"variants.{made[variant]}.{rest}"
+        told.append(fault)
+    return list(dict.fromkeys(told))
 
 
 def _faults(sweep: Any, rest: Mapping[str, Any]) -> list[str]:
