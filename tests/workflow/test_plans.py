@@ -94,7 +94,7 @@ def test_demo_on_slurm(folder):
     output = result.stdout + result.stderr
     assert result.returncode == 0, output
     assert "warning" not in output.lower()
-    assert jobs(output)["learn_dictionary"] == 7 * 10
+    assert jobs(output)["learn_dictionary"] == 7 * 6
 
 
 def test_all_faults_of_a_config_in_one_message(folder):
