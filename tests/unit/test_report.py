@@ -354,6 +354,7 @@ def test_front_is_what_nothing_smaller_is_as_good_as():
     assert front(points) == ["small", "middle", "large"]
     assert front({name: (x, -y) for name, (x, y) in points.items()}, least=False) == ["small", "middle", "large"]
     assert front({}) == []
+    assert front({"better": (100.5, 5.0), "a few bytes less": (100.0, 6.0)}) == ["better"]
 
 
 def test_accuracy_is_drawn_with_its_front(rivals, tmp_path):

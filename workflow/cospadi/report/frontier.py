@@ -50,17 +50,19 @@ def _class(config: Mapping[str, Any]) -> str:
 
 
 def front(points: Mapping[str, tuple[float, float]], *, least: bool = True) -> list[str]:
-    """Names of the points (bytes, score) that no other beats in both, in the order of their bytes.
+    """Names of the points (bytes, score) that no other beats which is as small or smaller, in the order of their bytes.
 
-    `least` says whether a small score is good.
+    As small: within `SAME_SIZE`, so that a few bytes less make no point good. `least`: whether a small score is good.
     """
     sign = 1 if least else -1
-    best, names = float("inf"), []
-    for name, (_, score) in sorted(points.items(), key=lambda item: (item[1][0], sign * item[1][1])):
-        if sign * score < best:
-            best = sign * score
-            names.append(name)
-    return names
+    best = [
+        name
+        for name, (nbytes, score) in points.items()
+        if not any(
+            other <= (1 + SAME_SIZE) * nbytes and sign * theirs < sign * score for other, theirs in points.values()
+        )
+    ]
+    return sorted(best, key=lambda name: points[name])
 
 
 def sizes(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
