@@ -30,7 +30,7 @@ from cospadi.pruning import PRUNERS
 from cospadi.registry import Entry
 from cospadi.sources import MODEL_SOURCES, TEXT_SOURCES
 from cospadi.sources.texts import SPLIT_OPTIONS
-from cospadi.sweep import expanded, told_once
+from cospadi.sweep import by_section, expanded
 
 SCHEMAS = Path(__file__).parent / "schemas"
 # a config file that names one of these means it instead of the base config's, not besides it
@@ -200,7 +200,7 @@ def checked(
         faults += cross_checks(result)
         faults += _file_faults(concrete, result)
     if faults:
-        raise ConfigError(sorted(set(told_once(faults, sections))), source, result if allowed else None)
+        raise ConfigError(sorted(set(by_section(faults, sections))), source, result if allowed else None)
     return result
 
 

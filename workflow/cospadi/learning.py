@@ -18,7 +18,7 @@ from cospadi.formats.factorization import Factorization, dictionary_names, read_
 from cospadi.formats.values import storage_of
 from cospadi.gram import check_grams, squared_norm
 from cospadi.methods import METHODS, Method
-from cospadi.problem import Matrix, Metric, Problem, matrices_of, shared
+from cospadi.problem import Matrix, Metric, Problem, in_turn, matrices_of, shared
 from cospadi.provenance import check_provenance, digest_of
 from cospadi.runtime.cospadi_registry import FACTOR_CODECS
 
@@ -179,7 +179,7 @@ def _learn(job: _Job, groups: Sequence[Sequence[Matrix]], *, n_layers: int) -> I
     """One problem after the other."""
     started = time.perf_counter()
     means: dict[frozenset[Metric], Metric] = {}  # q, k and v follow each other and share a metric
-    for index, group in enumerate(groups):
+    for index, group in enumerate(in_turn(groups)):
         in_memory = job.method.scope == "problem"
         weights = [matrix.weight() for matrix in group] if in_memory else None
         sizes = [
@@ -218,10 +218,7 @@ def _learn(job: _Job, groups: Sequence[Sequence[Matrix]], *, n_layers: int) -> I
                 weight = group[i].weight() if weights is None else weights[i]
                 report = _report(group[i], weight, factors, sizes[i])
                 yield _Learned(group[i].name, factors, {**report, "seconds": seconds})
-        # of metrics that no other problem needs none stays in memory
-        later = [frozenset(matrix.metric for matrix in other) for other in groups[index + 1 :]]
-        for metric in {matrix.metric for matrix in group} - frozenset().union(*later):
-            metric.forget()
+        later = {frozenset(matrix.metric for matrix in other) for other in groups[index + 1 :]}
         means = {key: mean for key, mean in means.items() if key in later}
 
 

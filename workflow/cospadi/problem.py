@@ -231,6 +231,15 @@ def shared(matrices: Iterable[_Some], options: Mapping[str, Any]) -> list[list[_
     return list(problems.values())
 
 
+def in_turn(groups: Sequence[Sequence[Matrix]]) -> Iterator[Sequence[Matrix]]:
+    """The groups one after the other; metrics that no later one needs leave the memory when it is done."""
+    for index, group in enumerate(groups):
+        yield group
+        later = {matrix.metric for other in groups[index + 1 :] for matrix in other}
+        for metric in {matrix.metric for matrix in group} - later:
+            metric.forget()
+
+
 class Problem:
     """Matrices that are learned together; most often one, or those that share a dictionary.
 

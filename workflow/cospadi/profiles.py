@@ -18,7 +18,7 @@ from cospadi.formats.values import storage_of
 from cospadi.gram import check_grams
 from cospadi.learning import provenance
 from cospadi.methods import METHODS
-from cospadi.problem import Metric, Problem, matrices_of, shared
+from cospadi.problem import Problem, in_turn, matrices_of, shared
 from cospadi.provenance import CALIBRATION, check_provenance
 
 _REMEDY = "Delete it and run again to measure and to part the bytes anew"
@@ -66,7 +66,7 @@ def profile_unit(
     options = _options(variant)
     problems = []
     groups = shared(matrices_of(ModelFolder(model_folder), structure, layers, gram_files), variant)
-    for index, group in enumerate(groups):
+    for group in in_turn(groups):
         weights = [matrix.weight() for matrix in group]
         kept = [i for i, matrix in enumerate(group) if matrix.metric.squared_norm(weights[i]) > 0]
         if kept:
@@ -75,9 +75,6 @@ def profile_unit(
             figures = method.allocator.profile(problem, nbytes, storage=storage, device=device, **options)
             problems.append({"matrices": problem.names, "shapes": problem.shapes, "figures": figures})
             log(f"{' + '.join(problem.names)}: measured")
-        later: set[Metric] = {matrix.metric for other in groups[index + 1 :] for matrix in other}
-        for metric in {matrix.metric for matrix in group} - later:
-            metric.forget()
     write_json(output, {**provenance(structure, layers, variant, calibration), "problems": problems})
 
 

@@ -51,8 +51,8 @@ def expanded(variants: Any) -> tuple[Any, list[str]]:
     return whole, faults
 
 
-def told_once(faults: Sequence[str], variants: Any) -> list[str]:
-    """Faults of the variants that sweeps made: what is wrong in all of one sweep is the fault of its section, once.
+def by_section(faults: Sequence[str], variants: Any) -> list[str]:
+    """Faults of the variants that sweeps made: what is wrong in all of one sweep is the fault of its section.
 
     Parameters
     ----------
@@ -79,7 +79,7 @@ def told_once(faults: Sequence[str], variants: Any) -> list[str]:
             if re.split(r"[.:]", rest)[0] not in swept[made[variant]][SWEEP]:
                 fault = f"variants.{made[variant]}.{rest}"
         told.append(fault)
-    return list(dict.fromkeys(told))
+    return told
 
 
 def _faults(sweep: Any, rest: Mapping[str, Any]) -> list[str]:
