@@ -166,7 +166,6 @@ def test_a_dictionary_by_columns_is_the_same_to_all_others():
 def undecided(monkeypatch):
     """`gpu_kernels` as in a new process on a machine with a GPU, before and after."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    monkeypatch.delenv("COSPADI_CUDA", raising=False)
     gpu_kernels.cache_clear()
     yield
     gpu_kernels.cache_clear()
@@ -187,12 +186,6 @@ def test_one_log_line_says_why_plain_torch_computes(undecided, monkeypatch, capl
     with monkeypatch.context() as old:
         old.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
         assert said("WARNING", "because compute capability 7.5 has no bfloat16")
-    monkeypatch.setenv("COSPADI_CUDA", "torch")
-    assert said("INFO", "because COSPADI_CUDA=torch")
-    monkeypatch.setenv("COSPADI_CUDA", "fast")
-    gpu_kernels.cache_clear()
-    with pytest.raises(ValueError, match="COSPADI_CUDA is 'fast'; allowed: auto, torch"):
-        gpu_kernels()
 
 
 def test_kernels_that_fail_or_are_wrong_on_a_gpu_are_not_used(monkeypatch, caplog):

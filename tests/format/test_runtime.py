@@ -27,7 +27,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from cospadi.runtime import cospadi_cpu, cospadi_linear
+from cospadi.runtime import cospadi_cpu, cospadi_cuda, cospadi_linear
 from cospadi.runtime.cospadi_codecs import decode_codes, decode_support, encode_codes, encode_dictionary
 from cospadi.runtime.cospadi_cpu import PATHS, Kernel, product_dtype
 from cospadi.runtime.cospadi_linear import (
@@ -198,7 +198,7 @@ def test_threads_split_the_work_whatever_their_number(threads, codec):
     kernel._threads, threads_of_the_machine = lambda matrix: threads, kernel._threads
     try:
         x = torch.randn(3, 96)
-        matrix = cospadi_linear.bind(layer.spec, layer.parts())
+        matrix = cospadi_linear.bind(kernel, layer.spec, layer.parts())
         y = kernel.product(matrix, x)
         torch.testing.assert_close(y, x @ weight, rtol=1e-4, atol=1e-4)
         assert all(torch.equal(y, kernel.product(matrix, x)) for _ in range(5))
@@ -234,7 +234,7 @@ def compute_before_walls(choice: str) -> None:
     for shape, (codec, support, dictionary) in itertools.product([*SHAPES, (9, 70, 4), (40, 3, 40), (9, 5, 96)], KINDS):
         layer, weight = make(shape, codec=codec, support=support, dictionary=dictionary, group_size=5)
         parts = [None if part is None else before_a_wall(part.data) for part in layer.parts()]
-        matrix = cospadi_linear.bind(layer.spec, parts)
+        matrix = cospadi_linear.bind(kernel, layer.spec, parts)
         if matrix.has_zeros:
             codes = layer.factors(torch.float32)[1]
             z = before_a_wall(torch.randn(layer.n_atoms, 19))
@@ -329,17 +329,17 @@ DAMAGED = [
 
 @pytest.mark.parametrize(("kind", "change", "message"), DAMAGED)
 def test_the_kernel_binds_nothing_that_it_would_read_behind(kind, change, message):
-    compiled("auto")
+    kernel = compiled("auto")
     layer, _ = make(**kind)
-    cospadi_linear.bind(layer.spec, layer.parts())
+    cospadi_linear.bind(kernel, layer.spec, layer.parts())
     with pytest.raises(ValueError, match=message):
-        cospadi_linear.bind(*damage(layer, change))
+        cospadi_linear.bind(kernel, *damage(layer, change))
 
 
 def test_an_input_of_another_width_is_an_error():
     layer, _ = make()
-    matrix = cospadi_linear.bind(layer.spec, layer.parts())
     kernel = compiled("auto")
+    matrix = cospadi_linear.bind(kernel, layer.spec, layer.parts())
     for call in (kernel.product, lambda m, x: kernel.apply_codes(m, x, torch.zeros(1, 48))):
         with pytest.raises(ValueError, match="does not fit"):
             call(matrix, torch.zeros(1, 40))
@@ -348,15 +348,16 @@ def test_an_input_of_another_width_is_an_error():
 @pytest.fixture
 def undecided():
     """`kernel` as in a new process, before and after."""
-    cospadi_cpu.kernel.cache_clear()
+    cospadi_cpu._kernel.cache_clear()
     yield
-    cospadi_cpu.kernel.cache_clear()
+    cospadi_linear.set_kernels(cpu="auto", cuda="auto")
+    cospadi_cpu._kernel.cache_clear()
 
 
 def test_without_a_compiler_plain_torch_computes_and_the_log_says_why(undecided, monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for compiler, reason in (("no-such-compiler", "no C compiler was found"), ("false", "/.*false failed: 1")):
-        cospadi_cpu.kernel.cache_clear()
+        cospadi_cpu._kernel.cache_clear()
         monkeypatch.setenv("CC", compiler)
         caplog.clear()
         with caplog.at_level(logging.INFO, "cospadi.runtime"):
@@ -366,11 +367,38 @@ def test_without_a_compiler_plain_torch_computes_and_the_log_says_why(undecided,
             layer(x)
         assert len(caplog.records) == 1 and caplog.records[0].levelname == "WARNING"
         assert re.search(f"plain torch operations, which are slower, because {reason}", caplog.text)
-    monkeypatch.delenv("CC")
-    monkeypatch.setenv("COSPADI_CPU", "fast")
-    cospadi_cpu.kernel.cache_clear()
-    with pytest.raises(ValueError, match="COSPADI_CPU is 'fast'; allowed: auto, avx2, generic, torch"):
-        cospadi_cpu.kernel()
+
+
+def test_kernels_are_chosen_for_all_layers_also_for_compiled_ones(undecided, monkeypatch):
+    used = []
+    product = Kernel.product
+    monkeypatch.setattr(Kernel, "product", lambda self, *given: used.append(self.kind) or product(self, *given))
+    layer, weight = make()
+    torch._dynamo.reset()
+    graphs = []
+    compiled_layer = torch.compile(layer, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)
+    x = torch.randn(2, 48)
+    best = compiled("auto").kind
+    for choice, kind in (("auto", best), ("generic", "generic"), ("torch", None), ("generic", "generic")):
+        cospadi_linear.set_kernels(cpu=choice)
+        for each in (layer, compiled_layer):
+            used.clear()
+            torch.testing.assert_close(each(x), x @ weight, rtol=1e-5, atol=1e-5)
+            assert used == ([kind] if kind else [])
+    assert len(graphs) == 1, "the compiled layer was not compiled again"
+
+
+def test_a_choice_of_kernels_that_is_not_there_leaves_what_was_chosen(undecided, monkeypatch):
+    cospadi_linear.set_kernels(cpu="torch", cuda="torch")
+    with pytest.raises(ValueError, match="cpu is 'fast'; allowed: auto, avx2, generic, torch"):
+        cospadi_linear.set_kernels(cpu="fast")
+    with pytest.raises(ValueError, match="cuda is 'avx2'; allowed: auto, torch"):
+        cospadi_linear.set_kernels(cpu="auto", cuda="avx2")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "NO AVX")
+    with pytest.raises(ValueError, match="cpu is 'avx2', which this processor does not have"):
+        cospadi_linear.set_kernels(cpu="avx2", cuda="auto")
+    assert cospadi_cpu.kernel() is None
+    assert not cospadi_cuda.has_kernels(torch.device("cuda"))
 
 
 _STUB = """
@@ -577,7 +605,7 @@ def test_onnx_is_refused_with_what_to_do(record, monkeypatch):
     with pytest.raises(Exception, match=r"call unpack_\(model\) first, or export a dense folder \(.*densify\)"):
         record(model, (x,))
     made = record(unpack_(model, torch.float32), (x,))
-    made = made if record is torch.jit.trace else made.module()
+    made = made if isinstance(made, torch.nn.Module) else made.module()
     torch.testing.assert_close(made(x).detach(), x @ weight, rtol=1e-5, atol=1e-5)
 
 

@@ -1,14 +1,7 @@
 """The CPU kernel: compiled once on the machine that runs it, then ``y = (x D) S`` straight from the packed tensors.
 
 Where no C compiler is found, nothing is lost but speed: `kernel` says so in one log line and returns None, and
-`cospadi_linear` computes with plain torch operations. The environment variable ``COSPADI_CPU`` chooses:
-
-``auto`` (default)
-    the best code for this processor (AVX-512 with VBMI, AVX2, or plain C);
-``avx2``, ``generic``
-    that code;
-``torch``
-    plain torch operations.
+`cospadi_linear` computes with plain torch operations. `cospadi_linear.set_kernels` chooses between them.
 """
 
 from __future__ import annotations
@@ -43,6 +36,8 @@ SUPPORTS = {"dense": 0, "bitmask": 1, "2:4": 2}
 DTYPES = (torch.bfloat16, torch.float32)
 
 _FLAGS = {"auto": ["-march=native"], "avx2": ["-mavx2", "-mfma", "-mpopcnt"], "generic": []}
+CHOICES = (*_FLAGS, "torch")
+_choice = "auto"
 _DAMAGED = "the file is damaged. Fetch or assemble the folder again"
 _BLOCK = 16  # columns between two entries of `starts`, as in the source
 _BYTES_PER_THREAD = 2**15  # a thread for less costs more than it gives
@@ -311,15 +306,21 @@ class Kernel:
         return room.data_ptr()
 
 
-@functools.cache
+def choose(choice: str) -> None:
+    """Compute with this one of `CHOICES` from the next product on."""
+    global _choice
+    if choice == "avx2" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        raise ValueError("cpu is 'avx2', which this processor does not have; allowed: auto, generic, torch")
+    _choice = choice
+
+
 def kernel() -> Kernel | None:
-    """The kernel of this machine; None where plain torch has to do. Compiled at the first call, then cached on disk."""
-    choice = os.environ.get("COSPADI_CPU", "auto")
-    if choice == "torch":
-        logger.info("packed products: plain torch operations, because COSPADI_CPU=torch")
-        return None
-    if choice not in _FLAGS:
-        raise ValueError(f"COSPADI_CPU is {choice!r}; allowed: {', '.join([*_FLAGS, 'torch'])}")
+    """The kernel that was chosen; None where plain torch has to do. Compiled at the first call, then cached on disk."""
+    return None if (choice := _choice) == "torch" else _kernel(choice)
+
+
+@functools.cache
+def _kernel(choice: str) -> Kernel | None:
     if sys.byteorder != "little":
         logger.warning("packed products: plain torch operations, because the kernel is for little-endian machines")
         return None

@@ -1,14 +1,13 @@
 """Products on a GPU: Triton kernels read the packed form for a few rows; for many, S of the one matrix is unpacked.
 
 Without Triton nothing is lost but speed: `gpu_kernels` says so in one log line and returns None, and `cospadi_linear`
-computes with plain torch operations. The environment variable ``COSPADI_CUDA`` chooses: ``auto`` (default), ``torch``.
+computes with plain torch operations. `cospadi_linear.set_kernels` chooses between them.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-import os
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +27,16 @@ SUPPORTS = ("dense", "bitmask", "2:4")
 _SCALED = ("int8", "int4")
 
 
+CHOICES = ("auto", "torch")
+_choice = "auto"
+
+
+def choose(choice: str) -> None:
+    """Compute with this one of `CHOICES` from the next product on."""
+    global _choice
+    _choice = choice
+
+
 class Kernels(NamedTuple):
     """What `cospadi_cuda_kernels` has."""
 
@@ -38,13 +47,7 @@ class Kernels(NamedTuple):
 
 @functools.cache
 def gpu_kernels() -> Kernels | None:
-    """The Triton kernels; None where plain torch has to do."""
-    choice = os.environ.get("COSPADI_CUDA", "auto")
-    if choice not in ("auto", "torch"):
-        raise ValueError(f"COSPADI_CUDA is {choice!r}; allowed: auto, torch")
-    if choice == "torch":
-        logger.info("packed products on a GPU: plain torch operations, because COSPADI_CUDA=torch")
-        return None
+    """The Triton kernels of this machine; None where there are none."""
     capability = torch.cuda.get_device_capability()
     if capability < (8, 0):
         logger.warning(
@@ -60,6 +63,11 @@ def gpu_kernels() -> Kernels | None:
         return None
     logger.info("packed products on a GPU: Triton kernels on %s", torch.cuda.get_device_name())
     return Kernels(row_products, code_products, unpack_codes)
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether products on `device` are those of the Triton kernels: they were chosen, are there, and right."""
+    return _choice == "auto" and kernels_agree(device)
 
 
 @functools.cache

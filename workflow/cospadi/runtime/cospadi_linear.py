@@ -22,12 +22,16 @@ from .cospadi_codecs import (
     encode_dictionary,
     tensor_shapes,
 )
+from .cospadi_cpu import CHOICES as CPU_CHOICES
 from .cospadi_cpu import CODECS as CPU_CODECS
 from .cospadi_cpu import DTYPES, BoundMatrix, Kernel, kernel, product_dtype
 from .cospadi_cpu import SUPPORTS as CPU_SUPPORTS
+from .cospadi_cpu import choose as choose_cpu
+from .cospadi_cuda import CHOICES as CUDA_CHOICES
 from .cospadi_cuda import CODECS as CUDA_CODECS
 from .cospadi_cuda import SUPPORTS as CUDA_SUPPORTS
-from .cospadi_cuda import apply_codes, kernels_agree, project
+from .cospadi_cuda import Kernels, apply_codes, gpu_kernels, has_kernels, project
+from .cospadi_cuda import choose as choose_cuda
 from .cospadi_format import IDENTITY
 
 PARTS = ("dictionary", "dictionary_scales", "values", "scales", "support")
@@ -87,10 +91,10 @@ class Packed(nn.Module):
             return F.linear(self._unpacked_projection(x), self.unpacked_codes, self.bias)
         if _is_watched(x):
             y = self._shown(x)
-        elif not has_kernel(x, self.spec):
+        elif (compiled := compiled_for(x, self.spec)) is None:
             y = packed_linear(x, *self.parts(), self._spec_text)
         elif x.is_cpu:
-            y = self._product(kernel(), x)
+            y = self._product(compiled, x)
         else:
             y = self._product_on_gpu(x)
         bias = self._parameters["bias"]
@@ -204,7 +208,7 @@ class Packed(nn.Module):
             self._binding = None
             if not _is_stored(self.parts(), self._dtypes, x.device):
                 return packed_linear(x, *self.parts(), self._spec_text)
-            binding = self._binding = _Binding(self)
+            binding = self._binding = _Binding(compiled, self)
         matrix, shared = binding.matrix, self.projection
         if x.numel() <= compiled.paths.few_rows * matrix.d_in:
             if shared is None:
@@ -347,13 +351,13 @@ class SharedProjection:
 class _Binding:
     """The kernel's view of a layer's tensors, as long as they are the same and unchanged."""
 
-    def __init__(self, layer: Packed) -> None:
+    def __init__(self, compiled: Kernel, layer: Packed) -> None:
         self._seen = [
             (name, weakref.ref(part), part.data_ptr(), None if part.is_inference() else part._version)
             for name, part in layer._parameters.items()
             if part is not None
         ]
-        self.matrix = bind(layer.spec, layer.parts())
+        self.matrix = bind(compiled, layer.spec, layer.parts())
         dictionary = layer._parameters["dictionary"]
         self.dictionary = 0 if dictionary is None else dictionary.data_ptr()
 
@@ -368,15 +372,16 @@ class _Binding:
         return True
 
 
-def has_kernel(x: torch.Tensor, spec: dict[str, Any]) -> bool:
-    """Whether products of `x` with a matrix have compiled code on its device; torch may know more codecs."""
+def compiled_for(x: torch.Tensor, spec: dict[str, Any]) -> Kernel | Kernels | None:
+    """The compiled code for products of `x` with a matrix; None where plain torch has to do, which knows all codecs."""
     dictionary, codes = spec["dictionary"]["codec"], spec["codes"]
     codecs, supports = (CPU_CODECS, CPU_SUPPORTS) if x.is_cpu else (CUDA_CODECS, CUDA_SUPPORTS)
     if codes["support"] not in supports or codes["codec"] not in codecs or dictionary not in (IDENTITY, *codecs):
-        return False
+        return None
     if x.is_cpu:
-        return x.dtype in DTYPES and kernel() is not None
-    return x.device.type == "cuda" and x.dtype in (*DTYPES, torch.float16) and kernels_agree(x.device)
+        return kernel() if x.dtype in DTYPES else None
+    on_gpu = x.device.type == "cuda" and x.dtype in (*DTYPES, torch.float16)
+    return gpu_kernels() if on_gpu and has_kernels(x.device) else None
 
 
 def _is_stored(parts: list[torch.Tensor | None], dtypes: tuple[torch.dtype | None, ...], device: torch.device) -> bool:
@@ -424,22 +429,22 @@ def _is_transformed(x: torch.Tensor) -> bool:
     return torch._C._functorch.is_functorch_wrapped_tensor(x) or torch.autograd.forward_ad._current_level >= 0
 
 
-def bind(spec: dict[str, Any], parts: list[torch.Tensor | None]) -> BoundMatrix:
+def bind(compiled: Kernel, spec: dict[str, Any], parts: list[torch.Tensor | None]) -> BoundMatrix:
     """What the kernel needs of a matrix whose packed tensors, in the order of `PARTS`, are on the CPU."""
     # detached: whoever gives a parameter other data leaves these where the kernel reads
     tensors = {name: part.detach().contiguous() for name, part in zip(PARTS, parts, strict=True) if part is not None}
-    return BoundMatrix(kernel(), spec, tensors)
+    return BoundMatrix(compiled, spec, tensors)
 
 
 def _project_many(
-    compiled: Kernel | None, spec: dict[str, Any], dictionary: Any, scales: Any, rows: torch.Tensor
+    compiled: Kernel, spec: dict[str, Any], dictionary: Any, scales: Any, rows: torch.Tensor
 ) -> torch.Tensor:
     """``z = x D`` for many rows (n, d_in) on the CPU, (n, k)."""
     rows = rows.to(product_dtype(rows.dtype))
     atoms = decode_dictionary(spec, dictionary, scales, rows.dtype)
     if atoms is None:
         return rows
-    if compiled is not None and compiled.paths.without_zeros and len(rows) >= _TURNED_ROWS:
+    if compiled.paths.without_zeros and len(rows) >= _TURNED_ROWS:
         return (atoms.T @ rows.T).T  # which is how `apply_codes_to_many` wants it
     return rows @ atoms
 
@@ -499,17 +504,17 @@ def packed_linear(
     matrix_spec = _parsed(spec)
     parts = [dictionary, dictionary_scales, values, scales, support]
     rows = x.reshape(-1, matrix_spec["shape"][0])
-    compiled = has_kernel(x, matrix_spec) and _is_stored(parts, _stored_dtypes(spec), x.device)
-    on_cpu = compiled and x.device.type == "cpu"
-    if compiled and not on_cpu:
+    # asked for once: another thread may choose other kernels meanwhile
+    compiled = compiled_for(x, matrix_spec) if _is_stored(parts, _stored_dtypes(spec), x.device) else None
+    if compiled is not None and not x.is_cpu:
         y = apply_codes(matrix_spec, parts, project(matrix_spec, parts, rows), x.dtype)
-    elif on_cpu and rows.shape[0] <= kernel().paths.few_rows:
-        y = kernel().product(bind(matrix_spec, parts), rows)
-    elif on_cpu:
-        z = _project_many(kernel(), matrix_spec, dictionary, dictionary_scales, rows)
-        y = _apply_to_many(kernel(), bind(matrix_spec, parts), z, x.dtype)
+    elif compiled is not None and rows.shape[0] <= compiled.paths.few_rows:
+        y = compiled.product(bind(compiled, matrix_spec, parts), rows)
+    elif compiled is not None:
+        z = _project_many(compiled, matrix_spec, dictionary, dictionary_scales, rows)
+        y = _apply_to_many(compiled, bind(compiled, matrix_spec, parts), z, x.dtype)
     else:
-        dtype = product_dtype(x.dtype) if x.device.type == "cpu" else x.dtype
+        dtype = product_dtype(x.dtype) if x.is_cpu else x.dtype
         atoms, codes = _factors(matrix_spec, dtype, *parts)
         rows = rows.to(dtype)
         y = F.linear(rows if atoms is None else rows @ atoms, codes).to(x.dtype)
@@ -570,6 +575,34 @@ def unpack_(model: nn.Module, dtype: torch.dtype | None = None, *, trainable: bo
             if part.dictionary is not None:
                 part.unpacked_dictionary = shared.setdefault(part.dictionary, part.unpacked_dictionary)
     return model
+
+
+def set_kernels(*, cpu: str | None = None, cuda: str | None = None) -> None:
+    """Choose the code that computes packed products, for all models of this process, from their next product on.
+
+    Models, also compiled ones, stay as they are: the choice is looked up at every product. Numbers differ by rounding.
+
+    Parameters
+    ----------
+    cpu : str, optional
+        ``"auto"``, at the start: the best compiled code for this processor (AVX-512 with VBMI, AVX2, or plain C).
+        ``"avx2"``, ``"generic"``: compiled code of that kind, the latter plain C. ``"torch"``: plain torch operations.
+        None leaves what was chosen.
+    cuda : str, optional
+        ``"auto"``, at the start: Triton kernels. ``"torch"``: plain torch operations. None leaves what was chosen.
+
+    Raises
+    ------
+    ValueError
+        If there is no such code, or this processor cannot run it; then nothing was chosen.
+    """
+    for device, choice, allowed in (("cpu", cpu, CPU_CHOICES), ("cuda", cuda, CUDA_CHOICES)):
+        if choice is not None and choice not in allowed:
+            raise ValueError(f"{device} is {choice!r}; allowed: {', '.join(allowed)}")
+    if cpu is not None:
+        choose_cpu(cpu)
+    if cuda is not None:
+        choose_cuda(cuda)
 
 
 def pack_(model: nn.Module) -> nn.Module:

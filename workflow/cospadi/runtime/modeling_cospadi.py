@@ -22,7 +22,7 @@ from .cospadi_format import (
     read_headers,
     stored_faults,
 )
-from .cospadi_linear import PackedLinear, SharedProjection, pack_, packed_layers, unpack_
+from .cospadi_linear import PackedLinear, SharedProjection, pack_, packed_layers, set_kernels, unpack_
 from .cospadi_mixture import Mixture, packed_module
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from .cospadi_supports import Support  # noqa: F401
     from .cospadi_values import Codec  # noqa: F401
 
-__all__ = ["CospadiForCausalLM", "PackedLinear", "pack_", "packed_layers", "register", "unpack_"]
+__all__ = ["CospadiForCausalLM", "PackedLinear", "pack_", "packed_layers", "register", "set_kernels", "unpack_"]
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
