@@ -13,6 +13,7 @@ from cospadi.errors import ConfigError
 from cospadi.formats.values import storage_of
 from cospadi.gram import eigen_whitening, whitening_factor
 from cospadi.methods import METHODS, compot, rocket, svd_llm_v2
+from cospadi.methods.base import Fit
 from cospadi.problem import Matrix, Metric, Problem
 
 BF16 = storage_of({})
@@ -43,7 +44,7 @@ def test_error_of_the_truncation_is_the_singular_values_left_out(shape):
     gram = problem.metric.gram
     root = scipy.linalg.sqrtm(gram).real  # another root than the method's, the same singular values
     left_out = np.linalg.svd(root @ problem.weight, compute_uv=False)[rank:]
-    (found,) = METHODS["svd_llm_v2"].fit(problem, nbytes, storage=BF16)
+    (found,) = METHODS["svd_llm_v2"].fit(problem, nbytes, Fit(storage=BF16))
     assert found.n_atoms == rank
     error = problem.metric.squared_norm(problem.weight - found.reconstruct())
     # factors in float32: errors of a few roundings of the weight, beside an error of a fifth of it
@@ -51,7 +52,7 @@ def test_error_of_the_truncation_is_the_singular_values_left_out(shape):
     assert svd_llm_v2.profile(problem, nbytes, storage=BF16)["loss"] == pytest.approx(
         np.linalg.norm(left_out), rel=1e-6
     )
-    (cholesky,) = METHODS["svd_llm"].fit(problem, nbytes, storage=BF16)
+    (cholesky,) = METHODS["svd_llm"].fit(problem, nbytes, Fit(storage=BF16))
     np.testing.assert_allclose(found.reconstruct(), cholesky.reconstruct(), atol=1e-4)
 
 
@@ -62,7 +63,7 @@ def test_a_singular_gram_is_taken_as_it_is():
     np.testing.assert_allclose(whitening.factor.T @ whitening.factor, problem.metric.gram, atol=1e-9)
     np.testing.assert_allclose(whitening.factor @ whitening.inverse, np.eye(16), atol=1e-9)
     # with as much rank as there are directions nothing is lost on the calibration data
-    (found,) = METHODS["svd_llm_v2"].fit(problem, nbytes_left(problem.shapes, 0.05), storage=BF16)
+    (found,) = METHODS["svd_llm_v2"].fit(problem, nbytes_left(problem.shapes, 0.05), Fit(storage=BF16))
     assert found.n_atoms == 16 < low_rank(D_IN, D_OUT, nbytes=nbytes_left(problem.shapes, 0.05), **BF16)
     error = problem.metric.squared_norm(problem.weight - found.reconstruct())
     assert error < 1e-10 * problem.metric.squared_norm(problem.weight)
@@ -121,7 +122,7 @@ def reference(problem, n_atoms, s, *, exponent=0.5, beta=0.005, ridge=0.001):
 def test_rocket_is_the_formulas_of_the_paper(shape):
     problem = problem_of(shape=shape)
     nbytes = nbytes_left([shape], 0.4)
-    (found,) = METHODS["rocket"].fit(problem, nbytes, storage=BF16, rhos=[2.0], over_sparsify=0.2)
+    (found,) = METHODS["rocket"].fit(problem, nbytes, Fit(storage=BF16), rhos=[2.0], over_sparsify=0.2)
     size = sparse_shape(*shape, nbytes=nbytes, rho=2.0, **BF16)
     assert size.n_atoms < min(shape) and size.n_nonzero_coefs >= 5
     expected, mask = reference(problem, size.n_atoms, size.n_nonzero_coefs, beta=0.2)
@@ -137,20 +138,20 @@ def test_rocket_takes_the_best_rho_for_the_weight_and_as_many_atoms_as_there_are
     problem = problem_of()
     nbytes = nbytes_left(problem.shapes, 0.3)
     each = {
-        rho: METHODS["rocket"].fit(problem, nbytes, storage=BF16, rhos=[rho])[0].diagnostics["weight_error"]
+        rho: METHODS["rocket"].fit(problem, nbytes, Fit(storage=BF16), rhos=[rho])[0].diagnostics["weight_error"]
         for rho in (1.0, 1.5, 2.0, 3.0)
     }
-    (found,) = METHODS["rocket"].fit(problem, nbytes, storage=BF16, rhos=list(each))
+    (found,) = METHODS["rocket"].fit(problem, nbytes, Fit(storage=BF16), rhos=list(each))
     assert found.diagnostics["weight_error"] == min(each.values()) < max(each.values())
     assert each[found.diagnostics["rho"]] == min(each.values())
     # more atoms than eigenvectors cannot be: the bytes go to codes
     (wide,) = METHODS["rocket"].fit(
-        problem_of(shape=(16, 200)), nbytes_left([(16, 200)], 0.3), storage=BF16, rhos=[4.0]
+        problem_of(shape=(16, 200)), nbytes_left([(16, 200)], 0.3), Fit(storage=BF16), rhos=[4.0]
     )
     assert wide.n_atoms == 16 and 16 / wide.diagnostics["n_nonzero_coefs"] < 4
     # with rho 1 it is the truncated SVD in the metric of the activations
-    (dense,) = METHODS["rocket"].fit(problem, nbytes, storage=BF16, rhos=[1.0], ridge=0.0)
-    (svd,) = METHODS["svd_llm"].fit(problem, nbytes, storage=BF16)
+    (dense,) = METHODS["rocket"].fit(problem, nbytes, Fit(storage=BF16), rhos=[1.0], ridge=0.0)
+    (svd,) = METHODS["svd_llm"].fit(problem, nbytes, Fit(storage=BF16))
     assert dense.support == "dense" and dense.n_atoms == svd.n_atoms
     np.testing.assert_allclose(dense.reconstruct(), svd.reconstruct(), atol=1e-4)
 
@@ -191,7 +192,7 @@ def test_a_profile_has_the_error_of_every_ratio():
     points = allocator.profile(problem, nbytes, storage=BF16, **options)["points"]
     assert [size for size, _ in points] == [nbytes_left(problem.shapes, ratio) for ratio in (0.95, 0.5, 0.33, 0.1)]
     assert sorted((error for _, error in points), reverse=True) == [error for _, error in points]
-    (found,) = METHODS["rocket"].fit(problem, nbytes, storage=BF16, rhos=[1.0, 2.0])
+    (found,) = METHODS["rocket"].fit(problem, nbytes, Fit(storage=BF16), rhos=[1.0, 2.0])
     assert points[2][1] == found.diagnostics["weight_error"]
 
 
@@ -228,7 +229,7 @@ def test_compot_gives_no_more_bytes_than_orthonormal_atoms_can_use():
     assert second == first < nbytes // 2, "neither can use all that is there"
     assert sparse_shape(*wide, nbytes=first, rho=2.0, **BF16).n_atoms == 16
     assert sparse_shape(*wide, nbytes=first + 1, rho=2.0, **BF16).n_atoms == 17
-    (found,) = METHODS["compot"].fit(problem_of(shape=wide), first, storage=BF16, max_iter=2)
+    (found,) = METHODS["compot"].fit(problem_of(shape=wide), first, Fit(storage=BF16), max_iter=2)
     assert found.n_atoms == 16 and found.nbytes <= first
     # where more has to go than the guard allows, that is the guard
     assert (

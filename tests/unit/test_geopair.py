@@ -6,7 +6,7 @@ import pytest
 from cospadi.budget import nbytes_left, sparse_shape
 from cospadi.formats.values import storage_of
 from cospadi.methods import METHODS
-from cospadi.methods.base import planned_problems
+from cospadi.methods.base import Fit, planned_problems
 from cospadi.problem import Matrix, Metric, Problem
 from cospadi.solvers import sylvester
 
@@ -61,7 +61,7 @@ def test_atoms_of_one_matrix_in_directions_of_the_other_are_left_zero():
 def test_a_pair_shares_a_dictionary_that_is_exact_for_its_codes():
     problem = pair()
     nbytes = nbytes_left(problem.shapes, 0.4)
-    found = METHODS["geopair"].fit(problem, nbytes, storage=BF16, eta=1e-3)
+    found = METHODS["geopair"].fit(problem, nbytes, Fit(storage=BF16), eta=1e-3)
     shape = sparse_shape(*problem.shape, nbytes=nbytes, rho=2.5, **BF16)
     assert {f.n_atoms for f in found} == {shape.n_atoms}
     assert {f.tensor for f in found} == {"model.layers.0.q_proj.dictionary"}
@@ -97,11 +97,13 @@ def test_a_pair_shares_a_dictionary_that_is_exact_for_its_codes():
 def test_a_pair_is_better_than_two_of_its_own_and_than_the_mean_metric():
     problem = pair()
     nbytes = nbytes_left(problem.shapes, 0.4)
-    mine = error(problem, METHODS["geopair"].fit(problem, nbytes, storage=BF16))
-    alone = [METHODS["geopair"].fit(Problem([matrix]), nbytes // 2, storage=BF16)[0] for matrix in problem.matrices]
+    mine = error(problem, METHODS["geopair"].fit(problem, nbytes, Fit(storage=BF16)))
+    alone = [
+        METHODS["geopair"].fit(Problem([matrix]), nbytes // 2, Fit(storage=BF16))[0] for matrix in problem.matrices
+    ]
     assert alone[0].tensor is None, "nothing is shared"
     assert mine < error(problem, alone)
-    shared = METHODS["basis_sharing"].fit(problem, nbytes, storage=BF16)
+    shared = METHODS["basis_sharing"].fit(problem, nbytes, Fit(storage=BF16))
     assert mine < error(problem, shared)
 
 

@@ -18,6 +18,7 @@ from cospadi.files import BFLOAT16, ModelFolder, TensorFile, read_json
 from cospadi.formats.factorization import tensor_names, unpack
 from cospadi.learning import learn_unit
 from cospadi.methods import METHODS, masa, svd_llm
+from cospadi.methods.base import Fit
 from cospadi.problem import Matrix, Metric, Problem, matrices_of
 from cospadi.pruning import drift
 from cospadi.quantization import quantize_unit
@@ -71,10 +72,10 @@ def problem_of(weights, metrics, names, **changes):
     return Problem(matrices, **changes)
 
 
-def factorize(weights, metrics, names, *, ratio=0.3, **options):
+def factorize(weights, metrics, names, *, ratio=0.3, storage=BF16, **options):
     drift = [1.0] * (1 + max(int(name.split(".")[2]) for name in names))
     problem = problem_of(weights, metrics, names, drift=drift, in_memory=False)
-    return masa.fit(problem, nbytes_left(problem.shapes, ratio), **{"storage": BF16, "groups": 1, **options})
+    return masa.fit(problem, nbytes_left(problem.shapes, ratio), Fit(storage=storage), **{"groups": 1, **options})
 
 
 @pytest.mark.parametrize("n_atoms", [1, 3, 6])
@@ -112,7 +113,7 @@ def test_related_layers_share_atoms_and_beat_low_rank_at_equal_bytes():
     assert 0.45 * dense < nbytes(factors) <= 0.5 * dense
     low_rank = []
     for weight, metric, name in zip(weights, metrics, names, strict=True):
-        low_rank += svd_llm.fit(problem_of([weight], [metric], [name]), dense // LAYERS // 2, storage=BF16)
+        low_rank += svd_llm.fit(problem_of([weight], [metric], [name]), dense // LAYERS // 2, Fit(storage=BF16))
     assert error(weights, metrics, factors) < 0.1 * error(weights, metrics, low_rank)
 
 

@@ -10,6 +10,7 @@ from cospadi.budget import dense_nbytes, nbytes_left
 from cospadi.errors import ConfigError
 from cospadi.formats.values import storage_of
 from cospadi.methods import METHODS
+from cospadi.methods.base import Fit
 from cospadi.problem import Matrix, Metric, Problem
 
 NAMES = ["magnitude", "wanda", "sparsegpt", "alps", "sparse", "hybrid"]
@@ -124,7 +125,7 @@ def test_matrices_of_a_problem_share_atoms_and_budget():
     gram, whole = inputs(), weight(d_out=160)
     both = problem(gram, whole[:, :96], 100 * whole[:, 96:])
     nbytes = nbytes_left(both.shapes, 0.4)
-    found = METHODS["hybrid"].fit(both, nbytes, storage=storage_of({}), atoms=8)
+    found = METHODS["hybrid"].fit(both, nbytes, Fit(storage=storage_of({})), atoms=8)
     names = {part.tensor for factors in found for part in factors.plus}
     assert names == {"model.layers.0.m0_proj.plus.0.dictionary"}
     packed = {}

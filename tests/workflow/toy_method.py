@@ -12,11 +12,11 @@ from cospadi.work import Work
 POWER = {"type": "number", "minimum": 0, "maximum": 2, "default": 1.0, "description": "How much the inputs count."}
 
 
-def fit(problem, nbytes, *, storage, device="cpu", log=None, warm=None, power=1.0):
+def fit(problem, nbytes, how, *, power=1.0):
     """The largest ``|w_ij| ||x_i||^power``; the diagonal of the Gram is all that is needed."""
     score = np.abs(problem.weight) * problem.metric.diagonal[:, None] ** (power / 2)
-    mask = best_entries(score.T, n_entries(problem.shape, nbytes, **storage), "column").T
-    return problem.split(Factorization(None, problem.weight * mask, support="bitmask", **storage))
+    mask = best_entries(score.T, n_entries(problem.shape, nbytes, **how.storage), "column").T
+    return problem.split(Factorization(None, problem.weight * mask, support="bitmask", **how.storage))
 
 
 def faults(settings, problems=()):

@@ -14,6 +14,7 @@ from cospadi.errors import ConfigError, NumericalError
 from cospadi.formats.factorization import Factorization
 from cospadi.formats.values import CODEC_OF_BITS, DICTIONARY_BITS, GROUP_SIZE, ROUNDINGS, storage_of
 from cospadi.methods import METHODS
+from cospadi.methods.base import Fit
 from cospadi.problem import Matrix, Metric, Problem, Target, check_finite
 
 
@@ -85,9 +86,7 @@ def factorize(
     (factorization,) = METHODS[method].fit(
         Problem([matrix]),
         nbytes_left([shape], ratio),
-        storage=storage_of(codes),
-        device=device,
-        log=log,
+        Fit(storage=storage_of(codes), device=device, log=log),
         **METHODS[method].own(complete),
     )
     factorization = replace(factorization, rounding=rounding)

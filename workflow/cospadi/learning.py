@@ -18,6 +18,7 @@ from cospadi.formats.factorization import Factorization, dictionary_names, read_
 from cospadi.formats.values import storage_of
 from cospadi.gram import check_grams, squared_norm
 from cospadi.methods import METHODS, Method
+from cospadi.methods.base import Fit
 from cospadi.problem import Matrix, Metric, Problem, in_turn, matrices_of, shared
 from cospadi.provenance import check_provenance, digest_of
 from cospadi.runtime.cospadi_registry import FACTOR_CODECS
@@ -202,16 +203,16 @@ def _learn(job: _Job, groups: Sequence[Sequence[Matrix]], *, n_layers: int) -> I
             )
             if in_memory:
                 means[metrics] = problem.metric
-            arguments = _arguments(job, problem)
-            if arguments.get("max_seconds") is not None:
+            options = job.method.own(job.options)
+            if options.get("max_seconds") is not None:
                 left = job.options["max_seconds"] * n_layers - (problem_started - started)
                 costs = [_cost(other) for other in groups[index:]]
-                arguments["max_seconds"] = max(1e-3, left * costs[0] / sum(costs))
+                options["max_seconds"] = max(1e-3, left * costs[0] / sum(costs))
             nbytes = _nbytes(job, problem)
             if nbytes is None:
                 found = [Factorization(None, weight, support="dense", **job.storage) for weight in problem.weights]
             else:
-                found = job.method.fit(problem, nbytes, **arguments)
+                found = job.method.fit(problem, nbytes, _how(job, problem), **options)
             seconds = (time.perf_counter() - problem_started) / len(kept)
             for place, i in enumerate(kept):
                 factors, found[place] = found[place], None  # each is freed once it is packed
@@ -249,16 +250,14 @@ def _open_warm(path: Path, belongs: Mapping[str, Any]) -> TensorFile:
     return factors
 
 
-def _arguments(job: _Job, problem: Problem) -> dict[str, Any]:
-    """What `Method.fit` is called with."""
+def _how(job: _Job, problem: Problem) -> Fit:
     label = "all layers" if job.method.scope == "model" else " + ".join(problem.names)
-    return {
-        **job.method.own(job.options),
-        "storage": job.storage,
-        "device": job.device,
-        "log": lambda line: job.log(f"{label}: {line}"),
-        "warm": None if job.warm is None else _read_side_by_side(job.warm, problem.names),
-    }
+    return Fit(
+        storage=job.storage,
+        device=job.device,
+        log=lambda line: job.log(f"{label}: {line}"),
+        warm=None if job.warm is None else _read_side_by_side(job.warm, problem.names),
+    )
 
 
 def _why_dense(matrix: Matrix) -> str:

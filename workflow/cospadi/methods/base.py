@@ -113,6 +113,28 @@ class Allocator:
     options: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """What `Method.fit` is told besides its problem, bytes and options.
+
+    Attributes
+    ----------
+    storage : mapping
+        How the factors will be stored (`formats.values.storage_of`).
+    device : str
+        Where to compute.
+    log : callable, optional
+        Receives a line per iteration.
+    warm : Factorization, optional
+        Factors of the matrices side by side to start from.
+    """
+
+    storage: Mapping[str, Any]
+    device: str = "cpu"
+    log: Callable[[str], None] | None = None
+    warm: Factorization | None = None
+
+
 Problems = Sequence[Sequence[Target]]
 
 
@@ -125,11 +147,10 @@ class Method(Entry):
     factors : str
         What `fit` gives, in a word or two; a warm start (`WARM_OPTIONS`) is from factors of the same kind.
     fit : callable
-        ``fit(problem, nbytes, *, storage, device, log, warm, **options) -> list of Factorization``, one for each matrix
-        of the `problem.Problem`, which take `nbytes` in the file at most, all together. `storage` says how they will
-        be stored (`formats.values.storage_of`); `warm` are factors of the matrices side by side to start from, or
-        None. Options are complete but for those of `SHARING_OPTIONS` and `WARM_OPTIONS`, which are settled before;
-        ``max_seconds`` (`TIME_OPTIONS`) is what this problem may take.
+        ``fit(problem, nbytes, how, **options) -> list of Factorization``, one for each matrix of the `problem.Problem`,
+        which take `nbytes` in the file at most, all together; `how` is a `Fit`. Options are complete but for those of
+        `SHARING_OPTIONS` and `WARM_OPTIONS`, which are settled before; ``max_seconds`` (`TIME_OPTIONS`) is what this
+        problem may take.
     work : callable
         ``work(targets, nbytes, options, storage) -> Work``: what `fit` takes for a problem of these `problem.Target`,
         besides the process and the factors that it gives.

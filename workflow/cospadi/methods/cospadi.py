@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from cospadi.methods.base import (
     TIME_OPTIONS,
     WARM_OPTIONS,
     WHITENING_OPTIONS,
+    Fit,
     Method,
     Problems,
     budget_faults,
@@ -117,11 +118,7 @@ _SOLVER_OPTIONS = ("support", "atom_update", "polish", "max_iter", "tol", "max_s
 def fit(
     problem: Problem,
     nbytes: int,
-    *,
-    storage: Mapping[str, Any],
-    device: str = "cpu",
-    log: Callable[[str], None] | None = None,
-    warm: Factorization | None = None,
+    how: Fit,
     **options: Any,
 ) -> list[Factorization]:
     """``min ||L W - D_L S||_F`` with ``||s_j||_0 <= s``, then ``D = L^{-1} D_L`` (Eqs. 5 to 8).
@@ -131,56 +128,33 @@ def fit(
     problem : Problem
     nbytes : int
         k and s follow from it (`budget.sparse_shape`).
-    storage : mapping
-        How the factors will be stored (`formats.values.storage_of`).
-    device : str
-    log : callable, optional
-    warm : Factorization, optional
-        Factors of the matrices side by side to start from.
+    how : Fit
     **options
         Those of `OPTIONS` that shape a single problem; defaults where missing.
     """
-    options = _with_defaults(options)
-    common = {"storage": storage, "device": device, "log": log, "warm": warm, "options": options}
+    options = METHOD.complete(options)
     if options["group_metric"] == "exact" and problem.n_metrics > 1:
-        return _fit_exactly(problem, nbytes, **common)
+        return _fit_exactly(problem, nbytes, how, options)
     whitening = problem.metric.whitening(whiten=options["whiten"], eta=options["eta"])
-    return problem.split(_fit_as_one(problem, nbytes, whitening, **common))
+    return problem.split(_fit_as_one(problem, nbytes, how, options, whitening))
 
 
 def _fit_as_one(
-    problem: Problem,
-    nbytes: int,
-    whitening: Whitening,
-    *,
-    storage: Mapping[str, Any],
-    device: str,
-    log: Any,
-    warm: Factorization | None,
-    options: Mapping[str, Any],
+    problem: Problem, nbytes: int, how: Fit, options: Mapping[str, Any], whitening: Whitening
 ) -> Factorization:
     """Factors of the matrices side by side, in one metric."""
     weight = problem.weight
-    target = on_device(whitening.whiten(weight), device)
-    shape, searched = _choose_shape(target, weight.shape, nbytes, storage, options, log)
-    solution = _learn(target, shape, options, log, **_start(target, shape, weight, whitening, warm, options))
+    target = on_device(whitening.whiten(weight), how.device)
+    shape, searched = _choose_shape(target, weight.shape, nbytes, how.storage, options, how.log)
+    solution = _learn(target, shape, options, how.log, **_start(target, shape, weight, whitening, how.warm, options))
     diagnostics = _diagnostics(shape, options, searched, solution.history, whitening)
     dictionary = whitening.unwhiten(to_numpy(solution.dictionary))
     return Factorization(
-        dictionary, to_numpy(solution.codes), support=options["support"], **storage, diagnostics=diagnostics
+        dictionary, to_numpy(solution.codes), support=options["support"], **how.storage, diagnostics=diagnostics
     )
 
 
-def _fit_exactly(
-    problem: Problem,
-    nbytes: int,
-    *,
-    storage: Mapping[str, Any],
-    device: str,
-    log: Any,
-    warm: Factorization | None,
-    options: Mapping[str, Any],
-) -> list[Factorization]:
+def _fit_exactly(problem: Problem, nbytes: int, how: Fit, options: Mapping[str, Any]) -> list[Factorization]:
     """``min sum_l ||L_l (W_l - D S_l)||_F^2``: one dictionary for several matrices, each in its own metric.
 
     The start is the solution in the metric of the mean Gram, in whose whitened space all of this happens.
@@ -188,21 +162,19 @@ def _fit_exactly(
     whitenings = list(problem.whitenings(whiten=options["whiten"], eta=options["eta"]))
     factors = [whitening.factor for whitening in whitenings]
     mean = whitening_factor(sum(factor.T @ factor for factor in factors) / len(factors))
-    start = problem.split(
-        _fit_as_one(problem, nbytes, mean, storage=storage, device=device, log=log, warm=warm, options=options)
-    )
+    start = problem.split(_fit_as_one(problem, nbytes, how, options, mean))
     # L_l seen from the space of the mean: the sum of its squares is the identity there
     seen = [mean.unwhiten_right(factor) for factor in factors]
     given = {name: options[name] for name in ("tol", "max_seconds") if options[name] is not None}
     solution = several_metrics()(
-        [on_device(mean.whiten(weight), device) for weight in problem.weights],
-        [on_device((factor.T @ factor).astype(np.float32), device) for factor in seen],
+        [on_device(mean.whiten(weight), how.device) for weight in problem.weights],
+        [on_device((factor.T @ factor).astype(np.float32), how.device) for factor in seen],
         n_nonzero_coefs=start[0].diagnostics["n_nonzero_coefs"],
         dictionary_init=mean.whiten(start[0].dictionary),
         codes_init=[part.codes for part in start],
         random_state=options["random_state"],
         support=options["support"],
-        log=log,
+        log=how.log,
         **given,
     )
     dictionary = mean.unwhiten(to_numpy(solution.dictionary))
@@ -220,10 +192,6 @@ def _fit_exactly(
         )
         for part, codes, whitening in zip(start, solution.codes, whitenings, strict=True)
     ]
-
-
-def _with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: options.get(name, schema["default"]) for name, schema in OPTIONS.items()}
 
 
 def _learn(target: Any, shape: SparseShape, options: Mapping[str, Any], log: Any, **given: Any) -> Any:
@@ -335,7 +303,7 @@ def _diagnostics(
 
 def work(targets: Sequence[Target], nbytes: int, options: Mapping[str, Any], storage: Mapping[str, Any]) -> Work:
     """Work of a problem: the solver's cubic terms at measured rates; ``rho: auto`` is the grid's mean, and a search."""
-    options = _with_defaults(options)
+    options = METHOD.complete(options)
     d, n = side_by_side([target.shape for target in targets])
     searching = options["rho"] == AUTO
     rho = sum(RHO_GRID) / len(RHO_GRID) if searching else options["rho"]
@@ -360,7 +328,7 @@ def modules(options: Mapping[str, Any]) -> list[str]:
 
 def faults(settings: Mapping[str, Any], problems: Problems = ()) -> Iterator[str]:
     """Options that the solver does not take or that contradict each other; shapes that it cannot have."""
-    options = _with_defaults(settings)
+    options = METHOD.complete(settings)
     taken = inspect.signature(SOLVERS[options["solver"]]).parameters
     for name in (*_SOLVER_OPTIONS, "start"):
         parameter = "dictionary_init" if name == "start" else name

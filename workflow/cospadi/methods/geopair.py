@@ -11,7 +11,7 @@ Where there are more atoms than directions to start from, those of the residual 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from cospadi.methods.base import (
     SHARING_OPTIONS,
     TIME_OPTIONS,
     WHITENING_OPTIONS,
+    Fit,
     Method,
     Problems,
     budget_faults,
@@ -64,11 +65,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def fit(
     problem: Problem,
     nbytes: int,
+    how: Fit,
     *,
-    storage: Mapping[str, Any],
-    device: str = "cpu",
-    log: Callable[[str], None] | None = None,
-    warm: Factorization | None = None,
     rho: float = 2.5,
     whiten: bool = True,
     eta: float = 1e-3,
@@ -83,12 +81,11 @@ def fit(
         Of two metrics at most; matrices with the same inputs stand side by side.
     nbytes : int
         k and s follow from it (`budget.sparse_shape`).
-    storage : mapping
-        How the factors will be stored (`formats.values.storage_of`).
+    how : Fit
     """
     from cospadi.solvers import sylvester
 
-    shape = sparse_shape(*problem.shape, nbytes=nbytes, rho=rho, **storage)
+    shape = sparse_shape(*problem.shape, nbytes=nbytes, rho=rho, **how.storage)
     members: dict[Metric, list[int]] = {}
     for index, metric in enumerate(problem.metrics):
         members.setdefault(metric, []).append(index)
@@ -96,7 +93,7 @@ def fit(
     weight = problem.weight
     start = dictionary_start(
         "spectral_original",
-        on_device(weight, device),
+        on_device(weight, how.device),
         shape.n_atoms,
         shape.n_nonzero_coefs,
         weight=weight,
@@ -104,7 +101,7 @@ def fit(
     )
     solution = sylvester.learn(
         [
-            on_device(np.concatenate([problem.weights[index] for index in indices], axis=1), device)
+            on_device(np.concatenate([problem.weights[index] for index in indices], axis=1), how.device)
             for indices in members.values()
         ],
         [whitening.factor.T @ whitening.factor for whitening in whitenings],
@@ -112,7 +109,7 @@ def fit(
         dictionary_init=start,
         max_iter=max_iter,
         max_seconds=max_seconds,
-        log=log,
+        log=how.log,
     )
     dictionary = to_numpy(solution.dictionary)
     found: dict[int, Factorization] = {}
@@ -123,7 +120,7 @@ def fit(
                 dictionary,
                 np.ascontiguousarray(part),
                 support="bitmask",
-                **storage,
+                **how.storage,
                 diagnostics={
                     "solver": "sylvester",
                     "n_atoms": shape.n_atoms,

@@ -18,7 +18,7 @@ from cospadi.budget import dense_nbytes
 from cospadi.errors import ConfigError
 from cospadi.formats.factorization import Factorization
 from cospadi.methods import single_weights
-from cospadi.methods.base import SHARING_OPTIONS, Method, Problems, sharing_faults
+from cospadi.methods.base import SHARING_OPTIONS, Fit, Method, Problems, sharing_faults
 from cospadi.methods.single_weights import PATTERN, inputs_of, n_entries, scaled
 from cospadi.problem import Problem, Target, side_by_side
 from cospadi.work import Work
@@ -70,11 +70,8 @@ class Found(NamedTuple):
 def fit(
     problem: Problem,
     nbytes: int,
+    how: Fit,
     *,
-    storage: Mapping[str, Any],
-    device: str = "cpu",
-    log: Callable[[str], None] | None = None,
-    warm: Factorization | None = None,
     pattern: str = PATTERN["default"],
     atoms: int | str | None = None,
     max_iter: int = OPTIONS["max_iter"]["default"],
@@ -90,6 +87,7 @@ def fit(
     problem : Problem
         Matrices with several inputs are taken in the metric of their mean Gram.
     nbytes : int
+    how : Fit
     pattern, atoms, max_iter, schedule
         As in `OPTIONS`.
     """
@@ -97,15 +95,15 @@ def fit(
     from cospadi.solvers.entries import best_entries
 
     d_in, d_out = problem.shape
-    metric = scaled(problem.metric, device)
-    weight, gram = inputs_of(problem, device)
+    metric = scaled(problem.metric, how.device)
+    weight, gram = inputs_of(problem, how.device)
     sizes = _sizes(problem, metric, weight)
     rows = ((weight / sizes) * metric.scale[:, None]).T
     rows = admm.as_dtype(rows, metric.gram)
     targets = rows @ metric.gram
 
     def room(n_atoms: int) -> int:
-        return n_entries(problem.shape, nbytes, pattern=pattern, n_atoms=n_atoms, **storage)
+        return n_entries(problem.shape, nbytes, pattern=pattern, n_atoms=n_atoms, **how.storage)
 
     n_kept = room(0)
     pruned, _ = sparsegpt.prune(weight / sizes, gram, n_kept, pattern=pattern)
@@ -129,12 +127,12 @@ def fit(
     else:
         n_atoms = atoms_by_rule(d_in, d_out, nbytes, pattern) if atoms is None else atoms
     if n_atoms and _fits(room, n_atoms):
-        found = with_atoms(n_atoms, max_iter, log)
-        if log is not None:
-            log(f"{n_atoms} atoms: squared error {found.error / best.error:.3f} of that without")
+        found = with_atoms(n_atoms, max_iter, how.log)
+        if how.log is not None:
+            how.log(f"{n_atoms} atoms: squared error {found.error / best.error:.3f} of that without")
         if found.error < best.error:
             best = found
-    return _factors(problem, best, metric, sizes, pattern, storage)
+    return _factors(problem, best, metric, sizes, pattern, how.storage)
 
 
 def atoms_by_rule(d_in: int, d_out: int, nbytes: int, pattern: str) -> int:

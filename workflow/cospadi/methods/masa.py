@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from cospadi.errors import ConfigError
 from cospadi.files import BFLOAT16
 from cospadi.formats.factorization import Factorization
 from cospadi.methods import svd_llm
-from cospadi.methods.base import WHITENING_OPTIONS, Method
+from cospadi.methods.base import WHITENING_OPTIONS, Fit, Method
 from cospadi.problem import Problem, Target
 from cospadi.runtime.cospadi_supports import MIXTURE
 from cospadi.solvers.svd import squares_left
@@ -211,11 +211,8 @@ def mix(atoms: np.ndarray, coefficients: np.ndarray, storage: Mapping[str, Any])
 def fit(
     problem: Problem,
     nbytes: int,
+    how: Fit,
     *,
-    storage: Mapping[str, Any],
-    device: str = "cpu",
-    log: Callable[[str], None] | None = None,
-    warm: Factorization | None = None,
     groups: int | None = None,
     atoms: int | None = None,
     whiten: bool = True,
@@ -232,8 +229,7 @@ def fit(
         the low-rank part alone (`svd_llm.fit`).
     nbytes : int
         Of all of them together.
-    storage : mapping
-        How the factors will be stored (`formats.values.storage_of`).
+    how : Fit
     groups, atoms
         As in `OPTIONS`.
 
@@ -248,8 +244,8 @@ def fit(
         If these are too few bytes.
     """
     if problem.drift is None:
-        return svd_llm.fit(problem, nbytes, storage=storage, device=device, log=log, whiten=whiten, eta=eta)
-    log = log or (lambda line: None)
+        return svd_llm.fit(problem, nbytes, how, whiten=whiten, eta=eta)
+    log = how.log or (lambda line: None)
     weights, whitenings = problem.weights, problem.whitenings(whiten=whiten, eta=eta)
     spans = groups_by_drift(problem.drift, _n_groups(len(problem.drift), groups))
     log("groups of layers: " + ", ".join(f"{span[0]}-{span[-1]}" for span in spans))
@@ -258,7 +254,7 @@ def fit(
         group = next(number for number, span in enumerate(spans) if matrix.layer in span)
         members.setdefault((group, matrix.projection), []).append(index)
     menus = {
-        key: _Menu([weights[i] for i in indices], [whitenings[i] for i in indices], atoms, storage)
+        key: _Menu([weights[i] for i in indices], [whitenings[i] for i in indices], atoms, how.storage)
         for key, indices in members.items()
     }
     try:
@@ -274,7 +270,7 @@ def fit(
         group = [weights[i] for i in indices]
         mixtures: Sequence[Factorization | None] = [None] * len(indices)
         if n_atoms:
-            mixtures = mix(*matrix_pca(group, n_atoms)[:2], storage)
+            mixtures = mix(*matrix_pca(group, n_atoms)[:2], how.storage)
         span, projection = spans[key[0]], key[1]
         owner = next((problem.names[i] for i, rank in zip(indices, ranks, strict=True) if rank is not None), "")
         log(
@@ -284,12 +280,12 @@ def fit(
         for i, weight, rank, mixture in zip(indices, group, ranks, mixtures, strict=True):
             diagnostics = {"group": [span[0], span[-1]], "matrix_atoms": n_atoms, "rank": rank}
             if rank is None:
-                found[i] = Factorization(None, weight, support="dense", **storage, diagnostics=diagnostics)
+                found[i] = Factorization(None, weight, support="dense", **how.storage, diagnostics=diagnostics)
                 continue
             if mixture is not None:
                 mixture.tensor = f"{owner}.plus.0.dictionary"
                 weight = weight - mixture.reconstruct()
-            low_rank = svd_llm.truncated(weight, rank, whitenings[i], storage=storage, device=device)
+            low_rank = svd_llm.truncated(weight, rank, whitenings[i], storage=how.storage, device=how.device)
             settled = {key: low_rank.diagnostics[key] for key in ("shift", "eta")}
             low_rank = replace(low_rank, diagnostics={**diagnostics, **settled})
             found[i] = low_rank if mixture is None else low_rank + mixture

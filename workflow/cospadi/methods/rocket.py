@@ -15,7 +15,7 @@ means it. There is no refinement by Adam, which the paper does not mention and i
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +29,7 @@ from cospadi.formats.values import storage_of
 from cospadi.methods.base import (
     WHITENING_OPTIONS,
     Allocator,
+    Fit,
     Method,
     Problems,
     allocation_option,
@@ -108,11 +109,7 @@ class _Found(NamedTuple):
 def fit(
     problem: Problem,
     nbytes: int,
-    *,
-    storage: Mapping[str, Any],
-    device: str = "cpu",
-    log: Callable[[str], None] | None = None,
-    warm: Factorization | None = None,
+    how: Fit,
     **options: Any,
 ) -> list[Factorization]:
     """The best of ``rhos`` for the weight itself, each in one pass.
@@ -122,16 +119,15 @@ def fit(
     problem : Problem
     nbytes : int
         k and s follow from it and rho (`budget.sparse_shape`), with at most as many atoms as there are eigenvectors.
-    storage : mapping
-        How the factors will be stored (`formats.values.storage_of`).
+    how : Fit
     **options
         Those of `OPTIONS` that shape a single problem; defaults where missing.
     """
-    options = _with_defaults(options)
-    analysis = _analyse(problem, device, options)
-    found = _best(analysis, problem.shape, nbytes, storage, options)
-    if log is not None:
-        log(f"rho {found.rho:g}, {found.shape.n_atoms} atoms, error of the weight {found.error:.4f}")
+    options = METHOD.complete(options)
+    analysis = _analyse(problem, how.device, options)
+    found = _best(analysis, problem.shape, nbytes, how.storage, options)
+    if how.log is not None:
+        how.log(f"rho {found.rho:g}, {found.shape.n_atoms} atoms, error of the weight {found.error:.4f}")
     codes, mask = to_numpy(found.codes).T, to_numpy(found.mask).T
     dense = found.rho == 1
     return problem.split(
@@ -140,7 +136,7 @@ def fit(
             np.ascontiguousarray(codes),
             support="dense" if dense else "bitmask",
             mask=None if dense else np.ascontiguousarray(mask),
-            **storage,
+            **how.storage,
             diagnostics={
                 "solver": "eigenbasis",
                 "n_atoms": found.shape.n_atoms,
@@ -152,10 +148,6 @@ def fit(
             },
         )
     )
-
-
-def _with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: options.get(name, schema["default"]) for name, schema in OPTIONS.items()}
 
 
 def _analyse(problem: Problem, device: str, options: Mapping[str, Any]) -> _Analysis:
@@ -217,7 +209,7 @@ def profile(
     problem: Problem, nbytes: int, *, storage: Mapping[str, Any], device: str = "cpu", **options: Any
 ) -> dict[str, Any]:
     """``points``: bytes and ``||W - W~||_F / ||W||_F`` at every ratio that may be chosen, all in one analysis."""
-    options = _with_defaults(options)
+    options = METHOD.complete(options)
     analysis = _analyse(problem, device, options)
     sizes = {nbytes, *(nbytes_left(problem.shapes, ratio) for ratio in options["candidate_ratios"])}
     points = []
@@ -283,12 +275,12 @@ def _passes(
 
 def work(targets: Sequence[Target], nbytes: int, options: Mapping[str, Any], storage: Mapping[str, Any]) -> Work:
     """Work of a problem: eigenvectors, and a pass for every rho."""
-    return _passes(targets, nbytes, _with_defaults(options)["rhos"], 1, storage)
+    return _passes(targets, nbytes, METHOD.complete(options)["rhos"], 1, storage)
 
 
 def profiling(targets: Sequence[Target], nbytes: int, options: Mapping[str, Any], storage: Mapping[str, Any]) -> Work:
     """Work of a profile: as many passes as there are candidates."""
-    options = _with_defaults(options)
+    options = METHOD.complete(options)
     return _passes(targets, nbytes, options["rhos"], 1 + len(options["candidate_ratios"]), storage)
 
 
@@ -300,7 +292,7 @@ def modules(options: Mapping[str, Any]) -> list[str]:
 def faults(settings: Mapping[str, Any], problems: Problems = ()) -> Iterator[str]:
     """Ratios that leave no atom."""
     storage = storage_of(settings.get("codes", {}))
-    rhos = _with_defaults(settings)["rhos"]
+    rhos = METHOD.complete(settings)["rhos"]
     yield from budget_faults(settings, problems, lambda shape, nbytes: _shapes(shape, nbytes, rhos, storage))
 
 

@@ -17,7 +17,7 @@ from cospadi.errors import ConfigError
 from cospadi.formats.dictionaries import IDENTITY
 from cospadi.formats.factorization import Factorization
 from cospadi.formats.values import storage_of
-from cospadi.methods.base import Method, Problems, budget_faults, work_of
+from cospadi.methods.base import Fit, Method, Problems, budget_faults, work_of
 from cospadi.problem import Metric, Problem, Target, side_by_side
 from cospadi.runtime.cospadi_registry import SUPPORTS
 from cospadi.solvers.entries import kept_of
@@ -161,22 +161,13 @@ def method(
     """
     options = {"pattern": PATTERN} if options is None else options
 
-    def fit(
-        problem: Problem,
-        nbytes: int,
-        *,
-        storage: Mapping[str, Any],
-        device: str = "cpu",
-        log: Callable[[str], None] | None = None,
-        warm: Factorization | None = None,
-        **given: Any,
-    ) -> list[Factorization]:
+    def fit(problem: Problem, nbytes: int, how: Fit, **given: Any) -> list[Factorization]:
         chosen = {option: schema["default"] for option, schema in options.items()} | given
         pattern = chosen.pop("pattern")
-        n_kept = n_entries(problem.shape, nbytes, pattern=pattern, **storage)
-        weights, mask = keep(problem, n_kept, pattern, device, **chosen)
+        n_kept = n_entries(problem.shape, nbytes, pattern=pattern, **how.storage)
+        weights, mask = keep(problem, n_kept, pattern, how.device, **chosen)
         n_nonzero = int(to_numpy(mask).sum())
-        return problem.split(kept(weights, mask, pattern, storage, solver=solver, n_nonzero=n_nonzero))
+        return problem.split(kept(weights, mask, pattern, how.storage, solver=solver, n_nonzero=n_nonzero))
 
     return Method(
         name=name,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cospadi.formats.factorization import Factorization
 from cospadi.methods import hybrid
-from cospadi.methods.base import Method
+from cospadi.methods.base import Fit, Method
 from cospadi.problem import Problem, Target
 from cospadi.work import Work
 
@@ -17,15 +17,11 @@ OPTIONS = {name: schema for name, schema in hybrid.OPTIONS.items() if name not i
 def fit(
     problem: Problem,
     nbytes: int,
-    *,
-    storage: Mapping[str, Any],
-    device: str = "cpu",
-    log: Callable[[str], None] | None = None,
-    warm: Factorization | None = None,
+    how: Fit,
     **options: Any,
 ) -> list[Factorization]:
     """Support by ADMM from SparseGPT's, then least squares on it (`hybrid.fit`)."""
-    return hybrid.fit(problem, nbytes, storage=storage, device=device, log=log, warm=warm, atoms=0, **options)
+    return hybrid.fit(problem, nbytes, how, atoms=0, **options)
 
 
 def work(targets: Sequence[Target], nbytes: int, options: Mapping[str, Any], storage: Mapping[str, Any]) -> Work:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from cospadi.arrays import on_device, to_numpy
@@ -13,6 +13,7 @@ from cospadi.gram import EigenWhitening, Whitening
 from cospadi.methods.base import (
     SHARING_OPTIONS,
     WHITENING_OPTIONS,
+    Fit,
     Method,
     Problems,
     budget_faults,
@@ -26,11 +27,8 @@ from cospadi.work import Work
 def fit(
     problem: Problem,
     nbytes: int,
+    how: Fit,
     *,
-    storage: Mapping[str, Any],
-    device: str = "cpu",
-    log: Callable[[str], None] | None = None,
-    warm: Factorization | None = None,
     whiten: bool = True,
     eta: float = 0.0,
 ) -> list[Factorization]:
@@ -41,12 +39,11 @@ def fit(
     problem : Problem
     nbytes : int
         The rank follows from it (`budget.low_rank`).
-    storage : mapping
-        How the factors will be stored (`formats.values.storage_of`).
+    how : Fit
     """
-    rank = low_rank(*problem.shape, nbytes=nbytes, **storage)
+    rank = low_rank(*problem.shape, nbytes=nbytes, **how.storage)
     whitening = problem.metric.whitening(whiten=whiten, eta=eta)
-    return problem.split(truncated(problem.weight, rank, whitening, storage=storage, device=device))
+    return problem.split(truncated(problem.weight, rank, whitening, storage=how.storage, device=how.device))
 
 
 def truncated(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cospadi.allocation import Profile
@@ -22,7 +22,7 @@ from cospadi.budget import factors_nbytes, low_rank, nbytes_left
 from cospadi.formats.factorization import Factorization
 from cospadi.gram import EigenWhitening, eigen_whitening
 from cospadi.methods import svd_llm
-from cospadi.methods.base import MOST_REMOVED, WHITENING_OPTIONS, Allocator, Method, allocation_option
+from cospadi.methods.base import MOST_REMOVED, WHITENING_OPTIONS, Allocator, Fit, Method, allocation_option
 from cospadi.problem import Metric, Problem
 from cospadi.solvers.svd import squares_left
 
@@ -38,11 +38,8 @@ def _whitening(metric: Metric, eta: float) -> EigenWhitening:
 def fit(
     problem: Problem,
     nbytes: int,
+    how: Fit,
     *,
-    storage: Mapping[str, Any],
-    device: str = "cpu",
-    log: Callable[[str], None] | None = None,
-    warm: Factorization | None = None,
     eta: float = 0.0,
 ) -> list[Factorization]:
     """Truncated SVD ``Lambda^1/2 V^T W ~ U_r Sigma_r Z_r^T``; ``D = V Lambda^-1/2 U_r``, ``S = Sigma_r Z_r^T``.
@@ -52,12 +49,11 @@ def fit(
     problem : Problem
     nbytes : int
         The rank follows from it (`budget.low_rank`).
-    storage : mapping
-        How the factors will be stored (`formats.values.storage_of`).
+    how : Fit
     """
     whitening = _whitening(problem.metric, eta)
-    rank = min(low_rank(*problem.shape, nbytes=nbytes, **storage), len(whitening.factor))
-    return problem.split(svd_llm.truncated(problem.weight, rank, whitening, storage=storage, device=device))
+    rank = min(low_rank(*problem.shape, nbytes=nbytes, **how.storage), len(whitening.factor))
+    return problem.split(svd_llm.truncated(problem.weight, rank, whitening, storage=how.storage, device=how.device))
 
 
 def profile(
