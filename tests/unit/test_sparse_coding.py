@@ -19,13 +19,21 @@ torch = pytest.importorskip("torch")
 
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-from cospadi.solvers.coding import ALGORITHMS, dict_learning, encode, sparse_encode  # noqa: E402
+from cospadi.solvers import coding  # noqa: E402
+from cospadi.solvers.coding import ALGORITHMS, dict_learning, sparse_encode  # noqa: E402
 
 
 def problem(d=30, k=20, n=50, seed=0):
     rng = np.random.default_rng(seed)
     dictionary = rng.standard_normal((d, k))
     return rng.standard_normal((d, n)), dictionary / np.linalg.norm(dictionary, axis=0)
+
+
+def encode(*arrays, **options):
+    """`sparse_encode` with tensors as on a GPU: on the CPU they are computed with as NumPy arrays otherwise."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(coding, "_on_cpu_as_numpy", lambda array: array)
+        return sparse_encode(*arrays, **options)
 
 
 def errors(target, dictionary, codes):

@@ -1,7 +1,29 @@
 """Ways to find a dictionary D and codes S with ``target ~ D S``: one module each, one signature.
 
-``SOLVERS[name](target, *, n_atoms, n_nonzero_coefs, random_state, ...)`` returns a :class:`Solution`. A module is
-imported when its solver is first asked for, so a job that runs ``htp`` never pays for numba.
+``SOLVERS[name](target, *, n_atoms, n_nonzero_coefs, ...)`` returns a :class:`Solution`. A module is imported when its
+solver is first asked for, so a job that runs ``htp`` never pays for numba.
+
+What all of them take (each ``learn`` says what it does with the starts, and has options of its own):
+
+target : array (d, n), float32 or float64
+    Whitened weight ``L W``; NumPy, or a torch tensor on any device.
+n_atoms, n_nonzero_coefs : int
+    k and s.
+random_state : int or Generator, optional
+    Of all that is drawn at random.
+dictionary_init : array (d, n_atoms), optional
+codes_init : array (n_atoms, n), optional
+max_iter : int, optional
+    Rounds.
+tol : float, optional
+    Stop when a round changes the relative error by less than this share of it.
+max_seconds : float, optional
+    No round starts after so many seconds.
+log : callable, optional
+    Called with one line a round.
+support : {"bitmask", "2:4"}, optional
+    Not of ``ksvd``. Any atoms, or two of every four in a row, `n_atoms` a multiple of 4 and `n_nonzero_coefs` half of
+    it.
 """
 
 from __future__ import annotations

@@ -76,35 +76,7 @@ def sparse_encode(
     NumericalError
         If an array holds NaN or infinities.
     """
-    codes = encode(
-        _on_cpu_as_numpy(target),
-        dictionary,
-        n_nonzero_coefs=n_nonzero_coefs,
-        algorithm=algorithm,
-        gram=gram,
-        codes_init=codes_init,
-        support=support,
-        max_iter=max_iter,
-        polish=polish,
-        batch_columns=batch_columns,
-    )
-    return as_torch(codes)
-
-
-def encode(
-    target: Array,
-    dictionary: Array,
-    *,
-    n_nonzero_coefs: int,
-    algorithm: str = "omp",
-    gram: Array | None = None,
-    codes_init: Array | None = None,
-    support: str = "bitmask",
-    max_iter: int = 20,
-    polish: bool = False,
-    batch_columns: int | None = None,
-) -> Array:
-    """`sparse_encode` in the library and on the device of `target`."""
+    target = _on_cpu_as_numpy(target)
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
     if getattr(dictionary, "ndim", None) != 2:
@@ -131,7 +103,7 @@ def encode(
         codes = threshold(rows, atoms, n_nonzero_coefs, support)
     if polish:
         codes = restricted(rows, atoms, codes)
-    return codes.T * scale
+    return as_torch(codes.T * scale)
 
 
 def _htp(

@@ -59,28 +59,20 @@ def learn(
 ) -> Solution:
     """Learn a dictionary and codes with ``target ~ D S``, exactly `n_nonzero_coefs` nonzeros a column.
 
+    Atoms that have to be redrawn are random.
+
     Parameters
     ----------
-    target : array (d, n), float32 or float64
-        Whitened weight ``L W``; NumPy, or a torch tensor on any device.
-    n_atoms, n_nonzero_coefs : int
-        k and s.
-    random_state : int or Generator
-        For atoms that have to be redrawn.
+    target, n_atoms, n_nonzero_coefs, random_state, max_iter, log, support
+        As of all `cospadi.solvers`.
     dictionary_init : array (d, n_atoms), optional
         Default: three rounds of :func:`cospadi.solvers.starts.procrustes`.
     codes_init : array (n_atoms, n), optional
         With them the rounds start at the last, short step.
-    max_iter : int
-        Rounds.
     tol : float
-        After the annealing, stop when a round changes the relative error by less than this share of it.
+        Looked at after the annealing.
     max_seconds : float, optional
-        No round starts after so many seconds; the annealing then ends in time.
-    log : callable, optional
-        Called with one line a round.
-    support : {"bitmask", "2:4"}
-        Any atoms, or two of every four in a row, `n_atoms` a multiple of 4 and `n_nonzero_coefs` half of it.
+        The annealing ends in time.
     step_rule : {"adaptive", "fixed"}
         What a gradient step is measured in: for every column the step that lowers its own error most
         (:func:`steepest_step`), or ``1 / ||D^T D||_2`` for all.

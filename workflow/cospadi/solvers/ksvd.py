@@ -50,25 +50,17 @@ def learn(
 ) -> Solution:
     """Alternate orthogonal matching pursuit and a sweep of rank-1 updates over the atoms.
 
+    OMP gives every column exactly `n_nonzero_coefs` nonzeros; 60 rounds are the paper's. The start is random, and atoms
+    that have to be redrawn are, too.
+
     Parameters
     ----------
-    target : array (d, n), float32 or float64
-        Whitened weight ``L W``.
-    n_atoms, n_nonzero_coefs : int
-        k and s; OMP gives every column exactly s nonzeros.
-    random_state : int or Generator
-        For the start and for atoms that have to be redrawn.
+    target, n_atoms, n_nonzero_coefs, random_state, max_iter, tol, max_seconds, log
+        As of all `cospadi.solvers`.
     dictionary_init : array (d, n_atoms), optional
         Scaled to unit columns. Default: random columns of the target (columns of the original weight, whitened).
     codes_init : array (n_atoms, n), optional
         Gives the first dictionary in closed form (and then `dictionary_init` is not used).
-    max_iter : int
-        Rounds; 60 in the paper.
-    tol : float
-        Stop when a round changes the relative error by less than this share of it.
-    max_seconds : float, optional
-        No round starts after so many seconds.
-    log : callable, optional
     atom_update : {"power", "block", "svd", "mod"}
         Rank-1 fit of an atom's residual by power iterations (the paper's choice) or exactly, atom by atom, codes
         included; power iterations of `block_atoms` atoms at a time, which are matrix products and what a GPU

@@ -32,28 +32,16 @@ def learn(
 ) -> Solution:
     """Alternate ``S = top-s of D^T target`` and ``D = U V^T`` of the SVD of ``target S^T``.
 
+    20 rounds are the paper's default. Nothing here is random.
+
     Parameters
     ----------
-    target : array (d, n), float32 or float64
-        Whitened weight.
-    n_atoms : int
-        At most ``min(d, n)``.
-    n_nonzero_coefs : int
-    random_state : int or Generator
-        Not used: nothing here is random. Part of the signature all solvers share.
+    target, n_atoms, n_nonzero_coefs, random_state, max_iter, tol, max_seconds, log, support
+        As of all `cospadi.solvers`; at most ``min(d, n)`` atoms.
     dictionary_init : array (d, n_atoms), optional
         Made orthonormal. Default: leading left singular vectors of the target.
     codes_init : array (n_atoms, n), optional
         Gives the first dictionary (and then `dictionary_init` is not used).
-    max_iter : int
-        Rounds; the paper's default is 20.
-    tol : float
-        Stop when a round lowers the relative error by less than this share of it.
-    max_seconds : float, optional
-        No round starts after so many seconds.
-    log : callable, optional
-    support : {"bitmask", "2:4"}
-        Any atoms, or two of every four in a row, `n_atoms` a multiple of 4 and `n_nonzero_coefs` half of it.
 
     Returns
     -------
