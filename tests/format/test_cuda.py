@@ -83,6 +83,15 @@ def product(layer: PackedLinear, x: torch.Tensor) -> torch.Tensor:
     return apply_codes(layer.spec, parts, project(layer.spec, parts, x), x.dtype)
 
 
+def test_rows_of_many_products_start_at_multiples_of_32_bytes(device):
+    layer, _ = make((33, 12, 37), codec="bf16", support="bitmask", dictionary="bf16")
+    layer = arrange(layer).to(device)
+    x = torch.randn(KERNEL_ROWS + 1, 33, device=device).bfloat16()
+    z = project(layer.spec, layer.parts(), x)
+    assert z.shape == (len(x), 37) and z.stride() == (48, 1)
+    torch.testing.assert_close(z, x @ layer.dictionary, rtol=0.02, atol=0.02)
+
+
 @pytest.mark.parametrize(("codec", "support", "dictionary"), KINDS)
 def test_product_is_that_of_the_reader(device, codec, support, dictionary):
     # two chunks of atoms, of which the second is ragged; groups that end within a byte of the support, and longer ones

@@ -143,7 +143,7 @@ def check_loading_options(packed_folder):
             "packed_dtypes": sorted(
                 {str(half.get_parameter(n).dtype) for n in half.state_dict() if n.endswith(".values")}
             ),
-            "device_map": float((placed(IDS).logits - reference(IDS).logits).abs().max()),
+            "device_map": float((placed(IDS.to(placed.device)).logits.cpu() - reference(IDS).logits).abs().max()),
             "pickled": float((pickle.loads(pickle.dumps(reference))(IDS).logits - reference(IDS).logits).abs().max()),
             "pickled_config": pickle.loads(pickle.dumps(reference.config)).to_dict() == reference.config.to_dict(),
             "direct": float((direct(IDS).logits - reference(IDS).logits).abs().max()),

@@ -111,9 +111,11 @@ def project(spec: dict[str, Any], parts: list[torch.Tensor | None], x: torch.Ten
     dictionary, dictionary_scales, *_ = parts
     if dictionary is None:
         return x
-    if not _few(x):
-        return x @ decode_dictionary(spec, dictionary, dictionary_scales, x.dtype)
     (d_in, _), k = spec["shape"], spec["dictionary"]["n_atoms"]
+    if not _few(x):
+        # rows that start at odd addresses would keep the products from the tensor cores' fast loads
+        z = x.new_empty(len(x), _aligned(k))[:, :k]
+        return torch.mm(x, decode_dictionary(spec, dictionary, dictionary_scales, x.dtype), out=z)
     in_stride, row_stride = dictionary.stride() if dictionary.ndim == 2 else (k, 1)
     lanes = spec["codes"]["support"] != "dense"
     return _row_products(
@@ -198,7 +200,7 @@ def unpack(spec: dict[str, Any], parts: list[torch.Tensor | None], dtype: torch.
     if support is None:
         return decode_codes(spec, values, scales, support, dtype)
     found = _index_of(spec, support)
-    stride = -(-k // 16) * 16
+    stride = _aligned(k)
     unpacked = torch.empty(d_out, stride, dtype=dtype, device=values.device)
     block, warps = UNPACK_TILE
     with _on(values.device):
@@ -335,6 +337,11 @@ def _index_of(spec: dict[str, Any], support: torch.Tensor) -> _Index:
 
 def _few(rows: torch.Tensor) -> bool:
     return 0 < len(rows) <= KERNEL_ROWS
+
+
+def _aligned(k: int) -> int:
+    """Numbers a row of `k` takes where rows start at multiples of 32 bytes."""
+    return -(-k // 16) * 16
 
 
 def _padded(k: int) -> int:

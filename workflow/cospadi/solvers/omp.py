@@ -52,41 +52,41 @@ def encode_rows(
     codes : array (n, k)
     """
     gram = atoms @ atoms.T if gram is None else gram
-    run = _encode_torch if is_torch_array(rows) else _encode_numpy
     if batch_columns is None:
         batch_columns = max(1, _FACTOR_BYTES // (rows.dtype.itemsize * n_nonzero_coefs * atoms.shape[0]))
     parts = []
     for begin in range(0, rows.shape[0], batch_columns):
         part = slice(begin, begin + batch_columns)
         warm = None if codes_init is None else codes_init[part]
-        parts.append(run(rows[part], atoms, gram, n_nonzero_coefs, warm))
+        parts.append(_encode(rows[part], atoms, gram, n_nonzero_coefs, warm))
     return parts[0] if len(parts) == 1 else array_namespace(rows).concat(parts)
 
 
-def _encode_numpy(
-    rows: np.ndarray, atoms: np.ndarray, gram: np.ndarray, n_nonzero_coefs: int, codes_init: np.ndarray | None
-) -> np.ndarray:
+def _encode(rows: Array, atoms: Array, gram: Array, n_nonzero_coefs: int, codes_init: Array | None) -> Array:
+    """Codes of one batch; in double precision where single precision did not do."""
+    run = _run_torch if is_torch_array(rows) else _run_kernel
     correlations = rows @ atoms.T
-    codes, doubtful = _run_kernel(correlations, gram, n_nonzero_coefs, codes_init)
-    if rows.dtype == np.float64:
+    codes, doubtful = run(correlations, gram, n_nonzero_coefs, codes_init)
+    if rows.dtype.itemsize == 8:
         return codes
     # What is left must be orthogonal to the atoms taken; where single precision did not get there, or found
     # fewer atoms than asked for, double precision decides.
+    xp = array_namespace(rows)
     left = abs(correlations - codes @ gram) * (codes != 0)
-    doubtful |= ~(left.max(1) <= CHECK * abs(correlations).max(1))
-    again = np.flatnonzero(doubtful)
-    if again.size:
-        double = atoms.astype(np.float64)
+    doubtful |= ~(xp.max(left, axis=1) <= CHECK * xp.max(abs(correlations), axis=1))
+    (again,) = xp.nonzero(doubtful)
+    if again.shape[0]:
+        double = xp.astype(atoms, xp.float64)
         warm = None if codes_init is None else codes_init[again]
-        codes[again] = _run_kernel(rows[again].astype(np.float64) @ double.T, double @ double.T, n_nonzero_coefs, warm)[
-            0
-        ]
+        exact, _ = run(xp.astype(rows[again], xp.float64) @ double.T, double @ double.T, n_nonzero_coefs, warm)
+        codes[again] = xp.astype(exact, codes.dtype)
     return codes
 
 
 def _run_kernel(
     correlations: np.ndarray, gram: np.ndarray, n_nonzero_coefs: int, codes_init: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
+    """Codes by the compiled kernel, and which columns have fewer atoms than asked for."""
     from cospadi.solvers import _kernels
 
     n, n_atoms = correlations.shape
@@ -116,21 +116,20 @@ def _run_kernel(
     return codes, short
 
 
-def _encode_torch(rows: Array, atoms: Array, gram: Array, n_nonzero_coefs: int, codes_init: Array | None) -> Array:
+def _run_torch(correlations: Array, gram: Array, n_nonzero_coefs: int, codes_init: Array | None) -> tuple[Array, Array]:
     """The same factorisation for all columns of a batch at once; atoms stay in place, chosen ones are masked."""
     import torch
 
-    n, n_atoms = rows.shape[0], atoms.shape[0]
-    eps = torch.finfo(rows.dtype).eps
-    alpha = rows @ atoms.T
-    correlations = alpha.clone()
+    n, n_atoms = correlations.shape
+    eps = torch.finfo(correlations.dtype).eps
+    alpha = correlations.clone()
     scale = alpha.abs().amax(1)
     diagonal = gram.diagonal()
-    columns = torch.arange(n, device=rows.device)
-    factor = rows.new_zeros((n, n_nonzero_coefs, n_atoms))
-    projections = rows.new_zeros((n, n_nonzero_coefs))
-    order = torch.zeros((n, n_nonzero_coefs), dtype=torch.int64, device=rows.device)
-    chosen = torch.zeros((n, n_nonzero_coefs), dtype=torch.bool, device=rows.device)
+    columns = torch.arange(n, device=gram.device)
+    factor = gram.new_zeros((n, n_nonzero_coefs, n_atoms))
+    projections = gram.new_zeros((n, n_nonzero_coefs))
+    order = torch.zeros((n, n_nonzero_coefs), dtype=torch.int64, device=gram.device)
+    chosen = torch.zeros((n, n_nonzero_coefs), dtype=torch.bool, device=gram.device)
     remaining = diagonal.expand(n, n_atoms).clone()
     closed = ~(remaining > 64 * eps * diagonal)
     if codes_init is not None:
@@ -149,7 +148,7 @@ def _encode_torch(rows: Array, atoms: Array, gram: Array, n_nonzero_coefs: int, 
             break
         weights = factor[:, :step].gather(2, pick[:, None, None].expand(n, step, 1)).squeeze(2)
         direction = gram[pick] - torch.bmm(weights[:, None, :], factor[:, :step]).squeeze(1)
-        length = remaining[columns, pick].clamp_min(torch.finfo(rows.dtype).tiny).rsqrt() * live
+        length = remaining[columns, pick].clamp_min(torch.finfo(gram.dtype).tiny).rsqrt() * live
         direction = direction * length[:, None]
         direction = direction.masked_fill(closed, 0)
         value = alpha[columns, pick] * length
@@ -163,4 +162,5 @@ def _encode_torch(rows: Array, atoms: Array, gram: Array, n_nonzero_coefs: int, 
         closed[columns, pick] = True
     double = gram.double()
     values = solve_supports(double, correlations.double(), order, chosen)
-    return torch.zeros_like(correlations).scatter_add(1, order, (values * chosen).to(correlations.dtype))
+    codes = torch.zeros_like(correlations).scatter_add(1, order, (values * chosen).to(correlations.dtype))
+    return codes, chosen.sum(1) < n_nonzero_coefs
