@@ -23,6 +23,7 @@ from cospadi.evaluation.evaluate import evaluate
 from cospadi.evaluation.generation import generate
 from cospadi.evaluation.heldout import TASK_FILES, heldout_pieces, last_word_passages
 from cospadi.files import ModelFolder, write_tensors
+from cospadi.provenance import fingerprint
 
 # bounds are those of float32, whatever the processor is best at
 EXACT = {"dtype": "float32"}
@@ -89,6 +90,7 @@ def direct_loglikelihood(folder: Path, text: str, window: int) -> tuple[float, i
 
 def test_perplexity_equals_direct_computation(llama, tiny_text, tmp_path):
     result = evaluate(llama, PERPLEXITY, heldout=tiny_text / "heldout.jsonl", output=tmp_path / "eval.json")
+    assert result["fingerprint"] == fingerprint(ModelFolder(llama))
     articles = read_articles(tiny_text)
     pieces = heldout_pieces(articles, max_tokens=300, window=64)
     total, tokens = np.sum([direct_loglikelihood(llama, piece, 64) for piece in pieces], axis=0)

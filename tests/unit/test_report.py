@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from cospadi.errors import ArtifactError
+from cospadi.files import ModelFolder, write_tensors
+from cospadi.provenance import fingerprint
 from cospadi.report import closing_message, collect, summarize
 from cospadi.report.frontier import front, sizes, write_frontier
 
@@ -91,10 +95,9 @@ def make_run(folder: Path) -> Path:
             every = sum(matrix["dense_nbytes"] for matrix in codes.values())
             stored = {"unit": unit, "dense_nbytes_all": every, "matrices": codes}
             write(results / variant / "codes" / f"{unit}.json", stored)
-        (results / variant / "model").mkdir()
-        (results / variant / "model" / "model-00001-of-00002.safetensors").write_bytes(b"x" * 700)
-        (results / variant / "model" / "model-00002-of-00002.safetensors").write_bytes(b"x" * 60)
+        make_model(results / variant / "model", shards=2)
         (results / variant / "model" / "tokenizer.json").write_bytes(b"x" * 1000)
+    make_model(results / "dense-model", shards=1)
     for number, (variant, perplexity) in enumerate(WORD_PERPLEXITY.items()):
         tasks = {
             "piqa": {"metrics": {"acc": 0.5, "acc_norm": 0.7 - number / 10}, "primary": "acc_norm"},
@@ -106,12 +109,31 @@ def make_run(folder: Path) -> Path:
             "tasks": tasks,
             "samples": [{"prompt": "A <b> & c", "text": f"{variant}\n| <script>", "n_tokens": 3, "chat": False}],
             "seconds": {"total": 12.5},
-            "dtype": "float32",
         }
-        write(results / variant / "eval.json", evaluation)
-    (results / "dense-model").mkdir()
-    (results / "dense-model" / "model.safetensors").write_bytes(b"x" * 900)
+        write_scores(results, variant, **evaluation)
     return results
+
+
+def make_model(folder: Path, *, shards: int) -> None:
+    files = [f"model-{number}-of-{shards}.safetensors" for number in range(1, shards + 1)]
+    files = ["model.safetensors"] if shards == 1 else files
+    for file in files:
+        write_tensors(folder / file, {f"{folder.parent.name} {folder.name} {file}": np.zeros(3, np.float32)})
+    write(folder / "config.json", {})
+    if shards > 1:
+        weight_map = {f"{folder.parent.name} {folder.name} {file}": file for file in files}
+        write(folder / "model.safetensors.index.json", {"weight_map": weight_map})
+
+
+def model_bytes(folder: Path) -> str:
+    return str(sum(file.stat().st_size for file in folder.glob("*.safetensors")))
+
+
+def write_scores(results: Path, variant: str, **scores) -> None:
+    """``eval.json`` of a variant's model."""
+    model = results / ("dense-model" if variant == "dense" else f"{variant}/model")
+    of = {"format_version": 1, "fingerprint": fingerprint(ModelFolder(model)), "dtype": "float32"}
+    write(results / variant / "eval.json", {**of, "seconds": {"total": 1.0}, **scores})
 
 
 def rows(path: Path) -> dict[str, dict[str, str]]:
@@ -132,7 +154,7 @@ def test_table(finished):
         "removed_blocks": "",
         "parameters_removed": "",
         "target_parameters_removed": "",
-        "model_bytes": "760",
+        "model_bytes": model_bytes(finished / "cospadi-20/model"),
         "word_perplexity": "40",
         "token_perplexity": "20",
         "recovery": "0.75",  # 30 / 40
@@ -149,7 +171,7 @@ def test_table(finished):
     dense = table["dense"]
     assert (dense["target_bytes"], dense["model_bytes"], dense["ratio_true"], dense["recovery"]) == (
         "800",
-        "900",
+        model_bytes(finished / "dense-model"),
         "0",
         "1",
     )
@@ -183,8 +205,9 @@ def test_closing_message(finished, tmp_path, monkeypatch):
 
 
 def test_closing_message_tells_of_several_dtypes(results, dense_model):
-    evaluation = json.loads((results / "cospadi-20/eval.json").read_text())
-    write(results / "cospadi-20/eval.json", {**evaluation, "dtype": "bfloat16"})
+    write_scores(
+        results, "cospadi-20", **json.loads((results / "cospadi-20/eval.json").read_text()) | {"dtype": "bfloat16"}
+    )
     summarize(RUN, results, dense_model=dense_model)
     text = closing_message(SimpleNamespace(results=results))
     assert "Not evaluated in one dtype: dense in float32, cospadi-20 in bfloat16, svd_llm-20 in float32" in text
@@ -225,7 +248,7 @@ def test_equal_numbers_give_equal_files(finished, tmp_path):
 
 def test_run_without_iterations_perplexity_and_samples(results, dense_model):
     for variant in WORD_PERPLEXITY:
-        write(results / variant / "eval.json", {"seconds": {"total": 1.0}, "dtype": "float32"})
+        write_scores(results, variant)
     run = {"variants": {"svd_llm-20": RUN["variants"]["svd_llm-20"]}}
     summary = summarize(run, results, dense_model=dense_model)
     assert summary["variants"]["svd_llm-20"]["recovery"] is None
@@ -256,6 +279,15 @@ def test_missing_weights(results, dense_model):
     for path in (results / "cospadi-20" / "model").glob("*.safetensors"):
         path.unlink()
     with pytest.raises(ArtifactError, match="cospadi-20/model: holds no safetensors file"):
+        collect(RUN, results, dense_model=dense_model)
+
+
+def test_scores_of_another_model_are_refused_by_name(results, dense_model):
+    shutil.copy(results / "cospadi-20/eval.json", results / "svd_llm-20/eval.json")
+    with pytest.raises(ArtifactError, match=r"svd_llm-20/eval\.json: is of fingerprint .*; expected is fingerprint"):
+        collect(RUN, results, dense_model=dense_model)
+    write(results / "svd_llm-20/eval.json", {"seconds": {"total": 1.0}})
+    with pytest.raises(ArtifactError, match=r"svd_llm-20/eval\.json: says nothing of its format_version; .* evaluate"):
         collect(RUN, results, dense_model=dense_model)
 
 
@@ -417,10 +449,9 @@ def test_variants_that_lose_blocks(results, dense_model):
     pruning = {**counts, "removed": [5, 0, 1, 3, 4], "seconds": 7.0, "fits": []}
     write(results / "uidl-2/pruning/pruned.json", pruning)
     (results / "cospadi-20").rename(results / "both")
-    (results / "uidl-2" / "model").mkdir()
-    (results / "uidl-2" / "model" / "model.safetensors").write_bytes(b"x" * 500)
+    make_model(results / "uidl-2" / "model", shards=1)
     for name in ("uidl-2", "both"):
-        write(results / name / "eval.json", json.loads((results / "svd_llm-20/eval.json").read_text()))
+        write_scores(results, name, perplexity={"word": 120.0, "token": 60.0, "bits_per_byte": 1.0, "tokens": 500})
     path = results / "uidl-2/pruning/pruned.json"
     summary = summarize(run, results, dense_model=dense_model, pruned={"uidl-2": path, "both": str(path)})
     table = rows(results / "summary.tsv")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 
@@ -100,6 +101,15 @@ def test_a_choice_of_another_step_is_refused_by_name(pruned, tmp_path):
     shutil.rmtree(results / "ls-1/model")
     output = run.snakemake("results/tiny/ls-1/model", succeeds=False)
     assert f"ls-1/{selection}: is of settings" in output and not (results / "ls-1/model").exists()
+
+
+def test_distances_of_other_windows_are_not_plotted(pruned, tmp_path):
+    run = pruned.copy(tmp_path / "run")
+    distances, plot = run.results / "pruning/distances.json", run.results / "plots/distances.svg"
+    distances.write_text(json.dumps({**read_json(distances), "tokens": "others"}))
+    plot.unlink()
+    output = run.snakemake("results/tiny/plots/distances.svg", succeeds=False)
+    assert "distances.json: is of tokens others; expected is tokens" in output and not plot.exists()
 
 
 def test_report_shows_the_distances(pruned):

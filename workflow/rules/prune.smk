@@ -31,7 +31,9 @@ rule measure_distances:
 
 rule plot_distances:
     input:
-        rules.measure_distances.output[0],
+        distances=rules.measure_distances.output[0],
+        structure="<results>/structure.json",
+        windows=rules.prepare_calibration.output[0],
     output:
         report(
             "<results>/plots/distances.svg",
@@ -50,6 +52,8 @@ rule plot_distances:
         mem_mb=plan.mem_mb("plot_distances"),
         runtime=plan.runtime("plot_distances"),
     params:
+        samples=config["pruning"]["samples"],
+        walk=plan.pruning(),
         code=plan.code("plot_distances"),
     message:
         "Plotting the distances"

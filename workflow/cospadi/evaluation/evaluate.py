@@ -24,7 +24,8 @@ from cospadi.evaluation.heldout import read_pieces
 from cospadi.evaluation.perplexity import perplexity
 from cospadi.evaluation.scoring import ScoringLM, offline
 from cospadi.evaluation.tasks import score_tasks
-from cospadi.files import write_json
+from cospadi.files import ModelFolder, write_json
+from cospadi.provenance import fingerprint
 from cospadi.runtime.cospadi_linear import pack_, unpack_
 from cospadi.stage import choose_dtype, keep_freed_memory
 from cospadi.tokenizer import load_tokenizer
@@ -109,6 +110,7 @@ def evaluate(
     result: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "model": str(model_folder),
+        "fingerprint": fingerprint(ModelFolder(model_folder)),
         "dtype": dtype,
         "dtype_reason": reason,
         "device": device,

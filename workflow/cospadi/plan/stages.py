@@ -331,7 +331,7 @@ STAGES = table_of(
         name="plot_distances",
         rule="plot_distances",
         result="a plot of the distances",
-        after=("distances",),
+        after=("inspect", "prepare", "distances"),
         jobs=_pruning("plot_distances"),
         code=("cospadi.report.plots",),
     ),

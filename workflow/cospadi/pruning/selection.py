@@ -121,6 +121,37 @@ def provenance(structure: Mapping[str, Any], settings: Mapping[str, Any]) -> dic
     }
 
 
+def read_distances(
+    path: str | Path,
+    structure: Mapping[str, Any],
+    *,
+    samples: int | None,
+    calibration: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What `distances.measure` found, from its file.
+
+    Parameters
+    ----------
+    path : path-like
+    structure : mapping
+        From `structure.inspect_model`.
+    samples : int or None
+        Windows that the distances have to be of; None: all.
+    calibration : mapping, optional
+        What else they have to be of (`activations.calibration_of`).
+
+    Raises
+    ------
+    ArtifactError
+        If they are of another model or version, or of other windows.
+    """
+    remedy = "Delete it and run again to measure the distances anew"
+    distances = read_object(path, remedy)
+    belongs = {"format_version": FORMAT_VERSION, "fingerprint": structure["fingerprint"], "samples": samples}
+    check_provenance(path, distances, {**belongs, **(calibration or {})}, remedy)
+    return distances
+
+
 def choose(
     distances_file: str | Path,
     structure: Mapping[str, Any],
@@ -133,16 +164,10 @@ def choose(
 
     Parameters
     ----------
-    distances_file : path-like
-        Written by `distances.measure`.
-    structure : mapping
-        From `structure.inspect_model`.
+    distances_file, structure, samples, calibration
+        As of `read_distances`.
     settings : mapping
         As in `select`.
-    samples : int or None
-        Windows that the distances have to be of; None: all.
-    calibration : mapping, optional
-        What else they have to be of (`activations.calibration_of`).
 
     Returns
     -------
@@ -154,12 +179,9 @@ def choose(
     ConfigError
         As `select`.
     ArtifactError
-        If the distances are of another model or version, or of other windows.
+        As `read_distances`.
     """
-    remedy = "Delete it and run again to measure the distances anew"
-    distances = read_object(distances_file, remedy)
-    belongs = {"format_version": FORMAT_VERSION, "fingerprint": structure["fingerprint"], "samples": samples}
-    check_provenance(distances_file, distances, {**belongs, **(calibration or {})}, remedy)
+    distances = read_distances(distances_file, structure, samples=samples, calibration=calibration)
     of_windows = {key: distances[key] for key in ("tokens", "dtype", "dtype_reason")}
     return {**select(settings, distances), **provenance(structure, settings), **of_windows}
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from cospadi.errors import ArtifactError
-from cospadi.files import read_json
+from cospadi.files import ModelFolder, read_json, read_object
+from cospadi.provenance import check_provenance, fingerprint
 
 FORMAT_VERSION = 1
 DENSE = "dense"
@@ -65,7 +66,7 @@ def collect(
     asked = (run.get("evaluation") or {}).get("tasks") or []
     for name, variant in variants.items():
         variant["model_bytes"] = _weight_bytes(Path(variant["model"]))
-        variant |= _read_scores(results / name / "eval.json", asked)
+        variant |= _read_scores(results / name / "eval.json", Path(variant["model"]), asked)
     reference = variants[DENSE]["word_perplexity"]
     for variant in variants.values():
         perplexity = variant["word_perplexity"]
@@ -180,8 +181,10 @@ def _ranges(numbers: Sequence[int]) -> str:
     return " ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
-def _read_scores(path: Path, asked: Sequence[str]) -> dict[str, Any]:
-    evaluation = read_json(path, _REMEDY)
+def _read_scores(path: Path, model: Path, asked: Sequence[str]) -> dict[str, Any]:
+    evaluation = read_object(path, _REMEDY)
+    belongs = {"format_version": FORMAT_VERSION, "fingerprint": fingerprint(ModelFolder(model))}
+    check_provenance(path, evaluation, belongs, "Delete it and run again to evaluate the model anew")
     perplexity = evaluation.get("perplexity", {})
     scores = {
         name: scored["metrics"][scored["primary"]]
