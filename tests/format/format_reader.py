@@ -14,8 +14,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-BITS = {"bf16": 16, "bf14": 14, "int8": 8, "int4": 4}
-INTEGERS = ("int8", "int4")
+WHOLE = {f"int{bits}": bits for bits in (8, 6, 4, 3, 2)}
+SHIFTED = {f"uint{bits}": bits for bits in (8, 6, 4, 3, 2)}
+INTEGERS = {**WHOLE, **SHIFTED}
+BITS = {"bf16": 16, "bf14": 14, **INTEGERS}
 
 
 class Refused(Exception):
@@ -114,7 +116,7 @@ def check_spec(spec: Any, is_part: bool = False) -> None:
     need(isinstance(shape, list) and len(shape) == 2 and all(is_whole(n, 1) for n in shape), "shape")
     need(isinstance(dictionary, dict) and isinstance(codes, dict), "sections")
     codec, values = dictionary.get("codec"), codes.get("codec")
-    need(isinstance(codec, str) and codec in (*BITS, "identity"), "codec")
+    need(isinstance(codec, str) and codec in (*BITS, "identity") and codec not in SHIFTED, "codec")
     need(isinstance(values, str) and values in BITS, "codec")
     keys = {"codec", "n_atoms"} | ({"tensor"} if codec != "identity" else set())
     need(dictionary.keys() == keys | ({"group_size"} if codec in INTEGERS else set()), "keys")
@@ -150,7 +152,8 @@ def read_matrix(tensors: dict[str, np.ndarray], name: str, spec: dict[str, Any],
     more = [read_matrix(tensors, f"{name}.plus.{i}", part, True) for i, part in enumerate(spec.get("plus", []))]
     dictionary = read_dictionary(tensors, d_in, **spec["dictionary"])
     support, n = codes["support"], codes["n_nonzero"]
-    values = finite(numbers(tensors.get(f"{name}.values"), codes["codec"], (d_out, k) if support == "dense" else (n,)))
+    shape = (n + codes["n_scales"],) if codes["codec"] in SHIFTED else (d_out, k) if support == "dense" else (n,)
+    values = finite(numbers(tensors.get(f"{name}.values"), codes["codec"], shape))
     if support == "mixture":
         atoms = np.split(dictionary, n, axis=1)
         return sum((c * atom for c, atom in zip(values, atoms, strict=True)), sum(more))
@@ -168,7 +171,8 @@ def read_matrix(tensors: dict[str, np.ndarray], name: str, spec: dict[str, Any],
         for first in range(0, len(atoms), size):
             group = atoms[first : first + size]
             need(scales is None or n_groups < len(scales), "scales")
-            row[group] = values[taken : taken + len(group)] * (1 if scales is None else scales[n_groups])
+            zero = values[n + n_groups] if codes["codec"] in SHIFTED else 0
+            row[group] = (values[taken : taken + len(group)] - zero) * (1 if scales is None else scales[n_groups])
             taken, n_groups = taken + len(group), n_groups + 1
     need(taken == n and (scales is None or n_groups == len(scales)), "positions or scales")
     return dictionary @ rows.T + sum(more)
@@ -225,8 +229,8 @@ def numbers(stored: np.ndarray | None, codec: str, shape: int | tuple[int, ...])
         stream = np.unpackbits(stored, bitorder="little")
         need(not stream[bits * n :].any(), "bits behind the last number")
         words = stream[: bits * n].reshape(n, bits) @ (1 << np.arange(bits, dtype=np.uint32)).astype(np.uint32)
-        decoded = words.astype(np.float32)
-        decoded = np.where(words < 8, decoded, decoded - 16) if codec == "int4" else (words << 18).view(np.float32)
+        decoded = (words << 18).view(np.float32) if codec == "bf14" else words.astype(np.float32)
+        decoded = decoded - 2.0**bits * (words >> bits - 1) if codec in WHOLE else decoded
     return decoded.astype(np.float32)
 
 

@@ -99,11 +99,11 @@ def random_matrix(
     if dictionary != "identity":
         tensor = f"{owner or name}.dictionary"
         spec["dictionary"]["tensor"] = tensor
-        if dictionary in ("int8", "int4"):
+        if is_scaled(dictionary):
             spec["dictionary"]["group_size"] = group_size
         if owner in (None, name):
             tensors[tensor] = random_numbers(draw, (d_in, k), dictionary)
-            if dictionary in ("int8", "int4"):
+            if is_scaled(dictionary):
                 n_groups = -(-d_in // (group_size or d_in))
                 tensors[f"{tensor}_scales"] = random_scales(draw, (n_groups, k), dictionary)
     if support == "mixture":
@@ -124,9 +124,11 @@ def random_matrix(
     counts = mask.sum(1)
     spec["codes"] = {"codec": codec, "support": support, "n_nonzero": int(mask.sum())}
     shape = (d_out, k) if support == "dense" else (int(mask.sum()),)
+    n_scales = int((-(-counts // (group_size or k))).sum())
+    if codec.startswith("uint"):  # zero points follow
+        shape = (int(mask.sum()) + n_scales,)
     tensors[f"{name}.values"] = random_numbers(draw, shape, codec)
-    if codec in ("int8", "int4"):
-        n_scales = int((-(-counts // (group_size or k))).sum())
+    if is_scaled(codec):
         spec["codes"] |= {"group_size": group_size, "n_scales": n_scales}
         tensors[f"{name}.scales"] = random_scales(draw, (n_scales,), codec)
     return tensors, spec
@@ -137,9 +139,10 @@ def random_numbers(draw: np.random.Generator, shape: tuple[int, ...], codec: str
     n = int(np.prod(shape))
     if codec == "int8":
         return draw.integers(-128, 128, shape).astype(np.int8)
-    if codec == "int4":
-        nibbles = np.append(draw.integers(0, 16, n).astype(np.uint8), np.zeros(n % 2, np.uint8))
-        return nibbles[::2] | nibbles[1::2] << 4
+    if is_scaled(codec):
+        bits = bits_of(codec)
+        stream = sum(int(word) << bits * i for i, word in enumerate(draw.integers(0, 2**bits, n)))
+        return np.frombuffer(stream.to_bytes(-(-bits * n // 8), "little"), np.uint8).copy()
     values = (draw.standard_normal(shape) / 5).astype(BFLOAT16)
     return pack14(values.ravel()) if codec == "bf14" else values
 
@@ -147,7 +150,15 @@ def random_numbers(draw: np.random.Generator, shape: tuple[int, ...], codec: str
 def random_scales(draw: np.random.Generator, shape: tuple[int, ...], codec: str) -> np.ndarray:
     """Random scales of either sign that make numbers around 0.2 large."""
     sign = draw.choice([-1, 1], shape)
-    return (sign * (0.5 + draw.random(shape)) / {"int8": 400, "int4": 25}[codec]).astype(BFLOAT16)
+    return (sign * (0.5 + draw.random(shape)) / (1.56 * 2 ** bits_of(codec))).astype(BFLOAT16)
+
+
+def is_scaled(codec: str) -> bool:
+    return codec.startswith(("int", "uint"))
+
+
+def bits_of(codec: str) -> int:
+    return int(codec[-1])
 
 
 def pack14(values: np.ndarray) -> np.ndarray:

@@ -56,7 +56,7 @@ KINDS = {
     "1.self_attn.o_proj": ("bf16", "bitmask", "identity", 0, None, None),
     "1.mlp.gate_proj": ("bf16", "dense", "bf14", 7, None, None),
     "1.mlp.up_proj": ("int4", "bitmask", "int8", 18, 3, None),
-    "1.mlp.down_proj": ("int8", "2:4", "identity", 0, None, None),
+    "1.mlp.down_proj": ("uint3", "dense", "identity", 0, 16, None),
 }
 SIZES = {"hidden_size": 36, "intermediate_size": 28, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIZES |= {"num_key_value_heads": 1, "head_dim": 16, "vocab_size": 40, "max_position_embeddings": 32}
@@ -200,7 +200,12 @@ def damage_json(draw: random.Random, root: Any, path: tuple) -> None:
         )
     elif isinstance(old, str) and kind < 5:
         parent[key] = draw.choice(
-            [old + "x", old[:-1], old.upper(), draw.choice(["int8", "int4", "bf16", "bf14", "float32"])]
+            [
+                old + "x",
+                old[:-1],
+                old.upper(),
+                draw.choice(["int8", "int4", "int3", "uint3", "uint4", "bf16", "bf14", "float32"]),
+            ]
         )
     else:
         parent[key] = copy.deepcopy(draw.choice(HOSTILE))

@@ -177,7 +177,7 @@ def _rename_dictionary(tensors, specs):
         (_shorten, rf"{NAME}.values has shape \(1276,\), expected \(1277,\)"),
         (_set_bit, f"{NAME} has .* positions for .* values"),
         (_transpose, rf"{NAME}.weight has shape \[96, 48\], the codes are for \[48, 96\]"),
-        (lambda tensors, specs: specs[NAME]["codes"].update(codec="int3"), "codec 'int3'"),
+        (lambda tensors, specs: specs[NAME]["codes"].update(codec="int5"), "codec 'int5'"),
         (_rename_dictionary, "shared.dictionary, which belongs to no packed matrix"),
         (
             lambda tensors, specs: specs[NAME].update(dictionary={"codec": "identity", "n_atoms": 27}),

@@ -72,9 +72,9 @@ BROKEN: dict[str, tuple[Callable[[dict, dict], Any], str, str]] = {
         "format_version 2 is not known",
     ),
     "codec": (
-        lambda config, tensors: _matrices(config)[NAME]["codes"].update(codec="int3"),
+        lambda config, tensors: _matrices(config)[NAME]["codes"].update(codec="int5"),
         "ValueError",
-        f"{NAME}: codec 'int3' is not known",
+        f"{NAME}: codec 'int5' is not known",
     ),
     "family": (
         lambda config, tensors: config.update(base_model_type="llama99"),

@@ -47,6 +47,9 @@ CODECS = ("bf16", "bf14", "int8", "int4")
 KINDS = [(codec, support, "bf16") for codec, support in itertools.product(CODECS, ("bitmask", "dense", "2:4"))]
 KINDS += [("bf16", "bitmask", dictionary) for dictionary in ("bf14", "int8", "int4", "identity")]
 KINDS += [("int4", "2:4", "identity"), ("int8", "dense", "int8")]
+# without a compiled kernel
+OTHERS = [("uint3", "bitmask", "int6"), ("uint8", "2:4", "bf16")]
+OTHERS += [(f"{kind}{bits}", "dense", "identity") for kind in ("int", "uint") for bits in (2, 3, 4, 6)]
 
 
 def make(shape=(48, 40, 27), *, codec="bf16", support="bitmask", dictionary="bf16", bias=False, seed=0, group_size=16):
@@ -123,7 +126,7 @@ def test_14_bit_stream_decodes_bit_for_bit(n):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_product_is_that_of_the_reader(machine, shape):
-    for (codec, support, dictionary), group_size in itertools.product(KINDS, (16, None)):
+    for (codec, support, dictionary), group_size in itertools.product([*KINDS, *OTHERS], (16, None)):
         layer, weight = make(
             shape, codec=codec, support=support, dictionary=dictionary, group_size=group_size, bias=True
         )
@@ -533,7 +536,7 @@ def test_casting_moves_the_bias_and_leaves_the_packed_tensors():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
 @pytest.mark.parametrize("rows", [2, 20])
 def test_parameters_that_a_tool_cast_in_place_are_read_as_what_they_are(machine, rows, dtype):
-    for codec, support, dictionary in KINDS:
+    for codec, support, dictionary in [*KINDS, *OTHERS]:
         layer, weight = make(codec=codec, support=support, dictionary=dictionary)
         before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
         x = torch.randn(rows, weight.shape[0], generator=torch.Generator().manual_seed(rows))
@@ -619,7 +622,7 @@ def test_gradient_reaches_the_input_and_the_bias():
     assert layer.bias.grad is not None and layer.dictionary.grad is None
 
 
-@pytest.mark.parametrize(("codec", "support", "dictionary"), KINDS)
+@pytest.mark.parametrize(("codec", "support", "dictionary"), [*KINDS, *OTHERS[:3]])
 def test_compiles_without_a_graph_break(codec, support, dictionary):
     layer, weight = make(codec=codec, support=support, dictionary=dictionary)
     torch._dynamo.reset()
@@ -692,11 +695,11 @@ def test_the_weight_that_is_not_there_has_a_shape_and_nothing_else():
             use(layer.weight)
 
 
-@pytest.mark.parametrize(("codec", "support", "dictionary"), KINDS)
+@pytest.mark.parametrize(("codec", "support", "dictionary"), [*KINDS, *OTHERS])
 def test_storing_unpacked_factors_gives_the_same_bytes(codec, support, dictionary):
     layer, _ = make(codec=codec, support=support, dictionary=dictionary)
     atoms, codes = layer.factors(torch.float32)
-    assert torch.equal(encode_codes(layer.spec, codes, layer.scales, layer.support), layer.values)
+    assert torch.equal(encode_codes(layer.spec, codes, layer.scales, layer.support, layer.values), layer.values)
     if atoms is not None:
         assert torch.equal(encode_dictionary(layer.spec, atoms, layer.dictionary_scales), layer.dictionary)
 
@@ -803,7 +806,7 @@ def test_in_bfloat16_and_to_train_the_factors_stay():
 
 
 @pytest.mark.parametrize(
-    ("part", "key", "value"), [("codes", "codec", "int3"), ("codes", "support", "1:3"), ("dictionary", "codec", "fp8")]
+    ("part", "key", "value"), [("codes", "codec", "int5"), ("codes", "support", "1:3"), ("dictionary", "codec", "fp8")]
 )
 def test_an_unknown_codec_is_refused_by_name(part, key, value):
     layer, _ = make()

@@ -20,7 +20,7 @@ from cospadi.formats.values import (
     restore,
     store,
 )
-from cospadi.runtime.cospadi_integers import Integers
+from cospadi.runtime.cospadi_integers import Integers, Shifted
 from cospadi.runtime.cospadi_registry import CODECS, FACTOR_CODECS, SUPPORTS
 
 PLAIN = [name for name, codec in FACTOR_CODECS.items() if not codec.scaled]
@@ -32,7 +32,7 @@ def encode(values, codec, rounding="nearest"):
 
 
 def decode(stored, codec, n):
-    return restore(stored, codec, None, (n,))
+    return restore(stored, codec, None, (n,))[0]
 
 
 @pytest.mark.parametrize("codec", PLAIN)
@@ -106,25 +106,22 @@ def test_unknown_rounding_is_refused():
 
 
 def test_every_width_of_the_config_has_its_codec():
-    assert CODEC_OF_BITS == {16: "bf16", 14: "bf14", 8: "int8", 4: "int4"} and DICTIONARY_BITS == (16, 8, 4)
+    widths = {16: "bf16", 14: "bf14", **{bits: f"int{bits}" for bits in (8, 6, 4)}}
+    assert widths == CODEC_OF_BITS and DICTIONARY_BITS == (16, 8, 6, 4)
 
 
 def test_two_codecs_of_as_many_bits_are_refused(monkeypatch):
     monkeypatch.setitem(CODECS, "other4", CODECS["int4"])
     monkeypatch.delitem(sys.modules, "cospadi.formats.values")
-    with pytest.raises(ValueError, match="bf16, bf14, int8, int4, other4 two have as many bits"):
+    with pytest.raises(ValueError, match="bf16, bf14, int8, int6, int4, int4 two have as many bits"):
         importlib.import_module("cospadi.formats.values")
 
 
-def integers_of(bits):
-    """A codec of integers of so many bits."""
-    return type("Some", (Integers,), {"name": f"int{bits}", "bits": bits})()
-
-
+@pytest.mark.parametrize("kind", [Integers, Shifted])
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 7, 8, 1001])
-def test_integers_of_every_width_round_trip_in_the_counted_bytes(bits, n):
-    codec = integers_of(bits)
+def test_integers_of_every_width_round_trip_in_the_counted_bytes(kind, bits, n):
+    codec = kind(bits)
     integers = np.random.default_rng(n).integers(codec.low, codec.high + 1, n).astype(np.float32)
     stored = codec.pack(integers, "nearest")
     assert stored.nbytes == codec.nbytes(n)
@@ -138,8 +135,9 @@ def test_integers_of_every_width_round_trip_in_the_counted_bytes(bits, n):
 
 
 def test_a_width_that_no_codec_has_is_refused():
-    with pytest.raises(ValueError, match="integers of 9 bits; allowed: 2 to 8"):
-        integers_of(9)
+    for kind in (Integers, Shifted):
+        with pytest.raises(ValueError, match="integers of 9 bits; allowed: 2 to 8"):
+            kind(9)
 
 
 @pytest.mark.parametrize("name", CODECS)
@@ -211,7 +209,7 @@ def test_scales_serve_their_group(codec, step):
 
     def held(numbers):
         stored, same = store(numbers, codec, lambda: groups, scales=scales)
-        return restore(stored, codec, lambda: groups, (600,), scales=same)
+        return restore(stored, codec, lambda: groups, (600,), scales=same)[0]
 
     decoded = held(values)
     largest = np.maximum.reduceat(np.abs(values), np.arange(0, 600, 20))
@@ -250,8 +248,8 @@ def test_pairs_layout_and_what_they_cannot_hold():
 
 
 @pytest.mark.parametrize("support", ["bitmask", "2:4", "dense"])
-@pytest.mark.parametrize("value_codec", ["bf16", "bf14", "int8", "int4"])
-@pytest.mark.parametrize("dictionary_codec", ["bf16", "int8", "int4", None])
+@pytest.mark.parametrize("value_codec", CODECS)
+@pytest.mark.parametrize("dictionary_codec", ["bf16", "int8", "int6", "int4", None])
 @pytest.mark.parametrize("group_size", [16, None])
 def test_factors_pack_to_the_counted_bytes_and_back(support, value_codec, dictionary_codec, group_size):
     """Ragged: columns without a code and with all; every codec with every support."""
@@ -280,6 +278,7 @@ def test_factors_pack_to_the_counted_bytes_and_back(support, value_codec, dictio
     assert spec_again == spec and stored.nbytes == factors.nbytes
     assert all(again[name].tobytes() == tensors[name].tobytes() for name in tensors)
     assert not stored.codes[codes == 0].any() or support == "dense"
-    bits = {"bf16": 0.01, "bf14": 0.03, "int8": 0.02, "int4": 0.2}
-    assert np.abs(stored.codes - codes).max() < bits[value_codec] * 4
+    bits = {"bf16": 0.01, "bf14": 0.03, "int8": 0.02, "int6": 0.06, "int4": 0.2, "int3": 0.35, "int2": 0.6}
+    # of a zero point more, and the same number of steps between the extremes
+    assert np.abs(stored.codes - codes).max() < bits[value_codec.removeprefix("u")] * 4
     np.testing.assert_allclose(stored.reconstruct(), stored(np.eye(d_in, dtype=np.float32)), rtol=0, atol=1e-5)

@@ -21,8 +21,8 @@ FORMATS = {
     "toy_support.py": ("cospadi_quarter", "OneOfFour", "        Dense(),\n"),
 }
 VARIANTS = {
-    "both": {"method": "wanda", "ratio": 0.8, "pattern": "1:4", "codes": {"value_bits": 6}},
-    "powers": {"method": "cospadi", "ratio": 0.5, "max_iter": 3, "codes": {"value_bits": 6}},
+    "both": {"method": "wanda", "ratio": 0.8, "pattern": "1:4", "codes": {"value_bits": 5}},
+    "powers": {"method": "cospadi", "ratio": 0.5, "max_iter": 3, "codes": {"value_bits": 5}},
     "quarter": {"method": "cospadi", "ratio": 0.5, "max_iter": 3, "support": "1:4", "rho": 4},
 }
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cospadi.arrays import to_numpy
-from cospadi.budget import nbytes_left
+from cospadi.budget import nbytes_left, ratio_of
 from cospadi.errors import ConfigError, NumericalError
 from cospadi.formats.factorization import Factorization
 from cospadi.formats.values import CODEC_OF_BITS, DICTIONARY_BITS, GROUP_SIZE, ROUNDINGS, storage_of
@@ -23,7 +23,8 @@ def factorize(
     gram: Any | None = None,
     *,
     method: str = "cospadi",
-    ratio: float,
+    ratio: float | None = None,
+    bits: float | None = None,
     value_bits: int = 16,
     dictionary_bits: int = 16,
     group_size: int | None = GROUP_SIZE,
@@ -44,9 +45,11 @@ def factorize(
         Key of `cospadi.methods.METHODS`.
     ratio : float
         Fraction of the bfloat16 bytes to remove, in (0, 1).
-    value_bits : {16, 14, 8, 4}
-        Bits a stored code value takes.
-    dictionary_bits : {16, 8, 4}
+    bits : float
+        In its place: bits a weight, all that is stored counted; between 0 and 16.
+    value_bits : {16, 14, 8, 6, 4}
+        Bits a stored code value takes; at most, of the methods that choose them.
+    dictionary_bits : {16, 8, 6, 4}
         Bits a number of the dictionary takes.
     group_size : int or None
         Integers that share a scale, where values or dictionary are integers; None, all of a column or an atom.
@@ -71,6 +74,9 @@ def factorize(
     NumericalError
         If weight or Gram hold NaN or infinity, or are zero throughout.
     """
+    if (ratio is None) == (bits is None):
+        raise ConfigError([f"ratio is {ratio} and bits are {bits}; expected one of them"], "factorize")
+    ratio = ratio_of(bits) if ratio is None else ratio
     codes = {"value_bits": value_bits, "dictionary_bits": dictionary_bits, "group_size": group_size}
     _check(weight, gram, method, ratio, codes, rounding, options)
     is_tensor = not isinstance(weight, np.ndarray)
@@ -89,7 +95,8 @@ def factorize(
         Fit(storage=storage_of(codes), device=device, log=log),
         **METHODS[method].own(complete),
     )
-    factorization = replace(factorization, rounding=rounding)
+    if not factorization.settled:
+        factorization = replace(factorization, rounding=rounding)
     if is_tensor:
         import torch
 

@@ -36,6 +36,11 @@ def as_is_nbytes(shapes: Iterable[tuple[int, int]], storage: Mapping[str, Any]) 
     return sum(factors_nbytes(*shape, shape[0], shape[0] * shape[1], support="dense", **own) for shape in shapes)
 
 
+def ratio_of(bits: float) -> float:
+    """The ratio that leaves so many bits a weight."""
+    return 1 - bits / 16
+
+
 def nbytes_left(shapes: Iterable[tuple[int, int]], ratio: float) -> int:
     """Whole bytes that matrices of these shapes may take together once the fraction `ratio` of them is removed."""
     return math.floor((1 - ratio) * sum(dense_nbytes(*shape) for shape in shapes))

@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 from jsonschema import Draft202012Validator, ValidationError, validators
 
+from cospadi.budget import ratio_of
 from cospadi.errors import ConfigError
 from cospadi.formats.values import CODEC_OF_BITS, DICTIONARY_BITS
 from cospadi.methods import METHODS, warm_start_faults
@@ -191,6 +192,7 @@ def checked(
     if sections is not None:
         result["variants"], wrong = expanded(sections)
         faults += wrong
+        faults += _bits_faults(result["variants"])
     concrete = _resolve(whole, result, (), faults)
     for error in _Validator(concrete).iter_errors(result):
         faults += _describe(error)
@@ -199,9 +201,33 @@ def checked(
         result = _complete(concrete, result)
         faults += cross_checks(result)
         faults += _file_faults(concrete, result)
+        for _, settings in _steps(result.get("variants")):
+            settings.pop("bits", None)
     if faults:
         raise ConfigError(sorted(set(by_section(faults, sections))), source, result if allowed else None)
     return result
+
+
+def _steps(variants: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where the settings of each step of each variant stand, and they."""
+    for name, variant in variants.items() if isinstance(variants, dict) else ():
+        steps = variant.get("steps") if isinstance(variant, dict) else None
+        places = enumerate(steps) if isinstance(steps, list) else ()
+        for where, step in [(_at(name), variant), *((_at(name, "steps", i), step) for i, step in places)]:
+            if isinstance(step, dict):
+                yield f"variants.{where}", step
+
+
+def _bits_faults(variants: Any) -> Iterator[str]:
+    """Say what is meant by ``bits`` as the ``ratio`` that all else goes by; what is wrong where both are given."""
+    for where, step in _steps(variants):
+        bits = step.get("bits")
+        if bits is None or step.get("method") not in list(METHODS):
+            continue
+        if "ratio" in step:
+            yield f"{where}.bits: stands beside ratio, which says the same; leave one out"
+        else:  # one that is no number, or out of range, the schema finds
+            step["ratio"] = ratio_of(bits) if _finite(None, bits) and 0.8 <= bits <= 15.84 else 0.5
 
 
 def _plain(value: Any, depth: int = 0) -> Any:

@@ -109,8 +109,7 @@ def learn_unit(
             kept_dense[one.name] = one.report["reason"]
             log(f"warning: {one.name} stays as it is: {one.report['reason']}")
             continue
-        stored = one.factors.with_storage(value_codec="float32", dictionary_codec="float32")
-        packed, specs[one.name] = stored.pack(one.name)
+        packed, specs[one.name] = one.factors.before_rounding().pack(one.name)
         tensors.update(packed)
         reports[one.name] = {**one.report, **one.factors.diagnostics}
         log(f"{one.name}: relative error {one.report['relative_error']:.4f} in {one.report['seconds']:.1f} s")

@@ -113,8 +113,11 @@ def round_factors(
 ) -> Factorization:
     """Learned float32 factors with the codecs, scales and rounding that the config's section ``codes`` asks for.
 
-    With ``rounding: optimal`` the dictionary is rounded first, then the codes against it (`rounding.round_codes`).
+    Settled ones are as they will be. With ``rounding: optimal`` the dictionary is rounded first, then the codes against
+    it (`rounding.round_codes`).
     """
+    if factorization.settled:
+        return factorization
     optimal = codes["rounding"] == "optimal"
     chosen = factorization.with_storage(
         **storage_of(codes),

@@ -7,14 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from cospadi.formats.values import blocks_of_columns, restore, scales_nbytes, store
+from cospadi.formats.values import blocks_of_columns, numbers_nbytes, restore, store
 from cospadi.runtime.cospadi_registry import FACTOR_CODECS, SUPPORTS
 
 
 def codes_nbytes(support: str, codec: str, k: int, d_out: int, n_nonzero: int, n_scales: int) -> int:
     """Bytes of codes (k, d_out) with so many stored values and scales."""
-    values = FACTOR_CODECS[codec].nbytes(n_nonzero) + scales_nbytes(codec, n_scales)
-    return values + SUPPORTS[support].nbytes(k, d_out)
+    return numbers_nbytes(codec, n_nonzero, n_scales) + SUPPORTS[support].nbytes(k, d_out)
 
 
 def n_blocks(counts: np.ndarray, group_size: int | None) -> int:
@@ -71,5 +70,5 @@ def unpack_codes(
         counts = np.full(d_out, k) if mask is None else mask.sum(0)
         return blocks_of_columns(counts, spec["group_size"])
 
-    values = restore(tensors[f"{name}.values"], codec, blocks, (spec["n_nonzero"],), scales=scales)
+    values, scales = restore(tensors[f"{name}.values"], codec, blocks, (spec["n_nonzero"],), scales=scales)
     return on.codes(values, mask, k, d_out), mask, scales

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cospadi.formats.values import blocks_of_atoms, restore, scales_nbytes, store
+from cospadi.formats.values import blocks_of_atoms, numbers_nbytes, restore, store
 from cospadi.runtime.cospadi_format import IDENTITY
 from cospadi.runtime.cospadi_registry import FACTOR_CODECS
 
@@ -18,7 +18,7 @@ def dictionary_nbytes(d_in: int, k: int, codec: str, group_size: int | None) -> 
     """Bytes of a dictionary (d_in, k) with its scales; `codec` is `IDENTITY` or one of numbers."""
     if codec == IDENTITY:
         return 0
-    return FACTOR_CODECS[codec].nbytes(d_in * k) + scales_nbytes(codec, -(-d_in // (group_size or d_in)) * k)
+    return numbers_nbytes(codec, d_in * k, -(-d_in // (group_size or d_in)) * k)
 
 
 def pack_dictionary(
@@ -55,4 +55,4 @@ def unpack_dictionary(
     tensor, k = spec["tensor"], spec["n_atoms"]
     scales = np.asarray(tensors[f"{tensor}_scales"]) if FACTOR_CODECS[spec["codec"]].scaled else None
     blocks = lambda: blocks_of_atoms(d_in, k, spec["group_size"])  # noqa: E731
-    return restore(tensors[tensor], spec["codec"], blocks, (d_in, k), scales=scales), scales
+    return restore(tensors[tensor], spec["codec"], blocks, (d_in, k), scales=scales)

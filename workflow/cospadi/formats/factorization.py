@@ -41,11 +41,15 @@ class Factorization(Product):
     ----------
     plus : sequence of Factorization
         Further products that are added; they have none of their own. ``a + b`` puts two factorizations together.
+    settled : bool
+        Whether the method has decided codec and scales too, so that the file between learning and packing holds the
+        numbers as the checkpoint will; else they are rounded later.
     diagnostics : dict
         What the learner has to report: history, shifts, redrawn atoms, seconds.
     """
 
     plus: Sequence[Factorization] = ()
+    settled: bool = False
     diagnostics: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -83,6 +87,10 @@ class Factorization(Product):
     def with_storage(self, **changes: Any) -> Factorization:
         """A copy with other codecs, block size or rounding, in all parts."""
         return replace(self, plus=[part.with_storage(**changes) for part in self.plus], **changes)
+
+    def before_rounding(self) -> Factorization:
+        """As it is stored between learning and packing: the numbers themselves, unless they are settled."""
+        return self if self.settled else self.with_storage(value_codec="float32", dictionary_codec="float32")
 
     def columns(self, columns: slice) -> Factorization:
         """Factors of these columns of the matrix: the same dictionaries, in all parts."""
@@ -235,4 +243,5 @@ def _unpack(tensors: Mapping[str, np.ndarray], spec: Mapping[str, Any], name: st
         mask=mask,
         tensor=spec["dictionary"].get("tensor"),
         plus=[_unpack(tensors, part, f"{name}.plus.{i}") for i, part in enumerate(spec.get("plus", ()))],
+        settled=spec["codes"]["codec"] != "float32",
     )

@@ -19,10 +19,12 @@ from cospadi.runtime.cospadi_registry import CODECS, FACTOR_CODECS, SUPPORTS
 ROUNDINGS = ("nearest", "truncate")
 
 # The config's ``codes.value_bits`` and ``codes.dictionary_bits``
-CODEC_OF_BITS = {codec.bits: name for name, codec in CODECS.items()}
-if len(CODEC_OF_BITS) < len(CODECS):
-    raise ValueError(f"of the codecs {', '.join(CODECS)} two have as many bits: no config could tell them apart")
-DICTIONARY_BITS = tuple(codec.bits for codec in CODECS.values() if codec.for_dictionaries)
+_CHOSEN = [codec for codec in CODECS.values() if codec.for_configs]
+CODEC_OF_BITS = {codec.bits: codec.name for codec in _CHOSEN}
+if len(CODEC_OF_BITS) < len(_CHOSEN):
+    _names = ", ".join(codec.name for codec in _CHOSEN)
+    raise ValueError(f"of the codecs {_names} two have as many bits: no config could tell them apart")
+DICTIONARY_BITS = tuple(codec.bits for codec in _CHOSEN if codec.for_dictionaries)
 
 # The config's ``codes.group_size``, as a default where none is given: numbers of a block
 GROUP_SIZE = 64
@@ -84,9 +86,10 @@ def blocks_of_atoms(d_in: int, k: int, size: int | None) -> np.ndarray:
     return (np.arange(d_in) // (size or d_in))[:, None] * k + np.arange(k)
 
 
-def scales_nbytes(codec: str, n_blocks: int) -> int:
-    """Bytes of the scales of so many blocks; none where the codec has no scales."""
-    return 2 * n_blocks if FACTOR_CODECS[codec].scaled else 0
+def numbers_nbytes(codec: str, n: int, n_blocks: int) -> int:
+    """Bytes of n numbers in so many blocks, with their scales and zero points."""
+    chosen = FACTOR_CODECS[codec]
+    return chosen.nbytes(n + n_blocks * chosen.shifted) + 2 * n_blocks * chosen.scaled
 
 
 def find_scales(values: np.ndarray, blocks: np.ndarray, codec: str) -> np.ndarray:
@@ -101,28 +104,30 @@ def find_scales(values: np.ndarray, blocks: np.ndarray, codec: str) -> np.ndarra
     Returns
     -------
     ndarray (n_blocks,), bfloat16
-        Also negative ones: then the value farthest from zero is the integer that has no opposite.
+        Also negative ones: then the value farthest from zero is the integer that has no opposite. Of a codec with zero
+        points (2, n_blocks), float32: scales, which bfloat16 holds, and zero points.
     """
     scaled = CODECS[codec]
     n_blocks = int(blocks.max(initial=-1)) + 1
     top, bottom = np.zeros(n_blocks, np.float32), np.zeros(n_blocks, np.float32)
     np.maximum.at(top, blocks, values)
     np.minimum.at(bottom, blocks, values)
-    extreme = np.where(top >= -bottom, top, bottom)
+    extreme = top - bottom if scaled.shifted else np.where(top >= -bottom, top, bottom)
     # a scale below the one that reaches the extreme cuts it off, for finer steps elsewhere; 8 bits have steps enough
     shrinks = (1.0,) if scaled.bits == 8 else np.linspace(0.7, 1.0, 13)
-    best = np.ones(n_blocks, BFLOAT16)
+    best, best_zeros = np.ones(n_blocks, BFLOAT16), np.zeros(n_blocks, np.float32)
     least = np.full(n_blocks, np.inf)
-    for reach in (scaled.low, scaled.high):
+    for reach in (scaled.high,) if scaled.shifted else (scaled.low, scaled.high):
         for shrink in shrinks:
             scales = (extreme / reach * shrink).astype(BFLOAT16)
             scales[scales == 0] = 1
-            wide = scales.astype(np.float32)[blocks]
-            rounded = np.clip(np.rint(values / wide), scaled.low, scaled.high) * wide
-            error = np.bincount(blocks, ((values - rounded) ** 2).astype(np.float64), n_blocks)
+            wide = scales.astype(np.float32)
+            zeros = np.clip(np.rint(-bottom * shrink / wide), 0, reach) if scaled.shifted else best_zeros
+            rounded = np.clip(np.rint(values / wide[blocks]) + zeros[blocks], scaled.low, scaled.high) - zeros[blocks]
+            error = np.bincount(blocks, ((values - rounded * wide[blocks]) ** 2).astype(np.float64), n_blocks)
             better = error < least
-            best[better], least[better] = scales[better], error[better]
-    return best
+            best[better], best_zeros[better], least[better] = scales[better], zeros[better], error[better]
+    return np.stack([best.astype(np.float32), best_zeros]) if scaled.shifted else best
 
 
 def store(
@@ -139,17 +144,20 @@ def store(
     ----------
     blocks : callable
         ``blocks() -> ndarray`` of the shape of `numbers`: the block of each; asked where the codec has scales.
-    scales : array (n_blocks,), optional
-        Default: `find_scales`.
+    scales : array, optional
+        As `find_scales` gives them, which is the default.
     """
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding is {rounding!r}; allowed: {', '.join(ROUNDINGS)}")
     chosen = FACTOR_CODECS[codec]
     if chosen.scaled:
         block_of = blocks()
-        scales = find_scales(numbers.ravel(), block_of.ravel(), codec) if scales is None else to_numpy(scales).ravel()
+        scales = find_scales(numbers.ravel(), block_of.ravel(), codec) if scales is None else to_numpy(scales)
+        scales, zeros = scales if chosen.shifted else (scales.ravel(), None)
         scales = scales.astype(BFLOAT16)
         numbers = numbers / scales.astype(np.float32)[block_of]
+        if zeros is not None:
+            numbers = np.concatenate([(numbers + zeros[block_of]).ravel(), zeros])
     stored = chosen.pack(numbers, rounding).view(SAFETENSORS_DTYPES[chosen.dtype])
     return stored, scales if chosen.scaled else None
 
@@ -161,7 +169,21 @@ def restore(
     shape: Sequence[int],
     *,
     scales: np.ndarray | None = None,
-) -> np.ndarray:
-    """Inverse of `store` up to rounding: float32 numbers of that shape."""
-    numbers = FACTOR_CODECS[codec].unpack(np.asarray(stored).ravel(), int(np.prod(shape))).reshape(shape)
-    return numbers if scales is None else numbers * np.asarray(scales).astype(np.float32).ravel()[blocks()]
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Inverse of `store` up to rounding: float32 numbers of that shape, and their scales as `find_scales` gives them.
+
+    Parameters
+    ----------
+    scales : ndarray, optional
+        The stored tensor, of any shape.
+    """
+    chosen, n = FACTOR_CODECS[codec], int(np.prod(shape))
+    stored = np.asarray(stored).ravel()
+    if scales is None:
+        return chosen.unpack(stored, n).reshape(shape), None
+    wide, block_of = np.asarray(scales).astype(np.float32).ravel(), blocks()
+    if not chosen.shifted:
+        return chosen.unpack(stored, n).reshape(shape) * wide[block_of], scales
+    numbers = chosen.unpack(stored, n + wide.size).astype(np.float32)
+    zeros = numbers[n:]
+    return (numbers[:n].reshape(shape) - zeros[block_of]) * wide[block_of], np.stack([wide, zeros])

@@ -15,10 +15,12 @@ from cospadi.methods import (
     compot,
     cospadi,
     geopair,
+    gptq,
     hybrid,
     magnitude,
     masa,
     rocket,
+    rtn,
     sparse,
     sparsegpt,
     svd_llm,
@@ -44,6 +46,8 @@ _MODULES = (
     wanda,
     sparsegpt,
     alps,
+    rtn,
+    gptq,
 )
 METHODS: dict[str, Method] = {module.METHOD.name: module.METHOD for module in _MODULES}
 

@@ -161,6 +161,8 @@ class Method(Entry):
         ``key: what``; with the problems of the planned model (lists of `problem.Target`) also what it cannot do there.
     scope : {"problem", "model"}
         What `fit` gets: the matrices that share a dictionary, or all matrices of the model in one job, with its drift.
+    own_codec : bool
+        Whether it stores values in a codec of its own, however many bits ``codes.value_bits`` allows.
     allocator : Allocator, optional
         Of a method with the option ``allocation`` (`allocation_option`).
     """
@@ -171,6 +173,7 @@ class Method(Entry):
     modules: Callable[[Mapping[str, Any]], list[str]]
     faults: Callable[..., Iterable[str]] = lambda settings, problems=(): ()
     scope: Literal["problem", "model"] = "problem"
+    own_codec: bool = False
     allocator: Allocator | None = None
 
     def allocates(self, settings: Mapping[str, Any]) -> bool:

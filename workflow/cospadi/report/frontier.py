@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cospadi.files import replacing
+from cospadi.methods import METHODS
 
 COLUMNS = (
     *("class", "method", "variant", "bits", "ratio", "bytes", "perplexity", "word_perplexity", "recovery"),
@@ -45,8 +46,10 @@ def rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _class(config: Mapping[str, Any]) -> str:
-    codes = [step["codes"] for step in config.get("steps", [config]) if "codes" in step]
-    return "16-bit" if all(part["value_bits"] == part["dictionary_bits"] == 16 for part in codes) else "any-bits"
+    learned = [step for step in config.get("steps", [config]) if "codes" in step]
+    codes = [step["codes"] for step in learned]
+    of_16 = all(part["value_bits"] == part["dictionary_bits"] == 16 for part in codes)
+    return "16-bit" if of_16 and not any(METHODS[step["method"]].own_codec for step in learned) else "any-bits"
 
 
 def front(points: Mapping[str, tuple[float, float]], *, least: bool = True) -> list[str]:

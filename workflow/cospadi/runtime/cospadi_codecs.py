@@ -69,20 +69,27 @@ def decode_codes(
 ) -> torch.Tensor:
     """Codes S transposed, (d_out, k) with zeros, in `dtype`: one output neuron is one row."""
     d_out, k = spec["shape"][1], spec["dictionary"]["n_atoms"]
-    codec = spec["codes"]["codec"]
-    if support is None:
+    codec, n, shifted = spec["codes"]["codec"], spec["codes"]["n_nonzero"], CODECS[spec["codes"]["codec"]].shifted
+    if support is None and not shifted:
         mask = None
         codes = _decode(codec, values, (d_out, k))
     else:
-        mask = decode_support(spec, support)
-        numbers = _decode(codec, values, (spec["codes"]["n_nonzero"],))
-        codes = torch.zeros(d_out, k, dtype=numbers.dtype, device=values.device).masked_scatter(mask, numbers)
+        mask = None if support is None else decode_support(spec, support)
+        numbers = _decode(codec, values, (n + len(scales) if shifted else n,))
+        codes = numbers[:n].view(d_out, k) if mask is None else _spread(numbers[:n], mask)
     if scales is None or not len(scales):
         return codes.to(dtype)
     if mask is None:
         mask = torch.ones(d_out, k, dtype=torch.bool, device=values.device)
     block = _block_of(mask, spec["codes"]["group_size"], len(scales))
-    return (codes.float() * scales.float()[block]).to(dtype)
+    codes = codes.float()
+    if shifted:  # codes that are not stored stay zero
+        codes = (codes - numbers[n:].float()[block]) * mask
+    return (codes * scales.float()[block]).to(dtype)
+
+
+def _spread(numbers: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(mask.shape, dtype=numbers.dtype, device=mask.device).masked_scatter(mask, numbers)
 
 
 def _block_of(mask: torch.Tensor, size: int | None, n_scales: int) -> torch.Tensor:
@@ -115,14 +122,26 @@ def encode_dictionary(spec: dict[str, Any], dictionary: torch.Tensor, scales: to
 
 
 def encode_codes(
-    spec: dict[str, Any], codes: torch.Tensor, scales: torch.Tensor | None, support: torch.Tensor | None
+    spec: dict[str, Any],
+    codes: torch.Tensor,
+    scales: torch.Tensor | None,
+    support: torch.Tensor | None,
+    values: torch.Tensor,
 ) -> torch.Tensor:
-    """Store transposed codes (d_out, k) on the support and with the scales they had: inverse of `decode_codes`."""
+    """Store transposed codes (d_out, k) with the support, scales and zero points that `values` have: inverse of
+    `decode_codes`.
+    """
     mask = torch.ones_like(codes, dtype=torch.bool) if support is None else decode_support(spec, support)
     numbers = codes if support is None else codes[mask]
     if scales is not None:
-        scales = scales.float()[_block_of(mask, spec["codes"]["group_size"], len(scales))]
-        scales = scales if support is None else scales[mask]
+        block = _block_of(mask, spec["codes"]["group_size"], len(scales))
+        block = block if support is None else block[mask]
+        n = spec["codes"]["n_nonzero"]
+        if CODECS[spec["codes"]["codec"]].shifted:
+            zeros = _decode(spec["codes"]["codec"], values, (n + len(scales),))[n:].float()
+            numbers = (numbers.float() / scales.float()[block]).nan_to_num(0, 0, 0) + zeros[block]
+            return _encode(spec["codes"]["codec"], torch.cat([numbers.flatten(), zeros]), None)
+        scales = scales.float()[block]
     return _encode(spec["codes"]["codec"], numbers, scales)
 
 

@@ -105,7 +105,7 @@ def stored_tensors(
             tensors[f"{tensor}_scales"] = ("dictionary_scales", (n_blocks, k), None)
     codec = codecs[codes["codec"]]
     numbers = support.shape_of_values(k, d_out, codes["n_nonzero"])
-    tensors[f"{name}.values"] = ("values", codec.shape(numbers), codec)
+    tensors[f"{name}.values"] = ("values", codec.shape_of_codes(numbers, codes), codec)
     if codec.scaled:
         tensors[f"{name}.scales"] = ("scales", (codes["n_scales"],), None)
     if support.is_stored:
@@ -189,6 +189,8 @@ def _dictionary_faults(dictionary: Any, codecs: Mapping[str, Codec]) -> list[str
     codec = dictionary.get("codec") if isinstance(dictionary, Mapping) else None
     if codec != IDENTITY:
         faults = _codec_faults(dictionary, "its dictionary", codecs)
+        if not faults and not codecs[codec].in_dictionaries:
+            faults = [f"codec {codec!r} is one of codes, not of dictionaries"]
         if faults:
             return faults
     keys = ["codec", "n_atoms"]
@@ -210,8 +212,7 @@ def _codes_faults(codes: Any, codecs: Mapping[str, Codec]) -> list[str]:
     faults = _codec_faults(codes, "its codes", codecs)
     if faults:
         return faults
-    keys = ["codec", "support", "n_nonzero"]
-    keys += ["group_size", "n_scales"] if codecs[codes["codec"]].scaled else []
+    keys = ["codec", "support", "n_nonzero", *codecs[codes["codec"]].keys]
     faults = _key_faults(codes, "its codes", keys)
     if faults:
         return faults
@@ -343,6 +344,7 @@ def content_faults(
             elif codec is None or codec.stream or not codec.scaled:  # other integers are right whatever they are
                 (d_in, _), k = part["shape"], part["dictionary"]["n_atoms"]
                 n = d_in * k if kind == "dictionary" else part["codes"]["n_nonzero"]
+                n += part["codes"]["n_scales"] if kind == "values" and codec.shifted else 0
                 found = (codec or _SCALES).faults(read(tensor), n)
                 faults += [f"{tensor} {fault}" for fault in found]
     return faults

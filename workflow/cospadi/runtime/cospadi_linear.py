@@ -144,7 +144,7 @@ class Packed(nn.Module):
             if self.unpacked_dictionary is not None:
                 self.dictionary.copy_(encode_dictionary(self.spec, self.unpacked_dictionary, self.dictionary_scales))
             codes = self.unpacked_codes
-            self.values.copy_(encode_codes(self.spec, codes, self.scales, self.support))
+            self.values.copy_(encode_codes(self.spec, codes, self.scales, self.support, self.values))
 
     def pack(self) -> None:
         """Drop what `unpack` keeps; what was trained is stored."""

@@ -9,7 +9,7 @@ alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,29 +34,45 @@ class Codec:
     scaled : bool
         Whether a block of numbers has a scale: what is stored is the number over its scale. Such a codec holds the
         whole numbers from `low` to `high`.
+    shifted : bool
+        Whether such a block has a zero point too: the numbers are followed by one more for every scale, and a value is
+        ``(number - zero point) * scale``.
     significant_bits : int
         Of a number without a scale, the hidden one included; 0 where numbers are not of that kind.
     for_dictionaries : bool
         Whether a config may choose it for dictionaries too.
+    in_dictionaries : bool
+        Whether a file may have a dictionary of it.
+    for_configs : bool
+        Whether a config may choose it by its bits; else a method does.
     """
 
     name: str
     dtype: str
     bits: int
     stream = False
-    scaled = False
+    scaled = shifted = False
     low = high = 0
     significant_bits = 0
-    for_dictionaries = True
+    for_dictionaries = in_dictionaries = for_configs = True
 
     @property
     def can_be_rounded(self) -> bool:
         """Whether what it holds is evenly spaced or of so many significant bits, so that rounding can be decided."""
-        return self.scaled or self.significant_bits > 0
+        return (self.scaled and not self.shifted) or self.significant_bits > 0
 
     def shape(self, numbers: Sequence[int]) -> tuple[int, ...]:
         """Shape of the stored tensor for numbers of that shape."""
         return ((self.bits * math.prod(numbers) + 7) // 8,) if self.stream else tuple(numbers)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """What a spec says of codes in this codec, besides what it says of all."""
+        return ("group_size", "n_scales") if self.scaled else ()
+
+    def shape_of_codes(self, numbers: Sequence[int], codes: Mapping[str, Any]) -> tuple[int, ...]:
+        """`shape` of codes with this part of a spec: zero points follow the numbers where there are some."""
+        return self.shape((math.prod(numbers) + codes["n_scales"],) if self.shifted else numbers)
 
     def nbytes(self, n: int) -> int:
         """Bytes of n stored numbers, without scales."""

@@ -1,0 +1,74 @@
+"""A run of the methods that keep every weight in a few bits, from config to loaded checkpoints."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from cospadi.checkpoint import densify
+from cospadi.files import TensorFile, read_json
+
+from .conftest import Run, check_finished
+
+# name to what makes it, and the codec that is the most that fits
+VARIANTS = {
+    "rtn-3.25": ({"method": "rtn", "bits": 3.25}, "int3"),
+    "gptq-3.25": ({"method": "gptq", "bits": 3.25}, "int3"),
+    "gptq-zeros": ({"method": "gptq", "bits": 2.3, "symmetric": False, "act_order": True}, "uint2"),
+}
+SHAPES = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 192}
+
+
+@pytest.fixture(scope="module")
+def run(new_run: Callable[..., Run]) -> Run:
+    run = new_run("llama", **SHAPES)
+    run.config["variants"] = {name: given for name, (given, _) in VARIANTS.items()}
+    run.config["evaluation"] |= {"tasks": [], "generate": None}
+    run.config["layers_per_job"] = 2
+    run.snakemake()
+    return run
+
+
+def test_every_one_comes_out_in_its_bits(run):
+    check_finished(run, sorted(VARIANTS))
+    with open(run.results / "frontier.tsv") as file:
+        table = {row["variant"]: row for row in csv.DictReader(file, delimiter="\t")}
+    for name, (given, codec) in VARIANTS.items():
+        assert table[name]["class"] == "any-bits"
+        assert float(table[name]["bits"]) <= given["bits"]
+        for file in sorted((run.results / name / "codes").glob("*.safetensors")):
+            assert {spec["codes"]["codec"] for spec in TensorFile(file).metadata["matrices"].values()} == {codec}
+
+
+def test_what_was_learned_is_what_is_stored(run):
+    errors = {}
+    for name in VARIANTS:
+        units = [(run.results / name / part).glob("*.json") for part in ("factors", "codes")]
+        learned, stored = ([read_json(file)["matrices"] for file in sorted(files)] for files in units)
+        for before, after in zip(learned, stored, strict=True):
+            for matrix, report in before.items():
+                assert report["relative_error"] == pytest.approx(after[matrix]["relative_error"], rel=1e-6)
+        errors[name] = sum(report["squared_error"] for unit in stored for report in unit.values())
+    assert errors["gptq-3.25"] < errors["rtn-3.25"] < 4 * errors["gptq-zeros"]
+
+
+def test_a_loaded_model_computes_what_the_dense_folder_does(run):
+    from transformers import AutoModelForCausalLM
+
+    for name in VARIANTS:
+        folder = run.results / name / "model"
+        packed = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+        tokens = torch.arange(3, 40)[None]
+        with torch.no_grad():
+            logits = packed(tokens).logits
+        dense = run.results / f"{name}-dense"
+        densify(folder, dense)
+        plain = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+        with torch.no_grad():
+            expected = plain(tokens).logits
+        # the dense folder's weights are rounded to the dtype of the model
+        scale = expected.abs().max()
+        assert (logits - expected).abs().max() < 2e-2 * scale

@@ -1,0 +1,71 @@
+"""GPTQ (Frantar et al., ICLR 2023): weights are rounded input after input, the others make up for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cospadi.arrays import to_numpy
+from cospadi.formats.factorization import Factorization
+from cospadi.methods import few_bits, single_weights, sparsegpt
+from cospadi.methods.base import Fit, Method
+from cospadi.problem import Problem
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    **few_bits.OPTIONS,
+    "act_order": {
+        "type": "boolean",
+        "default": False,
+        "description": "Round the inputs that are most active first, each block under the scale that it has at the "
+        "start.",
+    },
+    "damping": sparsegpt.OPTIONS["damping"],
+}
+
+
+def fit(
+    problem: Problem,
+    nbytes: int,
+    how: Fit,
+    *,
+    symmetric: bool = True,
+    act_order: bool = False,
+    damping: float = OPTIONS["damping"]["default"],
+) -> list[Factorization]:
+    """The most bits that fit, rounded with error feedback (`solvers.gptq`), in float64."""
+    from cospadi.solvers import gptq
+
+    codec = few_bits.grid(problem.shape, nbytes, symmetric=symmetric, **how.storage)
+    weight, gram = single_weights.inputs_of(problem, how.device)
+    rounded, scales = gptq.quantize(
+        weight, gram, codec=codec, group_size=how.storage["group_size"], damping=damping, act_order=act_order
+    )
+    return [
+        Factorization(
+            None,
+            np.ascontiguousarray(to_numpy(rounded), np.float32),
+            support="dense",
+            **{**how.storage, "value_codec": codec},
+            scales=scales,
+            settled=True,
+            diagnostics={"solver": "gptq", "codec": codec},
+        )
+    ]
+
+
+METHOD = Method(
+    name="gptq",
+    summary="Weights rounded to integers input after input, the others making up for them (GPTQ), as many bits as fit.",
+    options=OPTIONS,
+    factors="integers",
+    fit=fit,
+    work=lambda targets, nbytes, options, storage: single_weights.work(targets, products=2, inversions=2),
+    modules=lambda options: [
+        __name__,
+        few_bits.__name__,
+        *("cospadi.solvers.gptq", "cospadi.solvers.sparsegpt", "cospadi.runtime.cospadi_integers"),
+    ],
+    faults=few_bits.faults,
+    own_codec=True,
+)
