@@ -65,6 +65,8 @@ class Stage:
         Key of the config's section ``threads``; None for one thread.
     uses_gpu : bool
         Whether it uses a GPU where there is one.
+    only : str
+        Which runs it is part of, in a word or two; empty: of all.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Stage:
     code: tuple[str, ...] | Callable[[Any, Any], str] = ()
     threads: str | None = None
     uses_gpu: bool = False
+    only: str = ""
 
     def jobs_of(self, plan: Any) -> Iterable[Jobs]:
         """Its jobs in a run."""
@@ -114,11 +117,27 @@ def table_of(*stages: Stage) -> dict[str, Stage]:
 
 
 def drawing(stages: Mapping[str, Stage]) -> str:
-    """The stages as a Mermaid flowchart: an arrow wherever one reads what another wrote."""
-    lines = ["flowchart LR"]
+    """The stages as a Mermaid flowchart: an arrow where one reads what another wrote, unless it follows from others."""
+    place = {name: number for number, name in enumerate(stages)}
+    lines = ["flowchart TB"]
     lines += [f'    {stage.name}["{stage.rule}<br><small>{stage.result}</small>"]' for stage in stages.values()]
-    lines += [f"    {before} --> {stage.name}" for stage in stages.values() for before in stage.after]
+    for stage in stages.values():
+        for before in stage.after:
+            if place[before] >= place[stage.name]:
+                lines.append(f"    {before} -.-> {stage.name}")
+            elif not _leads(stages, stages[before], stage, around=True):
+                lines.append(f"    {before} --> {stage.name}")
+    lines += ["    classDef some stroke-dasharray: 5 4"]
+    lines += [f"    class {name} some" for name, stage in stages.items() if stage.only]
     return "\n".join(lines)
+
+
+def _leads(stages: Mapping[str, Stage], first: Stage, last: Stage, *, around: bool = False) -> bool:
+    """Whether arrows go from one stage to a later one, by stages that are there wherever these two are."""
+    place = list(stages).index
+    between = [stages[name] for name in last.after if place(first.name) < place(name) < place(last.name)]
+    between = [stage for stage in between if stage.only in ("", first.only, last.only)]
+    return (first.name in last.after and not around) or any(_leads(stages, first, stage) for stage in between)
 
 
 def draw(document: str, tables: Mapping[str, Mapping[str, Stage]]) -> str:
