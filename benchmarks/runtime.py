@@ -192,7 +192,7 @@ def random_factors(d_in: int, d_out: int, ratio: float, rho: float = 2.0) -> Fac
 def random_single_weights(d_in: int, d_out: int, ratio: float, n_atoms: int) -> Factorization:
     """Random weights under a mask, beside `n_atoms` random atoms, as many as the budget gives for `ratio`."""
     draw = np.random.default_rng(0)
-    storage = {"value_codec": "bf16", "group_size": None, "dictionary_codec": "bf16"}
+    storage = {"value_codec": "bf16", "block_size": None, "dictionary_codec": "bf16"}
     n_kept = n_entries((d_in, d_out), nbytes_left([(d_in, d_out)], ratio), n_atoms=n_atoms, **storage)
     codes = draw.standard_normal((d_in + n_atoms, d_out), np.float32) / d_in**0.5
     mask = np.zeros(codes.size, bool)

@@ -95,4 +95,4 @@ def test_every_number_of_bits_is_learned_packed_and_loaded(problem, method):
     # the supports and solvers alone: each with all bits and roundings
     shapes = {(given.get("solver"), given.get("support")): given for given in choices(method)}
     for given, codes, rounding in itertools.product(shapes.values(), bits, ("nearest", "truncate")):
-        check(problem, method, given, {**codes, "group_size": 16, "rounding": rounding})
+        check(problem, method, given, {**codes, "block_size": 16, "rounding": rounding})

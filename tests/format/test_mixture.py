@@ -133,7 +133,7 @@ def test_a_spec_that_is_not_understood_is_refused(change, message):
         packed_module(spec)
 
 
-@pytest.mark.parametrize("storage", [{}, {"value_codec": "int8", "dictionary_codec": "int8", "group_size": 16}])
+@pytest.mark.parametrize("storage", [{}, {"value_codec": "int8", "dictionary_codec": "int8", "block_size": 16}])
 def test_factors_round_trip_through_the_file_s_tensors_and_count_their_bytes(storage):
     draw = np.random.default_rng(0)
     atoms = draw.normal(size=(D_IN, 2 * D_OUT)).astype(np.float32)

@@ -80,7 +80,7 @@ def test_bytes_left_are_whole_and_never_more_than_the_ratio_leaves():
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(2, 8000), st.sampled_from(["bf16", "bf14", "int8", "int4"]))
 def test_no_larger_rank_would_fit(d_in, d_out, nbytes, codec):
     def taken(rank):
-        storage = {"value_codec": codec, "dictionary_codec": codec if codec != "bf14" else "bf16", "group_size": 16}
+        storage = {"value_codec": codec, "dictionary_codec": codec if codec != "bf14" else "bf16", "block_size": 16}
         return factors_nbytes(d_in, d_out, rank, rank * d_out, support="dense", **storage), storage
 
     try:

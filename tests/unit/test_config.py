@@ -48,7 +48,7 @@ def test_defaults_are_filled_in_at_every_level(minimal):
     assert config["text"] is None
     assert config["model"]["revision"] == "main"
     variant = config["variants"]["a"]
-    assert variant["codes"] == {"value_bits": 16, "group_size": 64, "dictionary_bits": 16, "rounding": "nearest"}
+    assert variant["codes"] == {"value_bits": 16, "block_size": 64, "dictionary_bits": 16, "rounding": "nearest"}
     assert {name: variant[name] for name in METHODS["cospadi"].defaults()} == METHODS["cospadi"].defaults()
     assert check_config(config) == config
 

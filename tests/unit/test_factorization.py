@@ -81,7 +81,7 @@ def test_14_bits_buy_more_atoms():
     assert fourteen.n_atoms >= sixteen.n_atoms
 
 
-@pytest.mark.parametrize("storage", [{"dictionary_bits": 8}, {"value_bits": 4, "dictionary_bits": 4, "group_size": 16}])
+@pytest.mark.parametrize("storage", [{"dictionary_bits": 8}, {"value_bits": 4, "dictionary_bits": 4, "block_size": 16}])
 @pytest.mark.parametrize("method", ["cospadi", "svd_llm"])
 def test_bytes_saved_on_numbers_buy_atoms_and_the_budget_holds(method, storage):
     plain = factorize(WEIGHT, GRAM, method=method, ratio=0.5)
@@ -133,7 +133,7 @@ def test_every_wrong_argument_in_one_message():
         ),
         ({"ratio": 0.999}, "ratio: 0.999 leaves 3 bytes for a 48x40 matrix: not one atom fits"),
         ({"method": "svd_llm", "ratio": 0.999}, "ratio: 0.999 leaves 3 bytes for a 48x40 matrix: not even rank 1 fits"),
-        ({"group_size": 0, "value_bits": 4}, "group_size is 0; allowed: at least 1, or None"),
+        ({"block_size": 0, "value_bits": 4}, "block_size is 0; allowed: at least 1, or None"),
     ],
 )
 def test_options_are_checked_by_their_schema(options, expected):

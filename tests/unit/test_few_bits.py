@@ -43,7 +43,7 @@ def test_as_many_bits_as_fit_are_stored_in_as_many_bytes(method, group, symmetri
     for bits in (2, 3, 4, 6, 8):
         codec = f"{'' if symmetric else 'u'}int{bits}"
         asked = bits_of(codec, group)
-        found = factorize(w, gram, method=method, bits=asked, group_size=group, symmetric=symmetric)
+        found = factorize(w, gram, method=method, bits=asked, block_size=group, symmetric=symmetric)
         assert (found.value_codec, 8 * found.nbytes / w.size) == (codec, asked)
         tensors, spec = found.pack("m")
         assert sum(tensor.nbytes for tensor in tensors.values()) == found.nbytes
@@ -54,16 +54,16 @@ def test_as_many_bits_as_fit_are_stored_in_as_many_bytes(method, group, symmetri
         assert all(again[name].tobytes() == tensors[name].tobytes() for name in tensors)
         # a little less is one grid down, and more bits than value_bits are never taken
         if bits > 2:
-            less = factorize(w, gram, method=method, bits=asked - 0.01, group_size=group, symmetric=symmetric)
+            less = factorize(w, gram, method=method, bits=asked - 0.01, block_size=group, symmetric=symmetric)
             assert CODECS[less.value_codec].bits < bits
         if bits > 3:
-            capped = factorize(w, gram, method=method, bits=15, value_bits=bits, group_size=group, symmetric=symmetric)
+            capped = factorize(w, gram, method=method, bits=15, value_bits=bits, block_size=group, symmetric=symmetric)
             assert CODECS[capped.value_codec].bits == bits
         errors.append(found.relative_error(w, gram))
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.01  # steps of 8 bits
     with pytest.raises(ConfigError, match="2 bits a weight and their scales take"):
-        factorize(w, gram, method=method, bits=1.9, group_size=group, symmetric=symmetric)
+        factorize(w, gram, method=method, bits=1.9, block_size=group, symmetric=symmetric)
 
 
 @settings(max_examples=25, deadline=None)
@@ -79,8 +79,8 @@ def test_gptq_where_inputs_do_not_depend_on_each_other_is_rounding(seed, d_in, d
     rng = np.random.default_rng(seed)
     w = rng.normal(size=(d_in, d_out)).astype(np.float32)
     gram = np.diag(np.exp(rng.normal(size=d_in)))
-    rounded, scales = quantize(w, gram, codec=codec, group_size=group, act_order=act_order)
-    nearest = Factorization(None, w, support="dense", value_codec=codec, group_size=group).quantized()
+    rounded, scales = quantize(w, gram, codec=codec, block_size=group, act_order=act_order)
+    nearest = Factorization(None, w, support="dense", value_codec=codec, block_size=group).quantized()
     np.testing.assert_array_equal(rounded, nearest.codes)
     np.testing.assert_array_equal(scales, np.asarray(nearest.scales, np.float32))
 
@@ -89,8 +89,8 @@ def test_gptq_where_inputs_do_not_depend_on_each_other_is_rounding(seed, d_in, d
 def test_gptq_with_fine_steps_is_exact(act_order):
     """A weight on the grid of its codec stays as it is, whatever the inputs; one beside it within a step of 8 bits."""
     w, gram = weight(), inputs()
-    on_grid = factorize(w, method="rtn", bits=bits_of("int8", None), group_size=None).codes
-    found = factorize(on_grid, gram, method="gptq", bits=9, group_size=None, act_order=act_order)
+    on_grid = factorize(w, method="rtn", bits=bits_of("int8", None), block_size=None).codes
+    found = factorize(on_grid, gram, method="gptq", bits=9, block_size=None, act_order=act_order)
     np.testing.assert_allclose(found.codes, on_grid, rtol=1e-6)
 
 
@@ -100,7 +100,7 @@ def test_gptq_beats_rounding_where_inputs_depend_on_each_other(symmetric, act_or
     worst = 0.0
     for seed, codec in ((seed, codec) for seed in range(3) for codec in ("int2", "int3", "int4", "int8")):
         w, gram = weight(seed=seed), inputs(seed=seed)
-        options = {"bits": bits_of(codec if symmetric else f"u{codec}", 16), "group_size": 16, "symmetric": symmetric}
+        options = {"bits": bits_of(codec if symmetric else f"u{codec}", 16), "block_size": 16, "symmetric": symmetric}
         rounding = factorize(w, gram, method="rtn", **options).relative_error(w, gram)
         made_up = factorize(w, gram, method="gptq", act_order=act_order, **options).relative_error(w, gram)
         worst = max(worst, made_up / rounding)
@@ -110,8 +110,8 @@ def test_gptq_beats_rounding_where_inputs_depend_on_each_other(symmetric, act_or
 def test_zero_points_serve_blocks_that_lie_on_one_side():
     w, gram = np.abs(weight()) + 1, inputs()
     for method in ("rtn", "gptq"):
-        symmetric = factorize(w, gram, method=method, bits=4.3, group_size=None, value_bits=4)
-        shifted = factorize(w, gram, method=method, bits=4.4, group_size=None, value_bits=4, symmetric=False)
+        symmetric = factorize(w, gram, method=method, bits=4.3, block_size=None, value_bits=4)
+        shifted = factorize(w, gram, method=method, bits=4.4, block_size=None, value_bits=4, symmetric=False)
         # half of the symmetric integers have nothing to stand for
         assert shifted.relative_error(w, gram) < 0.7 * symmetric.relative_error(w, gram)
 
@@ -119,7 +119,7 @@ def test_zero_points_serve_blocks_that_lie_on_one_side():
 def test_an_input_that_is_never_active_costs_nothing():
     w, gram = weight(), inputs()
     gram[5], gram[:, 5] = 0, 0
-    found = factorize(w, gram, method="gptq", bits=4.5, group_size=16)
+    found = factorize(w, gram, method="gptq", bits=4.5, block_size=16)
     assert np.isfinite(found.codes).all() and not found.codes[5].any()
     assert found.relative_error(w, gram) < factorize(w, gram, method="rtn", bits=4.5).relative_error(w, gram)
 
@@ -128,7 +128,7 @@ def test_torch_gives_what_numpy_gives():
     torch = pytest.importorskip("torch")
     w, gram = weight(), inputs()
     for group in (None, 16):
-        options = {"codec": "uint4", "group_size": group, "act_order": group is None}
+        options = {"codec": "uint4", "block_size": group, "act_order": group is None}
         here, scales = quantize(w, gram, **options)
         there, same = quantize(torch.from_numpy(w), torch.from_numpy(gram), **options)
         # where sums round differently a weight may fall on the other side of a step

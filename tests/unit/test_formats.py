@@ -184,13 +184,13 @@ def test_int4_layout():
 
 
 @given(st.lists(st.integers(0, 40), max_size=9), st.sampled_from([16, 17, None]))
-def test_blocks_are_the_stored_values_of_a_column_in_order(counts, group_size):
+def test_blocks_are_the_stored_values_of_a_column_in_order(counts, block_size):
     expected, n_groups = [], 0
     for count in counts:
-        size = group_size or max(count, 1)
+        size = block_size or max(count, 1)
         expected += [n_groups + i // size for i in range(count)]
         n_groups += -(-count // size)
-    np.testing.assert_array_equal(blocks_of_columns(np.array(counts, int), group_size), expected)
+    np.testing.assert_array_equal(blocks_of_columns(np.array(counts, int), block_size), expected)
 
 
 def test_blocks_of_a_dictionary_run_down_its_atoms():
@@ -250,8 +250,8 @@ def test_pairs_layout_and_what_they_cannot_hold():
 @pytest.mark.parametrize("support", ["bitmask", "2:4", "dense"])
 @pytest.mark.parametrize("value_codec", CODECS)
 @pytest.mark.parametrize("dictionary_codec", ["bf16", "int8", "int6", "int4", None])
-@pytest.mark.parametrize("group_size", [16, None])
-def test_factors_pack_to_the_counted_bytes_and_back(support, value_codec, dictionary_codec, group_size):
+@pytest.mark.parametrize("block_size", [16, None])
+def test_factors_pack_to_the_counted_bytes_and_back(support, value_codec, dictionary_codec, block_size):
     """Ragged: columns without a code and with all; every codec with every support."""
     draw = np.random.default_rng(0)
     d_in, k, d_out = (28, 28, 11) if dictionary_codec is None else (21, 36, 11)
@@ -269,7 +269,7 @@ def test_factors_pack_to_the_counted_bytes_and_back(support, value_codec, dictio
         support=support,
         value_codec=value_codec,
         dictionary_codec=dictionary_codec or "bf16",
-        group_size=group_size,
+        block_size=block_size,
     )
     tensors, spec = factors.pack("m")
     assert sum(tensor.nbytes for tensor in tensors.values()) == factors.nbytes

@@ -119,7 +119,7 @@ def test_one_layer_from_files_to_files(unit, tmp_path, method):
 
 
 def test_integers_with_small_groups_stay_within_the_bytes(unit, tmp_path):
-    storage = {"value_bits": 4, "dictionary_bits": 8, "group_size": 16, "rounding": "optimal"}
+    storage = {"value_bits": 4, "dictionary_bits": 8, "block_size": 16, "rounding": "optimal"}
     codes, learned, quantized = run(unit, tmp_path, [1], method="cospadi", codes=storage, max_iter=5)
     stored = sum(codes.nbytes(tensor) for tensor in codes.names())
     dense = sum(m["dense_nbytes"] for m in quantized["matrices"].values())

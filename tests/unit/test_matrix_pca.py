@@ -24,7 +24,7 @@ from cospadi.pruning import drift
 from cospadi.quantization import quantize_unit
 from cospadi.structure import chosen, inspect_model
 
-BF16 = {"value_codec": "bf16", "dictionary_codec": "bf16", "group_size": 64}
+BF16 = {"value_codec": "bf16", "dictionary_codec": "bf16", "block_size": 64}
 D_IN, D_OUT, LAYERS = 48, 40, 6
 RNG = np.random.default_rng(0)
 NAMES = [f"model.layers.{layer}.self_attn.{p}" for layer in range(LAYERS) for p in ("q_proj", "o_proj")]

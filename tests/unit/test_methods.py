@@ -80,7 +80,7 @@ def test_a_plan_refuses_what_a_method_cannot_do_and_names_the_place():
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_plans_its_work_with_every_storage(name):
     method = METHODS[name]
-    for codes in ({}, {"value_bits": 4, "dictionary_bits": 4, "group_size": None}):
+    for codes in ({}, {"value_bits": 4, "dictionary_bits": 4, "block_size": None}):
         chosen = settings(method=name, ratio=0.4, codes=codes)
         for problem in planned_problems(chosen, method, MATRICES, 2):
             shapes = [target.shape for target in problem]

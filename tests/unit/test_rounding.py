@@ -37,7 +37,7 @@ def test_optimal_rounding_costs_less_than_nearest(value_bits, gain, dictionary_b
     dictionary, codes, weight, gram = problem(k=24)
     if dictionary_bits is None:
         dictionary, codes, weight = None, codes, codes + 0.1 * np.random.default_rng(1).standard_normal(codes.shape)
-    wanted = {"value_bits": value_bits, "dictionary_bits": dictionary_bits or 16, "group_size": 16}
+    wanted = {"value_bits": value_bits, "dictionary_bits": dictionary_bits or 16, "block_size": 16}
     error = {}
     for rounding in ("nearest", "optimal"):
         factors = round_factors(
@@ -53,7 +53,7 @@ def test_optimal_rounding_costs_less_than_nearest(value_bits, gain, dictionary_b
 def test_no_single_code_can_be_moved_to_a_better_value():
     dictionary, codes, weight, gram = problem()
     mask = codes != 0
-    rounded, scales = round_codes(codes, mask, dictionary, weight, gram, codec="int4", group_size=None)
+    rounded, scales = round_codes(codes, mask, dictionary, weight, gram, codec="int4", block_size=None)
     moments, target = dictionary.T @ gram @ dictionary, dictionary.T @ gram @ weight
 
     def error(column, j):
@@ -72,7 +72,7 @@ def test_no_single_code_can_be_moved_to_a_better_value():
 def test_two_codes_find_the_best_pair():
     dictionary, _, weight, gram = problem(k=2, d_out=6)
     codes = np.linalg.lstsq(dictionary.T @ gram @ dictionary, dictionary.T @ gram @ weight, rcond=None)[0].astype("f")
-    rounded, scales = round_codes(codes, codes != 0, dictionary, weight, gram, codec="int4", group_size=None)
+    rounded, scales = round_codes(codes, codes != 0, dictionary, weight, gram, codec="int4", block_size=None)
     for j, scale in enumerate(scales.astype(np.float32)):
         pairs = [np.array(pair, np.float32) * scale for pair in itertools.product(range(-8, 8), repeat=2)]
         errors = [relative_error(weight[:, [j]], dictionary @ pair[:, None], gram) for pair in pairs]
@@ -83,7 +83,7 @@ def test_two_codes_find_the_best_pair():
 @pytest.mark.parametrize("codec", ["bf16", "bf14"])
 def test_rounded_codes_are_numbers_of_the_codec(codec):
     dictionary, codes, weight, gram = problem()
-    rounded, scales = round_codes(codes, codes != 0, dictionary, weight, gram, codec=codec, group_size=64)
+    rounded, scales = round_codes(codes, codes != 0, dictionary, weight, gram, codec=codec, block_size=64)
     assert scales is None
     words = store(rounded, "bf16", None)[0].astype(np.float32)
     np.testing.assert_array_equal(words, rounded)
@@ -96,4 +96,4 @@ def test_an_unknown_codec_is_refused():
     with pytest.raises(
         ValueError, match=r"codec 'float32' has no rounding to decide; known: bf16, .*int6, int4, int3, int2$"
     ):
-        round_codes(codes, codes != 0, dictionary, weight, gram, codec="float32", group_size=64)
+        round_codes(codes, codes != 0, dictionary, weight, gram, codec="float32", block_size=64)

@@ -40,7 +40,7 @@ def problem(gram: np.ndarray, *weights: np.ndarray) -> Problem:
 
 
 @pytest.mark.parametrize("method", NAMES)
-@pytest.mark.parametrize("codes", [{}, {"value_bits": 8}, {"value_bits": 4, "group_size": 16}])
+@pytest.mark.parametrize("codes", [{}, {"value_bits": 8}, {"value_bits": 4, "block_size": 16}])
 @pytest.mark.parametrize("ratio", [0.2, 0.6])
 def test_bytes_are_what_was_asked_for(method, codes, ratio):
     w = weight()

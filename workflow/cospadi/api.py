@@ -12,7 +12,7 @@ from cospadi.arrays import to_numpy
 from cospadi.budget import nbytes_left, ratio_of
 from cospadi.errors import ConfigError, NumericalError
 from cospadi.formats.factorization import Factorization
-from cospadi.formats.values import CODEC_OF_BITS, DICTIONARY_BITS, GROUP_SIZE, ROUNDINGS, storage_of
+from cospadi.formats.values import BLOCK_SIZE, CODEC_OF_BITS, DICTIONARY_BITS, ROUNDINGS, storage_of
 from cospadi.methods import METHODS
 from cospadi.methods.base import Fit
 from cospadi.problem import Matrix, Metric, Problem, Target, check_finite
@@ -27,7 +27,7 @@ def factorize(
     bits: float | None = None,
     value_bits: int = 16,
     dictionary_bits: int = 16,
-    group_size: int | None = GROUP_SIZE,
+    block_size: int | None = BLOCK_SIZE,
     rounding: str = "nearest",
     device: str | None = None,
     log: Callable[[str], None] | None = None,
@@ -51,7 +51,7 @@ def factorize(
         Bits a stored code value takes; at most, of the methods that choose them.
     dictionary_bits : {16, 8, 6, 4}
         Bits a number of the dictionary takes.
-    group_size : int or None
+    block_size : int or None
         Integers that share a scale, where values or dictionary are integers; None, all of a column or an atom.
     rounding : {"nearest", "truncate"}
         How values are cut to their bits; the paper truncates.
@@ -77,7 +77,7 @@ def factorize(
     if (ratio is None) == (bits is None):
         raise ConfigError([f"ratio is {ratio} and bits are {bits}; expected one of them"], "factorize")
     ratio = ratio_of(bits) if ratio is None else ratio
-    codes = {"value_bits": value_bits, "dictionary_bits": dictionary_bits, "group_size": group_size}
+    codes = {"value_bits": value_bits, "dictionary_bits": dictionary_bits, "block_size": block_size}
     _check(weight, gram, method, ratio, codes, rounding, options)
     is_tensor = not isinstance(weight, np.ndarray)
     if device is None:
@@ -126,8 +126,8 @@ def _check(
     for name, allowed in (("value_bits", tuple(CODEC_OF_BITS)), ("dictionary_bits", DICTIONARY_BITS)):
         if codes[name] not in allowed:
             faults.append(f"{name} is {codes[name]}; allowed: {', '.join(map(str, allowed))}")
-    if codes["group_size"] is not None and codes["group_size"] < 1:
-        faults.append(f"group_size is {codes['group_size']}; allowed: at least 1, or None")
+    if codes["block_size"] is not None and codes["block_size"] < 1:
+        faults.append(f"block_size is {codes['block_size']}; allowed: at least 1, or None")
     if rounding not in ROUNDINGS:
         faults.append(f"rounding is {rounding!r}; allowed: {', '.join(ROUNDINGS)}")
     if weight.ndim != 2 or 0 in weight.shape:

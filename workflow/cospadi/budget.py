@@ -15,7 +15,7 @@ from typing import Any
 from cospadi.errors import ConfigError
 from cospadi.formats.codes import codes_nbytes
 from cospadi.formats.dictionaries import IDENTITY, dictionary_nbytes
-from cospadi.formats.values import GROUP_SIZE
+from cospadi.formats.values import BLOCK_SIZE
 from cospadi.runtime.cospadi_registry import CODECS, SUPPORTS
 
 
@@ -55,23 +55,23 @@ def factors_nbytes(
     support: str,
     value_codec: str,
     dictionary_codec: str = "bf16",
-    group_size: int | None = GROUP_SIZE,
+    block_size: int | None = BLOCK_SIZE,
     n_scales: int | None = None,
 ) -> int:
     """Bytes of dictionary (d_in, n_atoms) and codes (n_atoms, d_out) with `n_nonzero` stored values in all.
 
     Parameters
     ----------
-    group_size : int or None
+    block_size : int or None
         Numbers a scale covers where a codec has scales: stored values of a column, rows of an atom; None, all of them.
     n_scales : int, optional
         Scales of the values; default: what columns of equal length have.
     """
     if n_scales is None:
         column = -(-n_nonzero // d_out)
-        n_scales = d_out * -(-column // (group_size or max(column, 1)))
+        n_scales = d_out * -(-column // (block_size or max(column, 1)))
     codes = codes_nbytes(support, value_codec, n_atoms, d_out, n_nonzero, n_scales)
-    return codes + dictionary_nbytes(d_in, n_atoms, dictionary_codec, group_size)
+    return codes + dictionary_nbytes(d_in, n_atoms, dictionary_codec, block_size)
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def sparse_shape(
     support: str = "bitmask",
     value_codec: str = "bf16",
     dictionary_codec: str = "bf16",
-    group_size: int | None = GROUP_SIZE,
+    block_size: int | None = BLOCK_SIZE,
     most_atoms: int | None = None,
 ) -> SparseShape:
     """Largest dictionary with ``n_nonzero_coefs = n_atoms / rho`` within `nbytes`.
@@ -117,7 +117,7 @@ def sparse_shape(
             support=support,
             value_codec=value_codec,
             dictionary_codec=dictionary_codec,
-            group_size=group_size,
+            block_size=block_size,
         )
 
     pattern = SUPPORTS[support].pattern
@@ -150,7 +150,7 @@ def low_rank(
     nbytes: int,
     value_codec: str = "bf16",
     dictionary_codec: str = "bf16",
-    group_size: int | None = GROUP_SIZE,
+    block_size: int | None = BLOCK_SIZE,
 ) -> int:
     """Largest rank r with ``r (d_in + d_out)`` stored numbers within `nbytes` (SVD-LLM).
 
@@ -169,7 +169,7 @@ def low_rank(
         support="dense",
         value_codec=value_codec,
         dictionary_codec=dictionary_codec,
-        group_size=group_size,
+        block_size=block_size,
     ):
         rank -= 1
     if rank <= 0:

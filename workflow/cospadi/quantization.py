@@ -132,6 +132,6 @@ def round_factors(
         weight = weight - part.reconstruct()
     mask = np.ones(chosen.codes.shape, bool) if held.mask is None else held.mask
     rounded, scales = round_codes(
-        chosen.codes, mask, held.dictionary, weight, metric.gram, codec=chosen.value_codec, group_size=chosen.group_size
+        chosen.codes, mask, held.dictionary, weight, metric.gram, codec=chosen.value_codec, block_size=chosen.block_size
     )
     return replace(chosen, codes=rounded, mask=held.mask, scales=scales)

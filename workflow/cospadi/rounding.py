@@ -31,7 +31,7 @@ def round_codes(
     gram: np.ndarray,
     *,
     codec: str,
-    group_size: int | None,
+    block_size: int | None,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Codes that `codec` holds exactly, chosen by coordinate descent on ``||L (W - D S)||_F``, ``L^T L = G``.
 
@@ -49,7 +49,7 @@ def round_codes(
     weight : ndarray (d_in, d_out), float32
     gram : ndarray (d_in, d_in)
     codec : str
-    group_size : int or None
+    block_size : int or None
         Stored values of a column that share a scale, where `codec` has scales.
 
     Returns
@@ -69,7 +69,7 @@ def round_codes(
         known = ", ".join(name for name, one in CODECS.items() if one.can_be_rounded)
         raise ValueError(f"codec {codec!r} has no rounding to decide; known: {known}")
     if chosen.scaled:
-        blocks = blocks_of_columns(counts, group_size)
+        blocks = blocks_of_columns(counts, block_size)
         scales = find_scales(values, blocks, codec)
         steps = scales.astype(np.float32)[blocks]
     low, high, bits = chosen.low, chosen.high, chosen.significant_bits

@@ -16,9 +16,9 @@ def codes_nbytes(support: str, codec: str, k: int, d_out: int, n_nonzero: int, n
     return numbers_nbytes(codec, n_nonzero, n_scales) + SUPPORTS[support].nbytes(k, d_out)
 
 
-def n_blocks(counts: np.ndarray, group_size: int | None) -> int:
+def n_blocks(counts: np.ndarray, block_size: int | None) -> int:
     """Scales that columns with so many stored values have, where the codec has scales."""
-    return int((-(-counts // (group_size or max(1, counts.max(initial=1))))).sum())
+    return int((-(-counts // (block_size or max(1, counts.max(initial=1))))).sum())
 
 
 def pack_codes(
@@ -28,7 +28,7 @@ def pack_codes(
     *,
     support: str,
     codec: str,
-    group_size: int | None,
+    block_size: int | None,
     scales: Any | None,
     rounding: str,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -48,13 +48,13 @@ def pack_codes(
     tensors[f"{name}.values"], found = store(
         values,
         codec,
-        lambda: blocks_of_columns(on.counts(codes, mask), group_size).reshape(values.shape),
+        lambda: blocks_of_columns(on.counts(codes, mask), block_size).reshape(values.shape),
         scales=scales,
         rounding=rounding,
     )
     if found is not None:
         tensors[f"{name}.scales"] = found
-        spec |= {"group_size": group_size, "n_scales": int(found.size)}
+        spec |= {"group_size": block_size, "n_scales": int(found.size)}
     return tensors, spec
 
 

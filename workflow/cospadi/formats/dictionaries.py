@@ -14,15 +14,15 @@ from cospadi.runtime.cospadi_registry import FACTOR_CODECS
 __all__ = ["IDENTITY", "dictionary_nbytes", "pack_dictionary", "unpack_dictionary"]
 
 
-def dictionary_nbytes(d_in: int, k: int, codec: str, group_size: int | None) -> int:
+def dictionary_nbytes(d_in: int, k: int, codec: str, block_size: int | None) -> int:
     """Bytes of a dictionary (d_in, k) with its scales; `codec` is `IDENTITY` or one of numbers."""
     if codec == IDENTITY:
         return 0
-    return numbers_nbytes(codec, d_in * k, -(-d_in // (group_size or d_in)) * k)
+    return numbers_nbytes(codec, d_in * k, -(-d_in // (block_size or d_in)) * k)
 
 
 def pack_dictionary(
-    dictionary: np.ndarray | None, k: int, tensor: str, *, codec: str, group_size: int | None, scales: Any | None
+    dictionary: np.ndarray | None, k: int, tensor: str, *, codec: str, block_size: int | None, scales: Any | None
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Tensors, by their names, and spec of a dictionary (d_in, k); None is the identity.
 
@@ -38,11 +38,11 @@ def pack_dictionary(
     spec: dict[str, Any] = {"codec": codec, "n_atoms": k, "tensor": tensor}
     tensors = {}
     tensors[tensor], found = store(
-        dictionary, codec, lambda: blocks_of_atoms(*dictionary.shape, group_size), scales=scales
+        dictionary, codec, lambda: blocks_of_atoms(*dictionary.shape, block_size), scales=scales
     )
     if found is not None:
         tensors[f"{tensor}_scales"] = found.reshape(-1, k)
-        spec["group_size"] = group_size
+        spec["group_size"] = block_size
     return tensors, spec
 
 

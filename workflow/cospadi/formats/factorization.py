@@ -15,7 +15,7 @@ from cospadi.files import SAFETENSORS_DTYPES, TensorFile
 from cospadi.formats.codes import unpack_codes
 from cospadi.formats.dictionaries import unpack_dictionary
 from cospadi.formats.product import Product
-from cospadi.formats.values import GROUP_SIZE
+from cospadi.formats.values import BLOCK_SIZE
 from cospadi.gram import relative_error
 from cospadi.runtime.cospadi_format import (
     content_faults,
@@ -237,7 +237,7 @@ def _unpack(tensors: Mapping[str, np.ndarray], spec: Mapping[str, Any], name: st
         support=spec["codes"]["support"],
         value_codec=spec["codes"]["codec"],
         dictionary_codec=spec["dictionary"]["codec"],
-        group_size=spec["codes"].get("group_size", spec["dictionary"].get("group_size", GROUP_SIZE)),
+        block_size=spec["codes"].get("group_size", spec["dictionary"].get("group_size", BLOCK_SIZE)),
         scales=scales,
         dictionary_scales=dictionary_scales,
         mask=mask,

@@ -11,7 +11,7 @@ from cospadi.arrays import to_numpy
 from cospadi.errors import NumericalError
 from cospadi.formats.codes import codes_nbytes, n_blocks, pack_codes
 from cospadi.formats.dictionaries import IDENTITY, dictionary_nbytes, pack_dictionary
-from cospadi.formats.values import GROUP_SIZE
+from cospadi.formats.values import BLOCK_SIZE
 from cospadi.runtime.cospadi_registry import SUPPORTS
 from cospadi.runtime.cospadi_supports import Support
 
@@ -33,7 +33,7 @@ class Product:
         Keys of `cospadi_registry.FACTOR_CODECS`: how the file stores codes and dictionary.
     rounding : {"nearest", "truncate"}
         How values are cut to the codec's bits.
-    group_size : int or None
+    block_size : int or None
         Numbers a scale covers where a codec has scales: stored values of a column, rows of an atom; None, all of them.
     scales, dictionary_scales : array, optional
         Scales that codes and dictionary are multiples of already; found by `values.find_scales` where they are needed
@@ -50,7 +50,7 @@ class Product:
     value_codec: str = "bf16"
     dictionary_codec: str = "bf16"
     rounding: str = "nearest"
-    group_size: int | None = GROUP_SIZE
+    block_size: int | None = BLOCK_SIZE
     scales: Any | None = None
     dictionary_scales: Any | None = None
     mask: Any | None = None
@@ -77,9 +77,9 @@ class Product:
         """Bytes it takes in the file: dictionary, values, scales and support."""
         (d_in, d_out), k, counts = self.shape, self.n_atoms, self._counts()
         codec = IDENTITY if self.dictionary is None else self.dictionary_codec
-        scales = n_blocks(counts, self.group_size)
+        scales = n_blocks(counts, self.block_size)
         codes = codes_nbytes(self.support, self._value_codec, k, d_out, int(counts.sum()), scales)
-        return codes + dictionary_nbytes(d_in, k, codec, self.group_size)
+        return codes + dictionary_nbytes(d_in, k, codec, self.block_size)
 
     @property
     def on(self) -> Support:
@@ -107,7 +107,7 @@ class Product:
             self.n_atoms,
             self.tensor or f"{name}.dictionary",
             codec=self.dictionary_codec,
-            group_size=self.group_size,
+            block_size=self.block_size,
             scales=self.dictionary_scales,
         )
         codes, codes_spec = pack_codes(
@@ -116,7 +116,7 @@ class Product:
             name,
             support=self.support,
             codec=self._value_codec,
-            group_size=self.group_size,
+            block_size=self.block_size,
             scales=self.scales,
             rounding=self.rounding,
         )

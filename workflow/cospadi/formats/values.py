@@ -26,8 +26,8 @@ if len(CODEC_OF_BITS) < len(_CHOSEN):
     raise ValueError(f"of the codecs {_names} two have as many bits: no config could tell them apart")
 DICTIONARY_BITS = tuple(codec.bits for codec in _CHOSEN if codec.for_dictionaries)
 
-# The config's ``codes.group_size``, as a default where none is given: numbers of a block
-GROUP_SIZE = 64
+# The config's ``codes.block_size``, as a default where none is given: numbers of a block
+BLOCK_SIZE = 64
 
 # What every run has tensors of, whatever its variants choose
 _ALWAYS = ("float32", "bf16")
@@ -39,12 +39,12 @@ def storage_of(codes: Mapping[str, Any]) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``value_codec``, ``dictionary_codec`` and ``group_size``, as the budget and `Factorization` take them.
+        ``value_codec``, ``dictionary_codec`` and ``block_size``, as the budget and `Factorization` take them.
     """
     return {
         "value_codec": CODEC_OF_BITS[codes.get("value_bits", 16)],
         "dictionary_codec": CODEC_OF_BITS[codes.get("dictionary_bits", 16)],
-        "group_size": codes.get("group_size", GROUP_SIZE),
+        "block_size": codes.get("block_size", BLOCK_SIZE),
     }
 
 

@@ -31,7 +31,7 @@ def grid(
     *,
     symmetric: bool,
     value_codec: str,
-    group_size: int | None,
+    block_size: int | None,
     dictionary_codec: str = IDENTITY,
 ) -> str:
     """Codec of the most bits a weight, at most those of `value_codec`, that fits in `nbytes`, scales counted.
@@ -44,7 +44,7 @@ def grid(
     most = CODECS[value_codec].bits
     grids = [codec for codec in CODECS.values() if codec.scaled and codec.shifted != symmetric and codec.bits <= most]
     for codec in sorted(grids, key=lambda codec: -codec.bits):
-        taken = stored_nbytes(shape, codec.name, group_size)
+        taken = stored_nbytes(shape, codec.name, block_size)
         if taken <= nbytes:
             return codec.name
     raise ConfigError(
@@ -55,7 +55,7 @@ def grid(
     )
 
 
-def stored_nbytes(shape: tuple[int, int], codec: str, group_size: int | None) -> int:
+def stored_nbytes(shape: tuple[int, int], codec: str, block_size: int | None) -> int:
     """Bytes of a weight of which every entry is an integer of a codec."""
     d_in, d_out = shape
     return factors_nbytes(
@@ -66,7 +66,7 @@ def stored_nbytes(shape: tuple[int, int], codec: str, group_size: int | None) ->
         support="dense",
         value_codec=codec,
         dictionary_codec=IDENTITY,
-        group_size=group_size,
+        block_size=block_size,
     )
 
 

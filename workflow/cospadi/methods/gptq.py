@@ -39,7 +39,7 @@ def fit(
     codec = few_bits.grid(problem.shape, nbytes, symmetric=symmetric, **how.storage)
     weight, gram = single_weights.inputs_of(problem, how.device)
     rounded, scales = gptq.quantize(
-        weight, gram, codec=codec, group_size=how.storage["group_size"], damping=damping, act_order=act_order
+        weight, gram, codec=codec, block_size=how.storage["block_size"], damping=damping, act_order=act_order
     )
     return [
         Factorization(

@@ -47,7 +47,7 @@ def n_entries(
     *,
     pattern: str = "matrix",
     value_codec: str,
-    group_size: int | None,
+    block_size: int | None,
     dictionary_codec: str = IDENTITY,
     n_atoms: int = 0,
 ) -> int:
@@ -63,7 +63,7 @@ def n_entries(
     d_in, d_out = shape
 
     def taken(n: int) -> int:
-        most_scales = d_out * (2 if n_atoms else 1) + (n // group_size if group_size else 0)
+        most_scales = d_out * (2 if n_atoms else 1) + (n // block_size if block_size else 0)
         total = factors_nbytes(
             d_in,
             d_out,
@@ -72,7 +72,7 @@ def n_entries(
             support=support_of(pattern),
             value_codec=value_codec,
             dictionary_codec=IDENTITY,
-            group_size=group_size,
+            block_size=block_size,
             n_scales=most_scales,
         )
         if n_atoms:
@@ -84,7 +84,7 @@ def n_entries(
                 support="bitmask",
                 value_codec=value_codec,
                 dictionary_codec=dictionary_codec,
-                group_size=group_size,
+                block_size=block_size,
                 n_scales=0,
             )
         return total

@@ -195,6 +195,7 @@ def _dictionary_faults(dictionary: Any, codecs: Mapping[str, Codec]) -> list[str
             return faults
     keys = ["codec", "n_atoms"]
     if codec != IDENTITY:
+        # `group_size` is the file's word for the size of a block; the library's groups are of layers
         keys += ["tensor", "group_size"] if codecs[codec].scaled else ["tensor"]
     faults = _key_faults(dictionary, "its dictionary", keys)
     if not faults and not _is_size(dictionary["n_atoms"]):

@@ -22,7 +22,7 @@ def quantize(
     gram: Array,
     *,
     codec: str,
-    group_size: int | None,
+    block_size: int | None,
     damping: float = DAMPING,
     act_order: bool = False,
 ) -> tuple[Array, np.ndarray]:
@@ -35,7 +35,7 @@ def quantize(
         ``X^T X``; an input that is never active (zero diagonal) becomes zero.
     codec : str
         A scaled one of `cospadi_registry.CODECS`.
-    group_size : int or None
+    block_size : int or None
         Inputs in a row that share a scale, in each output; None, all.
     damping : float
         Ridge on the Gram, as a share of its mean diagonal.
@@ -55,7 +55,7 @@ def quantize(
     d_in, d_out = left.shape
     diagonal = xp.linalg.diagonal(gram)
     left = xp.where(diagonal[:, None] > 0, left, 0.0)
-    size = min(group_size or d_in, d_in)
+    size = min(block_size or d_in, d_in)
     order = np.arange(d_in)
     if act_order:
         order = np.argsort(-to_numpy(diagonal), kind="stable")
@@ -64,29 +64,29 @@ def quantize(
     upper = inverse_factor(gram, damping)
     pivots = [float(pivot) for pivot in to_numpy(xp.linalg.diagonal(upper))]
 
-    # of each block: (n_groups, d_out), rows of scales and of zero points
+    # of each block: (n_blocks, d_out), rows of scales and of zero points
     steps, zeros = (xp.zeros((-(-d_in // size), d_out), dtype=left.dtype, **device_of(left)) for _ in range(2))
 
-    def settle(group: int, rows: Array) -> None:
+    def settle(block: int, rows: Array) -> None:
         found = _scales_of(rows, codec)
-        steps[group], zeros[group] = from_numpy(found[0], left), from_numpy(found[1], left)
+        steps[block], zeros[block] = from_numpy(found[0], left), from_numpy(found[1], left)
 
     static = act_order or size == d_in
     if static:
-        for group in range(len(steps)):
-            settle(group, weight[group * size : (group + 1) * size])
-    # groups begin where all rows of theirs have been made up for
-    block = BLOCK if static else max(size, BLOCK // size * size)
-    for first in range(0, d_in, block):
-        last = min(first + block, d_in)
+        for block in range(len(steps)):
+            settle(block, weight[block * size : (block + 1) * size])
+    # blocks begin where all rows of theirs have been made up for
+    batch = BLOCK if static else max(size, BLOCK // size * size)
+    for first in range(0, d_in, batch):
+        last = min(first + batch, d_in)
         errors = xp.zeros((last - first, d_out), dtype=left.dtype, **device_of(left))
 
         def sweep(columns: slice, begin: int, end: int, first: int = first, last: int = last, errors: Array = errors):
             here = left[first:last, columns]
             for i in range(begin - first, end - first):
                 at = first + i
-                group = order[at] // size
-                step, zero = steps[group, columns], zeros[group, columns]
+                block = order[at] // size
+                step, zero = steps[block, columns], zeros[block, columns]
                 whole = xp.clip(xp.round(here[i] / step) + zero, chosen.low, chosen.high) - zero
                 error = (here[i] - whole * step) / pivots[at]
                 here[i] = whole * step
