@@ -139,8 +139,9 @@ class Packed(NamedTuple):
     def factors(self, d_in: int, d_out: int) -> Factorization:
         """Random factors of matrices that stand side by side."""
         if self.kind in ("hybrid", "sparse"):
-            n_atoms = atoms_by_rule(d_in, d_out, "matrix") if self.kind == "hybrid" else 0
-            return random_single_weights(d_in, d_out, self.ratio, n_atoms)
+            nbytes = nbytes_left([(d_in, d_out)], self.ratio)
+            n_atoms = atoms_by_rule(d_in, d_out, nbytes, "matrix") if self.kind == "hybrid" else 0
+            return random_single_weights(d_in, d_out, nbytes, n_atoms)
         return random_factors(d_in, d_out, self.ratio, SHARED_RHO[self.ratio] if self.kind == "shared" else 2.0)
 
 
@@ -189,11 +190,11 @@ def random_factors(d_in: int, d_out: int, ratio: float, rho: float = 2.0) -> Fac
     return Factorization(dictionary, codes)
 
 
-def random_single_weights(d_in: int, d_out: int, ratio: float, n_atoms: int) -> Factorization:
-    """Random weights under a mask, beside `n_atoms` random atoms, as many as the budget gives for `ratio`."""
+def random_single_weights(d_in: int, d_out: int, nbytes: int, n_atoms: int) -> Factorization:
+    """Random weights under a mask, beside `n_atoms` random atoms, as many as `nbytes` hold."""
     draw = np.random.default_rng(0)
     storage = {"value_codec": "bf16", "block_size": None, "dictionary_codec": "bf16"}
-    n_kept = n_entries((d_in, d_out), nbytes_left([(d_in, d_out)], ratio), n_atoms=n_atoms, **storage)
+    n_kept = n_entries((d_in, d_out), nbytes, n_atoms=n_atoms, **storage)
     codes = draw.standard_normal((d_in + n_atoms, d_out), np.float32) / d_in**0.5
     mask = np.zeros(codes.size, bool)
     mask[draw.permutation(codes.size)[:n_kept]] = True
