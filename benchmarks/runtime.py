@@ -324,15 +324,17 @@ def crossover(rounds: int) -> list[list[str]]:
     rows = []
     compiled = kernel()
     for d_in, d_out in ((576, 576), (576, 1536), (1536, 576), MATRIX):
-        layers = [packed_layer(random_factors(d_in, d_out, 0.4))[0] for _ in range(max(1, 2**24 // (d_in * d_out)))]
+        count = max(1, 2**24 // (d_in * d_out))
+        # of each path its own: a layer that has computed keeps to the path that it was bound for
+        layers = {n: [packed_layer(random_factors(d_in, d_out, 0.4))[0] for _ in range(count)] for n in (0, 64)}
         for dtype, n in itertools.product(DTYPES.values(), (1, 2, 4, 8, 16, 24, 32, 64)):
-            weights = [torch.randn(d_out, d_in).to(dtype) for _ in layers]
+            weights = [torch.randn(d_out, d_in).to(dtype) for _ in range(count)]
             x = torch.randn(n, d_in).to(dtype)
 
-            def through(few_rows: int, x: torch.Tensor = x, layers: list[PackedLinear] = layers) -> None:
+            def through(few_rows: int, x: torch.Tensor = x, layers: dict[int, list[PackedLinear]] = layers) -> None:
                 kept = compiled.paths
                 compiled.paths = dataclasses.replace(kept, few_rows=few_rows)
-                for layer in layers:
+                for layer in layers[few_rows]:
                     layer(x)
                 compiled.paths = kept
 
@@ -342,15 +344,13 @@ def crossover(rounds: int) -> list[list[str]]:
 
             taken = interleaved(
                 {
-                    "kernel": functools.partial(through, n),
+                    "kernel": functools.partial(through, 64),
                     "unpacked": functools.partial(through, 0),
                     "dense": dense,
                 },
                 max(3, rounds // 4),
             )
-            rows.append(
-                [f"{d_in}x{d_out}", dtype, n] + [shown(1e6 * t / len(layers) for t in taken[name]) for name in taken]
-            )
+            rows.append([f"{d_in}x{d_out}", dtype, n] + [shown(1e6 * t / count for t in taken[name]) for name in taken])
     return rows
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import copy
 import ctypes
 import errno
 import functools
+import gc
 import itertools
 import logging
 import mmap
@@ -15,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cospadi.runtime import cospadi_cpu, cospadi_cuda, cospadi_linear
 from cospadi.runtime.cospadi_codecs import decode_codes, decode_support, encode_codes, encode_dictionary
-from cospadi.runtime.cospadi_cpu import PATHS, Kernel, product_dtype
+from cospadi.runtime.cospadi_cpu import PATHS, BoundSum, Kernel, product_dtype
 from cospadi.runtime.cospadi_linear import (
     PARTS,
     PackedLinear,
@@ -38,6 +41,7 @@ from cospadi.runtime.cospadi_linear import (
     packed_layers,
     unpack_,
 )
+from cospadi.runtime.cospadi_mixture import packed_module
 from cospadi.runtime.cospadi_registry import CODECS as REGISTERED
 
 FEW = max(paths.few_rows for paths in PATHS.values())  # more rows than these go another way on every machine
@@ -202,18 +206,18 @@ def test_threads_split_the_work_whatever_their_number(threads, codec):
     try:
         x = torch.randn(3, 96)
         matrix = cospadi_linear.bind(kernel, layer.spec, layer.parts())
-        y = kernel.product(matrix, x)
+        y = kernel.product(BoundSum([matrix]), x)
         torch.testing.assert_close(y, x @ weight, rtol=1e-4, atol=1e-4)
-        assert all(torch.equal(y, kernel.product(matrix, x)) for _ in range(5))
+        assert all(torch.equal(y, kernel.product(BoundSum([matrix]), x)) for _ in range(5))
         codes = layer.factors(torch.float32)[1]
         assert torch.equal(kernel.unpack(matrix, torch.float32), codes)
         z = torch.randn(60, 130)
         for dtype in (torch.float32, torch.bfloat16):
-            y = kernel.apply_codes_to_many(matrix, z, dtype)
+            y = kernel.apply_codes_to_many(BoundSum([matrix]), [z], dtype)
             torch.testing.assert_close(
                 y, (z.T @ codes.T).to(dtype), rtol=1e-2 if y.dtype == torch.bfloat16 else 1e-4, atol=1e-4
             )
-            assert all(torch.equal(y, kernel.apply_codes_to_many(matrix, z, dtype)) for _ in range(5))
+            assert all(torch.equal(y, kernel.apply_codes_to_many(BoundSum([matrix]), [z], dtype)) for _ in range(5))
     finally:
         kernel._threads = threads_of_the_machine
 
@@ -242,10 +246,12 @@ def compute_before_walls(choice: str) -> None:
             codes = layer.factors(torch.float32)[1]
             z = before_a_wall(torch.randn(layer.n_atoms, 19))
             torch.testing.assert_close(
-                kernel.apply_codes_to_many(matrix, z, torch.float32), z.T @ codes.T, rtol=1e-4, atol=1e-4
+                kernel.apply_codes_to_many(BoundSum([matrix]), [z], torch.float32), z.T @ codes.T, rtol=1e-4, atol=1e-4
             )
         x = before_a_wall(torch.randn(2, weight.shape[0]))
-        torch.testing.assert_close(kernel.product(matrix, x), x @ weight, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(kernel.product(BoundSum([matrix]), x), x @ weight, rtol=1e-4, atol=1e-4)
+        both = BoundSum([matrix, matrix])
+        torch.testing.assert_close(kernel.product(both, x), 2 * x @ weight, rtol=1e-4, atol=1e-4)
         unpacked = kernel.unpack(matrix, torch.bfloat16)
         assert torch.equal(unpacked, layer.factors(torch.bfloat16)[1]), (shape, codec, support, dictionary)
 
@@ -343,9 +349,11 @@ def test_an_input_of_another_width_is_an_error():
     layer, _ = make()
     kernel = compiled("auto")
     matrix = cospadi_linear.bind(kernel, layer.spec, layer.parts())
-    for call in (kernel.product, lambda m, x: kernel.apply_codes(m, x, torch.zeros(1, 48))):
-        with pytest.raises(ValueError, match="does not fit"):
-            call(matrix, torch.zeros(1, 40))
+    with pytest.raises(ValueError, match="does not fit"):
+        kernel.product(BoundSum([matrix]), torch.zeros(1, 40))
+    other, _ = make((40, 40, 27))
+    with pytest.raises(ValueError, match=r"2 matrices of shapes \[\(40, 40\), \(48, 40\)\] are no sum"):
+        BoundSum([matrix, cospadi_linear.bind(kernel, other.spec, other.parts())])
 
 
 @pytest.fixture
@@ -376,6 +384,7 @@ def test_kernels_are_chosen_for_all_layers_also_for_compiled_ones(undecided, mon
     used = []
     product = Kernel.product
     monkeypatch.setattr(Kernel, "product", lambda self, *given: used.append(self.kind) or product(self, *given))
+    monkeypatch.setattr(Kernel, "layer", lambda *given: None)  # whose calls Python does not see
     layer, weight = make()
     torch._dynamo.reset()
     graphs = []
@@ -408,7 +417,7 @@ _STUB = """
 const char *cospadi_kind(void) { return "generic"; }
 long long cospadi_starts(void) { return 0; }
 long long cospadi_bench(void) { return 0; }
-void cospadi_product(void) {} void cospadi_many(void) {} void cospadi_unpack(void) {}
+void cospadi_product(void) {} void cospadi_many(void) {} void cospadi_unpack(void) {} void cospadi_forget(void) {}
 """
 
 
@@ -572,6 +581,7 @@ def test_tensors_on_another_device_or_of_another_width_are_an_error():
 def test_recorded_and_transformed_products_are_right(rows):
     layer, weight = make(bias=True)
     example, x = torch.randn(rows, 48), torch.randn(rows, 48)
+    layer(x)
     bias = layer.bias.detach()
     recorded = {
         "jit.trace": lambda: torch.jit.trace(layer, (example,)),
@@ -639,38 +649,269 @@ def test_the_operator_passes_the_checks_of_torch():
         torch.library.opcheck(cospadi_linear.packed_linear, (x, *layer.parts(), layer._spec_text))
 
 
-def test_layers_with_one_dictionary_project_an_input_once(monkeypatch):
-    first, first_weight = make((48, 40, 27))
-    second, _ = make((48, 24, 27), seed=1)
+def readers():
+    """Two layers with one dictionary, and their weights."""
+    (first, first_weight), (second, _) = make((48, 40, 27)), make((48, 24, 27), seed=1)
     second.dictionary = first.dictionary
-    expected = [first_weight, (second.factors(torch.float32)[0] @ second.factors(torch.float32)[1].T)]
     first.projection = second.projection = SharedProjection()
-    calls = []
-    kernel = compiled("auto")
-    for module, name in ((kernel, "product_and_projection"), (cospadi_linear, "_project_many")):
-        project = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *arguments, project=project: calls.append(1) or project(*arguments))
-    monkeypatch.setattr(cospadi_linear, "kernel", lambda: kernel)
-    x = torch.randn(2, 48)
-    for rows in (x, torch.randn(20, 48)):
-        for layer, weight in zip((first, second), expected, strict=True):
-            torch.testing.assert_close(layer(rows), rows @ weight, rtol=1e-5, atol=1e-5)
-    assert len(calls) == 2
-    first(x)
+    return [first, second], [first_weight, second.factors(torch.float32)[0] @ second.factors(torch.float32)[1].T]
+
+
+def ask(layers, weights, x):
+    for layer, weight in zip(layers, weights, strict=True):
+        torch.testing.assert_close(layer(x), x @ weight, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_with_one_dictionary_project_many_rows_once(monkeypatch):
+    layers, weights = readers()
+    project, calls = cospadi_linear._project_many, []
+    monkeypatch.setattr(cospadi_linear, "_project_many", lambda *given: calls.append(1) or project(*given))
+    x = torch.randn(20, 48)
+    ask(layers, weights, x)
+    assert len(calls) == 1
     x.mul_(2)  # the same tensor, but no longer the same input
-    torch.testing.assert_close(second(x), x @ expected[1], rtol=1e-5, atol=1e-5)
-    del x, rows
-    assert first.projection._last is None, "nothing outlives the input"
+    ask(layers[1:], weights[1:], x)
+    assert len(calls) == 2
+    del x
+    assert layers[0].projection._last is None, "nothing outlives the input"
     with torch.inference_mode():
-        x = torch.randn(2, 48)
-        calls.clear()
-        for layer, weight in zip((first, second), expected, strict=True):
-            torch.testing.assert_close(layer(x), x @ weight, rtol=1e-5, atol=1e-5)
-        assert len(calls) == 1
+        x = torch.randn(20, 48)
+        ask(layers, weights, x)
+        assert len(calls) == 3
         x.mul_(2)
-        torch.testing.assert_close(second(x), x @ expected[1], rtol=1e-5, atol=1e-5)
-    copied = pickle.loads(pickle.dumps(torch.nn.ModuleList([first, second])))
+        ask(layers[1:], weights[1:], x)
+    copied = pickle.loads(pickle.dumps(torch.nn.ModuleList(layers)))
     assert copied[0].projection is copied[1].projection is not None
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("as_function", [True, False])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_layers_with_one_dictionary_project_a_few_rows_once(monkeypatch, mode, as_function, rows):
+    kernel = compiled("auto")
+    if as_function and kernel._layer is None:
+        pytest.skip("no headers of Python were found")
+    kernel = copy.copy(kernel)
+    kernel._layer = kernel._layer if as_function else None
+    monkeypatch.setattr(cospadi_linear, "kernel", lambda: kernel)
+    layers, weights = readers()
+    with mode():
+        for _ in range(3):
+            ask(layers, weights, torch.randn(rows, 48))
+        assert (layers[0]._call is not None) == as_function
+        x = torch.randn(rows, 48)
+        kept = layers[0].dictionary.data.clone()
+        ask(layers[:1], weights[:1], x)
+        layers[0].dictionary.data.zero_()  # which nothing counts, so it shows who reads the dictionary
+        ask(layers[1:], weights[1:], x.clone())
+        assert not layers[0](x).any(), "a layer is not given the same z twice"
+        assert not layers[1](x).any()
+        layers[0].dictionary.data.copy_(kept)
+        ask(layers, weights, x)
+        x.mul_(2)
+        ask(layers[1:], weights[1:], x)
+        ask(layers, weights, x.clone().reshape(1, rows, 48))
+
+
+def test_a_changed_dictionary_is_not_mixed_with_what_was_computed_before():
+    layers, weights = readers()
+    x = torch.randn(2, 48)
+    for _ in range(2):
+        ask(layers, weights, x)
+    ask(layers[:1], weights[:1], x)
+    with torch.no_grad():
+        layers[0].dictionary.mul_(2)
+    ask(layers[1:], [2 * weights[1]], x)
+    ask(layers[:1], [2 * weights[0]], x)
+
+
+def make_sum(kinds, shape=(96, 132, 60), bias=False):
+    """A layer that is a sum of matrices of these kinds, and its weight."""
+    tensors, specs = {}, []
+    for i, (codec, support, dictionary) in enumerate(kinds):
+        name = "m" if i == 0 else f"m.plus.{i - 1}"
+        more, spec = random_matrix(np.random.default_rng(i), *shape, codec, support, dictionary, name)
+        tensors |= more
+        specs.append(spec)
+    spec = specs[0] | {"plus": specs[1:]}
+    layer = packed_module(spec, torch.nn.Parameter(torch.randn(shape[1])) if bias else None)
+    for name, array in tensors.items():
+        stored = torch.from_numpy(array.view(np.int16) if array.dtype == BFLOAT16 else array.copy())
+        part = layer.get_parameter(name.removeprefix("m."))
+        part.data = stored.view(part.dtype)
+    return layer.requires_grad_(False), torch.from_numpy(read_matrix(tensors, "m", spec))
+
+
+SUM = [("bf16", "bitmask", "identity"), ("bf16", "bitmask", "bf16"), ("int8", "dense", "int4"), ("bf14", "2:4", "bf14")]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("rows", [1, 3, 7, FEW + 1, 70])
+@pytest.mark.parametrize("kinds", [SUM, SUM[:2], SUM[1::-1]], ids=["four", "identity first", "identity last"])
+def test_a_sum_is_rounded_once(machine, monkeypatch, threads, rows, kinds):
+    layer, weight = make_sum(kinds, bias=True)
+    if machine != "torch":
+        kernel = copy.copy(compiled(machine))
+        kernel._threads = lambda total: threads if kernel.parallel else 1
+        kernel._layer = None
+        monkeypatch.setattr(cospadi_linear, "kernel", lambda: kernel)
+    x = torch.randn(rows, 96, generator=torch.Generator().manual_seed(rows))
+    expected = x.double() @ weight.double() + layer.bias.double()
+    size = x.double().abs() @ weight.double().abs() + 1
+    y = layer(x)
+    assert ((y.double() - expected).abs() / size).max() < 1e-5
+    assert torch.equal(y, layer(x)), "equal calls give equal bits"
+    layer.register_parameter("bias", None)
+    exact = x.bfloat16().double() @ weight.double()
+    if machine != "torch" and (rows <= kernel.paths.few_rows or kernel.paths.without_zeros):
+        error = (layer(x.bfloat16()).double() - exact).square().mean().sqrt()
+        assert error <= 1.01 * (exact.bfloat16().double() - exact).square().mean().sqrt()
+
+
+def test_parts_of_a_sum_are_computed_alone_where_that_is_seen():
+    layer, weight = make_sum(SUM)
+    x = torch.randn(2, 96)
+    for _ in range(2):
+        torch.testing.assert_close(layer(x), x @ weight, rtol=1e-4, atol=1e-4)
+    seen = []
+    hook = layer.plus[1].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    torch.testing.assert_close(layer(x), x @ weight, rtol=1e-4, atol=1e-4)
+    hook.remove()
+    atoms, codes = layer.plus[1].factors(torch.float32)
+    torch.testing.assert_close(seen, [x @ atoms @ codes.T], rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        layer.plus[0].values.mul_(2)
+    atoms, codes = layer.plus[0].factors(torch.float32)
+    torch.testing.assert_close(layer(x), x @ weight + x @ atoms @ codes.T / 2, rtol=1e-4, atol=1e-4)
+    layer.plus[0].unpack(torch.float32)
+    layer.plus[0].unpacked_codes.data.zero_()
+    torch.testing.assert_close(layer(x), x @ weight - x @ atoms @ codes.T / 2, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def called():
+    """A layer that has become a function of its input, and its weight."""
+    layer, weight = make()
+    x = torch.randn(2, 48)
+    layer(x)
+    if layer._call is None:
+        pytest.skip("no headers of Python were found")
+    return layer, weight, lambda given: layer._call(given, layer._parameters)
+
+
+def test_the_function_of_a_layer_gives_what_the_kernel_gives(called):
+    layer, _, call = called
+    kernel = cospadi_linear.kernel()
+    for lead, dtype in itertools.product([(), (1,), (1, 1), (3,), (2, 2)], (torch.float32, torch.bfloat16)):
+        x = torch.randn(*lead, 48, dtype=dtype)
+        for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+            with mode():
+                outputs = [call(x) for _ in range(3)]
+                made = x.new_empty(0)
+            y = kernel.product(layer._binding.total, x)
+            for output in outputs:
+                assert torch.equal(output, y) and output.dtype == dtype and output.is_contiguous()
+                assert output.is_inference() == made.is_inference() and not output.requires_grad
+            assert len({output.data_ptr() for output in outputs}) == len(outputs), "nobody else's memory"
+    kept = call(x)
+    before = kept.clone()
+    for _ in range(3):
+        call(torch.randn_like(x)).zero_()
+    assert torch.equal(kept, before)
+
+
+def test_the_function_of_a_layer_leaves_to_torch_what_it_cannot_do(called):
+    layer, _, call = called
+    x = torch.randn(2, 48)
+    few = cospadi_linear.kernel().paths.few_rows
+    others = [
+        torch.randn(few + 1, 48), torch.randn(0, 48), torch.randn(2, 96)[:, ::2], torch.randn(48, 2).T, x.double(),
+        x.half(), x.to("meta"), torch.randn(2, 40), torch.tensor(1.0), x.to_sparse(), torch.nn.Parameter(x), None,
+        x.detach().requires_grad_(),
+    ]  # fmt: skip
+    assert [call(other) for other in others] == [None] * len(others)
+    with torch.no_grad():
+        assert call(others[-1]) is not None, "nobody asks for a gradient"
+    answers = []
+    torch.vmap(lambda t: answers.append(call(t)) or t)(x)
+    torch.func.grad(lambda t: answers.append(call(t)) or t.sum())(x)
+    torch.func.jvp(lambda t: answers.append(call(t)) or t, (x,), (x,))
+    make_fx(lambda t: answers.append(call(t)) or t)(x)
+    torch.jit.trace(lambda t: answers.append(call(t)) or t, (x,), check_trace=False)
+    with forward_ad.dual_level():
+        answers.append(call(forward_ad.make_dual(x, x)))
+    with FlopCounterMode(display=False):
+        answers.append(call(x))
+    assert len(answers) >= 7 and not any(answer is not None for answer in answers)
+    assert layer._call(x, {**layer._parameters}) is None, "a copy of the layer has another dictionary"
+    cospadi_linear.set_kernels(cpu="generic")
+    assert call(x) is None, "other code was chosen"
+    cospadi_linear.set_kernels(cpu="".join(["au", "to"]))
+    assert call(x) is not None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: setattr(layer.values, "data", layer.values.data.clone()),
+        lambda layer: setattr(layer.support, "data", layer.support.data.view(torch.int8)),
+        lambda layer: setattr(layer.dictionary, "data", layer.dictionary.data.float()),
+        lambda layer: setattr(layer, "values", torch.nn.Parameter(layer.values.data, requires_grad=False)),
+        lambda layer: layer.values.detach().mul_(1),
+        lambda layer: setattr(layer, "bias", torch.nn.Parameter(torch.zeros(40))),
+        lambda layer: layer.unpack(torch.float32),
+        lambda layer: layer.register_parameter("adapted", torch.nn.Parameter(torch.zeros(1))),
+        lambda layer: layer._parameters.pop("bias"),
+    ],
+    ids=["moved", "viewed", "cast", "replaced", "changed", "bias", "unpacked", "more", "fewer"],
+)
+def test_the_function_of_a_layer_ends_with_a_change_of_its_parameters(called, change):
+    layer, weight, call = called
+    x = torch.randn(2, 48)
+    assert call(x) is not None
+    change(layer)
+    assert call(x) is None
+    layer._parameters.setdefault("bias", None)
+    torch.testing.assert_close(layer(x), x @ weight, rtol=1e-5, atol=1e-5)
+
+
+def test_the_function_of_a_layer_keeps_nothing_alive_and_is_not_copied(called):
+    layer, weight, _ = called
+    summed, _ = make_sum(SUM)
+    summed(torch.randn(2, 96))
+    summed.plus[0].register_forward_hook(lambda *given, summed=summed: None)  # a circle through its function
+    copied = pickle.loads(pickle.dumps(layer))
+    assert copied._call is None and copy.deepcopy(layer)._call is None
+    x = torch.randn(2, 48)
+    torch.testing.assert_close(copied(x), x @ weight, rtol=1e-5, atol=1e-5)
+    gone = [weakref.ref(layer.values), weakref.ref(summed)]
+    layer._parameters.clear()
+    layer._binding = layer._call = None
+    del summed, copied
+    gc.collect()
+    assert [reference() for reference in gone] == [None, None]
+
+
+def test_two_threads_compute_with_a_layer_at_a_time(monkeypatch):
+    monkeypatch.setattr(cospadi_cpu, "_BYTES_UNSEEN", 0)  # so that they do run at a time
+    layers, weights = readers()
+    given = [torch.randn(rows, 48) for rows in (1, 2, 3, 1)]
+
+    def compute(x):
+        for _ in range(300):
+            ask(layers, weights, x)
+
+    with concurrent.futures.ThreadPoolExecutor(len(given)) as pool:
+        assert list(pool.map(compute, given)) == [None] * len(given)
+
+
+@pytest.mark.parametrize("flags", [[], ["-DWITH_PYTHON", "-I/no/such/folder"]], ids=["none", "wrong"])
+def test_without_headers_of_python_there_is_a_kernel(monkeypatch, cache, flags):
+    monkeypatch.setattr(cospadi_cpu, "SOURCE", "#ifdef WITH_PYTHON\n#include <no_such_Python.h>\n#endif\n" + _STUB)
+    monkeypatch.setattr(cospadi_cpu, "_python_flags", lambda: flags)
+    kernel = Kernel(cospadi_cpu._load("generic"))
+    assert kernel.kind == "generic" and kernel._layer is None
+    assert kernel.layer(None, [], PARTS) is None
 
 
 def test_changed_tensors_are_noticed():

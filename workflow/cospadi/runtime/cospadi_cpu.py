@@ -17,9 +17,11 @@ import shutil
 import stat
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,8 @@ _choice = "auto"
 _DAMAGED = "the file is damaged. Fetch or assemble the folder again"
 _BLOCK = 16  # columns between two entries of `starts`, as in the source
 _BYTES_PER_THREAD = 2**15  # a thread for less costs more than it gives
+_BYTES_UNSEEN = 2**22  # a product of more lets other threads of Python run meanwhile
+MOST_TERMS = 16  # matrices whose products are added up in one call, as in the source
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,20 @@ class _Matrix(ctypes.Structure):
     ]
 
 
+class _Term(ctypes.Structure):
+    _fields_ = [("matrix", ctypes.c_void_p), ("kept", ctypes.c_void_p), ("asker", ctypes.c_uint64)]
+
+
+class _Sum(ctypes.Structure):
+    _fields_ = [*((name, ctypes.c_int64) for name in ("d_in", "d_out", "most_threads", "n_terms"))]
+    _fields_ += [("terms", ctypes.c_void_p)]
+
+
+class _Kept(ctypes.Structure):
+    _fields_ = [("taken", ctypes.c_int64), ("askers", ctypes.c_uint64), ("dictionary", ctypes.c_void_p)]
+    _fields_ += [*((name, ctypes.c_int64) for name in ("nbytes", "is_bf16", "room")), ("x", ctypes.c_void_p)]
+
+
 class _OpenMP(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("parallel", "barrier", "thread", "threads")]
 
@@ -119,9 +137,8 @@ class BoundMatrix:
         self._tensors = tensors
         self.d_in, self.n_atoms, self.d_out = d_in, dictionary["n_atoms"], d_out
         self.stride = -(-self.n_atoms // 32) * 32  # floats a row of z takes
-        self.has_dictionary = dictionary["codec"] != "identity"
         self.has_zeros = codes["support"] != "dense"
-        self.most_threads = 1 + sum(tensor.nbytes for tensor in tensors.values()) // _BYTES_PER_THREAD
+        self.nbytes = sum(tensor.nbytes for tensor in tensors.values())
         self._starts = torch.empty(-(-d_out // _BLOCK) + 1, 2, dtype=torch.int64)
         address = {name: tensor.data_ptr() for name, tensor in tensors.items()}
         self._matrix = _Matrix(
@@ -157,6 +174,52 @@ class BoundMatrix:
             )
 
 
+class KeptProjection:
+    """``z = x D`` of the last few rows, for the matrices that share ``D``: q, k and v ask for the same one in turn."""
+
+    def __init__(self, compiled: Kernel) -> None:
+        kept = _Kept()
+        self._kept, self._joined = kept, 0
+        self.address = ctypes.addressof(kept)
+        weakref.finalize(self, lambda: compiled.library.cospadi_forget(ctypes.addressof(kept)))
+
+    def join(self) -> int:
+        """Bit of a further matrix. What was kept is forgotten: it may be of a dictionary as it was."""
+        self._kept.askers = 2**64 - 1
+        self._joined += 1
+        return 1 << self._joined % 64
+
+
+class BoundSum:
+    """Matrices whose products with the same input are added up, in one call; of most layers one.
+
+    Parameters
+    ----------
+    matrices : sequence of BoundMatrix
+        Of one shape; at most `MOST_TERMS`.
+    kept : sequence of KeptProjection or None, optional
+        Where matrices share their dictionaries with others'.
+    """
+
+    def __init__(self, matrices: Sequence[BoundMatrix], kept: Sequence[KeptProjection | None] = ()) -> None:
+        shapes = {(matrix.d_in, matrix.d_out) for matrix in matrices}
+        if len(shapes) != 1 or len(matrices) > MOST_TERMS:
+            found = f"{len(matrices)} matrices of shapes {sorted(shapes)}"
+            raise ValueError(f"{found} are no sum: that takes 1 to {MOST_TERMS} of one shape")
+        self.matrices, self._kept = list(matrices), list(kept)
+        (self.d_in, self.d_out), self.nbytes = shapes.pop(), sum(matrix.nbytes for matrix in matrices)
+        self.most_threads = 1 + self.nbytes // _BYTES_PER_THREAD
+        self.has_zeros = all(matrix.has_zeros for matrix in matrices)
+        self._terms = (_Term * len(matrices))()
+        for term, matrix in zip(self._terms, matrices, strict=True):
+            term.matrix = matrix.address
+        for term, shared in zip(self._terms, kept, strict=False):
+            if shared is not None:
+                term.kept, term.asker = shared.address, shared.join()
+        self._sum = _Sum(self.d_in, self.d_out, self.most_threads, len(matrices), ctypes.addressof(self._terms))
+        self.address = ctypes.addressof(self._sum)
+
+
 def _check_tensors(spec: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     """Require numbers that make sense, and tensors of exactly the size and dtype that they imply."""
     (d_in, d_out), dictionary, codes = spec["shape"], spec["dictionary"], spec["codes"]
@@ -189,95 +252,92 @@ def _described(tensor: tuple[Any, ...] | None) -> str:
 class Kernel:
     """The compiled library. Products take contiguous CPU tensors of bfloat16 or float32 and sum in float32."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self, library: ctypes.CDLL, choice: str = "auto") -> None:
         pointer, integer = ctypes.c_void_p, ctypes.c_int64
         library.cospadi_kind.restype = ctypes.c_char_p
         library.cospadi_starts.argtypes = [pointer, pointer]
-        library.cospadi_product.argtypes = [pointer, pointer, integer, *[pointer] * 4, integer, integer]
+        library.cospadi_product.argtypes = [pointer, pointer, integer, pointer, pointer, integer, integer]
         library.cospadi_many.argtypes = [pointer, pointer, integer, *[pointer] * 3, integer, integer]
         library.cospadi_unpack.argtypes = [pointer, pointer, integer, pointer, integer]
-        for function in (library.cospadi_product, library.cospadi_many, library.cospadi_unpack):
+        library.cospadi_forget.argtypes = [pointer]
+        for function in (library.cospadi_many, library.cospadi_unpack, library.cospadi_forget):
             function.restype = None
-        library.cospadi_starts.restype = library.cospadi_bench.restype = integer
-        self.library = library
+        for function in (library.cospadi_starts, library.cospadi_bench, library.cospadi_product):
+            function.restype = integer
+        self.library, self._choice = library, choice
         self.kind = library.cospadi_kind().decode()
         self.paths = PATHS[self.kind]
         self._openmp = _torch_openmp()
         self._openmp_address = None if self._openmp is None else ctypes.addressof(self._openmp)
         self._scratch = threading.local()
         self._bench = library.cospadi_bench() // 4  # floats of scratch a thread takes for many rows
+        self._layer = _of_python(library)
 
     @property
     def parallel(self) -> bool:
         """Whether the kernel works in torch's threads, or in one."""
         return self._openmp is not None
 
-    def product(self, matrix: BoundMatrix, x: torch.Tensor) -> torch.Tensor:
-        """``y = (x D) S``: inputs (..., d_in) to outputs (..., d_out), in the dtype of `x`."""
-        return self.product_and_projection(matrix, x, keep=False)[0]
-
-    def product_and_projection(
-        self, matrix: BoundMatrix, x: torch.Tensor, *, keep: bool = True
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`product`, and with `keep` also ``z = x D``: float32 (n, stride), zero from n_atoms on."""
-        if x.shape[-1] != matrix.d_in:
-            raise ValueError(f"an input of shape {tuple(x.shape)} does not fit a matrix of {matrix.d_in} rows")
-        rows = x.numel() // matrix.d_in
-        if not matrix.has_dictionary:
-            z = x.new_zeros((rows, matrix.stride), dtype=torch.float32)
-            z[:, : matrix.n_atoms] = x.reshape(rows, matrix.n_atoms)
-            return self.apply_codes(matrix, z, x), z
+    def product(self, total: BoundSum, x: torch.Tensor) -> torch.Tensor:
+        """``y = (x D) S``, added up: inputs (..., d_in) to outputs (..., d_out), in the dtype of `x`."""
+        if x.shape[-1] != total.d_in:
+            raise ValueError(f"an input of shape {tuple(x.shape)} does not fit a matrix of {total.d_in} rows")
         if not x.is_contiguous():
             x = x.contiguous()
-        y = x.new_empty((*x.shape[:-1], matrix.d_out))
-        z = x.new_empty((rows, matrix.stride), dtype=torch.float32) if keep else None
-        threads, size = self._threads(matrix), rows * matrix.stride
-        room = self._room((threads + 1) * size)
-        self.library.cospadi_product(
-            matrix.address,
-            self._openmp_address,
-            threads,
-            x.data_ptr(),
-            room if z is None else z.data_ptr(),
-            y.data_ptr(),
-            room + 4 * size,
-            rows,
-            x.dtype == torch.bfloat16,
-        )
-        return y, z
-
-    def apply_codes(self, matrix: BoundMatrix, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """``y = z S`` for z that `product_and_projection` gave for `x`: (..., d_out), in the dtype of `x`."""
-        rows = x.numel() // x.shape[-1]
-        if z.shape != (rows, matrix.stride) or not z.is_contiguous():
-            raise ValueError(f"z of shape {tuple(z.shape)} does not fit {rows} rows and {matrix.n_atoms} atoms")
-        y = x.new_empty((*x.shape[:-1], matrix.d_out))
-        threads = self._threads(matrix)
-        self.library.cospadi_product(
-            matrix.address,
-            self._openmp_address,
-            threads,
-            None,
-            z.data_ptr(),
-            y.data_ptr(),
-            self._room(threads * rows * matrix.stride),
-            rows,
-            x.dtype == torch.bfloat16,
-        )
+        y = x.new_empty((*x.shape[:-1], total.d_out))
+        rows, threads = x.numel() // total.d_in, self._threads(total)
+        arguments = (x.data_ptr(), y.data_ptr(), rows, x.dtype == torch.bfloat16)
+        if not self.library.cospadi_product(total.address, self._openmp_address, threads, *arguments):
+            raise MemoryError(f"no memory for a product of {rows} rows")
         return y
 
-    def apply_codes_to_many(self, matrix: BoundMatrix, z: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """``y = z S`` without the zeros of ``S``: float32 z transposed, contiguous (k, n), to (n, d_out) in `dtype`."""
-        if z.shape[0] != matrix.n_atoms or not z.is_contiguous() or not matrix.has_zeros:
-            raise ValueError(f"z of {matrix.n_atoms} atoms by rows, and codes with a support, are needed here")
-        rows = z.shape[1]
-        y = z.new_empty((rows, matrix.d_out), dtype=dtype)
-        threads = self._threads(matrix)
+    def layer(self, total: BoundSum, modules: Sequence[torch.nn.Module], read: Sequence[str]) -> Callable | None:
+        """`product` as one call of C for a layer that runs as it stands; None where there is no such code.
+
+        It takes an input and the first module's dictionary of parameters and gives the output, or None where something
+        has to be looked at first: another dtype or device, more than a few rows, a gradient, tracing, parameters that
+        are not what they were, hooks of the further modules, another choice of kernels.
+
+        Parameters
+        ----------
+        modules : sequence of Module
+            One for each matrix of `total`, which is bound to their parameters.
+        read : sequence of str
+            Names of the parameters that the matrix reads.
+        """
+        if self._layer is None:
+            return None
+        owners = tuple(module._parameters for module in modules)
+        hooks = [(module._forward_hooks, module._forward_pre_hooks) for module in modules[1:]]
+        return self._layer(
+            total.address,
+            self._openmp_address,
+            self.paths.few_rows,
+            total.nbytes > _BYTES_UNSEEN,
+            owners[0],
+            owners,
+            tuple(read),
+            tuple(part for both in hooks for part in both),
+            (*_of_torch(), globals(), self._choice),
+            total,
+        )
+
+    def apply_codes_to_many(self, total: BoundSum, zs: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        """``y = z S``, added up, without the zeros of ``S``: (n, d_out) in `dtype`.
+
+        Each z is float32 and transposed, contiguous (k, n).
+        """
+        expected = [(matrix.n_atoms, zs[0].shape[1]) for matrix in total.matrices]
+        if [tuple(z.shape) for z in zs] != expected or not total.has_zeros or not all(z.is_contiguous() for z in zs):
+            raise ValueError(f"z of {expected} by rows, and codes with a support, are needed here")
+        rows = zs[0].shape[1]
+        y = zs[0].new_empty((rows, total.d_out), dtype=dtype)
+        threads = self._threads(total)
         self.library.cospadi_many(
-            matrix.address,
+            total.address,
             self._openmp_address,
             threads,
-            z.data_ptr(),
+            (ctypes.c_void_p * len(zs))(*(z.data_ptr() for z in zs)),
             y.data_ptr(),
             self._room(threads * self._bench),
             rows,
@@ -288,15 +348,16 @@ class Kernel:
     def unpack(self, matrix: BoundMatrix, dtype: torch.dtype) -> torch.Tensor:
         """Codes transposed, (d_out, k) with zeros, in `dtype`."""
         codes = torch.empty(matrix.d_out, matrix.stride, dtype=dtype)
+        threads = self._threads(BoundSum([matrix]))
         self.library.cospadi_unpack(
-            matrix.address, self._openmp_address, self._threads(matrix), codes.data_ptr(), dtype == torch.bfloat16
+            matrix.address, self._openmp_address, threads, codes.data_ptr(), dtype == torch.bfloat16
         )
         return codes[:, : matrix.n_atoms]
 
-    def _threads(self, matrix: BoundMatrix) -> int:
+    def _threads(self, total: BoundSum) -> int:
         if self._openmp is None:
             return 1
-        return min(torch.get_num_threads(), matrix.most_threads)
+        return min(torch.get_num_threads(), total.most_threads)
 
     def _room(self, floats: int) -> int:
         """Address of so many floats, kept from call to call; each thread of Python has its own."""
@@ -311,7 +372,7 @@ def choose(choice: str) -> None:
     global _choice
     if choice == "avx2" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         raise ValueError("cpu is 'avx2', which this processor does not have; allowed: auto, generic, torch")
-    _choice = choice
+    _choice = CHOICES[CHOICES.index(choice)]  # that very object: layers look whether it is still the same
 
 
 def kernel() -> Kernel | None:
@@ -325,7 +386,7 @@ def _kernel(choice: str) -> Kernel | None:
         logger.warning("packed products: plain torch operations, because the kernel is for little-endian machines")
         return None
     try:
-        compiled = Kernel(_load(choice))
+        compiled = Kernel(_load(choice), choice)
     except (OSError, subprocess.SubprocessError) as error:
         logger.warning("packed products: plain torch operations, which are slower, because %s", _reason(error))
         return None
@@ -337,6 +398,16 @@ def _kernel(choice: str) -> Kernel | None:
 def _load(choice: str) -> ctypes.CDLL:
     """The library from the cache, compiled if it is not there or not as it was made."""
     flags = ["-O3" if choice != "generic" else "-O2", "-shared", "-fPIC", *_FLAGS[choice]]
+    of_python = _python_flags()
+    if of_python:
+        try:
+            return _load_with([*flags, *of_python])
+        except (OSError, subprocess.SubprocessError):  # headers that do not fit; calls then go through ctypes
+            pass
+    return _load_with(flags)
+
+
+def _load_with(flags: list[str]) -> ctypes.CDLL:
     parts = [SOURCE, *flags, os.environ.get("CC", ""), _processor()]
     name = f"cpu-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:20]}.so"
     folder = _cache_folder()
@@ -373,6 +444,39 @@ def _compile(command: list[str], work: Path, library: Path | None) -> ctypes.CDL
         os.replace(made, library)
         os.replace(digest, _digest_file(library))
     return loaded
+
+
+def _python_flags() -> list[str]:
+    """Flags that compile layers as functions of Python; none without Python's headers or torch's interface."""
+    include, abi = sysconfig.get_path("include"), sysconfig.get_config_var("SOABI")
+    usable = sys.implementation.name == "cpython" and not sysconfig.get_config_var("Py_GIL_DISABLED")
+    if not (usable and abi and _exchange() is not None and Path(include, "Python.h").is_file()):
+        return []
+    return ["-DWITH_PYTHON", f"-DPYTHON_ABI={abi}", f"-I{include}"]  # the ABI, because a cache serves several Pythons
+
+
+def _of_python(library: ctypes.CDLL) -> Callable | None:
+    """What makes a layer a function of Python, if the library has it."""
+    made = getattr(ctypes.PyDLL(library._name, handle=library._handle), "cospadi_layer", None)
+    if made is not None:
+        made.argtypes = [*[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 2, *[ctypes.py_object] * 6]
+        made.restype = ctypes.py_object
+    return made
+
+
+def _exchange() -> Any:
+    """torch's C interface to tensors, since 2.10."""
+    return getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+
+
+@functools.cache
+def _of_torch() -> tuple[Any, ...]:
+    """What a layer asks torch for, in the order of the source."""
+    watching = (torch._C._is_tracing, torch._C._len_torch_dispatch_stack)
+    levels = vars(torch.autograd.forward_ad)
+    return (
+        _exchange(), torch.Tensor, torch.is_grad_enabled, watching, levels, torch.get_num_threads, torch.empty_like
+    )  # fmt: skip
 
 
 def _cache_folder() -> Path | None:

@@ -4,6 +4,10 @@ It is a string because only Python files travel: transformers copies no other in
 """
 
 SOURCE = r"""
+#ifdef WITH_PYTHON
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#endif
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -55,7 +59,15 @@ typedef struct {
     float *shares; /* (threads, batch, stride) */
     const float *halves; /* (batch, stride): of every 2 LANES atoms the even ones of z, then the odd ones */
     int64_t batch, stride, is_bf16, stages;
+    const float *before; /* (batch, d_out): what other matrices gave, or NULL */
+    float *after;        /* the same for those that follow; NULL: y is written */
 } Task;
+
+/* Matrices whose products with the same x are added up */
+typedef struct {
+    const Task *tasks; /* one for each */
+    int64_t n_tasks;
+} Work;
 
 static inline float float_of(uint16_t word) {
     uint32_t bits = (uint32_t)word << 16;
@@ -519,6 +531,13 @@ INLINE V step(const Matrix *m, int codec, int support, const uint8_t *row, int64
 
 INLINE int64_t scales_behind(const Matrix *m, const Walk *w) { return w->group + (w->left < m->group); }
 
+INLINE void put(const Task *t, int64_t at, float y) {
+    if (t->before) y += t->before[at];
+    if (t->after) t->after[at] = y;
+    else if (t->is_bf16) ((uint16_t *)t->y)[at] = word_of(y);
+    else ((float *)t->y)[at] = y;
+}
+
 INLINE void column(const Task *t, int codec, int support, int batch, int64_t b0, int64_t j, int64_t *n,
                    int64_t *n_scales) {
     const Matrix *m = t->m;
@@ -545,11 +564,7 @@ INLINE void column(const Task *t, int codec, int support, int batch, int64_t b0,
         value = step(m, codec, support, row, i + LANES, &w);
         for (int b = 0; b < batch; b++) odd[b] = fma_(value, load(z + b * t->stride + i + LANES), odd[b]);
     }
-    for (int b = 0; b < batch; b++) {
-        float y = sum(add(even[b], odd[b]));
-        if (t->is_bf16) ((uint16_t *)t->y)[(b0 + b) * m->d_out + j] = word_of(y);
-        else ((float *)t->y)[(b0 + b) * m->d_out + j] = y;
-    }
+    for (int b = 0; b < batch; b++) put(t, (b0 + b) * m->d_out + j, sum(add(even[b], odd[b])));
     *n = w.n;
     *n_scales += scales_behind(m, &w);
 }
@@ -606,9 +621,7 @@ INLINE void column_of_words(const Task *t, int support, int batch, int64_t b0, i
     if (rest) values = add_words(values, row, support, rest, z, t->stride, batch, sums);
     for (int b = 0; b < batch; b++) {
         V *part = sums + 4 * b;
-        float y = sum(add(add(part[0], part[1]), add(part[2], part[3])));
-        if (t->is_bf16) ((uint16_t *)t->y)[(b0 + b) * m->d_out + j] = word_of(y);
-        else ((float *)t->y)[(b0 + b) * m->d_out + j] = y;
+        put(t, (b0 + b) * m->d_out + j, sum(add(add(part[0], part[1]), add(part[2], part[3]))));
     }
     *n = (values - m->values) / 2;
 }
@@ -756,32 +769,40 @@ static void turn(const Task *t, const float *sums, int64_t b, int64_t j, int64_t
     }
 }
 
-static void many_rows(const Task *t, Bench *o, int64_t first_block, int64_t last_block) {
+/* the sums of the columns `first` to `last`, of `rows` rows from b0 on */
+static void add_columns(const Task *t, Bench *o, int64_t first, int64_t last, int64_t b0, int64_t rows, int64_t width) {
     const Matrix *m = t->m;
-    const int64_t row_bytes = (m->k + 7) / 8, in_all = (t->batch + LANES - 1) / LANES;
+    const int64_t row_bytes = (m->k + 7) / 8;
+    int64_t n = m->starts[2 * (first / BLOCK)], n_scales = m->starts[2 * (first / BLOCK) + 1];
+    for (int64_t j = first; j < last; j++) {
+        const int64_t count = count_column(m, m->positions + j * row_bytes);
+        o->walks[j - first] = walk_from(m, (int)m->codec, n, n_scales);
+        n += count;
+        n_scales += (count + m->group - 1) / m->group;
+    }
+    for (int64_t i = 0; i < m->k; i += PANEL) {
+        for (int64_t a = 0; a < PANEL && i + a < m->k; a++) {
+            float *z = o->panel + a * width;
+            memcpy(z, t->z + (i + a) * t->batch + b0, (size_t)rows * sizeof(float));
+            for (int64_t b = rows; b < width; b++) z[b] = 0;
+        }
+        add_panel(m, o, (int)(width / LANES), first, last, i);
+    }
+}
+
+static void many_rows(const Work *w, Bench *o, int64_t first_block, int64_t last_block) {
+    const Task *t = w->tasks;
+    const int64_t d_out = t->m->d_out, in_all = (t->batch + LANES - 1) / LANES;
     const int64_t spans = (in_all + VECTORS - 1) / VECTORS;
     for (int64_t block = first_block; block < last_block; block += COLUMNS / BLOCK) {
         const int64_t end_block = block + COLUMNS / BLOCK < last_block ? block + COLUMNS / BLOCK : last_block;
-        const int64_t first = block * BLOCK, last = end_block * BLOCK < m->d_out ? end_block * BLOCK : m->d_out;
+        const int64_t first = block * BLOCK, last = end_block * BLOCK < d_out ? end_block * BLOCK : d_out;
         for (int64_t span = 0; span < spans; span++) {
             const int64_t b0 = in_all * span / spans * LANES, end = in_all * (span + 1) / spans * LANES;
-            const int64_t width = end - b0, rows = (end < t->batch ? end : t->batch) - b0;
-            int64_t n = m->starts[2 * block], n_scales = m->starts[2 * block + 1];
-            for (int64_t j = first; j < last; j++) {
-                const int64_t count = count_column(m, m->positions + j * row_bytes);
-                o->walks[j - first] = walk_from(m, (int)m->codec, n, n_scales);
-                n += count;
-                n_scales += (count + m->group - 1) / m->group;
-            }
+            const int64_t rows = (end < t->batch ? end : t->batch) - b0;
             memset(o->sums, 0, (size_t)(last - first) * SPAN * sizeof(float));
-            for (int64_t i = 0; i < m->k; i += PANEL) {
-                for (int64_t a = 0; a < PANEL && i + a < m->k; a++) {
-                    float *z = o->panel + a * width;
-                    memcpy(z, t->z + (i + a) * t->batch + b0, (size_t)rows * sizeof(float));
-                    for (int64_t b = rows; b < width; b++) z[b] = 0;
-                }
-                add_panel(m, o, (int)(width / LANES), first, last, i);
-            }
+            for (int64_t i = 0; i < w->n_tasks; i++)
+                add_columns(w->tasks + i, o, first, last, b0, rows, end - b0);
             for (int64_t b = 0; b < rows; b += LANES)
                 for (int64_t j = first; j < last; j += LANES)
                     turn(t, o->sums + (j - first) * SPAN + b, b0 + b, j, rows - b, last - j);
@@ -820,65 +841,96 @@ static void unpack(const Task *t, int64_t first, int64_t last) {
 }
 
 /* first block of thread `index`: equal shares of the stored values, and of the support's bits */
-static int64_t share(const Matrix *m, int64_t index, int64_t count) {
-    int64_t blocks = (m->d_out + BLOCK - 1) / BLOCK, low = 0, high = blocks;
+static int64_t share(const Work *w, int64_t index, int64_t count) {
+    const int64_t blocks = (w->tasks->m->d_out + BLOCK - 1) / BLOCK;
+    int64_t low = 0, high = blocks, in_all = 0;
     if (index == count) return blocks;
-    double goal = (double)(m->n_nonzero + blocks * m->k) * (double)index / (double)count;
+    for (int64_t i = 0; i < w->n_tasks; i++) in_all += w->tasks[i].m->n_nonzero + blocks * w->tasks[i].m->k;
+    double goal = (double)in_all * (double)index / (double)count;
     while (low < high) {
-        int64_t middle = (low + high) / 2;
-        if ((double)(m->starts[2 * middle] + middle * m->k) < goal) low = middle + 1;
+        int64_t middle = (low + high) / 2, before = 0;
+        for (int64_t i = 0; i < w->n_tasks; i++)
+            before += w->tasks[i].m->starts[2 * middle] + middle * w->tasks[i].m->k;
+        if ((double)before < goal) low = middle + 1;
         else high = middle;
     }
     return low;
 }
 
-static void work(void *argument) {
-    const Task *t = argument;
+/* z = x D: the share of thread `me` */
+static void project_rows(const Task *t, int64_t me, int64_t team) {
     const Matrix *m = t->m;
-    const int64_t me = t->omp ? t->omp->thread() : 0, team = t->omp ? t->omp->threads() : 1;
-    const int64_t size = t->batch * t->stride;
-    if (t->stages & FIRST) {
-        float *mine = team == 1 ? t->z : t->shares + me * size;
-        int64_t steps = (m->d_in + ROWS - 1) / ROWS;
-        int64_t first = steps * me / team * ROWS, last = steps * (me + 1) / team * ROWS;
-        memset(mine, 0, (size_t)size * sizeof(float));
-        project(t, first, last < m->d_in ? last : m->d_in, mine);
-        for (int64_t b = 0; b < t->batch; b++) /* what was read behind the last atom is not part of z */
-            memset(mine + b * t->stride + m->k, 0, (size_t)(t->stride - m->k) * sizeof(float));
-        if (team > 1) {
-            t->omp->barrier();
-            int64_t parts = size / LANES;
-            for (int64_t i = parts * me / team; i < parts * (me + 1) / team; i++) {
-                V total = load(t->shares + i * LANES);
-                for (int64_t other = 1; other < team; other++)
-                    total = add(total, load(t->shares + other * size + i * LANES));
-                store(t->z + i * LANES, total);
-            }
-            t->omp->barrier();
-        }
-    }
-    if (t->stages & LAST) {
-        Task mine = *t;
-#ifdef HALVES
-        float *halves = t->shares + me * size;
-        if (in_halves((int)m->codec, (int)m->support))
-            for (int64_t b = 0; b < t->batch; b++)
-                split_halves(t->z + b * t->stride, halves + b * t->stride, t->stride);
-        mine.halves = halves;
-#endif
-        columns(&mine, share(m, me, team), share(m, me + 1, team));
-    }
-    if (t->stages & MANY)
-        many_rows(t, (Bench *)(void *)t->shares + me, share(m, me, team), share(m, me + 1, team));
-    if (t->stages & UNPACK) unpack(t, share(m, me, team), share(m, me + 1, team));
+    const int64_t size = t->batch * t->stride, steps = (m->d_in + ROWS - 1) / ROWS;
+    const int64_t first = steps * me / team * ROWS, last = steps * (me + 1) / team * ROWS;
+    float *mine = team == 1 ? t->z : t->shares + me * size;
+    memset(mine, 0, (size_t)size * sizeof(float));
+    project(t, first, last < m->d_in ? last : m->d_in, mine);
+    for (int64_t b = 0; b < t->batch; b++) /* what was read behind the last atom is not part of z */
+        memset(mine + b * t->stride + m->k, 0, (size_t)(t->stride - m->k) * sizeof(float));
 }
 
-static void run(Task *t, unsigned threads) {
-    if (t->omp && threads > 1) t->omp->parallel(work, t, threads, 0);
-    else {
-        t->omp = NULL;
-        work(t);
+/* a part of z from the shares of all threads */
+static void add_shares(const Task *t, int64_t me, int64_t team) {
+    const int64_t size = t->batch * t->stride, parts = size / LANES;
+    for (int64_t i = parts * me / team; i < parts * (me + 1) / team; i++) {
+        V total = load(t->shares + i * LANES);
+        for (int64_t other = 1; other < team; other++)
+            total = add(total, load(t->shares + other * size + i * LANES));
+        store(t->z + i * LANES, total);
     }
+}
+
+/* z = x where the dictionary is the identity: some of its rows */
+static void copy_rows(const Task *t, int64_t me, int64_t team) {
+    const int64_t k = t->m->k;
+    for (int64_t b = t->batch * me / team; b < t->batch * (me + 1) / team; b++) {
+        float *z = t->z + b * t->stride;
+        for (int64_t i = 0; i < k; i++)
+            z[i] = t->is_bf16 ? float_of(((const uint16_t *)t->x)[b * k + i]) : ((const float *)t->x)[b * k + i];
+        memset(z + k, 0, (size_t)(t->stride - k) * sizeof(float));
+    }
+}
+
+static void work(void *argument) {
+    const Work *w = argument;
+    const OpenMP *omp = w->tasks->omp;
+    const int64_t stages = w->tasks->stages, me = omp ? omp->thread() : 0, team = omp ? omp->threads() : 1;
+    int waits = 0;
+    for (int64_t i = 0; i < w->n_tasks; i++) {
+        const Task *t = w->tasks + i;
+        if (!(t->stages & FIRST)) continue;
+        if (t->m->dictionary_codec == IDENTITY) copy_rows(t, me, team);
+        else project_rows(t, me, team);
+        waits |= team > 1;
+    }
+    if (waits) {
+        omp->barrier();
+        for (int64_t i = 0; i < w->n_tasks; i++)
+            if (w->tasks[i].stages & FIRST && w->tasks[i].m->dictionary_codec != IDENTITY)
+                add_shares(w->tasks + i, me, team);
+        omp->barrier();
+    }
+    const int64_t first = share(w, me, team), last = share(w, me + 1, team);
+    for (int64_t i = 0; stages & LAST && i < w->n_tasks; i++) {
+        Task mine = w->tasks[i];
+#ifdef HALVES
+        float *halves = mine.shares + me * mine.batch * mine.stride;
+        if (in_halves((int)mine.m->codec, (int)mine.m->support))
+            for (int64_t b = 0; b < mine.batch; b++)
+                split_halves(mine.z + b * mine.stride, halves + b * mine.stride, mine.stride);
+        mine.halves = halves;
+#endif
+        columns(&mine, first, last);
+    }
+    if (stages & MANY) many_rows(w, (Bench *)(void *)w->tasks->shares + me, first, last);
+    if (stages & UNPACK) unpack(w->tasks, first, last);
+}
+
+static void run(Task *tasks, int64_t n_tasks, const OpenMP *omp, int64_t threads) {
+    Work w = {tasks, n_tasks};
+    for (int64_t i = 0; i < n_tasks; i++) tasks[i].omp = threads > 1 ? omp : NULL;
+    if (tasks->omp) omp->parallel(work, &w, (unsigned)threads, 0);
+    else work(&w);
 }
 
 /* ---- what Python calls ---- */
@@ -908,26 +960,365 @@ int64_t cospadi_starts(const Matrix *m, int64_t *starts) {
     return -1;
 }
 
-/* z = x D where `x` is given, then y = z S where `y` is; z is (batch, stride), scratch `threads` times as large */
-void cospadi_product(const Matrix *m, const OpenMP *omp, int64_t threads, const void *x, float *z, void *y,
-                     float *scratch, int64_t batch, int64_t is_bf16) {
-    Task t = {m, omp, x, z, y, scratch, NULL, batch, cospadi_stride(m->k), is_bf16, (x ? FIRST : 0) | (y ? LAST : 0)};
-    run(&t, (unsigned)threads);
+/* z of the last input of matrices that have one dictionary */
+typedef struct {
+    int64_t taken;      /* by a thread that computes with it */
+    uint64_t askers;    /* the matrices that this z was given to */
+    const void *dictionary;
+    int64_t nbytes, is_bf16, room; /* of x, which is the first part of the memory; bytes in all */
+    char *x;
+} Kept;
+
+typedef struct {
+    const Matrix *m;
+    Kept *kept;     /* NULL where nothing is shared */
+    uint64_t asker; /* its bit in `askers` */
+} Term;
+
+/* what a layer multiplies its input with */
+typedef struct {
+    int64_t d_in, d_out, most_threads, n_terms;
+    const Term *terms;
+} Sum;
+
+/* Memory of the products, kept from call to call. A second thread of Python at the same time takes its own. */
+static struct { int64_t taken; size_t nbytes; void *memory; } scratch;
+
+static int64_t take(int64_t *taken) { return !__atomic_exchange_n(taken, 1, __ATOMIC_ACQUIRE); }
+static void leave(int64_t *taken) { __atomic_store_n(taken, 0, __ATOMIC_RELEASE); }
+
+static void *grown(void *memory, size_t *had, size_t nbytes) {
+    if (memory && *had >= nbytes) return memory;
+    free(memory);
+    memory = aligned_alloc(64, (nbytes + 63) / 64 * 64);
+    *had = memory ? nbytes : 0;
+    return memory;
 }
+
+enum { MOST_TERMS = 16 };
+
+/* Whether z of this very input is there. Says so once to each matrix: the numbers of a dictionary may change from token
+ * to token, but not between q, k and v. */
+static int64_t is_known(const Term *term, const void *x, int64_t nbytes, int64_t is_bf16) {
+    Kept *kept = term->kept;
+    if (kept->x && !(kept->askers & term->asker) && kept->dictionary == term->m->dictionary &&
+        kept->nbytes == nbytes && kept->is_bf16 == is_bf16 && !memcmp(kept->x, x, (size_t)nbytes)) {
+        kept->askers |= term->asker;
+        return 1;
+    }
+    return 0;
+}
+
+/* room for x and z; NULL where there is none */
+static float *keep(const Term *term, const void *x, int64_t nbytes, int64_t is_bf16, int64_t size) {
+    Kept *kept = term->kept;
+    const size_t of_x = (size_t)(nbytes + 63) / 64 * 64, room = of_x + (size_t)size * sizeof(float);
+    size_t had = (size_t)kept->room;
+    kept->x = grown(kept->x, &had, room);
+    kept->room = (int64_t)had;
+    if (!kept->x) return NULL;
+    memcpy(kept->x, x, (size_t)nbytes);
+    kept->nbytes = nbytes, kept->is_bf16 = is_bf16;
+    kept->dictionary = term->m->dictionary, kept->askers = term->asker;
+    return (float *)(void *)(kept->x + of_x);
+}
+
+/* y = (x D) S, added up over the terms, for a few rows. Returns whether there was memory. */
+int64_t cospadi_product(const Sum *s, const OpenMP *omp, int64_t threads, const void *x, void *y, int64_t batch,
+                        int64_t is_bf16) {
+    Task tasks[MOST_TERMS];
+    Kept *taken[MOST_TERMS];
+    const int64_t nbytes = batch * s->d_in * (is_bf16 ? 2 : 4), mine = take(&scratch.taken);
+    size_t floats = s->n_terms > 1 ? (size_t)(batch * s->d_out + 15) / 16 * 16 : 0, had = 0;
+    for (int64_t i = 0; i < s->n_terms; i++)
+        floats += (size_t)((threads + 1) * batch * cospadi_stride(s->terms[i].m->k));
+    void *memory = mine ? scratch.memory = grown(scratch.memory, &scratch.nbytes, floats * sizeof(float))
+                        : grown(NULL, &had, floats * sizeof(float));
+    float *room = memory, *sums = room;
+    if (memory && s->n_terms > 1) room += (size_t)(batch * s->d_out + 15) / 16 * 16;
+    for (int64_t i = 0; memory && i < s->n_terms; i++) {
+        const Term *term = s->terms + i;
+        const int64_t stride = cospadi_stride(term->m->k), size = batch * stride;
+        float *z = NULL;
+        int64_t stages = FIRST | LAST;
+        taken[i] = term->kept && take(&term->kept->taken) ? term->kept : NULL;
+        if (taken[i] && is_known(term, x, nbytes, is_bf16)) {
+            z = (float *)(void *)(taken[i]->x + (nbytes + 63) / 64 * 64);
+            stages = LAST;
+        } else if (taken[i]) z = keep(term, x, nbytes, is_bf16, size);
+        tasks[i] = (Task){term->m, NULL, x, z ? z : room, y, room + size, NULL, batch, stride, is_bf16, stages,
+                          i ? sums : NULL, i + 1 < s->n_terms ? sums : NULL};
+        room += (threads + 1) * size;
+    }
+    if (memory) {
+        run(tasks, s->n_terms, omp, threads);
+        for (int64_t i = 0; i < s->n_terms; i++)
+            if (taken[i]) leave(&taken[i]->taken);
+    }
+    if (mine) leave(&scratch.taken);
+    else free(memory);
+    return memory != NULL;
+}
+
+void cospadi_forget(Kept *kept) { free(kept->x); }
 
 /* S transposed, (d_out, stride) in bfloat16 or float32, for blocks of columns `first` to `last` */
 void cospadi_unpack(const Matrix *m, const OpenMP *omp, int64_t threads, void *codes, int64_t is_bf16) {
-    Task t = {m, omp, NULL, NULL, codes, NULL, NULL, 0, cospadi_stride(m->k), is_bf16, UNPACK};
-    run(&t, (unsigned)threads);
+    Task t = {m, NULL, NULL, NULL, codes, NULL, NULL, 0, cospadi_stride(m->k), is_bf16, UNPACK, NULL, NULL};
+    run(&t, 1, omp, threads);
 }
 
 /* bytes of scratch that a thread takes for `cospadi_many` */
 int64_t cospadi_bench(void) { return (int64_t)sizeof(Bench); }
 
-/* y = z S for z (k, batch) and a support with positions */
-void cospadi_many(const Matrix *m, const OpenMP *omp, int64_t threads, const float *z, void *y, float *scratch,
+/* y = z S, added up over the terms, each with a z (k, batch) and a support with positions */
+void cospadi_many(const Sum *s, const OpenMP *omp, int64_t threads, const float *const *z, void *y, float *memory,
                   int64_t batch, int64_t is_bf16) {
-    Task t = {m, omp, NULL, (float *)(uintptr_t)z, y, scratch, NULL, batch, cospadi_stride(m->k), is_bf16, MANY};
-    run(&t, (unsigned)threads);
+    Task tasks[MOST_TERMS];
+    for (int64_t i = 0; i < s->n_terms; i++)
+        tasks[i] = (Task){s->terms[i].m, NULL, NULL, (float *)(uintptr_t)z[i], y, memory, NULL, batch, 0, is_bf16, MANY,
+                          NULL, NULL};
+    run(tasks, s->n_terms, omp, threads);
 }
+
+#ifdef WITH_PYTHON
+/* ---- a layer, called without a step of Python in between ----
+ *
+ * Hundreds of layers a token are called with caches that their weights have emptied: what a call costs is the memory
+ * that it touches. So a layer is a function of its input that looks at tensors through the C interface of DLPack. It
+ * answers None where anything is not as it was when the layer was bound, or torch has to be shown what is computed:
+ * Python then takes its longer way. */
+
+typedef struct { /* of DLPack 1 */
+    void *data;
+    int32_t device_type, device_id, ndim;
+    uint8_t code, bits;
+    uint16_t lanes;
+    int64_t *shape, *strides;
+    uint64_t byte_offset;
+} View;
+
+typedef struct {
+    uint32_t major, minor;
+    void *older, *allocate, *export, *import;
+    int (*look)(void *tensor, View *view); /* borrows all that the view points to */
+    void *stream;
+} Exchange;
+
+enum { DLPACK_CPU = 1, DLPACK_FLOAT = 2, DLPACK_BFLOAT = 4 };
+
+/* An entry of a dictionary of parameters, which may be None, and what it was */
+typedef struct {
+    PyObject *owner, *name, *tensor;
+    const void *data;
+    int64_t version; /* -1 where torch counts none */
+    uint8_t code, bits;
+} Frozen;
+
+typedef struct {
+    PyObject_HEAD
+    const Sum *sum;
+    const OpenMP *omp;
+    const Exchange *exchange;
+    int64_t few_rows, n_frozen, releases; /* whether others may run meanwhile */
+    PyObject *kept_alive, *parameters, *owners, *empty; /* `empty`: dictionaries that have to be, of hooks */
+    PyObject *tensor_type, *is_grad_enabled, *must_be_false, *levels, *get_num_threads, *empty_like;
+    PyObject *chosen_in, *choice; /* the dictionary that names the choice of kernels, and this one's name */
+    PyObject *like[2]; /* a row of float32 and of bfloat16 that outputs are made like */
+    Frozen *frozen;
+} Layer;
+
+static PyObject *word_version, *word_requires_grad, *word_new_empty, *word_level, *word_choice;
+
+static int64_t version_of(PyObject *tensor) {
+    PyObject *number = PyObject_GetAttr(tensor, word_version);
+    int64_t version = number ? PyLong_AsLongLong(number) : -1;
+    Py_XDECREF(number);
+    PyErr_Clear(); /* tensors of inference mode have none */
+    return version;
+}
+
+static int is_frozen(const Layer *l, const Frozen *f) {
+    View v;
+    if (PyDict_GetItem(f->owner, f->name) != f->tensor) return 0;
+    if (!f->data) return 1;
+    return !l->exchange->look(f->tensor, &v) && (const char *)v.data + v.byte_offset == f->data && v.code == f->code &&
+        v.bits == f->bits && (f->version < 0 || version_of(f->tensor) == f->version);
+}
+
+/* 1 or 0, -1 with an error */
+static int says(PyObject *function) {
+    PyObject *answer = PyObject_CallNoArgs(function);
+    int is_true = answer ? PyObject_IsTrue(answer) : -1;
+    Py_XDECREF(answer);
+    return is_true;
+}
+
+/* whether torch records or transforms what is done with x, beyond what `look` refuses */
+static int is_watched(const Layer *l, PyObject *x) {
+    if (says(l->is_grad_enabled)) {
+        PyObject *wanted = PyObject_GetAttr(x, word_requires_grad);
+        if (wanted != Py_False) return Py_XDECREF(wanted), 1;
+        Py_DECREF(wanted);
+    }
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(l->must_be_false); i++)
+        if (says(PyTuple_GET_ITEM(l->must_be_false, i))) return 1;
+    PyObject *level = PyDict_GetItem(l->levels, word_level); /* of forward-mode derivatives, -1 outside */
+    return !level || PyLong_AsLong(level) >= 0;
+}
+
+static int is_contiguous(const View *v) {
+    int64_t step = 1;
+    for (int32_t i = v->ndim - 1; i >= 0; i--) {
+        if (v->strides && v->shape[i] != 1 && v->strides[i] != step) return 0;
+        step *= v->shape[i];
+    }
+    return 1;
+}
+
+/* a new tensor for the output; NULL with an error */
+static PyObject *output_of(Layer *l, PyObject *x, const View *v, int64_t rows) {
+    PyObject **like = &l->like[v->code == DLPACK_BFLOAT];
+    View had;
+    if (rows == 1 && *like && !l->exchange->look(*like, &had) && had.ndim == v->ndim)
+        return PyObject_CallOneArg(l->empty_like, *like);
+    PyObject *shape = PyTuple_New(v->ndim), *y = NULL;
+    for (int32_t i = 0; shape && i < v->ndim; i++) {
+        PyObject *size = PyLong_FromLongLong(i + 1 < v->ndim ? v->shape[i] : l->sum->d_out);
+        if (!size) Py_CLEAR(shape);
+        else PyTuple_SET_ITEM(shape, i, size);
+    }
+    if (shape) y = PyObject_CallMethodOneArg(x, word_new_empty, shape);
+    Py_XDECREF(shape);
+    if (y && rows == 1) Py_XSETREF(*like, PyObject_CallOneArg(l->empty_like, y));
+    if (y && rows == 1 && !*like) Py_CLEAR(y);
+    return y;
+}
+
+static PyObject *call_layer(PyObject *self, PyObject *const *arguments, Py_ssize_t n_arguments) {
+    Layer *l = (Layer *)self;
+    View v, out;
+    int64_t rows = 1, threads, done;
+    if (n_arguments != 2) return PyErr_SetString(PyExc_TypeError, "an input and its layer's parameters"), NULL;
+    PyObject *x = arguments[0];
+    if ((PyObject *)Py_TYPE(x) != l->tensor_type || arguments[1] != l->parameters ||
+        PyDict_GetItem(l->chosen_in, word_choice) != l->choice) Py_RETURN_NONE;
+    if (is_watched(l, x) || l->exchange->look(x, &v)) return PyErr_Clear(), Py_NewRef(Py_None);
+    const int is_bf16 = v.code == DLPACK_BFLOAT && v.bits == 16, is_float = v.code == DLPACK_FLOAT && v.bits == 32;
+    if (v.device_type != DLPACK_CPU || v.lanes != 1 || !(is_bf16 || is_float) || v.ndim < 1 ||
+        v.shape[v.ndim - 1] != l->sum->d_in || !is_contiguous(&v)) Py_RETURN_NONE;
+    for (int32_t i = 0; i + 1 < v.ndim; i++) rows *= v.shape[i];
+    if (rows < 1 || rows > l->few_rows) Py_RETURN_NONE;
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(l->empty); i++)
+        if (PyDict_GET_SIZE(PyTuple_GET_ITEM(l->empty, i))) Py_RETURN_NONE;
+    int64_t others = l->n_frozen; /* that have come to the dictionaries since */
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(l->owners); i++)
+        others -= PyDict_GET_SIZE(PyTuple_GET_ITEM(l->owners, i));
+    if (others) Py_RETURN_NONE;
+    for (int64_t i = 0; i < l->n_frozen; i++)
+        if (!is_frozen(l, &l->frozen[i])) return PyErr_Clear(), Py_NewRef(Py_None);
+    PyObject *number = PyObject_CallNoArgs(l->get_num_threads);
+    threads = number ? PyLong_AsLongLong(number) : -1;
+    Py_XDECREF(number);
+    if (threads == -1 && PyErr_Occurred()) return NULL;
+    if (!l->omp || threads < 1) threads = 1;
+    else if (threads > l->sum->most_threads) threads = l->sum->most_threads;
+    PyObject *y = output_of(l, x, &v, rows);
+    if (!y) return NULL;
+    if (l->exchange->look(y, &out)) return Py_DECREF(y), NULL;
+    const char *from = (const char *)v.data + v.byte_offset;
+    char *to = (char *)out.data + out.byte_offset;
+    if (l->releases) {
+        Py_INCREF(x), Py_INCREF(self);
+        Py_BEGIN_ALLOW_THREADS
+        done = cospadi_product(l->sum, l->omp, threads, from, to, rows, is_bf16);
+        Py_END_ALLOW_THREADS
+        Py_DECREF(x), Py_DECREF(self);
+    } else done = cospadi_product(l->sum, l->omp, threads, from, to, rows, is_bf16);
+    if (!done) return Py_DECREF(y), PyErr_NoMemory();
+    return y;
+}
+
+static int visit_layer(PyObject *self, visitproc visit, void *arg) {
+    const Layer *l = (Layer *)self;
+    Py_VISIT(Py_TYPE(self));
+    Py_VISIT(l->kept_alive);
+    for (int64_t i = 0; i < l->n_frozen; i++) Py_VISIT(l->frozen[i].tensor);
+    return 0;
+}
+
+static void free_layer(PyObject *self) {
+    Layer *l = (Layer *)self;
+    PyTypeObject *type = Py_TYPE(self);
+    PyObject_GC_UnTrack(self);
+    for (int64_t i = 0; i < l->n_frozen; i++) {
+        Py_DECREF(l->frozen[i].name);
+        Py_DECREF(l->frozen[i].tensor);
+    }
+    Py_XDECREF(l->like[0]);
+    Py_XDECREF(l->like[1]);
+    Py_XDECREF(l->kept_alive);
+    PyMem_Free(l->frozen);
+    PyObject_GC_Del(self);
+    Py_DECREF(type);
+}
+
+static PyType_Slot layer_slots[] = {
+    {Py_tp_traverse, (void *)visit_layer}, {Py_tp_dealloc, (void *)free_layer}, {0, NULL}};
+static PyType_Spec layer_spec = {
+    "cospadi.Layer", sizeof(Layer), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC, layer_slots};
+static PyObject *layer_type;
+
+static PyMethodDef layer_method = {"packed_layer", (PyCFunction)(void (*)(void))call_layer, METH_FASTCALL, NULL};
+
+/* A function of an input and `parameters`, the dictionary of the layer's own: the output, or None.
+ *
+ * `owners` are all dictionaries whose entries must stay as they are, `tensors` of these entries those that are read;
+ * `torch` is what `cospadi_cpu` names there, in this order. Errors are raised, as of every function of Python. */
+PyObject *cospadi_layer(const Sum *sum, const OpenMP *omp, int64_t few_rows, int64_t releases, PyObject *parameters,
+                        PyObject *owners, PyObject *tensors, PyObject *empty, PyObject *torch, PyObject *kept_alive) {
+    Py_ssize_t count = 0;
+    const Exchange *exchange = PyCapsule_GetPointer(PyTuple_GET_ITEM(torch, 0), "dlpack_exchange_api");
+    if (!exchange) return NULL;
+    if (exchange->major != 1 || !exchange->look) Py_RETURN_NONE;
+    if (!layer_type) {
+        word_version = PyUnicode_InternFromString("_version");
+        word_requires_grad = PyUnicode_InternFromString("requires_grad");
+        word_new_empty = PyUnicode_InternFromString("new_empty");
+        word_level = PyUnicode_InternFromString("_current_level");
+        word_choice = PyUnicode_InternFromString("_choice");
+        if (!word_version || !word_requires_grad || !word_new_empty || !word_level || !word_choice) return NULL;
+        if (!(layer_type = PyType_FromSpec(&layer_spec))) return NULL;
+    }
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(owners); i++) count += PyDict_GET_SIZE(PyTuple_GET_ITEM(owners, i));
+    Layer *l = PyObject_GC_New(Layer, (PyTypeObject *)layer_type);
+    if (!l) return NULL;
+    memset((char *)l + sizeof(PyObject), 0, sizeof(Layer) - sizeof(PyObject));
+    l->sum = sum, l->omp = omp, l->few_rows = few_rows, l->releases = releases, l->exchange = exchange;
+    l->parameters = parameters, l->owners = owners, l->empty = empty;
+    l->tensor_type = PyTuple_GET_ITEM(torch, 1), l->is_grad_enabled = PyTuple_GET_ITEM(torch, 2);
+    l->must_be_false = PyTuple_GET_ITEM(torch, 3), l->levels = PyTuple_GET_ITEM(torch, 4);
+    l->get_num_threads = PyTuple_GET_ITEM(torch, 5), l->empty_like = PyTuple_GET_ITEM(torch, 6);
+    l->chosen_in = PyTuple_GET_ITEM(torch, 7), l->choice = PyTuple_GET_ITEM(torch, 8);
+    PyObject_GC_Track(l);
+    l->kept_alive = PyTuple_Pack(5, kept_alive, parameters, owners, empty, torch);
+    l->frozen = PyMem_Calloc((size_t)count, sizeof(Frozen));
+    if (!l->kept_alive || !l->frozen) return Py_DECREF(l), PyErr_NoMemory();
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(owners); i++) {
+        PyObject *owner = PyTuple_GET_ITEM(owners, i), *name, *tensor;
+        for (Py_ssize_t at = 0; PyDict_Next(owner, &at, &name, &tensor);) {
+            Frozen *f = &l->frozen[l->n_frozen++];
+            View v;
+            f->owner = owner, f->name = Py_NewRef(name), f->tensor = Py_NewRef(tensor);
+            if (tensor == Py_None || PySequence_Contains(tensors, name) != 1) continue;
+            if (exchange->look(tensor, &v)) return Py_DECREF(l), NULL;
+            f->data = (const char *)v.data + v.byte_offset, f->code = v.code, f->bits = v.bits;
+            f->version = version_of(tensor);
+        }
+    }
+    PyObject *made = PyCFunction_New(&layer_method, (PyObject *)l);
+    Py_DECREF(l);
+    return made;
+}
+#endif
 """

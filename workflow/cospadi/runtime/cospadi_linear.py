@@ -24,7 +24,7 @@ from .cospadi_codecs import (
 )
 from .cospadi_cpu import CHOICES as CPU_CHOICES
 from .cospadi_cpu import CODECS as CPU_CODECS
-from .cospadi_cpu import DTYPES, BoundMatrix, Kernel, kernel, product_dtype
+from .cospadi_cpu import DTYPES, MOST_TERMS, BoundMatrix, BoundSum, KeptProjection, Kernel, kernel, product_dtype
 from .cospadi_cpu import SUPPORTS as CPU_SUPPORTS
 from .cospadi_cpu import choose as choose_cpu
 from .cospadi_cuda import CHOICES as CUDA_CHOICES
@@ -82,23 +82,33 @@ class Packed(nn.Module):
         self._spec_text = json.dumps(spec)
         self._dtypes = _stored_dtypes(self._spec_text)
         self._binding: _Binding | None = None
+        self._call: Callable[..., torch.Tensor | None] | None = None  # of the binding
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Inputs (..., d_in) to outputs (..., d_out), in the dtype of the input."""
+        # decoding comes here hundreds of times a token, each time with cold caches: every object costs
+        if not torch.compiler.is_compiling() and self._call is not None:
+            y = self._call(x, self._parameters)
+            if y is not None:
+                bias = self._parameters["bias"]
+                return y if bias is None else y + bias
         if self.unpacked_weight is not None:
             return F.linear(x, self.unpacked_weight, self.bias)
+        terms, summands, bias = [self], self.summands(), self._parameters["bias"]
         if self.unpacked_codes is not None:
-            return F.linear(self._unpacked_projection(x), self.unpacked_codes, self.bias)
-        if _is_watched(x):
+            y, bias = F.linear(self._unpacked_projection(x), self.unpacked_codes, bias), None
+        elif _is_watched(x):
             y = self._shown(x)
-        elif (compiled := compiled_for(x, self.spec)) is None:
-            y = packed_linear(x, *self.parts(), self._spec_text)
-        elif x.is_cpu:
-            y = self._product(compiled, x)
         else:
-            y = self._product_on_gpu(x)
-        bias = self._parameters["bias"]
-        return y if bias is None else y + bias
+            compiled = compiled_for(x, self.spec)
+            terms = summands if _is_one_call(compiled, summands, x) else terms
+            y = None if compiled is None else self._product(compiled, x, terms)
+            if y is None:
+                y, terms = packed_linear(x, *self.parts(), self._spec_text), [self]
+        y = y if bias is None else y + bias
+        for part in summands[len(terms) :]:
+            y = y + part(x)
+        return y
 
     @property
     def weight(self) -> torch.Tensor:
@@ -198,32 +208,29 @@ class Packed(nn.Module):
             return F.linear(x if dictionary is None else x @ dictionary, codes)
         return packed_linear(x, *self.parts(), self._spec_text)
 
-    def _product(self, compiled: Kernel, x: torch.Tensor) -> torch.Tensor:
-        """As `packed_linear`, without an operator's overhead, and with what is worth keeping from call to call.
-
-        Decoding comes here hundreds of times a token, each time with cold caches: every object costs.
-        """
+    def _product(self, compiled: Any, x: torch.Tensor, terms: list[Packed]) -> torch.Tensor | None:
+        """These summands added up, without an operator's overhead; None where tools cast what a kernel reads."""
+        if not x.is_cpu:
+            return self._product_on_gpu(x)
         binding = self._binding
-        if binding is None or not binding.holds(self):
-            self._binding = None
-            if not _is_stored(self.parts(), self._dtypes, x.device):
-                return packed_linear(x, *self.parts(), self._spec_text)
-            binding = self._binding = _Binding(compiled, self)
-        matrix, shared = binding.matrix, self.projection
-        if x.numel() <= compiled.paths.few_rows * matrix.d_in:
-            if shared is None:
-                return compiled.product(matrix, x)
-            z = shared.known(x, binding.dictionary)
-            if z is not None:
-                return compiled.apply_codes(matrix, z, x)
-            y, z = compiled.product_and_projection(matrix, x)
-            shared.keep(x, binding.dictionary, z)
-            return y
-        rows = x.reshape(-1, matrix.d_in)
+        if binding is None or not binding.holds(compiled, terms):
+            self._binding = self._call = None
+            if not all(_is_stored(term.parts(), term._dtypes, x.device) for term in terms):
+                return None
+            binding = self._binding = _Binding(compiled, terms)
+            if len(terms) == len(self.summands()):
+                self._call = compiled.layer(binding.total, terms, PARTS)
+        if x.numel() <= compiled.paths.few_rows * self.in_features:
+            return compiled.product(binding.total, x)
+        rows = x.reshape(-1, self.in_features)
+        zs = [term._project_many(compiled, x, rows) for term in terms]
+        return _apply_to_many(compiled, binding.total, zs, x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def _project_many(self, compiled: Kernel, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """``z = x D`` for many rows, once for the layers that share ``D``."""
         dictionary, scales = self._parameters["dictionary"], self._parameters["dictionary_scales"]
         project = functools.partial(_project_many, compiled, self.spec, dictionary, scales)
-        z = project(rows) if shared is None else shared.of(x, binding.dictionary, project, rows)
-        return _apply_to_many(compiled, matrix, z, x.dtype).view(*x.shape[:-1], matrix.d_out)
+        return project(rows) if self.projection is None else self.projection.of(x, dictionary.data_ptr(), project, rows)
 
     def _product_on_gpu(self, x: torch.Tensor) -> torch.Tensor:
         parts = self.parts()
@@ -249,7 +256,7 @@ class Packed(nn.Module):
             # `fn` moves and casts; integers it only moves
             return fn(tensor.view(torch.int16)).view(tensor.dtype)
 
-        self._binding = None
+        self._binding = self._call = None
         super()._apply(keep_dtype, recurse)
         self._arrange()
         return self
@@ -263,7 +270,7 @@ class Packed(nn.Module):
             destination.pop(prefix + name, None)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_binding": None}  # addresses
+        return {**self.__dict__, "_binding": None, "_call": None}  # addresses
 
 
 class PackedLinear(Packed, nn.Linear):
@@ -307,6 +314,13 @@ class SharedProjection:
 
     def __init__(self) -> None:
         self._last: tuple[Any, ...] | None = None
+        self._few: KeptProjection | None = None
+
+    def of_few(self, compiled: Kernel) -> KeptProjection:
+        """The same of few rows, which the kernel looks after."""
+        if self._few is None:
+            self._few = KeptProjection(compiled)
+        return self._few
 
     def of(
         self,
@@ -316,60 +330,64 @@ class SharedProjection:
         rows: torch.Tensor,
     ) -> torch.Tensor:
         """``project(rows)``, or what it gave for this very `x` and the dictionary at this address before."""
-        z = self.known(x, dictionary)
-        if z is None:
-            z = project(rows)
-            self.keep(x, dictionary, z)
+        z = self._known(x, dictionary)
+        if z is not None:
+            return z
+        z = project(rows)
+        if not x.is_inference():
+            state = x._version
+        elif x.device.type == "cpu":
+            state = x.clone()  # changes of an inference tensor are not counted
+        else:
+            return z  # comparing would wait for the device
+        # for as long as `x` lives, and no longer
+        self._last = (weakref.ref(x, self._forget), dictionary, state, z)
         return z
 
-    def known(self, x: torch.Tensor, dictionary: int) -> torch.Tensor | None:
-        """What `keep` was given for this very `x`, unchanged, and the dictionary at this address."""
+    def _known(self, x: torch.Tensor, dictionary: int) -> torch.Tensor | None:
         last = self._last
         if last is None or last[0]() is not x or last[1] != dictionary:
             return None
         unchanged = torch.equal(last[2], x) if x.is_inference() else last[2] == x._version
         return last[3] if unchanged else None
 
-    def keep(self, x: torch.Tensor, dictionary: int, z: torch.Tensor) -> None:
-        """Remember z for as long as `x` lives, and no longer."""
-        if not x.is_inference():
-            state = x._version
-        elif x.device.type == "cpu":
-            state = x.clone()  # changes of an inference tensor are not counted
-        else:
-            return  # comparing would wait for the device
-        self._last = (weakref.ref(x, self._forget), dictionary, state, z)
-
     def _forget(self, x: Any) -> None:
         if self._last is not None and self._last[0] is x:
             self._last = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_last": None}
+        return {"_last": None, "_few": None}
 
 
 class _Binding:
     """The kernel's view of a layer's tensors, as long as they are the same and unchanged."""
 
-    def __init__(self, compiled: Kernel, layer: Packed) -> None:
-        self._seen = [
-            (name, weakref.ref(part), part.data_ptr(), None if part.is_inference() else part._version)
-            for name, part in layer._parameters.items()
-            if part is not None
+    def __init__(self, compiled: Kernel, modules: list[Packed]) -> None:
+        self._compiled = compiled
+        self._seen = [(module._parameters, dict(module._parameters)) for module in modules]
+        parts = [part for module in modules for part in module._packed()]
+        self._states = [(part, *self._state(part)) for part in parts]
+        # changes of tensors of inference mode are not counted: nothing is kept of what was computed from them
+        counted = not any(part.is_inference() for part in parts)
+        kept = [
+            module.projection.of_few(compiled) if counted and module.projection is not None else None
+            for module in modules
         ]
-        self.matrix = bind(compiled, layer.spec, layer.parts())
-        dictionary = layer._parameters["dictionary"]
-        self.dictionary = 0 if dictionary is None else dictionary.data_ptr()
+        self.total = BoundSum([bind(compiled, module.spec, module.parts()) for module in modules], kept)
 
-    def holds(self, layer: Packed) -> bool:
-        parameters = layer._parameters
-        for name, reference, address, version in self._seen:
-            part = parameters[name]
-            if part is not reference() or part.data_ptr() != address:
+    @staticmethod
+    def _state(part: torch.Tensor) -> tuple[Any, ...]:
+        return part.data_ptr(), part.dtype, None if part.is_inference() else part._version
+
+    def holds(self, compiled: Kernel, modules: list[Packed]) -> bool:
+        if self._compiled is not compiled or len(modules) != len(self._seen):
+            return False
+        for module, (owner, before) in zip(modules, self._seen, strict=True):
+            if module._parameters is not owner or len(owner) != len(before):
                 return False
-            if version is not None and part._version != version:
+            if any(owner.get(name, self) is not part for name, part in before.items()):
                 return False
-        return True
+        return all(self._state(part) == tuple(state) for part, *state in self._states)
 
 
 def compiled_for(x: torch.Tensor, spec: dict[str, Any]) -> Kernel | Kernels | None:
@@ -382,6 +400,17 @@ def compiled_for(x: torch.Tensor, spec: dict[str, Any]) -> Kernel | Kernels | No
         return kernel() if x.dtype in DTYPES else None
     on_gpu = x.device.type == "cuda" and x.dtype in (*DTYPES, torch.float16)
     return gpu_kernels() if on_gpu and has_kernels(x.device) else None
+
+
+def _is_one_call(compiled: Any, summands: list[Packed], x: torch.Tensor) -> bool:
+    """Whether the kernel adds these up in one call, and nobody wants to see what each gives."""
+    return (
+        x.is_cpu
+        and compiled is not None
+        and 1 < len(summands) <= MOST_TERMS
+        and all(compiled_for(x, part.spec) is compiled and part.unpacked_codes is None for part in summands)
+        and not any(part._forward_hooks or part._forward_pre_hooks for part in summands[1:])
+    )
 
 
 def _is_stored(parts: list[torch.Tensor | None], dtypes: tuple[torch.dtype | None, ...], device: torch.device) -> bool:
@@ -449,11 +478,12 @@ def _project_many(
     return rows @ atoms
 
 
-def _apply_to_many(compiled: Kernel, matrix: BoundMatrix, z: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``y = z S`` for z from `_project_many`: (n, d_out) in `dtype`."""
-    if compiled.paths.without_zeros and matrix.has_zeros:
-        return compiled.apply_codes_to_many(matrix, z.float().T.contiguous(), dtype)
-    return F.linear(z, compiled.unpack(matrix, z.dtype)).to(dtype)
+def _apply_to_many(compiled: Kernel, total: BoundSum, zs: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """``y = z S``, added up, for z from `_project_many`: (n, d_out) in `dtype`."""
+    if compiled.paths.without_zeros and total.has_zeros:
+        return compiled.apply_codes_to_many(total, [z.float().T.contiguous() for z in zs], dtype)
+    products = [F.linear(z, compiled.unpack(matrix, z.dtype)) for matrix, z in zip(total.matrices, zs, strict=True)]
+    return functools.reduce(torch.add, products).to(dtype)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -509,10 +539,10 @@ def packed_linear(
     if compiled is not None and not x.is_cpu:
         y = apply_codes(matrix_spec, parts, project(matrix_spec, parts, rows), x.dtype)
     elif compiled is not None and rows.shape[0] <= compiled.paths.few_rows:
-        y = compiled.product(bind(compiled, matrix_spec, parts), rows)
+        y = compiled.product(BoundSum([bind(compiled, matrix_spec, parts)]), rows)
     elif compiled is not None:
         z = _project_many(compiled, matrix_spec, dictionary, dictionary_scales, rows)
-        y = _apply_to_many(compiled, bind(compiled, matrix_spec, parts), z, x.dtype)
+        y = _apply_to_many(compiled, BoundSum([bind(compiled, matrix_spec, parts)]), [z], x.dtype)
     else:
         dtype = product_dtype(x.dtype) if x.is_cpu else x.dtype
         atoms, codes = _factors(matrix_spec, dtype, *parts)

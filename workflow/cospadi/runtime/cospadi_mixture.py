@@ -51,15 +51,6 @@ class SummedLinear(PackedLinear):
             (Mixture if _is_mixture(part) else Packed)(part, device=device) for part in spec["plus"]
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Inputs (..., d_in) to outputs (..., d_out), in the dtype of the input."""
-        y = super().forward(x)
-        if self.unpacked_weight is not None:  # of the sum
-            return y
-        for part in self.plus:
-            y = y + part(x)
-        return y
-
     def summands(self) -> list[Packed]:
         """Itself without what is added, and the parts that are."""
         return [self, *self.plus]
