@@ -35,3 +35,18 @@ class Entry:
     def defaults(self) -> dict[str, Any]:
         """Option name to default value, of those that have one."""
         return {name: schema["default"] for name, schema in self.options.items() if "default" in schema}
+
+
+def option(kind: str | list[str], description: str, **schema: Any) -> dict[str, Any]:
+    """JSON schema of an option: its ``type``, what it is for, and what else holds (``default``, ``minimum`` ...)."""
+    return {"type": kind, **schema, "description": description}
+
+
+def choice(words: list[Any], description: str, **schema: Any) -> dict[str, Any]:
+    """JSON schema of an option that is one of some words."""
+    return {"enum": words, **schema, "description": description}
+
+
+def with_defaults(options: Mapping[str, Mapping[str, Any]], defaults: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Options, some with other defaults."""
+    return {name: {**schema, "default": defaults.get(name, schema["default"])} for name, schema in options.items()}

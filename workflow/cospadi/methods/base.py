@@ -11,64 +11,64 @@ from cospadi.budget import nbytes_left
 from cospadi.errors import ConfigError
 from cospadi.formats.factorization import Factorization
 from cospadi.problem import Target, shared, side_by_side
-from cospadi.registry import Entry
+from cospadi.registry import Entry, choice, option
 from cospadi.structure import PROJECTIONS
 from cospadi.work import FACTOR, GPU_PRODUCT, PRODUCT, THREAD_EXPONENT, Work
 
 WHITENING_OPTIONS: dict[str, dict[str, Any]] = {
-    "whiten": {
-        "type": "boolean",
-        "default": True,
-        "description": "Measure the error on the calibration activations; false: on the weights alone (data-free).",
-    },
-    "eta": {
-        "type": "number",
-        "minimum": 0,
-        "maximum": 1,
-        "default": 0.0,
-        "description": "Relative ridge on the Gram, G + eta * mean(diag G) * I, against fitting the calibration set.",
-    },
+    "whiten": option(
+        "boolean",
+        "Measure the error on the calibration activations; false: on the weights alone (data-free).",
+        default=True,
+    ),
+    "eta": option(
+        "number",
+        "Relative ridge on the Gram, G + eta * mean(diag G) * I, against fitting the calibration set.",
+        minimum=0,
+        maximum=1,
+        default=0.0,
+    ),
 }
 
 SHARING_OPTIONS: dict[str, dict[str, Any]] = {
-    "group_size": {
-        "type": "integer",
-        "minimum": 1,
-        "default": 1,
-        "description": "Consecutive layers that one job learns together and that may share dictionaries.",
-    },
-    "share": {
-        "type": "array",
-        "items": {"enum": list(PROJECTIONS)},
-        "uniqueItems": True,
-        "default": [],
-        "description": "Projections (q_proj, up_proj ...) that share one dictionary across the layers of a group.",
-    },
-    "share_within": {
-        "type": "array",
-        "items": {"type": "array", "items": {"enum": list(PROJECTIONS)}, "minItems": 2, "uniqueItems": True},
-        "default": [],
-        "description": "Projections that share one dictionary inside a layer, as lists: [[q_proj, k_proj, v_proj]].",
-    },
+    "group_size": option(
+        "integer",
+        "Consecutive layers that one job learns together and that may share dictionaries.",
+        minimum=1,
+        default=1,
+    ),
+    "share": option(
+        "array",
+        "Projections (q_proj, up_proj ...) that share one dictionary across the layers of a group.",
+        items={"enum": list(PROJECTIONS)},
+        uniqueItems=True,
+        default=[],
+    ),
+    "share_within": option(
+        "array",
+        "Projections that share one dictionary inside a layer, as lists: [[q_proj, k_proj, v_proj]].",
+        items={"type": "array", "items": {"enum": list(PROJECTIONS)}, "minItems": 2, "uniqueItems": True},
+        default=[],
+    ),
 }
 
 
 WARM_OPTIONS: dict[str, dict[str, Any]] = {
-    "warm_start": {
-        "type": ["string", "null"],
-        "default": None,
-        "description": "Variant of the same run whose factors are the start, at another ratio say; null: none.",
-    },
+    "warm_start": option(
+        ["string", "null"],
+        "Variant of the same run whose factors are the start, at another ratio say; null: none.",
+        default=None,
+    ),
 }
 
 TIME_OPTIONS: dict[str, dict[str, Any]] = {
-    "max_seconds": {
-        "type": ["number", "null"],
-        "minimum": 0.1,
-        "default": None,
-        "description": "Seconds that learning a layer may take; its matrices share them by their cost. The result then "
+    "max_seconds": option(
+        ["number", "null"],
+        "Seconds that learning a layer may take; its matrices share them by their cost. The result then "
         "depends on the machine. null: no limit.",
-    },
+        minimum=0.1,
+        default=None,
+    ),
 }
 
 # Every matrix the same ratio: what a method does that parts no bytes
@@ -80,12 +80,11 @@ MOST_REMOVED = 0.8
 def allocation_option(rule: str, description: str, *, default: str | None = None) -> dict[str, dict[str, Any]]:
     """The option ``allocation`` of a method that has an `Allocator`; by default its own rule."""
     return {
-        "allocation": {
-            "enum": [UNIFORM, rule],
-            "default": default or rule,
-            "description": f"Which matrix gets how many of the bytes. {rule}: {description}; {UNIFORM}: the same ratio "
-            "for all.",
-        }
+        "allocation": choice(
+            [UNIFORM, rule],
+            f"Which matrix gets how many of the bytes. {rule}: {description}; {UNIFORM}: the same ratio for all.",
+            default=default or rule,
+        )
     }
 
 

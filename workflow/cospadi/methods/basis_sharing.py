@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from cospadi.methods import svd_llm
+from cospadi.registry import with_defaults
 
 # The published protocol: pairs of layers share q, k, v, gate and up; o and down keep their own basis
 DEFAULTS = {"group_size": 2, "share": ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]}
@@ -13,9 +14,6 @@ METHOD = replace(
     svd_llm.METHOD,
     name="basis_sharing",
     summary="Truncated SVD with one basis for the same projection of consecutive layers (Basis Sharing).",
-    options={
-        name: {**schema, "default": DEFAULTS.get(name, schema["default"])}
-        for name, schema in svd_llm.METHOD.options.items()
-    },
+    options=with_defaults(svd_llm.METHOD.options, DEFAULTS),
     modules=lambda options: [__name__, *svd_llm.modules(options)],
 )

@@ -28,6 +28,7 @@ from cospadi.methods.base import (
     work_of,
 )
 from cospadi.problem import Problem, Target, side_by_side
+from cospadi.registry import choice, option
 from cospadi.runtime.cospadi_registry import SUPPORTS
 from cospadi.solvers import SOLVERS, several_metrics
 from cospadi.solvers.starts import STARTS, dictionary_start, warm_start
@@ -41,74 +42,65 @@ RHO_ROUNDS = 8
 RHO_TRIALS = 4  # that the search takes, most often
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "solver": {
-        "enum": sorted(SOLVERS),
-        "default": "htp",
-        "description": "How dictionary and codes are found. htp: Procrustes start, hard-thresholding pursuit and a "
+    "solver": choice(
+        sorted(SOLVERS),
+        "How dictionary and codes are found. htp: Procrustes start, hard-thresholding pursuit and a "
         "closed-form dictionary (default); ksvd: the paper's OMP and K-SVD; procrustes: orthonormal atoms.",
-    },
-    "rho": {
-        "type": ["number", "string"],
-        "minimum": 1,
-        "maximum": 16,
-        "pattern": f"^{AUTO}$",
-        "default": 2.0,
-        "description": "Atoms over nonzeros a column, k / s; 2 in the paper. auto: for every matrix the one of "
+        default="htp",
+    ),
+    "rho": option(
+        ["number", "string"],
+        "Atoms over nonzeros a column, k / s; 2 in the paper. auto: for every matrix the one of "
         f"{', '.join(f'{rho:g}' for rho in RHO_GRID)} with the least error after {RHO_ROUNDS} rounds, searched uphill "
         f"and downhill from {RHO_FIRST:g}.",
-    },
-    "support": {
-        "enum": [name for name, support in SUPPORTS.items() if support.is_stored],
-        "default": "bitmask",
-        "description": "Where nonzeros may be: any atoms, or two of every four, which GPUs multiply fast. Same bytes "
+        minimum=1,
+        maximum=16,
+        pattern=f"^{AUTO}$",
+        default=2.0,
+    ),
+    "support": choice(
+        [name for name, support in SUPPORTS.items() if support.is_stored],
+        "Where nonzeros may be: any atoms, or two of every four, which GPUs multiply fast. Same bytes "
         "at rho: 2, which 2:4 needs.",
-    },
+        default="bitmask",
+    ),
     **WHITENING_OPTIONS,
     **SHARING_OPTIONS,
-    "group_metric": {
-        "enum": ["mean", "exact"],
-        "default": "mean",
-        "description": "Error of matrices that share a dictionary and have different inputs: in the metric of their "
+    "group_metric": choice(
+        ["mean", "exact"],
+        "Error of matrices that share a dictionary and have different inputs: in the metric of their "
         "mean Gram (the paper), or of each one's own.",
-    },
-    "start": {
-        "enum": [None, *sorted(STARTS)],
-        "default": None,
-        "description": "First dictionary. random: columns of the weight (the paper); spectral: leading directions of "
+        default="mean",
+    ),
+    "start": choice(
+        [None, *sorted(STARTS)],
+        "First dictionary. random: columns of the weight (the paper); spectral: leading directions of "
         "the whitened weight; spectral_original: of the weight itself; procrustes: orthonormal and improved; null: the "
         "solver's own.",
-    },
+        default=None,
+    ),
     **WARM_OPTIONS,
-    "atom_update": {
-        "enum": [None, "power", "block", "svd", "mod"],
-        "default": None,
-        "description": "How solver ksvd updates atoms. power: one by one, 8 power iterations (the paper; default); "
+    "atom_update": choice(
+        [None, "power", "block", "svd", "mod"],
+        "How solver ksvd updates atoms. power: one by one, 8 power iterations (the paper; default); "
         "block: 16 at a time, for GPUs; svd: exact rank-1 fits; mod: all at once in closed form.",
-    },
-    "polish": {
-        "type": "boolean",
-        "default": False,
-        "description": "Solve the final codes exactly on their supports, in double precision.",
-    },
-    "max_iter": {
-        "type": ["integer", "null"],
-        "minimum": 1,
-        "default": None,
-        "description": "Outer iterations at most; null: the solver's own (ksvd: 60, as in the paper).",
-    },
-    "tol": {
-        "type": ["number", "null"],
-        "minimum": 0,
-        "default": None,
-        "description": "Stop when an iteration lowers the error by less than this share of it; null: the solver's own.",
-    },
+        default=None,
+    ),
+    "polish": option("boolean", "Solve the final codes exactly on their supports, in double precision.", default=False),
+    "max_iter": option(
+        ["integer", "null"],
+        "Outer iterations at most; null: the solver's own (ksvd: 60, as in the paper).",
+        minimum=1,
+        default=None,
+    ),
+    "tol": option(
+        ["number", "null"],
+        "Stop when an iteration lowers the error by less than this share of it; null: the solver's own.",
+        minimum=0,
+        default=None,
+    ),
     **TIME_OPTIONS,
-    "random_state": {
-        "type": "integer",
-        "minimum": 0,
-        "default": 42,
-        "description": "Seed of every random choice of the solver.",
-    },
+    "random_state": option("integer", "Seed of every random choice of the solver.", minimum=0, default=42),
 }
 
 # Options that go to the solver as they are where they are given

@@ -32,6 +32,7 @@ from cospadi.methods.base import (
     work_of,
 )
 from cospadi.problem import Metric, Problem, Target, side_by_side
+from cospadi.registry import option, with_defaults
 from cospadi.solvers.starts import dictionary_start
 from cospadi.structure import PROJECTIONS
 from cospadi.work import FACTOR, PRODUCT, Work
@@ -40,24 +41,9 @@ ROUNDS = 20
 _DEFAULTS = {"group_size": 2, "share": list(PROJECTIONS), "eta": 1e-3}
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "rho": {
-        "type": "number",
-        "minimum": 1,
-        "maximum": 16,
-        "default": 2.5,
-        "description": "Atoms over nonzeros a column, k / s.",
-    },
-    **{
-        name: {**schema, "default": _DEFAULTS.get(name, schema["default"])}
-        for name, schema in {**WHITENING_OPTIONS, **SHARING_OPTIONS}.items()
-    },
-    "max_iter": {
-        "type": "integer",
-        "minimum": 1,
-        "maximum": 1000,
-        "default": ROUNDS,
-        "description": "Rounds of codes and dictionary.",
-    },
+    "rho": option("number", "Atoms over nonzeros a column, k / s.", minimum=1, maximum=16, default=2.5),
+    **with_defaults({**WHITENING_OPTIONS, **SHARING_OPTIONS}, _DEFAULTS),
+    "max_iter": option("integer", "Rounds of codes and dictionary.", minimum=1, maximum=1000, default=ROUNDS),
     **TIME_OPTIONS,
 }
 

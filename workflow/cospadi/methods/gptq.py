@@ -11,15 +11,15 @@ from cospadi.formats.factorization import Factorization
 from cospadi.methods import few_bits, single_weights, sparsegpt
 from cospadi.methods.base import Fit, Method
 from cospadi.problem import Problem
+from cospadi.registry import option
 
 OPTIONS: dict[str, dict[str, Any]] = {
     **few_bits.OPTIONS,
-    "act_order": {
-        "type": "boolean",
-        "default": False,
-        "description": "Round the inputs that are most active first, each block under the scale that it has at the "
-        "start.",
-    },
+    "act_order": option(
+        "boolean",
+        "Round the inputs that are most active first, each block under the scale that it has at the start.",
+        default=False,
+    ),
     "damping": sparsegpt.OPTIONS["damping"],
 }
 

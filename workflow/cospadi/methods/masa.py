@@ -23,25 +23,26 @@ from cospadi.formats.factorization import Factorization
 from cospadi.methods import svd_llm
 from cospadi.methods.base import WHITENING_OPTIONS, Fit, Method
 from cospadi.problem import Problem, Target
+from cospadi.registry import option
 from cospadi.runtime.cospadi_supports import MIXTURE
 from cospadi.solvers.svd import squares_left
 from cospadi.work import Work
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "groups": {
-        "type": ["integer", "null"],
-        "minimum": 1,
-        "default": None,
-        "description": "Groups of consecutive layers that may share atoms, parted where the predicted token drifts "
+    "groups": option(
+        ["integer", "null"],
+        "Groups of consecutive layers that may share atoms, parted where the predicted token drifts "
         "most; null: a third as many as layers.",
-    },
-    "atoms": {
-        "type": ["integer", "null"],
-        "minimum": 0,
-        "default": None,
-        "description": "Matrix atoms a group has for each projection; as many as it has layers keep the weights as "
+        minimum=1,
+        default=None,
+    ),
+    "atoms": option(
+        ["integer", "null"],
+        "Matrix atoms a group has for each projection; as many as it has layers keep the weights as "
         "they are. null: what makes the error least, for every group and projection.",
-    },
+        minimum=0,
+        default=None,
+    ),
     **WHITENING_OPTIONS,
 }
 

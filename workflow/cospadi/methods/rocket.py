@@ -37,6 +37,7 @@ from cospadi.methods.base import (
     work_of,
 )
 from cospadi.problem import Problem, Target, side_by_side
+from cospadi.registry import option
 from cospadi.work import PRODUCT, Work
 
 RULE = "knapsack"
@@ -44,44 +45,44 @@ _AS_IS = "as is"
 
 OPTIONS: dict[str, dict[str, Any]] = {
     **allocation_option(RULE, "every matrix one of its candidate_ratios, for the least sum of errors of the weights"),
-    "candidate_ratios": {
-        "type": "array",
-        "items": {"type": "number", "minimum": 0.01, "maximum": 0.95},
-        "minItems": 1,
-        "uniqueItems": True,
-        "default": [round(0.05 * i, 2) for i in range(1, 15)],
-        "description": "Ratios that the knapsack chooses among, besides the variant's own and a matrix as it is.",
-    },
-    "rhos": {
-        "type": "array",
-        "items": {"type": "number", "minimum": 1, "maximum": 16},
-        "minItems": 1,
-        "uniqueItems": True,
-        "default": [1.0, 1.5, 2.0, 2.5, 3.0],
-        "description": "Atoms over nonzeros a column that are tried; the best for the weight itself is taken. 1: all "
+    "candidate_ratios": option(
+        "array",
+        "Ratios that the knapsack chooses among, besides the variant's own and a matrix as it is.",
+        items={"type": "number", "minimum": 0.01, "maximum": 0.95},
+        minItems=1,
+        uniqueItems=True,
+        default=[round(0.05 * i, 2) for i in range(1, 15)],
+    ),
+    "rhos": option(
+        "array",
+        "Atoms over nonzeros a column that are tried; the best for the weight itself is taken. 1: all "
         "codes stay, and no mask is stored.",
-    },
-    "importance": {
-        "type": "number",
-        "minimum": 0,
-        "maximum": 2,
-        "default": 0.5,
-        "description": "Exponent lambda: how much the length of an atom in the space of the weight counts.",
-    },
-    "over_sparsify": {
-        "type": "number",
-        "minimum": 0,
-        "maximum": 1,
-        "default": 0.005,
-        "description": "Share beta of its codes that every column gives to the most important ones of the matrix.",
-    },
-    "ridge": {
-        "type": "number",
-        "minimum": 0,
-        "maximum": 1,
-        "default": 0.001,
-        "description": "Ridge of the dictionary, as a share of the mean energy of an atom's codes.",
-    },
+        items={"type": "number", "minimum": 1, "maximum": 16},
+        minItems=1,
+        uniqueItems=True,
+        default=[1.0, 1.5, 2.0, 2.5, 3.0],
+    ),
+    "importance": option(
+        "number",
+        "Exponent lambda: how much the length of an atom in the space of the weight counts.",
+        minimum=0,
+        maximum=2,
+        default=0.5,
+    ),
+    "over_sparsify": option(
+        "number",
+        "Share beta of its codes that every column gives to the most important ones of the matrix.",
+        minimum=0,
+        maximum=1,
+        default=0.005,
+    ),
+    "ridge": option(
+        "number",
+        "Ridge of the dictionary, as a share of the mean energy of an atom's codes.",
+        minimum=0,
+        maximum=1,
+        default=0.001,
+    ),
     **WHITENING_OPTIONS,
 }
 

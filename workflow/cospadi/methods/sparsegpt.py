@@ -6,16 +6,17 @@ from typing import Any
 
 from cospadi.methods.single_weights import PATTERN, inputs_of, method
 from cospadi.problem import Problem
+from cospadi.registry import option
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "pattern": PATTERN,
-    "damping": {
-        "type": "number",
-        "minimum": 0,
-        "maximum": 1,
-        "default": 0.01,
-        "description": "Ridge on the Gram, as a share of its mean diagonal; 0.01 in the paper's code.",
-    },
+    "damping": option(
+        "number",
+        "Ridge on the Gram, as a share of its mean diagonal; 0.01 in the paper's code.",
+        minimum=0,
+        maximum=1,
+        default=0.01,
+    ),
 }
 
 

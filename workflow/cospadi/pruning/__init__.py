@@ -13,113 +13,90 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cospadi.registry import Entry
+from cospadi.registry import Entry, choice, option
 
-_RANDOM_STATE = {"type": "integer", "minimum": 0, "default": 42, "description": "Seed of every random choice."}
-_BLOCKS = {
-    "type": ["integer", "array"],
-    "minimum": 1,
-    "minItems": 1,
-    "items": {"type": "integer", "minimum": 0},
-    "uniqueItems": True,
-    "description": "How many blocks go; or which, as a list of their numbers from 0.",
-}
-_COUNT = {"type": "integer", "minimum": 1, "description": "How many blocks go."}
-_METRIC = {
-    "enum": ["angular", "angular_last", "cosine", "cosine_worst", "l2"],
-    "description": "Distance between what enters and what leaves a cut; the cut with the smallest goes. angular: angle "
+_RANDOM_STATE = option("integer", "Seed of every random choice.", minimum=0, default=42)
+_BLOCKS = option(
+    ["integer", "array"],
+    "How many blocks go; or which, as a list of their numbers from 0.",
+    minimum=1,
+    minItems=1,
+    items={"type": "integer", "minimum": 0},
+    uniqueItems=True,
+)
+_COUNT = option("integer", "How many blocks go.", minimum=1)
+_METRIC = choice(
+    ["angular", "angular_last", "cosine", "cosine_worst", "l2"],
+    "Distance between what enters and what leaves a cut; the cut with the smallest goes. angular: angle "
     "over pi, mean over all tokens; angular_last: of the last token of each window alone; cosine: 1 - cosine, mean "
     "over all tokens; cosine_worst: of the worst token of each window alone, which spares the block that makes the "
     "massive activations of a few tokens; l2: norm of the difference over that of what enters.",
-}
+)
 
 _ITERATED = {
-    "loss": {
-        "enum": ["exact", "practical"],
-        "default": "exact",
-        "description": "Cosine objective: exact compares M T + Y with the target L; practical M T with L - Y.",
-    },
-    "start": {
-        "enum": ["identity", "least_squares"],
-        "default": "least_squares",
-        "description": "Cosine objective: where Adam starts; the paper's is identity, from where its lr and epochs are "
+    "loss": choice(
+        ["exact", "practical"],
+        "Cosine objective: exact compares M T + Y with the target L; practical M T with L - Y.",
+        default="exact",
+    ),
+    "start": choice(
+        ["identity", "least_squares"],
+        "Cosine objective: where Adam starts; the paper's is identity, from where its lr and epochs are "
         "too few on a small calibration set.",
-    },
-    "epochs": {
-        "type": "integer",
-        "minimum": 1,
-        "default": 10,
-        "description": "Cosine objective: passes over the tokens.",
-    },
-    "lr": {
-        "type": "number",
-        "minimum": 0,
-        "maximum": 1,
-        "default": 1.0e-4,
-        "description": "Cosine objective: step size of Adam.",
-    },
-    "batch_tokens": {
-        "type": "integer",
-        "minimum": 1,
-        "default": 1024,
-        "description": "Cosine objective: tokens a step.",
-    },
-    "l1": {
-        "type": "number",
-        "minimum": 0,
-        "default": 0.0,
-        "description": "Cosine objective: weight of the sum of |T| over the rows' number (the paper's 1e-4).",
-    },
-    "l2": {
-        "type": "number",
-        "minimum": 0,
-        "default": 0.0,
-        "description": "Cosine objective: weight of the sum of T^2 over the rows' number (the paper's 1e-2).",
-    },
+        default="least_squares",
+    ),
+    "epochs": option("integer", "Cosine objective: passes over the tokens.", minimum=1, default=10),
+    "lr": option("number", "Cosine objective: step size of Adam.", minimum=0, maximum=1, default=1.0e-4),
+    "batch_tokens": option("integer", "Cosine objective: tokens a step.", minimum=1, default=1024),
+    "l1": option(
+        "number",
+        "Cosine objective: weight of the sum of |T| over the rows' number (the paper's 1e-4).",
+        minimum=0,
+        default=0.0,
+    ),
+    "l2": option(
+        "number",
+        "Cosine objective: weight of the sum of T^2 over the rows' number (the paper's 1e-2).",
+        minimum=0,
+        default=0.0,
+    ),
     "random_state": {**_RANDOM_STATE, "description": "Cosine objective: seed of the order of the tokens."},
 }
 _REPLACEME_OPTIONS: dict[str, dict[str, Any]] = {
     "blocks": _BLOCKS,
-    "cuts": {
-        "type": "integer",
-        "minimum": 1,
-        "default": 1,
-        "description": "In how many cuts of about equal length the blocks go; each has a transform of its own.",
-    },
-    "merge": {
-        "type": "boolean",
-        "default": False,
-        "description": "Whether cuts may touch and become one; false: a block stays between any two.",
-    },
+    "cuts": option(
+        "integer",
+        "In how many cuts of about equal length the blocks go; each has a transform of its own.",
+        minimum=1,
+        default=1,
+    ),
+    "merge": option(
+        "boolean", "Whether cuts may touch and become one; false: a block stays between any two.", default=False
+    ),
     "metric": {**_METRIC, "default": "cosine_worst"},
-    "objective": {
-        "enum": ["least_squares", "cosine"],
-        "default": "least_squares",
-        "description": "What the transform minimises. least_squares: in closed form; cosine: by Adam, rows on disk.",
-    },
-    "structure": {
-        "enum": ["full", "diagonal", "orthogonal"],
-        "default": "full",
-        "description": "What the transform may be; the last two are ablations.",
-    },
-    "normalize": {
-        "type": "boolean",
-        "default": False,
-        "description": "Least squares: divide each token by the norm of its target first, so that the few tokens of "
+    "objective": choice(
+        ["least_squares", "cosine"],
+        "What the transform minimises. least_squares: in closed form; cosine: by Adam, rows on disk.",
+        default="least_squares",
+    ),
+    "structure": choice(
+        ["full", "diagonal", "orthogonal"], "What the transform may be; the last two are ablations.", default="full"
+    ),
+    "normalize": option(
+        "boolean",
+        "Least squares: divide each token by the norm of its target first, so that the few tokens of "
         "massive activations count as the others do.",
-    },
-    "ridge": {
-        "type": "number",
-        "minimum": 0,
-        "default": 1.0e-6,
-        "description": "Least squares: ridge as a fraction of the mean diagonal of M^T M.",
-    },
-    "prefix": {
-        "enum": ["pruned", "original"],
-        "default": "pruned",
-        "description": "Activations that later cuts are fitted on: of the model with the earlier cuts made, or of the "
+        default=False,
+    ),
+    "ridge": option(
+        "number", "Least squares: ridge as a fraction of the mean diagonal of M^T M.", minimum=0, default=1.0e-6
+    ),
+    "prefix": choice(
+        ["pruned", "original"],
+        "Activations that later cuts are fitted on: of the model with the earlier cuts made, or of the "
         "original model (as in the paper's code).",
-    },
+        default="pruned",
+    ),
     **_ITERATED,
 }
 

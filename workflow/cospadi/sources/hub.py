@@ -7,14 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cospadi.errors import ArtifactError
+from cospadi.registry import option
 
-REVISION = {
-    "type": "string",
-    "pattern": r"^\S+$",
-    "maxLength": 100,
-    "default": "main",
-    "description": "Branch, tag or commit; a commit makes the run repeatable.",
-}
+REVISION = option(
+    "string",
+    "Branch, tag or commit; a commit makes the run repeatable.",
+    pattern=r"^\S+$",
+    maxLength=100,
+    default="main",
+)
 
 _OFFLINE = (
     "Run this step where the hub can be reached (on a cluster: the login node), unset HF_HUB_OFFLINE, or bring the "

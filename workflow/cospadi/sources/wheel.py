@@ -19,13 +19,10 @@ from email.parser import Parser
 from pathlib import Path
 
 from cospadi.errors import ArtifactError
+from cospadi.registry import option
 
 # Options of the sources that read a wheel
-PACKAGE = {
-    "type": "string",
-    "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9._+!-]+$",
-    "description": "The wheel, `name==version`.",
-}
+PACKAGE = option("string", "The wheel, `name==version`.", pattern="^[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9._+!-]+$")
 MEMBER = {"type": "string", "minLength": 1}
 SHA256 = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
 
