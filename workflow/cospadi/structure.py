@@ -269,6 +269,15 @@ def load_layers(model_folder: str | Path, first: int, last: int, *, dtype: str, 
     return model.eval().requires_grad_(False).to(device)
 
 
+def load_head(model_folder: str | Path, structure: Mapping[str, Any], *, dtype: str, device: str) -> torch.Tensor:
+    """Weight of the head (vocabulary, hidden_size) in `dtype`; the embedding where it is tied."""
+    import torch
+
+    name = "model.embed_tokens.weight" if structure["tied_head"] else "lm_head.weight"
+    shape = (structure["vocab_size"], structure["hidden_size"])
+    return read_tensor(ModelFolder(model_folder), name, shape).to(getattr(torch, dtype)).to(device)
+
+
 def find_blocks(base: PreTrainedModel) -> tuple[str, torch.nn.ModuleList]:
     """Name and list of the decoder blocks of a base model: its child list with one entry a layer."""
     from torch import nn

@@ -110,10 +110,10 @@ def collect(
     }
     samples, length = read.input_ids.shape
     hidden_shape = (samples, length, structure["hidden_size"])
-    dtype, reason = _chosen_dtype(dtype, device, hidden_in, layers.start - 1)
+    dtype, reason = chosen_dtype(dtype, device, hidden_in, layers.start - 1)
     log(f"computing in {dtype}: {reason}")
     if hidden_in is not None:
-        _check_hidden(hidden_in, hidden_shape, dtype, layers.start - 1, belongs)
+        check_hidden(hidden_in, hidden_shape, dtype, layers.start - 1, belongs)
     heldout_from = first_heldout(samples, heldout_fraction)
     _check_disk(structure, layers, rows_out, hidden_out, mode, dtype, int(read.attention_mask.sum()), hidden_shape)
     attributes = {
@@ -140,7 +140,7 @@ def collect(
                 if mode == "store":
                     sink: _Sink = _Rows(group, site["d_in"], dtype, read.attention_mask)
                 else:
-                    sink = _Gram(group, site["d_in"], read.attention_mask, heldout_from, device)
+                    sink = RunningGram(group, site["d_in"], read.attention_mask, heldout_from, device)
                 sites.append(_Site(group, sink, len(batches)))
                 taps.append(Tap(index, site["name"], "input", sites[-1].see))
         hidden = None
@@ -149,8 +149,8 @@ def collect(
             hidden = hidden_file.create_dataset(
                 "hidden", hidden_shape, STORED_AS[dtype], chunks=(1, *hidden_shape[1:]), fletcher32=True
             )
-        for batch in _logged(batches, read, log):
-            entrance = None if hidden_in is None else _read_hidden(hidden_in, batch, dtype)
+        for batch in logged(batches, read, log):
+            entrance = None if hidden_in is None else read_hidden(hidden_in, batch, dtype)
             last = chunk.run(read, batch, entrance, taps)
             if hidden is not None:
                 hidden[batch] = to_stored(last)
@@ -158,7 +158,7 @@ def collect(
             site.finish()
 
 
-def _logged(batches: Sequence[slice], windows: Windows, log: Callable[[str], None]) -> Iterator[slice]:
+def logged(batches: Sequence[slice], windows: Windows, log: Callable[[str], None]) -> Iterator[slice]:
     """The batches, with a line of progress now and then."""
     begun = logged = time.monotonic()
     for batch in batches:
@@ -206,17 +206,24 @@ class _Rows:
         return self._filled, 0
 
 
-class _Gram:
+class RunningGram:
     """Gram of the rows: float32 product a batch, float64 sum, one for each side of the split."""
 
     def __init__(
-        self, group: h5py.Group, d_in: int, attention_mask: np.ndarray, heldout_from: int, device: str
+        self,
+        group: h5py.Group,
+        d_in: int,
+        attention_mask: np.ndarray,
+        heldout_from: int,
+        device: str,
+        dtype: str = "float64",
     ) -> None:
         import torch
 
         self._group = group
         self._lengths = attention_mask.sum(axis=1, dtype=np.int64)
         self._heldout_from = heldout_from
+        self._dtype = dtype
         names = ["gram", "gram_heldout"] if heldout_from < len(attention_mask) else ["gram"]
         self._grams = {name: torch.zeros(d_in, d_in, dtype=torch.float64, device=device) for name in names}
         self._tokens = dict.fromkeys(("gram", "gram_heldout"), 0)
@@ -231,7 +238,8 @@ class _Gram:
     def finish(self) -> tuple[int, int]:
         for name, gram in self._grams.items():
             array = gram.cpu().numpy()
-            self._group.create_dataset(name, data=(array + array.T) / 2, chunks=True, fletcher32=True)
+            array = ((array + array.T) / 2).astype(self._dtype, copy=False)
+            self._group.create_dataset(name, data=array, chunks=True, fletcher32=True)
         return self._tokens["gram"], self._tokens["gram_heldout"]
 
 
@@ -277,7 +285,7 @@ def _hidden_remedy(last_layer: int) -> str:
     return f"Delete it and run again to collect the layers up to {last_layer} anew"
 
 
-def _chosen_dtype(dtype: str, device: str, hidden_in: str | Path | None, last_layer: int) -> tuple[str, str]:
+def chosen_dtype(dtype: str, device: str, hidden_in: str | Path | None, last_layer: int) -> tuple[str, str]:
     """Dtype to compute in and why; ``auto`` goes on in the dtype of the chunk before."""
     chosen, reason = choose_dtype(dtype, device)
     if dtype != "auto" or hidden_in is None:
@@ -291,9 +299,10 @@ def _chosen_dtype(dtype: str, device: str, hidden_in: str | Path | None, last_la
     return before, follows if before == chosen else f"{follows}; for this machine alone it would be {chosen} ({reason})"
 
 
-def _check_hidden(
+def check_hidden(
     path: str | Path, shape: tuple[int, ...], dtype: str, last_layer: int, belongs: Mapping[str, Any]
 ) -> None:
+    """Refuse hidden states that are not of this shape and dtype, behind this layer, or that belong elsewhere."""
     with reading(path, _hidden_remedy(last_layer)) as file:
         says = dict(file.attrs)
         found = file["hidden"].shape, file.attrs["dtype"], int(file.attrs["last_layer"])
@@ -304,7 +313,8 @@ def _check_hidden(
     check_provenance(path, says, belongs, _hidden_remedy(last_layer))
 
 
-def _read_hidden(path: str | Path, batch: slice, dtype: str) -> torch.Tensor:
+def read_hidden(path: str | Path, batch: slice, dtype: str) -> torch.Tensor:
+    """Hidden states of the windows `batch`."""
     with reading(path, "Delete it and run again to collect the layers before anew") as file:
         block = file["hidden"][batch]
     return from_stored(block, dtype)

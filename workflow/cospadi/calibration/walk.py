@@ -90,6 +90,24 @@ class Tap(NamedTuple):
     see: Callable[[torch.Tensor, slice], None]
 
 
+class GradientTap(NamedTuple):
+    """A linear layer and who looks at what enters it and at the gradient of the loss at what leaves it.
+
+    Attributes
+    ----------
+    block : int
+        Number of the block in the model.
+    module : str
+        Name of the layer inside the block.
+    see : callable
+        ``see(rows, gradients, batch)``: (n_tokens, d_in) and (n_tokens, d_out), as a `Tap` sees them.
+    """
+
+    block: int
+    module: str
+    see: Callable[[torch.Tensor, torch.Tensor, slice], None]
+
+
 class Chunk:
     """Consecutive blocks of a model in memory.
 
@@ -146,6 +164,60 @@ class Chunk:
             with torch.inference_mode():
                 self._model(**entrance, attention_mask=mask, use_cache=False)
         return last[0]
+
+    def run_back(
+        self,
+        windows: Windows,
+        batch: slice,
+        hidden: torch.Tensor | None,
+        gradient_at: Callable[[torch.Tensor], torch.Tensor],
+        taps: Iterable[GradientTap],
+    ) -> torch.Tensor:
+        """Send a batch of windows through the chunk, and the gradient of a loss back through it.
+
+        Memory holds the graph of this batch in these blocks.
+
+        Parameters
+        ----------
+        windows, batch, hidden
+            As of `run`.
+        gradient_at : callable
+            ``gradient_at(last)``: gradient of the loss at what the last block gives, both
+            (n_windows, length, hidden_size).
+        taps : iterable of GradientTap
+
+        Returns
+        -------
+        tensor (n_windows, length, hidden_size)
+            Gradient at what enters the chunk.
+        """
+        import torch
+
+        mask = torch.from_numpy(windows.attention_mask[batch]).to(self.device)
+        kept = mask.bool()
+        last: list[torch.Tensor] = []
+        with contextlib.ExitStack() as hooks, torch.enable_grad():
+            if hidden is None:  # the gradient needs a beginning
+                hidden = self._model.get_input_embeddings()(torch.from_numpy(windows.input_ids[batch]).to(self.device))
+            entrance = hidden.to(self.device).detach().requires_grad_()
+            _hook(hooks, self._blocks[-1], "output", last.append)
+            for tap in taps:
+
+                def watch(module: Any, inputs: Any, output: torch.Tensor, see: Any = tap.see) -> None:
+                    rows = inputs[0].detach()
+                    output.register_hook(lambda gradient: see(rows[kept], gradient[kept], batch))
+
+                hooks.callback(self.block(tap.block).get_submodule(tap.module).register_forward_hook(watch).remove)
+            self._model(inputs_embeds=entrance, attention_mask=mask, use_cache=False)
+            gradient = gradient_at(last[0].detach())
+            torch.autograd.backward(last[0], gradient.to(last[0].dtype))
+        return entrance.grad
+
+    def predict(self, hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+        """Logits in float32 (n_tokens, vocabulary) of what the model's last block gives (n_tokens, hidden_size)."""
+        logits = (self._model.norm(hidden) @ head.T).float()
+        cap = getattr(self._model.config, "final_logit_softcapping", None)
+        return logits if cap is None else cap * (logits / cap).tanh()
 
 
 def _hook(

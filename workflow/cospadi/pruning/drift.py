@@ -5,18 +5,14 @@ Every state goes through the model's own final norm and head, as if the model en
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from cospadi.calibration.walk import Place, Walk
-from cospadi.files import ModelFolder, write_json
-from cospadi.structure import load_layers, read_tensor
-
-if TYPE_CHECKING:
-    import torch
+from cospadi.files import write_json
+from cospadi.structure import load_head, load_layers
 
 FORMAT_VERSION = 1
 
@@ -51,7 +47,7 @@ def measure(walk: Walk, output: str | Path) -> dict[str, Any]:
     n_layers, folder = walk.structure["n_layers"], walk.model_folder
     places = [Place("output", block) for block in range(-1, n_layers)]
     last = load_layers(folder, n_layers - 1, n_layers - 1, dtype=walk.dtype, device=walk.device)
-    head = _head(ModelFolder(folder), walk.structure, getattr(torch, walk.dtype), walk.device)
+    head = load_head(folder, walk.structure, dtype=walk.dtype, device=walk.device)
     total, n_tokens = torch.zeros(n_layers, dtype=torch.float64), 0
     for group in walk.groups(places, samples=WINDOWS):
         firsts = np.cumsum(group.lengths) - group.lengths
@@ -83,9 +79,3 @@ def measure(walk: Walk, output: str | Path) -> dict[str, Any]:
 def _evenly(length: int, count: int) -> np.ndarray:
     """At most `count` positions spread over 0 to `length` - 1, the last among them."""
     return np.unique(np.linspace(0, length, min(count, length) + 1).astype(np.int64)[1:] - 1)
-
-
-def _head(folder: ModelFolder, structure: Mapping[str, Any], dtype: torch.dtype, device: str) -> torch.Tensor:
-    """Weight of the head (vocabulary, hidden_size); the embedding where it is tied."""
-    name = "model.embed_tokens.weight" if structure["tied_head"] else "lm_head.weight"
-    return read_tensor(folder, name, (structure["vocab_size"], structure["hidden_size"])).to(dtype).to(device)

@@ -1,0 +1,250 @@
+"""Walk the chunks of a model in reverse with the gradient of its loss, and keep what an error in each matrix costs.
+
+Labels are sampled from the model itself, so the squares of the gradients are the Fisher information: what an error of
+the outputs does to the distribution of the predicted token. A chunk goes forward again from the hidden states before
+it, then the gradient that the chunk behind it left goes back through it. Memory holds the graph of one batch in one
+chunk, never the model's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import h5py
+import numpy as np
+
+from cospadi.calibration.activations import (
+    FORMAT_VERSION,
+    STORED_AS,
+    first_heldout,
+    from_stored,
+    reading,
+    to_stored,
+    writing,
+)
+from cospadi.calibration.collect import RunningGram, check_hidden, chosen_dtype, logged, read_hidden
+from cospadi.calibration.walk import Chunk, GradientTap, Windows, read_windows
+from cospadi.errors import ArtifactError, NumericalError
+from cospadi.provenance import check_provenance
+from cospadi.structure import load_head
+
+if TYPE_CHECKING:
+    import torch
+
+# Tokens whose logits are in memory at a time
+_TOKENS_AT_ONCE = 256
+
+
+def collect_gradients(
+    model_folder: str | Path,
+    structure: Mapping[str, Any],
+    windows: str | Path,
+    layers: range,
+    *,
+    hidden_in: str | Path | None,
+    gradient_in: str | Path | None,
+    moments_out: str | Path,
+    gradient_out: str | Path,
+    dtype: Literal["auto", "bfloat16", "float16", "float32"],
+    batch_tokens: int,
+    device: str = "cpu",
+    heldout_fraction: float = 0.0,
+    gram_dtype: Literal["float64", "float32"] = "float64",
+    log: Callable[[str], None] = print,
+) -> None:
+    """Second moments of the loss's gradients at every matrix of consecutive layers.
+
+    With x a matrix's input and d the gradient at its output, of the summed cross-entropy of the windows' tokens.
+
+    Parameters
+    ----------
+    model_folder, structure, windows, layers, batch_tokens, device, heldout_fraction, log
+        As of `collect.collect`; held-out windows add to ``gram_heldout`` alone.
+    hidden_in : path-like or None
+        The ``hidden_out`` that `collect.collect` wrote for the layers before; None where there are none.
+    gradient_in : path-like or None
+        The `gradient_out` of the layers behind; None where there are none: then labels are sampled, with the seed that
+        the windows were drawn with.
+    moments_out : path-like
+        Written: a group ``layer_03/<matrix>`` for each matrix, with ``gram (d_in, d_in)``, the sum of ``|d|^2 x x^T``
+        over the tokens, ``squares (d_out,)`` float64, the sum of d's squares, and, with `heldout_fraction`,
+        ``gram_heldout``. Attributes: ``n_tokens``, ``n_heldout``.
+    gradient_out : path-like
+        Written: ``gradient (samples, length, hidden_size)`` at what enters the chunk.
+    dtype
+        ``auto`` is that of the hidden states or gradients that it goes on from.
+    gram_dtype : {"float64", "float32"}
+        Dtype of the stored Grams.
+
+    Raises
+    ------
+    NumericalError
+        If a gradient is not finite.
+    ArtifactError
+        If windows, hidden states or gradients are damaged, do not fit the model or belong elsewhere.
+    """
+    if layers.step != 1 or not 0 <= layers.start < layers.stop <= structure["n_layers"]:
+        raise ValueError(f"{layers} is no range of consecutive layers of a model of {structure['n_layers']} layers")
+    if (hidden_in is None) != (layers.start == 0):
+        raise ValueError("hidden_in is needed by every chunk but the one that starts at layer 0")
+    if (gradient_in is None) != (layers.stop == structure["n_layers"]):
+        raise ValueError("gradient_in is needed by every chunk but the one that ends the model")
+    read = read_windows(windows, structure["vocab_size"])
+    belongs = {"format_version": FORMAT_VERSION, "fingerprint": structure["fingerprint"], "tokens": read.tokens}
+    samples, length = read.input_ids.shape
+    shape = (samples, length, structure["hidden_size"])
+    if hidden_in is None and gradient_in is not None:
+        dtype, reason = _dtype_of(gradient_in, layers.stop), "the chunk behind was computed in it"
+    else:
+        dtype, reason = chosen_dtype(dtype, device, hidden_in, layers.start - 1)
+    log(f"computing in {dtype}: {reason}")
+    if hidden_in is not None:
+        check_hidden(hidden_in, shape, dtype, layers.start - 1, belongs)
+    if gradient_in is not None:
+        _check_gradient(gradient_in, shape, dtype, layers.stop, {**belongs, "seed": read.seed})
+    heldout_from = first_heldout(samples, heldout_fraction)
+    attributes = {
+        **belongs,
+        "model": structure["model"],
+        "seed": read.seed,
+        "dtype": dtype,
+        "dtype_reason": reason,
+        "n_windows": samples,
+        "heldout_from": heldout_from,
+    }
+
+    chunk = Chunk(model_folder, layers, dtype=dtype, device=device)
+    head = None if gradient_in is not None else load_head(model_folder, structure, dtype=dtype, device=device)
+    step = read.step(batch_tokens)
+    batches = [slice(start, min(start + step, samples)) for start in range(0, samples, step)]
+    with contextlib.ExitStack() as stack:
+        moments_file = stack.enter_context(writing(moments_out, attributes))
+        gradient_file = stack.enter_context(writing(gradient_out, {**attributes, "first_layer": layers.start}))
+        gradient = gradient_file.create_dataset(
+            "gradient", shape, STORED_AS[dtype], chunks=(1, *shape[1:]), fletcher32=True
+        )
+        matrices, taps = [], []
+        for index in layers:
+            layer = structure["layers"][index]
+            for matrix in (matrix for site in layer["sites"] for matrix in site["matrices"]):
+                group = moments_file.create_group(f"{layer['name']}/{matrix['name']}")
+                matrices.append(_Moments(group, matrix["shape"], read, heldout_from, device, gram_dtype))
+                taps.append(GradientTap(index, matrix["name"].removeprefix(f"{layer['prefix']}."), matrices[-1].see))
+        for batch in logged(batches, read, log):
+            entrance = None if hidden_in is None else read_hidden(hidden_in, batch, dtype)
+
+            def gradient_at(last: torch.Tensor, batch: slice = batch) -> torch.Tensor:
+                if gradient_in is None:
+                    return _gradient_of_loss(chunk, head, last, read, batch)
+                return _read_gradient(gradient_in, batch, dtype).to(device)
+
+            gradient[batch] = to_stored(chunk.run_back(read, batch, entrance, gradient_at, taps))
+        for one in matrices:
+            one.finish()
+
+
+def sampling_draws(windows: Windows) -> np.ndarray:
+    """A number between 0 and 1 for every token, float64 (samples, length), by which its label is sampled.
+
+    The same whatever the batches, the chunks and the device.
+    """
+    return np.random.default_rng(windows.seed % 2**63).random(windows.input_ids.shape)
+
+
+def _gradient_of_loss(
+    chunk: Chunk, head: torch.Tensor, last: torch.Tensor, windows: Windows, batch: slice
+) -> torch.Tensor:
+    """Gradient of the summed cross-entropy at what the last block gives, (n_windows, length, hidden_size).
+
+    A label is where the distribution function of the prediction passes the token's number of `sampling_draws`. Pads
+    have no label.
+    """
+    import torch
+
+    kept = torch.from_numpy(windows.attention_mask[batch]).bool()
+    draws = torch.from_numpy(sampling_draws(windows)[batch])[kept].to(last.device)
+    rows = last[kept.to(last.device)]
+    gradient = torch.zeros_like(rows)
+    for start in range(0, len(rows), _TOKENS_AT_ONCE):
+        part = slice(start, start + _TOKENS_AT_ONCE)
+        states = rows[part].requires_grad_()
+        logits = chunk.predict(states, head)
+        reached = logits.detach().softmax(dim=1, dtype=torch.float64).cumsum(dim=1)
+        labels = torch.searchsorted(reached, draws[part, None] * reached[:, -1:]).clamp(max=len(head) - 1)
+        loss = torch.nn.functional.cross_entropy(logits, labels[:, 0], reduction="sum")
+        (gradient[part],) = torch.autograd.grad(loss, states)
+    whole = torch.zeros_like(last)
+    whole[kept.to(last.device)] = gradient
+    return whole
+
+
+class _Moments:
+    """Takes what enters a matrix and the gradient at what leaves it out of a backward pass."""
+
+    def __init__(
+        self,
+        group: h5py.Group,
+        shape: tuple[int, int],
+        windows: Windows,
+        heldout_from: int,
+        device: str,
+        gram_dtype: str,
+    ) -> None:
+        import torch
+
+        self._group = group
+        self._gram = RunningGram(group, shape[0], windows.attention_mask, heldout_from, device, gram_dtype)
+        self._lengths = windows.attention_mask.sum(axis=1, dtype=np.int64)
+        self._heldout_from = heldout_from
+        self._squares = torch.zeros(shape[1], dtype=torch.float64, device=device)
+
+    def see(self, rows: torch.Tensor, gradients: torch.Tensor, batch: slice) -> None:
+        squares = gradients.float().square()
+        weights = squares.sum(dim=1, keepdim=True)
+        if not (weights.isfinite().all() and rows.isfinite().all()):
+            raise NumericalError(
+                f"{self._group.name[1:]}: its input or the gradient at its output is NaN or infinite (windows "
+                f"{batch.start}-{batch.stop - 1}). Compute in bfloat16 or float32, and check the model's weights"
+            )
+        counted = int(self._lengths[batch.start : min(batch.stop, self._heldout_from)].sum())
+        self._squares += squares[:counted].sum(dim=0)
+        self._gram.add(rows.float() * weights.sqrt(), batch)
+
+    def finish(self) -> None:
+        n_tokens, n_heldout = self._gram.finish()
+        self._group.create_dataset("squares", data=self._squares.cpu().numpy(), fletcher32=True)
+        self._group.attrs.update(n_tokens=n_tokens, n_heldout=n_heldout)
+
+
+def _remedy(first_layer: int) -> str:
+    return f"Delete it and run again to collect the gradients of the layers from {first_layer} on anew"
+
+
+def _dtype_of(path: str | Path, first_layer: int) -> str:
+    with reading(path, _remedy(first_layer)) as file:
+        dtype = str(file.attrs["dtype"])
+    if dtype not in STORED_AS:
+        raise ArtifactError(path, f"dtype is {dtype!r}; allowed: {', '.join(STORED_AS)}", _remedy(first_layer))
+    return dtype
+
+
+def _check_gradient(
+    path: str | Path, shape: tuple[int, ...], dtype: str, first_layer: int, belongs: Mapping[str, Any]
+) -> None:
+    with reading(path, _remedy(first_layer)) as file:
+        says = dict(file.attrs)
+        found = file["gradient"].shape, file.attrs["dtype"], int(file.attrs["first_layer"])
+    if found != (shape, dtype, first_layer):
+        problem = "holds gradients of shape {}, dtype {}, before layer {}".format(*found)
+        problem += f"; expected {shape}, {dtype}, layer {first_layer}"
+        raise ArtifactError(path, problem, _remedy(first_layer))
+    check_provenance(path, says, belongs, _remedy(first_layer))
+
+
+def _read_gradient(path: str | Path, batch: slice, dtype: str) -> torch.Tensor:
+    with reading(path, "Delete it and run again to collect the gradients of the layers behind anew") as file:
+        block = file["gradient"][batch]
+    return from_stored(block, dtype)
