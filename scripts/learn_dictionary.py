@@ -22,6 +22,7 @@ def main(snakemake, log):
         snakemake.params.layers,
         variant,
         calibration=calibration,
+        gradient_files=[Path(file) for file in snakemake.input.gradients],
         output=Path(snakemake.output.factors),
         diagnostics=Path(snakemake.output.diagnostics),
         warm_factors=next(map(Path, snakemake.input.warm), None),

@@ -18,6 +18,7 @@ def main(snakemake, log):
         snakemake.params.variant,
         Path(snakemake.output[0]),
         calibration=calibration_of(snakemake.input.windows, snakemake.params.collection),
+        gradient_files=[Path(file) for file in snakemake.input.gradients],
         device=choose_device(snakemake.params.device),
         log=log,
     )

@@ -18,6 +18,7 @@ def main(snakemake, log):
         snakemake.params.layers,
         snakemake.params.variant,
         calibration=calibration_of(snakemake.input.windows, snakemake.params.collection),
+        gradient_files=[Path(file) for file in snakemake.input.gradients],
         output=Path(snakemake.output.codes),
         diagnostics=Path(snakemake.output.diagnostics),
         log=log,

@@ -20,6 +20,7 @@ include: "rules/prepare.smk"
 include: "rules/prune.smk"
 include: "rules/collect.smk"
 include: "rules/gram.smk"
+include: "rules/gradients.smk"
 
 
 # what every job of a unit reads
@@ -28,6 +29,7 @@ of_unit = {
     "structure": lambda wildcards: plan.structure_of(plan.base_of(wildcards.variant)),
     "windows": rules.prepare_calibration.output[0],
     "gram": lambda wildcards: plan.grams_of(wildcards.unit, plan.base_of(wildcards.variant)),
+    "gradients": lambda wildcards: plan.gradients_of(wildcards.variant, wildcards.unit),
 }
 
 

@@ -1,4 +1,4 @@
-"""Gradients, chunk by chunk in reverse: against autograd through the whole model, and against files that belong elsewhere."""
+"""Gradients, chunk by chunk in reverse: against autograd through the whole model, and the metric made of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from cospadi.calibration import windows
 from cospadi.calibration.collect import collect
 from cospadi.calibration.gradients import collect_gradients, sampling_draws
 from cospadi.calibration.walk import read_windows
-from cospadi.errors import ArtifactError
 from cospadi.structure import inspect_model
 
 SAMPLES, LENGTH, BATCH = 6, 24, 2

@@ -198,6 +198,10 @@ def test_the_tables_of_stages_have_the_arrows_that_snakemake_finds(folder):
         "parted": {"method": "svd_llm_v2", "ratio": 0.2},
         "cut_parted": {"steps": [{"method": "replaceme", "blocks": 2}, {"method": "svd_llm_v2", "ratio": 0.2}]},
         "masa": {"steps": [{"method": "replaceme", "blocks": 2}, {"method": "masa", "ratio": 0.2}]},
+        "weighed": {"method": "svd_llm_v2", "ratio": 0.2, "metric": "gradients"},
+        "cut_weighed": {
+            "steps": [{"method": "replaceme", "blocks": 2}, {"method": "svd_llm", "ratio": 0.2, "metric": "gradients"}]
+        },
     }
     found = rulegraph(folder, {"run": "graph", "variants": variants}, "all", "results/graph/plain/dense")
     found |= rulegraph(folder, {"run": "graph", "variants": {"masa": {"method": "masa", "ratio": 0.2}}}, "all")

@@ -38,7 +38,8 @@ SCHEMAS = Path(__file__).parent / "schemas"
 REPLACED = ("model", "text", "variants")
 # What else is in the folder of a run, where every variant has a folder of its own
 RESERVED = (
-    *("dense", "structure.json", "calibration.h5", "activations", "gram", "pruning", "drift.json", "plots", "logs"),
+    *("dense", "structure.json", "calibration.h5", "activations", "gradients", "gram", "pruning", "drift.json"),
+    *("plots", "logs"),
     *(
         "benchmarks",
         "summary.tsv",
@@ -568,6 +569,9 @@ def _step_faults(where: str, variant: dict[str, Any]) -> Iterator[str]:
         entry = (PRUNERS | METHODS)[variant["method"]]
         yield from (f"{where}.{fault}" for fault in entry.faults(variant))
         yield from (f"{where}.{fault}" for fault in sharing_option_faults(variant, entry.defaults()))
+        for name, default in (("column_power", 0.5), ("activation_share", 0.0)):
+            if variant.get("metric") == "activations" and variant[name] != default:
+                yield f"{where}.{name}: {_show(variant[name])} says how gradients weigh; set metric to gradients"
         return
     first, second = (step["method"] for step in steps)
     if first not in PRUNERS or second not in METHODS:

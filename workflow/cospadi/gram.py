@@ -28,6 +28,7 @@ _BLOCK_VALUES = 2**23  # float32 values of a row block: 32 MiB
 _BLOCK_ROWS = 4096  # more rows in one float32 product would cost digits
 _ROWS_REMEDY = "Delete it and run again to collect the activations anew"
 _GRAM_REMEDY = "Delete it and run again to compute the Gram anew"
+_GRADIENTS_REMEDY = "Delete it and run again to collect the gradients anew"
 
 
 def compute_gram(
@@ -159,6 +160,85 @@ def check_grams(
             raise ArtifactError(path, f"has no Gram of {', '.join(missing)}", _GRAM_REMEDY)
         expected = {key: says.get(key) for key in CALIBRATION}
     return expected
+
+
+def check_gradients(
+    paths: Sequence[str | Path],
+    structure: Mapping[str, Any],
+    layers: Sequence[int],
+    calibration: Mapping[str, Any] | None = None,
+) -> None:
+    """Refuse gradients that are not of this model, these layers or this calibration.
+
+    Parameters
+    ----------
+    paths : sequence of path-like
+        From `calibration.gradients.collect_gradients`: the file that each layer is in.
+    structure, layers, calibration
+        As of `check_grams`.
+
+    Raises
+    ------
+    ArtifactError
+        If one is of another version, model or calibration, or lacks a matrix.
+    """
+    for layer, path in zip(layers, paths, strict=True):
+        found = structure["layers"][layer]
+        with reading(path, _GRADIENTS_REMEDY) as file:
+            says, there = plain(file.attrs), set(file.get(found["name"], ()))
+        belongs = {"format_version": FORMAT_VERSION, "fingerprint": structure["fingerprint"]}
+        check_provenance(path, says, {**belongs, **(calibration or {})}, _GRADIENTS_REMEDY)
+        names = [matrix["name"] for site in found["sites"] for matrix in site["matrices"]]
+        missing = [name for name in names if name not in there]
+        if missing:
+            raise ArtifactError(path, f"has no gradients of {', '.join(missing)}", _GRADIENTS_REMEDY)
+
+
+def read_gradients(path: str | Path, layer: int, matrix: str) -> np.ndarray:
+    """Mean square of the gradient at every output of a matrix, float64 (d_out,).
+
+    Raises
+    ------
+    ArtifactError
+        If the file is missing or damaged.
+    """
+    with reading(path, _GRADIENTS_REMEDY) as file:
+        group = file[layer_name(layer)][matrix]
+        return group["squares"][:] / int(group.attrs["n_tokens"])
+
+
+def gradient_tokens(path: str | Path, layer: int, matrix: str) -> tuple[int, int]:
+    """Tokens whose gradients are in a matrix's moments, and those that were held out.
+
+    Raises
+    ------
+    ArtifactError
+        If the file is missing or damaged.
+    """
+    with reading(path, _GRADIENTS_REMEDY) as file:
+        says = file[layer_name(layer)][matrix].attrs
+        return int(says["n_tokens"]), int(says["n_heldout"])
+
+
+def read_weighted_gram(path: str | Path, layer: int, matrix: str, *, heldout: bool = False) -> np.ndarray | None:
+    """Gram of a matrix's inputs, each weighted by the squared gradient at its outputs: float64 (d_in, d_in).
+
+    Divided by the sum of the weights, so how large the gradients are is left to `read_gradients`. None where no window
+    was held out; zeros where no gradient reaches the matrix.
+
+    Raises
+    ------
+    ArtifactError
+        If the file is missing or damaged.
+    """
+    with reading(path, _GRADIENTS_REMEDY) as file:
+        group = file[layer_name(layer)][matrix]
+        if heldout and not group.attrs["n_heldout"]:
+            return None
+        gram = group["gram_heldout" if heldout else "gram"][:].astype(np.float64)
+        weight = float(group.attrs["weight_heldout" if heldout else "weight"])
+    _check_gram(gram, f"{path}: {matrix}")
+    return gram / weight if weight > 0 else gram
 
 
 def sites(path: str | Path) -> dict[str, dict[str, Any]]:

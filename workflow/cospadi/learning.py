@@ -16,10 +16,10 @@ from cospadi.errors import ArtifactError
 from cospadi.files import ModelFolder, TensorFile, read_json, write_json, write_tensors
 from cospadi.formats.factorization import Factorization, dictionary_names, read_specs, tensor_names, unpack
 from cospadi.formats.values import storage_of
-from cospadi.gram import check_grams, squared_norm
+from cospadi.gram import check_gradients, check_grams
 from cospadi.methods import METHODS, Method
 from cospadi.methods.base import Fit
-from cospadi.problem import Matrix, Metric, Problem, in_turn, matrices_of, shared
+from cospadi.problem import Gradients, Matrix, Metric, Problem, in_turn, matrices_of, shared
 from cospadi.provenance import check_provenance, digest_of
 from cospadi.runtime.cospadi_registry import FACTOR_CODECS
 
@@ -40,6 +40,7 @@ def learn_unit(
     diagnostics: Path,
     warm_factors: Path | None = None,
     drift: Path | None = None,
+    gradient_files: Sequence[Path] = (),
     allotted: Mapping[tuple[str, ...], int | None] | None = None,
     device: str = "cpu",
     log: Callable[[str], None] = print,
@@ -70,6 +71,8 @@ def learn_unit(
         Factors of the same unit from another variant, to start from (option ``warm_start``).
     drift : Path, optional
         From `pruning.drift.measure`, for a method that learns the whole model at once.
+    gradient_files : sequence of Path
+        That each layer is in, from `calibration.gradients.collect_gradients`, where they are the variant's metric.
     allotted : mapping, optional
         Bytes of every problem by the names of its matrices, None for those that stay as they are
         (`profiles.read_allocation`); by default what the ratio leaves of each.
@@ -79,8 +82,8 @@ def learn_unit(
     NumericalError
         If a weight holds NaN or infinity.
     ArtifactError
-        If Grams, drift or warm factors are of another model, other layers or another calibration, or the allocation
-        has nothing for a problem.
+        If Grams, gradients, drift or warm factors are of another model, other layers or another calibration, or the
+        allocation has nothing for a problem.
     """
     calibration = check_grams(gram_files, structure, layers, calibration)
     belongs = provenance(structure, layers, variant, calibration)
@@ -98,7 +101,9 @@ def learn_unit(
         log=log,
     )
     whole = method.scope == "model"
-    matrices = list(matrices_of(ModelFolder(model_folder), structure, layers, gram_files, keep_grams=not whole))
+    gradients = gradients_of(variant, gradient_files, structure, layers, calibration)
+    folder = ModelFolder(model_folder)
+    matrices = list(matrices_of(folder, structure, layers, gram_files, gradients=gradients, keep_grams=not whole))
     tensors: dict[str, np.ndarray] = {}
     specs: dict[str, Any] = {}
     reports: dict[str, Any] = {}
@@ -133,6 +138,22 @@ def learn_unit(
             "matrices": reports,
         },
     )
+
+
+def gradients_of(
+    variant: Mapping[str, Any],
+    files: Sequence[Path],
+    structure: Mapping[str, Any],
+    layers: Sequence[int],
+    calibration: Mapping[str, Any] | None,
+) -> Gradients | None:
+    """What makes the metric of a variant's matrices, checked as `gram.check_gradients` does; None where Grams do."""
+    # columns of matrices that are mixed from the same atoms cannot weigh differently
+    alike = METHODS[variant["method"]].scope == "model"
+    gradients = Gradients.of(variant, files, alike=alike)
+    if gradients is not None:
+        check_gradients(files, structure, layers, calibration)
+    return gradients
 
 
 def provenance(
@@ -183,8 +204,7 @@ def _learn(job: _Job, groups: Sequence[Sequence[Matrix]], *, n_layers: int) -> I
         in_memory = job.method.scope == "problem"
         weights = [matrix.weight() for matrix in group] if in_memory else None
         sizes = [
-            matrix.metric.squared_norm(matrix.weight() if weights is None else weights[i])
-            for i, matrix in enumerate(group)
+            matrix.squared_norm(matrix.weight() if weights is None else weights[i]) for i, matrix in enumerate(group)
         ]
         for matrix, size in zip(group, sizes, strict=True):
             if size <= 0:
@@ -195,7 +215,7 @@ def _learn(job: _Job, groups: Sequence[Sequence[Matrix]], *, n_layers: int) -> I
             metrics = frozenset(group[i].metric for i in kept)
             problem = Problem(
                 [group[i] for i in kept],
-                weights=weights and [weights[i] for i in kept],
+                weights=weights and [group[i].weighted(weights[i]) for i in kept],
                 metric=means.get(metrics),
                 drift=job.drift,
                 in_memory=in_memory,
@@ -209,9 +229,10 @@ def _learn(job: _Job, groups: Sequence[Sequence[Matrix]], *, n_layers: int) -> I
                 options["max_seconds"] = max(1e-3, left * costs[0] / sum(costs))
             nbytes = _nbytes(job, problem)
             if nbytes is None:
-                found = [Factorization(None, weight, support="dense", **job.storage) for weight in problem.weights]
+                found = [Factorization(None, group[i].weight(), support="dense", **job.storage) for i in kept]
             else:
                 found = job.method.fit(problem, nbytes, _how(job, problem), **options)
+                found = [group[i].restored(factors) for i, factors in zip(kept, found, strict=True)]
             seconds = (time.perf_counter() - problem_started) / len(kept)
             for place, i in enumerate(kept):
                 factors, found[place] = found[place], None  # each is freed once it is packed
@@ -255,19 +276,21 @@ def _how(job: _Job, problem: Problem) -> Fit:
         storage=job.storage,
         device=job.device,
         log=lambda line: job.log(f"{label}: {line}"),
-        warm=None if job.warm is None else _read_side_by_side(job.warm, problem.names),
+        warm=None if job.warm is None else _read_side_by_side(job.warm, problem.matrices),
     )
 
 
 def _why_dense(matrix: Matrix) -> str:
     if matrix.weight().any():
+        if matrix.outputs is not None and not matrix.outputs.squares.any():
+            return "no gradient of the loss reaches its outputs on the calibration data"
         return f"its outputs are zero for all inputs of the calibration data ({matrix.site})"
     return "its weight is zero throughout"
 
 
 def _report(matrix: Matrix, weight: np.ndarray, factors: Factorization, size: float) -> dict[str, Any]:
     difference = weight.astype(np.float64) - factors.reconstruct()
-    error = matrix.metric.squared_norm(difference)
+    error = matrix.squared_norm(difference)
     report = {
         "shape": list(weight.shape),
         "site": matrix.site,
@@ -276,9 +299,11 @@ def _report(matrix: Matrix, weight: np.ndarray, factors: Factorization, size: fl
         "relative_error": math.sqrt(max(error, 0.0) / size),
     }
     heldout = matrix.metric.heldout_gram()
-    heldout_size = 0.0 if heldout is None else squared_norm(weight, heldout)
+    heldout_size = 0.0 if heldout is None else matrix.squared_norm(weight, heldout)
     if heldout_size > 0:
-        report["relative_error_heldout"] = math.sqrt(max(squared_norm(difference, heldout), 0.0) / heldout_size)
+        report["relative_error_heldout"] = math.sqrt(max(matrix.squared_norm(difference, heldout), 0.0) / heldout_size)
+    if matrix.outputs is not None:
+        report["predicted_rise"] = matrix.outputs.price * error
     return report
 
 
@@ -288,8 +313,8 @@ def _cost(group: Sequence[Matrix]) -> int:
     return d_in * d_out * min(d_in, d_out)
 
 
-def _read_side_by_side(factors: TensorFile, names: Sequence[str]) -> Factorization | None:
-    """Learned factors of the matrices of a problem as one matrix, with the dictionary of the first.
+def _read_side_by_side(factors: TensorFile, matrices: Sequence[Matrix]) -> Factorization | None:
+    """Learned factors of the matrices of a problem as one matrix, columns weighted, with the dictionary of the first.
 
     None where an allocation left a matrix as it is: there is no dictionary to start from.
 
@@ -300,11 +325,13 @@ def _read_side_by_side(factors: TensorFile, names: Sequence[str]) -> Factorizati
     """
     specs = read_specs(factors, FACTOR_CODECS, _WARM_REMEDY)
     found = []
-    for name in names:
+    for matrix in matrices:
+        name = matrix.name
         if name not in specs:
             raise ArtifactError(factors.path, f"has no factors of {name}", "Name another variant as warm_start")
         tensors = {tensor: factors.read(tensor) for tensor in tensor_names(name, specs[name])}
-        found.append(unpack(tensors, specs[name], name, source=factors.path, remedy=_WARM_REMEDY))
+        factorization = unpack(tensors, specs[name], name, source=factors.path, remedy=_WARM_REMEDY)
+        found.append(matrix.weighted_factors(factorization))
     if any(part.dictionary is None for part in found):
         return None
     return replace(found[0], codes=np.concatenate([part.codes for part in found], axis=1))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,14 +17,29 @@ import numpy as np
 from cospadi.errors import NumericalError
 from cospadi.files import ModelFolder
 from cospadi.formats.factorization import Factorization
-from cospadi.gram import Whitening, read_gram, sites, squared_norm, whitening_factor
+from cospadi.gram import (
+    Whitening,
+    gradient_tokens,
+    read_gradients,
+    read_gram,
+    read_weighted_gram,
+    sites,
+    squared_norm,
+    whitening_factor,
+)
 
 # Where all layers are one problem, so many whitenings stay in memory: those of a few layers that share
 _WHITENINGS_HELD = 4
+# What `metric` of a variant may be
+ACTIVATIONS, GRADIENTS = "activations", "gradients"
+# Outputs without any gradient weigh as if theirs had this share of the mean square
+_LEAST_SQUARE = 1e-6
 
 
 class Metric:
     """What an error E of a matrix costs: ``||X E||_F^2 = tr(E^T G E)``, by the Gram ``G = X^T X`` of its inputs X.
+
+    Tokens may weigh more or less in G, by the gradient of the loss at the matrix's outputs (`of_gradients`).
 
     Every part is read or computed when it is first asked for and kept until `forget`.
 
@@ -86,6 +101,36 @@ class Metric:
         )
 
     @classmethod
+    def of_gradients(
+        cls, path: Path, matrix: str, layer: int, plain: Metric, share: float, *, keep_gram: bool = True
+    ) -> Metric:
+        """Of a matrix in a file of gradients: ``G = sum_t s_t x_t x_t^T / sum_t s_t``, s the squared gradients.
+
+        Parameters
+        ----------
+        plain : Metric
+            Of the site.
+        share : float
+            Part of the metric that is `plain` over its number of tokens, for which every token weighs the same.
+        """
+
+        def mixed(heldout: bool) -> np.ndarray | None:
+            gram = read_weighted_gram(path, layer, matrix, heldout=heldout)
+            if gram is None or share == 0 or not gram.any():
+                return gram
+            alike = plain.heldout_gram() if heldout else plain.gram
+            n_tokens = gradient_tokens(path, layer, matrix)[heldout]
+            return (1 - share) * gram + share / n_tokens * alike
+
+        return cls(
+            plain.d_in,
+            lambda: mixed(False),
+            read_heldout=lambda: mixed(True),
+            where=f"{path}: {matrix}/gram",
+            keep_gram=keep_gram,
+        )
+
+    @classmethod
     def mean(cls, metrics: Sequence[Metric]) -> Metric:
         """Of the mean Gram, the paper's metric of matrices with different inputs."""
         where = "mean of " + ", ".join(metric._where for metric in metrics)
@@ -141,6 +186,71 @@ class Metric:
         self._whitenings.clear()
 
 
+class Outputs:
+    """What an error in each output of a matrix costs, by the gradient g of the loss there.
+
+    Parameters
+    ----------
+    read : callable
+        Reads the mean of ``g_j^2`` over the tokens, float64 (d_out,).
+    power : float
+        Of ``g_j^2`` in the weight of an output: 1 is what the second order of the loss says, 0 leaves them alike.
+    """
+
+    def __init__(self, read: Callable[[], np.ndarray], power: float) -> None:
+        self._read = read
+        self._power = power
+
+    @property
+    def alike(self) -> bool:
+        """Whether columns are left as they are."""
+        return self._power == 0
+
+    @cached_property
+    def squares(self) -> np.ndarray:
+        """Mean of ``g_j^2``, float64 (d_out,)."""
+        return self._read()
+
+    @property
+    def price(self) -> float:
+        """Nats that a squared error of 1 costs: half the mean of the squares."""
+        return float(self.squares.mean()) / 2
+
+    @cached_property
+    def weights(self) -> np.ndarray:
+        """What columns are multiplied by before they are factorized, float32 (d_out,), of mean square 1."""
+        mean = self.squares.mean()
+        if mean <= 0:
+            return np.ones(len(self.squares), np.float32)
+        weights = np.maximum(self.squares / mean, _LEAST_SQUARE) ** (self._power / 2)
+        return (weights / np.sqrt(np.mean(weights**2))).astype(np.float32)
+
+
+class Gradients(NamedTuple):
+    """Where the gradients of layers are, and how they make a metric.
+
+    Attributes
+    ----------
+    files : sequence of Path
+        That each layer is in, from `calibration.gradients.collect_gradients`.
+    column_power : float
+        As of `Outputs`.
+    activation_share : float
+        As of `Metric.of_gradients`.
+    """
+
+    files: Sequence[Path]
+    column_power: float
+    activation_share: float
+
+    @classmethod
+    def of(cls, variant: Mapping[str, Any], files: Sequence[Path], *, alike: bool = False) -> Gradients | None:
+        """Of a variant's settings; None where its metric is another. `alike`: its outputs are not weighted."""
+        if variant.get("metric", ACTIVATIONS) != GRADIENTS:
+            return None
+        return cls(files, 0.0 if alike else variant["column_power"], variant["activation_share"])
+
+
 class Target(NamedTuple):
     """A matrix as far as a plan knows it."""
 
@@ -151,7 +261,11 @@ class Target(NamedTuple):
 
 @dataclass(frozen=True)
 class Matrix:
-    """One target matrix: what it is called, where it is, its shape (d_in, d_out), its metric and its weight."""
+    """One target matrix: what it is called, where it is, its shape (d_in, d_out), its metric and its weight.
+
+    `outputs` says which columns count more than others, None where they all count alike. Methods see the weight with
+    its columns `weighted`; what they make of it is `restored`.
+    """
 
     name: str
     layer: int
@@ -159,6 +273,7 @@ class Matrix:
     shape: tuple[int, int]
     metric: Metric
     read: Callable[[], np.ndarray]
+    outputs: Outputs | None = None
 
     @property
     def projection(self) -> str:
@@ -175,6 +290,26 @@ class Matrix:
         """
         return self.read()
 
+    def weighted(self, matrix: np.ndarray) -> np.ndarray:
+        """A matrix (d_in, d_out) with its columns times their weights, in its dtype."""
+        return matrix if self._alike else matrix * self.outputs.weights
+
+    def weighted_factors(self, factors: Factorization) -> Factorization:
+        """Factors of the weighted matrix from those of the matrix."""
+        return factors if self._alike else factors.with_columns_times(self.outputs.weights)
+
+    def restored(self, factors: Factorization) -> Factorization:
+        """Factors of the matrix from those of the weighted one."""
+        return factors if self._alike else factors.with_columns_times(1 / self.outputs.weights)
+
+    def squared_norm(self, matrix: np.ndarray, gram: np.ndarray | None = None) -> float:
+        """What an error (d_in, d_out) costs: its squared norm in the metric, or that of `gram`, columns weighted."""
+        return squared_norm(self.weighted(matrix), self.metric.gram if gram is None else gram)
+
+    @property
+    def _alike(self) -> bool:
+        return self.outputs is None or self.outputs.alike
+
 
 _Some = TypeVar("_Some", Matrix, Target)
 
@@ -185,16 +320,25 @@ def matrices_of(
     layers: Sequence[int],
     gram_files: Sequence[Path],
     *,
+    gradients: Gradients | None = None,
     keep_grams: bool = True,
 ) -> Iterator[Matrix]:
-    """Every target matrix of `layers`, in the order of the model; one Gram file a layer, one `Metric` a site."""
-    for layer, gram_file in zip(layers, gram_files, strict=True):
+    """Every target matrix of `layers`, in the order of the model; one Gram file a layer, one `Metric` a site, or with
+    `gradients` one a matrix.
+    """
+    for place, (layer, gram_file) in enumerate(zip(layers, gram_files, strict=True)):
         for site in structure["layers"][layer]["sites"]:
             d_in = site["matrices"][0]["shape"][0]
-            metric = Metric.of_file(gram_file, site["name"], d_in, keep_gram=keep_grams)
+            metric = Metric.of_file(gram_file, site["name"], d_in, keep_gram=keep_grams and gradients is None)
             for matrix in site["matrices"]:
-                name = matrix["name"]
-                yield Matrix(name, layer, site["name"], tuple(matrix["shape"]), metric, _reader(folder, name))
+                name, own, outputs = matrix["name"], metric, None
+                if gradients is not None:
+                    path, power = gradients.files[place], gradients.column_power
+                    own = Metric.of_gradients(
+                        path, name, layer, metric, gradients.activation_share, keep_gram=keep_grams
+                    )
+                    outputs = Outputs(partial(read_gradients, path, layer, name), power)
+                yield Matrix(name, layer, site["name"], tuple(matrix["shape"]), own, _reader(folder, name), outputs)
 
 
 def _reader(folder: ModelFolder, name: str) -> Callable[[], np.ndarray]:
@@ -248,7 +392,7 @@ class Problem:
     matrices : sequence of Matrix
         With equal d_in where they share a dictionary; the matrices of a whole model are of several shapes.
     weights : sequence of ndarray, optional
-        Where they are in memory already.
+        Where they are in memory already, with their columns weighted.
     metric : Metric, optional
         Of all matrices together; default: the mean of their metrics.
     drift : sequence of float, optional
@@ -307,10 +451,10 @@ class Problem:
 
     @cached_property
     def weights(self) -> Sequence[np.ndarray]:
-        """Weight of each matrix, float32 (d_in, d_out)."""
+        """Weight of each matrix, float32 (d_in, d_out), with its columns weighted."""
         if self._weights is not None:
             return self._weights
-        weights = _OnDemand(self.matrices, Matrix.weight)
+        weights = _OnDemand(self.matrices, lambda matrix: matrix.weighted(matrix.weight()))
         return list(weights) if self._in_memory else weights
 
     @property

@@ -16,7 +16,7 @@ from cospadi.errors import ArtifactError
 from cospadi.files import ModelFolder, read_json, write_json
 from cospadi.formats.values import storage_of
 from cospadi.gram import check_grams
-from cospadi.learning import provenance
+from cospadi.learning import gradients_of, provenance
 from cospadi.methods import METHODS
 from cospadi.problem import Problem, in_turn, matrices_of, shared
 from cospadi.provenance import CALIBRATION, check_provenance
@@ -33,6 +33,7 @@ def profile_unit(
     output: Path,
     *,
     calibration: Mapping[str, Any] | None = None,
+    gradient_files: Sequence[Path] = (),
     device: str = "cpu",
     log: Callable[[str], None] = print,
 ) -> None:
@@ -55,22 +56,26 @@ def profile_unit(
         JSON, ``problems``: names and shapes of their matrices, and figures.
     calibration : mapping, optional
         What the Grams have to be of (`activations.calibration_of`); without it, all of the same.
+    gradient_files : sequence of Path
+        As of `learning.learn_unit`.
 
     Raises
     ------
     ArtifactError
-        If a Gram is of another model, layer or calibration.
+        If a Gram or gradients are of another model, layer or calibration.
     """
     calibration = check_grams(gram_files, structure, layers, calibration)
     method, storage = METHODS[variant["method"]], storage_of(variant["codes"])
     options = _options(variant)
     problems = []
-    groups = shared(matrices_of(ModelFolder(model_folder), structure, layers, gram_files), variant)
+    gradients = gradients_of(variant, gradient_files, structure, layers, calibration)
+    folder = ModelFolder(model_folder)
+    groups = shared(matrices_of(folder, structure, layers, gram_files, gradients=gradients), variant)
     for group in in_turn(groups):
         weights = [matrix.weight() for matrix in group]
-        kept = [i for i, matrix in enumerate(group) if matrix.metric.squared_norm(weights[i]) > 0]
+        kept = [i for i, matrix in enumerate(group) if matrix.squared_norm(weights[i]) > 0]
         if kept:
-            problem = Problem([group[i] for i in kept], weights=[weights[i] for i in kept])
+            problem = Problem([group[i] for i in kept], weights=[group[i].weighted(weights[i]) for i in kept])
             nbytes = nbytes_left(problem.shapes, variant["ratio"])
             figures = method.allocator.profile(problem, nbytes, storage=storage, device=device, **options)
             problems.append({"matrices": problem.names, "shapes": problem.shapes, "figures": figures})

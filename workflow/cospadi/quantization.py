@@ -17,7 +17,7 @@ from cospadi.files import ModelFolder, TensorFile, write_json, write_tensors
 from cospadi.formats.factorization import Factorization, dictionary_names, read_specs, tensor_names, unpack
 from cospadi.formats.values import storage_of
 from cospadi.gram import check_grams
-from cospadi.learning import FORMAT_VERSION, provenance
+from cospadi.learning import FORMAT_VERSION, gradients_of, provenance
 from cospadi.problem import Metric, matrices_of
 from cospadi.provenance import CALIBRATION, check_provenance
 from cospadi.runtime.cospadi_registry import FACTOR_CODECS, SUPPORTS
@@ -34,6 +34,7 @@ def quantize_unit(
     variant: Mapping[str, Any],
     *,
     calibration: Mapping[str, Any] | None = None,
+    gradient_files: Sequence[Path] = (),
     output: Path,
     diagnostics: Path,
     log: Callable[[str], None] = print,
@@ -41,14 +42,16 @@ def quantize_unit(
     """Store the codes of a unit with ``codes.value_bits`` and the dictionary with ``codes.dictionary_bits``.
 
     Writes the packed tensors exactly as they go into the checkpoint, and per matrix its bytes and the relative
-    error of what the file holds. Factors and Grams have to be of one calibration, of `calibration` where it is given.
+    error of what the file holds. Factors, Grams and gradients (`gradient_files`, as of `learning.learn_unit`) have to
+    be of one calibration, of `calibration` where it is given.
     """
     codes = variant["codes"]
     folder = ModelFolder(model_folder)
     learned = TensorFile(factors)
     check_provenance(factors, learned.metadata, provenance(structure, layers, variant, calibration), _REMEDY)
     belongs = provenance(structure, layers, variant, {key: learned.metadata.get(key) for key in CALIBRATION})
-    check_grams(gram_files, structure, layers, {key: belongs[key] for key in CALIBRATION})
+    calibration = check_grams(gram_files, structure, layers, {key: belongs[key] for key in CALIBRATION})
+    gradients = gradients_of(variant, gradient_files, structure, layers, calibration)
     learned_specs = read_specs(learned, FACTOR_CODECS, _REMEDY)
     sharers = Counter(part for spec in learned_specs.values() for part in dictionary_names(spec))
     tensors: dict[str, np.ndarray] = {}
@@ -57,7 +60,7 @@ def quantize_unit(
     kept_dense = learned.metadata.get("kept_dense", {})
     dense_nbytes_all = 0
     metric: Metric | None = None
-    for matrix in matrices_of(folder, structure, layers, gram_files):
+    for matrix in matrices_of(folder, structure, layers, gram_files, gradients=gradients):
         name = matrix.name
         dense_nbytes_all += dense_nbytes(*matrix.shape)
         if matrix.metric is not metric and metric is not None:  # q, k and v follow each other and share one
@@ -74,7 +77,7 @@ def quantize_unit(
         packed, specs[name] = factorization.pack(name)
         tensors.update(packed)
         stored = unpack(packed, specs[name], name)
-        size, error = metric.squared_norm(weight), metric.squared_norm(weight - stored.reconstruct().astype(np.float64))
+        size, error = matrix.squared_norm(weight), matrix.squared_norm(weight - stored.reconstruct().astype(np.float64))
         reports[name] = {
             # a shared dictionary is in the file once: each matrix counts its part of it
             "nbytes": sum(

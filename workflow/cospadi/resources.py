@@ -116,6 +116,30 @@ class Estimates:
             grams + hidden,
         )
 
+    def gradients(self, n_layers: int) -> Work:
+        """A chunk forward, its gradient back, a Gram for every matrix, and once the head."""
+        shapes, batch = self.shapes, max(self._calibration["batch_tokens"], self._calibration["length"])
+        head = shapes.vocabulary * shapes.hidden_size
+        weights = 2 * self._width * (n_layers * shapes.layer_parameters + shapes.embedding_parameters + head)
+        # what a block keeps for its gradient: inputs and outputs of matrices, norms and the activation, in float32
+        kept = 4 * batch * sum(d_in + 2 * d_out for d_in, d_out in shapes.matrices.values())
+        logits = 4 * 8 * 256 * shapes.vocabulary
+        entries = sum(d_in**2 for d_in, _ in shapes.matrices.values())
+        grams = 8 * n_layers * entries
+        hidden = self._width * self._tokens * shapes.hidden_size
+        widest = max(shapes.site_widths)
+        memory = _TORCH + weights + n_layers * kept + logits + grams + 2 * 4 * widest**2
+        # forward, gradients at the inputs, and of the head
+        flops = 4 * self._tokens * (n_layers * shapes.layer_parameters + head)
+        products = 2 * n_layers * self._tokens * entries
+        return Work(
+            memory,
+            15 + (grams + 2 * hidden) / READ,
+            flops / FORWARD + products / GRAM,
+            flops / GPU_FORWARD + products / GPU_PRODUCT,
+            grams + hidden,
+        )
+
     def gram(self) -> Work:
         """Grams of one layer from its rows, or taken over from the streamed ones."""
         widest, grams = max(self.shapes.site_widths), 8 * self.shapes.gram_entries

@@ -71,7 +71,8 @@ def collect_gradients(
     moments_out : path-like
         Written: a group ``layer_03/<matrix>`` for each matrix, with ``gram (d_in, d_in)``, the sum of ``|d|^2 x x^T``
         over the tokens, ``squares (d_out,)`` float64, the sum of d's squares, and, with `heldout_fraction`,
-        ``gram_heldout``. Attributes: ``n_tokens``, ``n_heldout``.
+        ``gram_heldout``. Attributes: ``n_tokens``, ``n_heldout``, and ``weight``, ``weight_heldout``, the sums of
+        ``|d|^2``.
     gradient_out : path-like
         Written: ``gradient (samples, length, hidden_size)`` at what enters the chunk.
     dtype
@@ -199,6 +200,7 @@ class _Moments:
         self._gram = RunningGram(group, shape[0], windows.attention_mask, heldout_from, device, gram_dtype)
         self._lengths = windows.attention_mask.sum(axis=1, dtype=np.int64)
         self._heldout_from = heldout_from
+        self._heldout_weight = 0.0
         self._squares = torch.zeros(shape[1], dtype=torch.float64, device=device)
 
     def see(self, rows: torch.Tensor, gradients: torch.Tensor, batch: slice) -> None:
@@ -211,12 +213,16 @@ class _Moments:
             )
         counted = int(self._lengths[batch.start : min(batch.stop, self._heldout_from)].sum())
         self._squares += squares[:counted].sum(dim=0)
+        self._heldout_weight += float(weights[counted:].sum())
         self._gram.add(rows.float() * weights.sqrt(), batch)
 
     def finish(self) -> None:
         n_tokens, n_heldout = self._gram.finish()
         self._group.create_dataset("squares", data=self._squares.cpu().numpy(), fletcher32=True)
-        self._group.attrs.update(n_tokens=n_tokens, n_heldout=n_heldout)
+        weight = float(self._squares.sum())
+        self._group.attrs.update(
+            n_tokens=n_tokens, n_heldout=n_heldout, weight=weight, weight_heldout=self._heldout_weight
+        )
 
 
 def _remedy(first_layer: int) -> str:

@@ -98,6 +98,11 @@ class Factorization(Product):
         plus = [part.columns(columns) for part in self.plus]
         return replace(self, codes=self.codes[:, columns], mask=mask, plus=plus)
 
+    def with_columns_times(self, weights: np.ndarray) -> Factorization:
+        """Factors of the matrix with its columns times `weights` (d_out,), before rounding: the same dictionaries."""
+        plus = [part.with_columns_times(weights) for part in self.plus]
+        return replace(self, codes=to_numpy(self.codes) * weights, scales=None, plus=plus)
+
     def stored_under(self, name: str) -> Factorization:
         """A copy whose dictionaries, of all parts, are the tensors of matrix `name`, which others share with it."""
         plus = [replace(part, tensor=f"{name}.plus.{index}.dictionary") for index, part in enumerate(self.plus)]

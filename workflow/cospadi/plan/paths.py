@@ -53,6 +53,11 @@ class Paths(Variants):
         before = [chunk for chunk in self.chunks_of(base) if chunk.stop == first]
         return [f"{self.results}/{base}activations/hidden_{chunk_name(chunk)}.h5" for chunk in before]
 
+    def gradient_behind(self, last: int, base: str = "") -> list[str]:
+        """Gradient that the chunk ending at layer `last` continues from; none for the last chunk."""
+        behind = [chunk for chunk in self.chunks_of(base) if chunk.start == last + 1]
+        return [f"{self.results}/{base}gradients/hidden_{chunk_name(chunk)}.h5" for chunk in behind]
+
     def activations_of(self, layer: int, base: str = "") -> str:
         """Activations of the chunk that layer `layer` is in."""
         return f"{self.results}/{base}activations/layers_{chunk_name(self.chunk_with(layer, base))}.h5"
@@ -64,6 +69,14 @@ class Paths(Variants):
     def grams_of(self, unit: str, base: str = "") -> list[str]:
         """Gram files of a unit's layers."""
         return [f"{self.results}/{base}gram/{layer_name(layer)}.h5" for layer in layers_of(unit)]
+
+    def gradients_of(self, variant: str, unit: str) -> list[str]:
+        """The file of gradients that each layer of a unit is in, for variants whose metric they are."""
+        if not self.weighs_by_gradients(variant):
+            return []
+        base = self.base_of(variant)
+        chunks = [self.chunk_with(layer, base) for layer in layers_of(unit)]
+        return [f"{self.results}/{base}gradients/layers_{chunk_name(chunk)}.h5" for chunk in chunks]
 
     def profiles_of(self, variant: str) -> list[str]:
         """What bytes are worth to the matrices of every unit."""

@@ -79,6 +79,14 @@ def _collect(plan: Plan) -> Iterator[Jobs]:
         yield Jobs(len(chunks), f"{base}collect_activations/*.tsv", wildcards, base)
 
 
+def _gradients(plan: Plan) -> Iterator[Jobs]:
+    for base in plan.gradient_bases():
+        chunks = plan.chunks_of(base)
+        widest = max(chunks, key=len)
+        wildcards = SimpleNamespace(base=base, first=widest[0], last=widest[-1])
+        yield Jobs(len(chunks), f"{base}collect_gradients/*.tsv", wildcards, base)
+
+
 def _gram(plan: Plan) -> Iterator[Jobs]:
     for base in plan.learned_bases():
         wildcards = SimpleNamespace(base=base, layer=0)
@@ -241,6 +249,18 @@ STAGES = table_of(
         threads="gram",
     ),
     Stage(
+        name="gradients",
+        rule="collect_gradients",
+        result="what errors in every matrix of a chunk cost the loss",
+        only="gradients as metric",
+        after=("fetch", "prune", "inspect", "prepare", "collect", "gradients"),  # a chunk after the one behind
+        jobs=_gradients,
+        work=lambda plan, wildcards: plan.estimates.gradients(int(wildcards.last) - int(wildcards.first) + 1),
+        code=("cospadi.calibration.gradients",),
+        threads="collect",
+        uses_gpu=True,
+    ),
+    Stage(
         name="drift",
         rule="measure_drift",
         result="how far blocks move the predicted token",
@@ -257,7 +277,7 @@ STAGES = table_of(
         rule="profile_matrices",
         result="what bytes are worth to the matrices of a unit",
         only="bytes by matrix",
-        after=("fetch", "prune", "inspect", "prepare", "gram"),
+        after=("fetch", "prune", "inspect", "prepare", "gram", "gradients"),
         jobs=_profile,
         work=lambda plan, wildcards: plan.estimates.profile(
             plan.factorizing(wildcards.variant), len(layers_of(wildcards.unit))
@@ -280,7 +300,7 @@ STAGES = table_of(
         name="learn",
         rule="learn_dictionary",
         result="factors of a unit of layers",
-        after=("fetch", "prune", "inspect", "prepare", "gram", "drift", "allocate"),
+        after=("fetch", "prune", "inspect", "prepare", "gram", "gradients", "drift", "allocate"),
         jobs=_units("learn_dictionary"),
         work=_learn,
         code=_learning_code,
@@ -291,7 +311,7 @@ STAGES = table_of(
         name="quantize",
         rule="quantize_codes",
         result="the packed tensors of the checkpoint",
-        after=("fetch", "prune", "inspect", "prepare", "gram", "learn"),
+        after=("fetch", "prune", "inspect", "prepare", "gram", "gradients", "learn"),
         jobs=_units("quantize_codes"),
         work=lambda plan, wildcards: plan.estimates.quantize(
             plan.factorizing(wildcards.variant), len(layers_of(wildcards.unit))

@@ -8,6 +8,7 @@ from typing import Any
 
 from cospadi.methods import METHODS
 from cospadi.plan.names import parts, unit_name
+from cospadi.problem import GRADIENTS
 from cospadi.pruning import PRUNERS, removed_count
 
 DENSE = "dense"  # the model as it is, evaluated beside the variants
@@ -105,6 +106,15 @@ class Variants:
         """Whether a variant's method learns all layers in one job."""
         settings = self.factorizing(variant)
         return settings is not None and METHODS[settings["method"]].scope == "model"
+
+    def weighs_by_gradients(self, variant: str) -> bool:
+        """Whether the gradients of the loss are a variant's metric."""
+        settings = self.factorizing(variant)
+        return settings is not None and settings.get("metric") == GRADIENTS
+
+    def gradient_bases(self) -> list[str]:
+        """Bases whose gradients something is learned with."""
+        return list(dict.fromkeys(self.base_of(name) for name in self.factorized if self.weighs_by_gradients(name)))
 
     def allocates(self, variant: str) -> bool:
         """Whether a variant's bytes are parted among its matrices before they are learned."""
