@@ -9,10 +9,18 @@ import h5py
 import numpy as np
 import pytest
 
+from cospadi.budget import low_rank, nbytes_left
 from cospadi.calibration import windows
 from cospadi.calibration.collect import collect
 from cospadi.calibration.gradients import collect_gradients, sampling_draws
 from cospadi.calibration.walk import read_windows
+from cospadi.errors import ArtifactError
+from cospadi.files import BFLOAT16, ModelFolder, TensorFile, read_json, write_json
+from cospadi.formats.factorization import tensor_names, unpack
+from cospadi.formats.values import storage_of
+from cospadi.learning import learn_unit
+from cospadi.methods import METHODS
+from cospadi.quantization import quantize_unit
 from cospadi.structure import inspect_model
 
 SAMPLES, LENGTH, BATCH = 6, 24, 2
@@ -119,3 +127,153 @@ def test_chunk_by_chunk_is_autograd_of_the_whole_model(tiny_model, tmp_path, fam
         for key in ("gram", "squares"):
             # float32 rounds at 1e-7; some fifty operations in a row, and squares, are within a thousand of that
             np.testing.assert_allclose(one[key], expected[name][key], rtol=1e-4, atol=1e-4 * expected[name][key].max())
+
+
+@pytest.fixture(scope="module")
+def made(tiny_model, tmp_path_factory):
+    """Gradients and Grams of a model of four layers, the last window held out."""
+    from cospadi.gram import compute_gram
+
+    folder = tmp_path_factory.mktemp("made")
+    paths = backward(tiny_model("llama", dtype="float32"), folder, [range(0, 2), range(2, 4)], heldout_fraction=0.1)
+    paths.grams = [folder / f"gram_{layer}.h5" for layer in range(4)]
+    for layer, path in enumerate(paths.grams):
+        rows = folder / f"rows_{layer // 2 * 2}.h5"
+        compute_gram(rows, layer, path, structure=paths.structure, heldout_fraction=0.1)
+    paths.gradients = [paths.moments[layer // 2] for layer in range(4)]
+    return paths
+
+
+def settings(method: str, **options) -> dict:
+    plain = {"metric": "gradients", "column_power": 0.5, "activation_share": 0.0, "allocation": "uniform"}
+    return {"method": method, "ratio": 0.4, "codes": {"value_bits": 16, "rounding": "nearest"}, **plain, **options}
+
+
+def learned(made: SimpleNamespace, folder: Path, variant: dict, layers: list[int]) -> tuple[dict, dict]:
+    """Both stages of a unit: what their diagnostics say."""
+    arguments = made.structure, [made.grams[layer] for layer in layers]
+    files = {"gradient_files": [made.gradients[layer] for layer in layers], "log": lambda line: None}
+    factors, diagnostics = folder / "factors.safetensors", folder / "factors.json"
+    drift = None
+    if METHODS[variant["method"]].scope == "model":
+        drift = folder / "drift.json"
+        belongs = {"format_version": 1, "fingerprint": made.structure["fingerprint"]}
+        tokens = read_windows(made.windows, made.structure["vocab_size"]).tokens
+        write_json(drift, {**belongs, "tokens": tokens, "drift": [1.0] * 4})
+    learn_unit(made.model, *arguments, layers, variant, output=factors, diagnostics=diagnostics, drift=drift, **files)
+    quantize_unit(
+        made.model,
+        *arguments,
+        factors,
+        layers,
+        variant,
+        output=folder / "codes.safetensors",
+        diagnostics=folder / "codes.json",
+        **files,
+    )
+    return read_json(diagnostics), read_json(folder / "codes.json")
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_every_method_learns_in_the_metric_of_the_gradients(made, tmp_path, method):
+    few = {"max_iter": 2} if "max_iter" in METHODS[method].options else {}
+    layers = [0, 1, 2, 3] if METHODS[method].scope == "model" else [1]
+    variant = settings(method, **METHODS[method].defaults() | few)
+    variant["allocation"] = "uniform"
+    diagnostics, report = learned(made, tmp_path, variant, layers)
+    names = [name for name in moments_of(made) if int(name.split(".")[2]) in layers]
+    assert sorted(diagnostics["matrices"]) == sorted(report["matrices"]) == sorted(names)
+    weights, moments = ModelFolder(made.model), moments_of(made)
+    power = 0.0 if METHODS[method].scope == "model" else 0.5
+    codes = TensorFile(tmp_path / "codes.safetensors")
+    for name, found in report["matrices"].items():
+        # the error by the formula, of what the file holds
+        weight, one, spec = weights.read_weight(name), moments[name], codes.metadata["matrices"][name]
+        stored = unpack({tensor: codes.read(tensor) for tensor in tensor_names(name, spec)}, spec, name).reconstruct()
+        columns = (one["squares"] / one["squares"].mean()) ** (power / 2)
+        error, size = ((m * columns).astype(np.float64) for m in (weight - stored, weight))
+        gram = one["gram"]
+        expected = np.sqrt(np.sum(error * (gram @ error)) / np.sum(size * (gram @ size)))
+        assert found["relative_error"] == pytest.approx(expected, rel=1e-4)
+        assert 0 < found["relative_error"] < 1
+        mean_square = np.mean(columns**2)
+        rise = np.sum(error * (gram @ error)) / mean_square / one["squares"].sum()
+        rise *= one["squares"].mean() / one["n_tokens"] / 2
+        assert found["predicted_rise"] == pytest.approx(rise, rel=1e-3)
+        assert 0 <= diagnostics["matrices"][name]["relative_error_heldout"] < 1.5
+
+
+def test_columns_are_weighted_before_and_restored_after(made, tmp_path):
+    """Low rank of full column power is the weighted least-squares optimum: no other factors have a lower error."""
+    name = "model.layers.1.mlp.up_proj"
+    diagnostics, _ = learned(made, tmp_path, settings("svd_llm", column_power=1.0, whiten=True, eta=0.0), [1])
+    one, weight = moments_of(made)[name], ModelFolder(made.model).read_weight(name).astype(np.float64)
+    root = np.linalg.cholesky(one["gram"] / one["squares"].sum() + 1e-12 * np.eye(len(weight))).T
+    columns = np.sqrt(one["squares"] / one["squares"].mean())
+    values = np.linalg.svd(root @ (weight * columns), compute_uv=False)
+    rank = low_rank(*weight.shape, nbytes=nbytes_left([weight.shape], 0.4), **storage_of({}))
+    optimum = np.sqrt(np.square(values[rank:]).sum() / np.square(values).sum())
+    assert diagnostics["matrices"][name]["relative_error"] == pytest.approx(optimum, rel=1e-4)
+
+
+def test_weights_that_stay_are_exactly_those_of_the_model(made, tmp_path):
+    learned(made, tmp_path, settings("wanda", pattern="column"), [1])
+    codes = TensorFile(tmp_path / "codes.safetensors")
+    for name, spec in codes.metadata["matrices"].items():
+        stored = unpack({tensor: codes.read(tensor) for tensor in tensor_names(name, spec)}, spec, name).reconstruct()
+        weight = ModelFolder(made.model).read_weight(name).astype(BFLOAT16).astype(np.float32)
+        assert np.count_nonzero(stored) > 0.4 * stored.size
+        # a column times its weight and over it again is off by a rounding of float32, which may tip one of bfloat16
+        np.testing.assert_allclose(stored[stored != 0], weight[stored != 0], rtol=2**-7)
+        assert np.mean(stored[stored != 0] == weight[stored != 0]) > 0.99
+
+
+def test_share_of_the_activations_is_mixed_by_token(made):
+    from cospadi.gram import read_gram, read_weighted_gram
+    from cospadi.problem import Gradients, matrices_of
+
+    gradients = Gradients.of(settings("svd_llm", activation_share=0.25), [made.gradients[3]])
+    (matrix,) = (
+        one
+        for one in matrices_of(ModelFolder(made.model), made.structure, [3], [made.grams[3]], gradients=gradients)
+        if one.projection == "down_proj"
+    )
+    weighted = read_weighted_gram(made.gradients[3], 3, matrix.name)
+    plain = read_gram(made.grams[3], matrix.site) / moments_of(made)[matrix.name]["n_tokens"]
+    np.testing.assert_allclose(matrix.metric.gram, 0.75 * weighted + 0.25 * plain, rtol=1e-12)
+
+
+def test_gradients_that_belong_elsewhere_are_refused(made, tiny_model, tmp_path):
+    other = backward(tiny_model("llama", dtype="float32"), tmp_path / "other", [range(0, 2), range(2, 4)], seed=7)
+    variant = settings("wanda", pattern="column")
+    arguments = made.model, made.structure, [made.grams[1]], [1], variant
+    outputs = {"output": tmp_path / "f.safetensors", "diagnostics": tmp_path / "f.json", "log": lambda line: None}
+    with pytest.raises(ArtifactError, match="heldout_from"):
+        learn_unit(*arguments, gradient_files=[other.moments[0]], **outputs)
+    with pytest.raises(ArtifactError, match=r"not a complete HDF5|has no gradients of"):
+        learn_unit(*arguments, gradient_files=[made.gradients[3]], **outputs)
+    assert not outputs["output"].exists()
+    # labels of another seed go on with nobody else's gradients
+    with pytest.raises(ArtifactError, match="is of seed 7; expected is seed 42"):
+        collect_gradients(
+            made.model,
+            made.structure,
+            made.windows,
+            range(0, 2),
+            hidden_in=None,
+            gradient_in=other.folder / "gradient_2.h5",
+            moments_out=tmp_path / "moments.h5",
+            gradient_out=tmp_path / "gradient.h5",
+            batch_tokens=BATCH * LENGTH,
+            dtype="float32",
+            log=lambda line: None,
+        )
+
+
+def test_the_seed_decides_the_labels(made, tiny_model, tmp_path):
+    again = backward(tiny_model("llama", dtype="float32"), tmp_path / "again", [range(4)], heldout_fraction=0.1)
+    other = backward(tiny_model("llama", dtype="float32"), tmp_path / "other", [range(4)], heldout_fraction=0.1, seed=7)
+    name = "model.layers.1.mlp.up_proj"
+    same, changed, first = (moments_of(one)[name]["squares"] for one in (again, other, made))
+    np.testing.assert_allclose(same, first, rtol=1e-5)  # other chunks, the same labels
+    assert np.abs(changed / first - 1).max() > 0.1

@@ -297,13 +297,12 @@ def _report(matrix: Matrix, weight: np.ndarray, factors: Factorization, size: fl
         "squared_norm": size,
         "squared_error": error,
         "relative_error": math.sqrt(max(error, 0.0) / size),
+        **matrix.predicted_rise(error),
     }
     heldout = matrix.metric.heldout_gram()
     heldout_size = 0.0 if heldout is None else matrix.squared_norm(weight, heldout)
     if heldout_size > 0:
         report["relative_error_heldout"] = math.sqrt(max(matrix.squared_norm(difference, heldout), 0.0) / heldout_size)
-    if matrix.outputs is not None:
-        report["predicted_rise"] = matrix.outputs.price * error
     return report
 
 

@@ -306,6 +306,10 @@ class Matrix:
         """What an error (d_in, d_out) costs: its squared norm in the metric, or that of `gram`, columns weighted."""
         return squared_norm(self.weighted(matrix), self.metric.gram if gram is None else gram)
 
+    def predicted_rise(self, squared_error: float) -> dict[str, float]:
+        """For a report: how many nats a token the model's loss rises by such an error, where gradients say it."""
+        return {} if self.outputs is None else {"predicted_rise": self.outputs.price * squared_error}
+
     @property
     def _alike(self) -> bool:
         return self.outputs is None or self.outputs.alike
@@ -435,6 +439,12 @@ class Problem:
     def metrics(self) -> list[Metric]:
         """Metric of each matrix; matrices with the same inputs have the same object."""
         return [matrix.metric for matrix in self.matrices]
+
+    @property
+    def prices(self) -> list[float] | None:
+        """Nats that a squared error of 1 costs in each matrix; None where no gradients say so."""
+        outputs = [matrix.outputs for matrix in self.matrices]
+        return None if None in outputs else [one.price for one in outputs]
 
     @property
     def n_metrics(self) -> int:

@@ -87,6 +87,7 @@ def quantize_unit(
             "squared_norm": size,
             "squared_error": error,
             "relative_error": math.sqrt(max(error, 0.0) / size),
+            **matrix.predicted_rise(error),
         }
         log(f"{name}: {reports[name]['nbytes']:.0f} bytes, relative error {reports[name]['relative_error']:.4f}")
     strange = learned_specs.keys() - specs.keys()

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from cospadi.arrays import on_device, to_numpy
+from cospadi.methods import global_threshold
 from cospadi.methods.single_weights import method, scaled
 from cospadi.problem import Problem
 
@@ -35,4 +36,5 @@ METHOD = method(
     solver="admm",
     products=80,  # with an inverse, one an iteration
     inversions=25,  # a new one every three iterations
+    allocation=global_threshold,
 )

@@ -17,7 +17,7 @@ from cospadi.arrays import on_device, to_numpy
 from cospadi.budget import dense_nbytes
 from cospadi.errors import ConfigError
 from cospadi.formats.factorization import Factorization
-from cospadi.methods import single_weights
+from cospadi.methods import global_threshold, single_weights
 from cospadi.methods.base import SHARING_OPTIONS, Fit, Method, Problems, sharing_faults
 from cospadi.methods.single_weights import PATTERN, inputs_of, n_entries, scaled
 from cospadi.problem import Problem, Target, side_by_side
@@ -54,6 +54,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "default": "adaptive",
         "description": "Penalties of the ADMM that finds a support without atoms: 30 iterations, 100, or as ALPS does.",
     },
+    **global_threshold.OPTION,
     **SHARING_OPTIONS,
 }
 
@@ -79,8 +80,8 @@ def fit(
 ) -> list[Factorization]:
     """Codes and atoms of least error within `nbytes`.
 
-    Matrices of one problem count alike: each is divided by the norm of its outputs on the calibration data while the
-    entries compete.
+    Matrices of one problem count by the price of their errors where gradients say it; else alike: each is divided by
+    the norm of its outputs on the calibration data while the entries compete.
 
     Parameters
     ----------
@@ -151,14 +152,19 @@ def _fits(room: Callable[[int], int], n_atoms: int) -> bool:
 
 
 def _sizes(problem: Problem, metric: Any, weight: Any) -> Any:
-    """``||X W_i||_F`` of each matrix, repeated for its columns, (d_out,); 1 where a problem has one matrix alone."""
+    """What the columns of each matrix are divided by, (d_out,): ``||X W_i||_F``, or with prices the root of how much
+    cheaper its errors are than the mean's; 1 where a problem has one matrix alone.
+    """
     from cospadi.solvers import admm
 
     if len(problem.matrices) == 1:
         return on_device(np.ones(problem.shape[1], np.float32), _device(weight))
     edges = np.cumsum([0, *(d_out for _, d_out in problem.shapes)])
-    rows = admm.as_dtype((weight * metric.scale[:, None]).T, metric.gram)
-    sizes = [admm.squared_error(metric.gram, rows[a:b]) ** 0.5 or 1.0 for a, b in itertools.pairwise(edges)]
+    if problem.prices is None:
+        rows = admm.as_dtype((weight * metric.scale[:, None]).T, metric.gram)
+        sizes = [admm.squared_error(metric.gram, rows[a:b]) ** 0.5 or 1.0 for a, b in itertools.pairwise(edges)]
+    else:
+        sizes = np.sqrt(np.mean(problem.prices) / np.asarray(problem.prices))
     repeated = np.repeat(np.asarray(sizes, np.float32), np.diff(edges))
     return on_device(repeated, _device(weight))
 
@@ -200,7 +206,8 @@ def work(targets: Sequence[Target], nbytes: int, options: Mapping[str, Any], sto
 
 def modules(options: Mapping[str, Any]) -> list[str]:
     """This module and its solvers."""
-    return [__name__, "cospadi.solvers.admm", "cospadi.solvers.hybrid", "cospadi.solvers.sparsegpt"]
+    solvers = ["cospadi.solvers.admm", "cospadi.solvers.hybrid", "cospadi.solvers.sparsegpt"]
+    return [__name__, *solvers, *global_threshold.modules(options)]
 
 
 def faults(settings: Mapping[str, Any], problems: Problems = ()) -> Iterator[str]:
@@ -220,4 +227,5 @@ METHOD = Method(
     work=work,
     modules=modules,
     faults=faults,
+    allocator=global_threshold.ALLOCATOR,
 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,8 @@ from cospadi.errors import ConfigError
 from cospadi.formats.dictionaries import IDENTITY
 from cospadi.formats.factorization import Factorization
 from cospadi.formats.values import storage_of
-from cospadi.methods.base import Fit, Method, Problems, budget_faults, work_of
-from cospadi.problem import Metric, Problem, Target, side_by_side
+from cospadi.methods.base import UNIFORM, Fit, Method, Problems, budget_faults, work_of
+from cospadi.problem import GRADIENTS, Metric, Problem, Target, side_by_side
 from cospadi.runtime.cospadi_registry import SUPPORTS
 from cospadi.solvers.entries import kept_of
 from cospadi.work import PRODUCT, Work
@@ -41,6 +42,48 @@ def support_of(pattern: str) -> str:
     return pattern if pattern in _PATTERNED else "bitmask"
 
 
+def entries_nbytes(
+    shape: tuple[int, int],
+    n: int,
+    *,
+    pattern: str = "matrix",
+    value_codec: str,
+    block_size: int | None,
+    dictionary_codec: str = IDENTITY,
+    n_atoms: int = 0,
+) -> int:
+    """Bytes of n weights that stay, mask and scales counted; with `n_atoms` learned atoms beside the identity.
+
+    Integer values are counted with the most scales that columns of any lengths can have.
+    """
+    d_in, d_out = shape
+    most_scales = d_out * (2 if n_atoms else 1) + (n // block_size if block_size else 0)
+    total = factors_nbytes(
+        d_in,
+        d_out,
+        d_in,
+        n,
+        support=support_of(pattern),
+        value_codec=value_codec,
+        dictionary_codec=IDENTITY,
+        block_size=block_size,
+        n_scales=most_scales,
+    )
+    if n_atoms:
+        total += factors_nbytes(
+            d_in,
+            d_out,
+            n_atoms,
+            0,
+            support="bitmask",
+            value_codec=value_codec,
+            dictionary_codec=dictionary_codec,
+            block_size=block_size,
+            n_scales=0,
+        )
+    return total
+
+
 def n_entries(
     shape: tuple[int, int],
     nbytes: int,
@@ -51,9 +94,7 @@ def n_entries(
     dictionary_codec: str = IDENTITY,
     n_atoms: int = 0,
 ) -> int:
-    """Weights that stay within `nbytes`, mask and scales counted; with `n_atoms` learned atoms beside the identity.
-
-    Integer values are counted with the most scales that columns of any lengths can have.
+    """Weights that stay within `nbytes`, by the count of `entries_nbytes`.
 
     Raises
     ------
@@ -61,34 +102,8 @@ def n_entries(
         If not even one fits, or the pattern takes more.
     """
     d_in, d_out = shape
-
-    def taken(n: int) -> int:
-        most_scales = d_out * (2 if n_atoms else 1) + (n // block_size if block_size else 0)
-        total = factors_nbytes(
-            d_in,
-            d_out,
-            d_in,
-            n,
-            support=support_of(pattern),
-            value_codec=value_codec,
-            dictionary_codec=IDENTITY,
-            block_size=block_size,
-            n_scales=most_scales,
-        )
-        if n_atoms:
-            total += factors_nbytes(
-                d_in,
-                d_out,
-                n_atoms,
-                0,
-                support="bitmask",
-                value_codec=value_codec,
-                dictionary_codec=dictionary_codec,
-                block_size=block_size,
-                n_scales=0,
-            )
-        return total
-
+    stored = {"value_codec": value_codec, "block_size": block_size, "dictionary_codec": dictionary_codec}
+    taken = functools.partial(entries_nbytes, shape, pattern=pattern, n_atoms=n_atoms, **stored)
     quota = kept_of(pattern)
     if quota is not None:
         n, m = quota
@@ -143,6 +158,7 @@ def method(
     options: Mapping[str, Mapping[str, Any]] | None = None,
     products: float = 0.0,
     inversions: float = 0.0,
+    allocation: ModuleType | None = None,
 ) -> Method:
     """A method that says which weights stay and what they become; the rest is the same for all such.
 
@@ -158,11 +174,13 @@ def method(
         By default ``pattern`` alone.
     products, inversions : float
         What it computes, as in `work`.
+    allocation : module, optional
+        Of a method whose bytes can be parted among matrices: `methods.global_threshold`.
     """
-    options = {"pattern": PATTERN} if options is None else options
+    own = {"pattern": PATTERN} if options is None else options
 
     def fit(problem: Problem, nbytes: int, how: Fit, **given: Any) -> list[Factorization]:
-        chosen = {option: schema["default"] for option, schema in options.items()} | given
+        chosen = {option: schema["default"] for option, schema in own.items()} | given
         pattern = chosen.pop("pattern")
         n_kept = n_entries(problem.shape, nbytes, pattern=pattern, **how.storage)
         weights, mask = keep(problem, n_kept, pattern, how.device, **chosen)
@@ -172,12 +190,16 @@ def method(
     return Method(
         name=name,
         summary=summary,
-        options=options,
+        options=own if allocation is None else {**own, **allocation.OPTION},
         factors="single weights",
         fit=fit,
         work=lambda targets, nbytes, options, storage: work(targets, products=products, inversions=inversions),
-        modules=lambda options: [__name__, keep.__module__, f"cospadi.solvers.{solver}"],
+        modules=lambda options: [
+            *(__name__, keep.__module__, f"cospadi.solvers.{solver}"),
+            *(allocation.modules(options) if allocation else ()),
+        ],
         faults=faults,
+        allocator=allocation and allocation.ALLOCATOR,
     )
 
 
@@ -191,6 +213,11 @@ def faults(settings: Mapping[str, Any], problems: Problems = ()) -> Iterator[str
     """Ratios that leave no weight, or less than the pattern takes."""
     storage = storage_of(settings.get("codes", {}))
     pattern = settings["pattern"]
+    if settings.get("allocation", UNIFORM) != UNIFORM:
+        if settings.get("metric") != GRADIENTS:
+            yield f"allocation: {settings['allocation']} compares weights of all matrices; set metric to {GRADIENTS}"
+        if kept_of(pattern) is not None:
+            yield f"allocation: {settings['allocation']}; pattern {pattern} keeps as many of every matrix"
     yield from budget_faults(
         settings,
         problems,

@@ -38,4 +38,5 @@ METHOD = Method(
     work=work,
     modules=lambda options: [__name__, *hybrid.modules(options)],
     faults=lambda settings, problems=(): hybrid.faults({**settings, "atoms": 0}, problems),
+    allocator=hybrid.METHOD.allocator,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from cospadi.methods import global_threshold
 from cospadi.methods.single_weights import PATTERN, inputs_of, method
 from cospadi.problem import Problem
 from cospadi.registry import option
@@ -36,4 +37,5 @@ METHOD = method(
     solver="sparsegpt",
     products=2,  # one pass over the inputs
     inversions=2,
+    allocation=global_threshold,
 )

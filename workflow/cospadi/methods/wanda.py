@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from cospadi.arrays import on_device
+from cospadi.methods import global_threshold
 from cospadi.methods.single_weights import PATTERN, method
 from cospadi.problem import Problem
 
@@ -26,4 +27,5 @@ METHOD = method(
     options={"pattern": {**PATTERN, "default": "column"}},
     keep=keep,
     solver="entries",
+    allocation=global_threshold,
 )
