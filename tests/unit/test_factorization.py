@@ -74,6 +74,19 @@ def test_pack_holds_the_counted_bytes_and_unpacks(method, value_bits):
     )
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_columns_of_settled_integers_are_scaled_by_their_scales(method, symmetric):
+    factors = factorize(WEIGHT, GRAM, method=method, ratio=0.7, block_size=16, symmetric=symmetric)
+    weights = np.linspace(0.3, 3, D_OUT).astype(np.float32)
+    changed = factors.with_columns_times(weights)
+    before, after = (one.pack("layer")[0] for one in (factors, changed))
+    np.testing.assert_array_equal(before["layer.values"], after["layer.values"])
+    # a scale is a bfloat16 of 8 bits
+    np.testing.assert_allclose(changed.reconstruct(), factors.reconstruct() * weights, rtol=2**-8)
+    np.testing.assert_allclose(changed.quantized().reconstruct(), changed.reconstruct(), rtol=1e-6)
+
+
 def test_14_bits_buy_more_atoms():
     sixteen = factorize(WEIGHT, GRAM, ratio=0.3, value_bits=16, max_iter=2)
     fourteen = factorize(WEIGHT, GRAM, ratio=0.3, value_bits=14, max_iter=2)

@@ -11,11 +11,11 @@ import numpy as np
 
 from cospadi.arrays import to_numpy
 from cospadi.errors import ArtifactError
-from cospadi.files import SAFETENSORS_DTYPES, TensorFile
+from cospadi.files import BFLOAT16, SAFETENSORS_DTYPES, TensorFile
 from cospadi.formats.codes import unpack_codes
 from cospadi.formats.dictionaries import unpack_dictionary
 from cospadi.formats.product import Product
-from cospadi.formats.values import BLOCK_SIZE
+from cospadi.formats.values import BLOCK_SIZE, blocks_of_columns
 from cospadi.gram import relative_error
 from cospadi.runtime.cospadi_format import (
     content_faults,
@@ -26,7 +26,7 @@ from cospadi.runtime.cospadi_format import (
     spec_faults,
     stored_tensors,
 )
-from cospadi.runtime.cospadi_registry import FACTOR_CODECS
+from cospadi.runtime.cospadi_registry import CODECS, FACTOR_CODECS
 from cospadi.runtime.cospadi_values import Codec
 
 
@@ -99,9 +99,25 @@ class Factorization(Product):
         return replace(self, codes=self.codes[:, columns], mask=mask, plus=plus)
 
     def with_columns_times(self, weights: np.ndarray) -> Factorization:
-        """Factors of the matrix with its columns times `weights` (d_out,), before rounding: the same dictionaries."""
+        """Factors of the matrix with its columns times `weights` (d_out,), float32, not zero: the same dictionaries.
+
+        Codes that are multiples of scales stay the same multiples, of scales times the weight of their column.
+        """
         plus = [part.with_columns_times(weights) for part in self.plus]
-        return replace(self, codes=to_numpy(self.codes) * weights, scales=None, plus=plus)
+        if self.scales is None:
+            return replace(self, codes=to_numpy(self.codes) * weights, plus=plus)
+        codes, counts = to_numpy(self.codes), self._counts()
+        blocks = blocks_of_columns(counts, self.block_size)
+        columns = np.zeros(int(blocks.max(initial=-1)) + 1, np.int64)
+        columns[blocks] = np.repeat(np.arange(len(counts)), counts)
+        scales = np.array(to_numpy(self.scales))
+        own = scales[0] if CODECS[self.value_codec].shifted else scales.reshape(-1)
+        before = own.astype(np.float32)
+        own[:] = (before * weights[columns]).astype(BFLOAT16)
+        values = self.on.values(codes, self._mask())
+        values = values * (own.astype(np.float32) / before)[blocks].reshape(values.shape)
+        codes = self.on.codes(values, self._mask(), *codes.shape)
+        return replace(self, codes=codes, scales=scales, plus=plus)
 
     def stored_under(self, name: str) -> Factorization:
         """A copy whose dictionaries, of all parts, are the tensors of matrix `name`, which others share with it."""
