@@ -28,8 +28,6 @@ from cospadi.solvers.least_squares import restricted
 # Two unit atoms this close (|cosine|) are one atom to single precision: the later one is redrawn.
 DUPLICATE_COSINE = 0.99999
 
-# What the supports of sparse codes may be, by the names of the file format.
-
 
 def as_rows(target: Array, n_atoms: int, n_nonzero_coefs: int) -> tuple[Array, float]:
     """Check a target (d, n) and the sizes asked for; return the target as the solvers work on it.

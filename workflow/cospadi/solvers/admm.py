@@ -21,8 +21,8 @@ from cospadi.solvers.entries import best_entries
 # Ridge on the scaled Gram, so that inputs that depend on each other have one answer
 RIDGE = 1e-5
 
-# Conjugate gradient steps on the start's support: enough to know whether ADMM did harm
-START_CG_STEPS = 5
+# Conjugate gradient steps on the final support, and on the start's: enough to know whether ADMM did harm
+CG_STEPS, START_CG_STEPS = 20, 5
 
 # Inverses that are kept: those of the longest schedule
 _INVERSES_KEPT = 20
@@ -126,7 +126,6 @@ def sparse_codes(
     start: Array,
     schedule: Schedule = SCHEDULES["short"],
     pattern: str = "matrix",
-    cg_steps: int = 20,
 ) -> Array:
     """Sparse codes of least error ``tr((S - S*)^T H (S - S*))``, ``H S* = B``, that ADMM finds from `start`.
 
@@ -142,8 +141,6 @@ def sparse_codes(
         One of `SCHEDULES`.
     pattern : str
         Of `entries.PATTERNS`: where nonzeros may be.
-    cg_steps : int
-        Conjugate gradient steps on the final support.
 
     Returns
     -------
@@ -152,8 +149,8 @@ def sparse_codes(
     """
     found = support_by_admm(metric, targets, n_nonzero, start, schedule, pattern)
     kept = start * best_entries(abs(start), n_nonzero, pattern)
-    found = fit_values(metric.gram, targets, found, cg_steps)
-    kept = fit_values(metric.gram, targets, kept, min(cg_steps, START_CG_STEPS))
+    found = fit_values(metric.gram, targets, found, CG_STEPS)
+    kept = fit_values(metric.gram, targets, kept, START_CG_STEPS)
     return found if _energy(metric.gram, targets, found) <= _energy(metric.gram, targets, kept) else kept
 
 

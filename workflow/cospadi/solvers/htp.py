@@ -33,8 +33,12 @@ from cospadi.solvers._threads import one_blas_thread, over_rows
 from cospadi.solvers.least_squares import conjugate_gradients
 from cospadi.solvers.starts import procrustes, spread
 
-# Longest and last step by rule, in the rule's units: lowest errors over seven real matrices at ratios .2 and .4.
-STEPS = {"adaptive": (4.0, 1.5), "fixed": (6.0, 3.0)}
+# First and last step, in units of steepest descent's: lowest errors over seven real matrices at ratios .2 and .4.
+STEPS = (4.0, 1.5)
+# Share of the rounds in which the step shrinks, geometrically
+ANNEALED = 0.8
+# Of conjugate gradients a round
+CG_STEPS = 3
 
 
 @one_blas_thread
@@ -51,10 +55,7 @@ def learn(
     max_seconds: float | None = None,
     log: Callable[[str], None] | None = None,
     support: str = "bitmask",
-    step_rule: str = "adaptive",
-    steps: tuple[float, float] | None = None,
-    anneal: float = 0.8,
-    cg_steps: int = 3,
+    steps: tuple[float, float] = STEPS,
     polish: bool = False,
 ) -> Solution:
     """Learn a dictionary and codes with ``target ~ D S``, exactly `n_nonzero_coefs` nonzeros a column.
@@ -73,16 +74,9 @@ def learn(
         Looked at after the annealing.
     max_seconds : float, optional
         The annealing ends in time.
-    step_rule : {"adaptive", "fixed"}
-        What a gradient step is measured in: for every column the step that lowers its own error most
-        (:func:`steepest_step`), or ``1 / ||D^T D||_2`` for all.
-    steps : (float, float), optional
-        Length of the gradient step in the first round and after the annealing, in those units. Default: 4 and 1.5
-        adaptive, 6 and 3 fixed.
-    anneal : float
-        Share of `max_iter` in which the step shrinks, geometrically.
-    cg_steps : int
-        Conjugate gradient steps a round.
+    steps : (float, float)
+        Length of the gradient step in the first round and after the annealing, in units of the step that lowers the
+        error of a column most (:func:`steepest_step`).
     polish : bool
         Solve the codes exactly on their final supports, in double precision; else ten more conjugate gradient steps
         bring them within 0.1 % of that at a tenth of the cost.
@@ -98,9 +92,6 @@ def learn(
     rounds = Rounds(max_iter, tol, log, max_seconds)
     norm = total_norm(rows)
     check_support(support, n_atoms, n_nonzero_coefs)
-    if step_rule not in STEPS:
-        raise ValueError(f"step_rule must be one of {', '.join(STEPS)}, got {step_rule!r}")
-    steps = STEPS[step_rule] if steps is None else steps
     if min(steps) <= 0:
         raise ValueError(f"steps must be positive, got {steps}")
 
@@ -123,9 +114,9 @@ def learn(
     residual = left(atoms, codes)
     rounds.record(total_norm(residual) / norm if norm else 0.0)
     best = atoms, codes
-    annealed = max(1, round(anneal * max_iter))
+    annealed = max(1, round(ANNEALED * max_iter))
     for iteration in range(max_iter):
-        progress = min(1.0, max(iteration / annealed, rounds.time_spent / anneal))
+        progress = min(1.0, max(iteration / annealed, rounds.time_spent / ANNEALED))
         if norm == 0 or rounds.time_spent >= 1 or (iteration > annealed and rounds.settled):
             break
         gram = atoms @ atoms.T
@@ -134,13 +125,11 @@ def learn(
             gram = atoms @ atoms.T
             residual = left(atoms, codes)
         step = steps[0] * (steps[1] / steps[0]) ** progress
-        if step_rule == "fixed":
-            step = step / largest_eigenvalue(gram)
 
         def code(residual: Array, codes: Array, atoms: Array = atoms, gram: Array = gram, step: float = step) -> Array:
             gradient = residual @ atoms.T
-            lengths = step * steepest_step(gram, gradient) if step_rule == "adaptive" else step
-            return pursue(gram, codes, gradient, n_nonzero_coefs, lengths, cg_steps, support=support)
+            lengths = step * steepest_step(gram, gradient)
+            return pursue(gram, codes, gradient, n_nonzero_coefs, lengths, CG_STEPS, support=support)
 
         codes = over_rows(code, residual, codes)
         atoms, codes = ridge_dictionary(rows, codes)
@@ -199,11 +188,11 @@ def pursue(
     return conjugate_gradients(gram, codes, gradient + dropped @ gram, mask, cg_steps)
 
 
-def largest_eigenvalue(gram: Array, n_steps: int = 12) -> float:
+def largest_eigenvalue(gram: Array) -> float:
     """Largest eigenvalue of a Gram, from below, by power iterations from its longest row, which it cannot annul."""
     xp = array_namespace(gram)
     vector = gram[int(xp.argmax(row_dots(gram, gram)))]
-    for _ in range(n_steps):
+    for _ in range(12):
         length = xp.sqrt(xp.sum(vector**2))
         if not float(length) > 0:
             return 0.0

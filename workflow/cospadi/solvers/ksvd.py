@@ -26,6 +26,7 @@ from cospadi.solvers.starts import random_columns
 
 # Conjugate gradient steps on the codes of a block: they are few and start near.
 _BLOCK_STEPS = 4
+POWER_ITERATIONS = 8  # the paper's
 ATOM_UPDATES = ("power", "block", "svd", "mod")
 
 
@@ -43,7 +44,6 @@ def learn(
     max_seconds: float | None = None,
     log: Callable[[str], None] | None = None,
     atom_update: str = "power",
-    n_power_iterations: int = 8,
     block_atoms: int = 16,
     polish: bool = False,
     batch_columns: int | None = None,
@@ -65,8 +65,6 @@ def learn(
         Rank-1 fit of an atom's residual by power iterations (the paper's choice) or exactly, atom by atom, codes
         included; power iterations of `block_atoms` atoms at a time, which are matrix products and what a GPU
         needs; or all atoms at once in closed form, codes kept (method of optimal directions).
-    n_power_iterations : int
-        8 in the paper.
     block_atoms : int
     polish : bool
         Solve the codes exactly on their final supports, in double precision (the paper does not).
@@ -105,23 +103,23 @@ def learn(
         if atom_update == "mod":
             atoms, codes = ridge_dictionary(rows, codes)
         elif atom_update == "block":
-            atoms, codes = _sweep_blocks(rows - codes @ atoms, atoms, codes, n_power_iterations, block_atoms)
+            atoms, codes = _sweep_blocks(rows - codes @ atoms, atoms, codes, block_atoms)
         else:
             residual = rows - codes @ atoms
             atoms = xp.asarray(atoms, copy=True)
-            _sweep(residual, atoms, codes, atom_update, n_power_iterations)
+            _sweep(residual, atoms, codes, atom_update)
         residual = rows - codes @ atoms
         if rounds.record(total_norm(residual) / norm, n_redrawn=n_redrawn):
             best = atoms, codes
     return finish(rows, scale, *best, rounds, polish=polish)
 
 
-def _sweep(residual: Array, atoms: Array, codes: Array, atom_update: str, n_power_iterations: int) -> None:
+def _sweep(residual: Array, atoms: Array, codes: Array, atom_update: str) -> None:
     """Update every atom and its codes in place; `residual` follows."""
     if atom_update == "power" and not is_torch_array(residual):
         from cospadi.solvers import _kernels
 
-        _kernels.ksvd_sweep(residual, atoms, codes, n_power_iterations)
+        _kernels.ksvd_sweep(residual, atoms, codes, POWER_ITERATIONS)
         return
     for atom in range(atoms.shape[0]):
         old, code = atoms[atom], codes[:, atom]
@@ -132,7 +130,7 @@ def _sweep(residual: Array, atoms: Array, codes: Array, atom_update: str, n_powe
             new = leading_rows(own, 1)[0]
         else:
             new = old
-            for _ in range(n_power_iterations):
+            for _ in range(POWER_ITERATIONS):
                 new = unit_rows(((own @ new) @ own)[None, :])[0][0]
         new_code = own @ new
         keep = (new_code**2).sum() > 0
@@ -142,9 +140,7 @@ def _sweep(residual: Array, atoms: Array, codes: Array, atom_update: str, n_powe
         codes[:, atom] = new_code
 
 
-def _sweep_blocks(
-    residual: Array, atoms: Array, codes: Array, n_power_iterations: int, block_atoms: int
-) -> tuple[Array, Array]:
+def _sweep_blocks(residual: Array, atoms: Array, codes: Array, block_atoms: int) -> tuple[Array, Array]:
     """Update the atoms a block at a time: directions side by side, then the block's codes together.
 
     Atoms of a block see the same residual, so two may turn to the same direction; the least-squares codes of the
@@ -157,7 +153,7 @@ def _sweep_blocks(
         old, code = atoms[part], codes[:, part]
         used = code != 0
         new = old
-        for _ in range(n_power_iterations):
+        for _ in range(POWER_ITERATIONS):
             along = (residual @ new.T + code * row_dots(old, new)[None, :]) * used
             new = unit_rows(along.T @ residual + row_dots(along.T, code.T)[:, None] * old)[0]
         # an atom that no row uses stays

@@ -23,6 +23,9 @@ from cospadi.solvers._threads import one_blas_thread
 from cospadi.solvers.htp import pursue, steepest_step
 from cospadi.solvers.least_squares import conjugate_gradients
 
+# Length of the gradient step in units of steepest descent's; conjugate gradient steps a round, for codes and dictionary
+STEP, CG_STEPS, DICTIONARY_STEPS = 1.5, 3, 8
+
 
 @one_blas_thread
 def learn(
@@ -37,9 +40,6 @@ def learn(
     tol: float = 1e-4,
     max_seconds: float | None = None,
     log: Callable[[str], None] | None = None,
-    step: float = 1.5,
-    cg_steps: int = 3,
-    dictionary_steps: int = 8,
     support: str = "bitmask",
 ) -> Solution:
     """Improve a shared dictionary and everyone's codes under ``sum_l ||L_l (W_l - D S_l)||_F^2``.
@@ -54,21 +54,8 @@ def learn(
     n_nonzero_coefs : int
     dictionary_init : array (d, k)
     codes_init : sequence of array (k, n_l)
-    random_state : int or Generator
-        For atoms that have to be redrawn.
-    max_iter : int
-        Rounds: a pursuit step for every matrix, then the dictionary.
-    tol : float
-        Stop when a round changes the relative error by less than this share of it.
-    max_seconds : float, optional
-        No round starts after so many seconds.
-    log : callable, optional
-    step : float
-        Length of the gradient step in units of steepest descent's.
-    cg_steps, dictionary_steps : int
-        Conjugate gradient steps a round, for codes and for the dictionary.
-    support : {"bitmask", "2:4"}
-        Any atoms, or two of every four.
+    random_state, max_iter, tol, max_seconds, log, support
+        As of all `cospadi.solvers`; a round is a pursuit step for every matrix, then the dictionary.
 
     Returns
     -------
@@ -107,9 +94,9 @@ def learn(
             seen = metric @ atoms.T
             gram = atoms @ seen
             gradient = (part - codes[i] @ atoms) @ seen
-            length = step * steepest_step(gram, gradient)
-            codes[i] = pursue(gram, codes[i], gradient, n_nonzero_coefs, length, cg_steps, support=support)
-        atoms = shared_dictionary(rows, codes, metrics, atoms, dictionary_steps)
+            length = STEP * steepest_step(gram, gradient)
+            codes[i] = pursue(gram, codes[i], gradient, n_nonzero_coefs, length, CG_STEPS, support=support)
+        atoms = shared_dictionary(rows, codes, metrics, atoms, DICTIONARY_STEPS)
         atoms, norms = unit_rows(atoms)
         codes = [code * norms[None, :] for code in codes]
         if rounds.record(error_of(atoms, codes), n_redrawn=n_redrawn):

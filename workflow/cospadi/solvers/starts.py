@@ -48,10 +48,8 @@ def spectral(rows: Array, n_atoms: int, n_nonzero_coefs: int, rng: np.random.Gen
     return extend(rows, dictionary, codes, n_atoms, rng)
 
 
-def procrustes(
-    rows: Array, n_atoms: int, n_nonzero_coefs: int, rng: np.random.Generator, n_rounds: int = 3
-) -> tuple[Array, Array]:
-    """Orthonormal dictionary by alternating thresholding and Procrustes steps from the spectral start (COMPOT).
+def procrustes(rows: Array, n_atoms: int, n_nonzero_coefs: int, rng: np.random.Generator) -> tuple[Array, Array]:
+    """Orthonormal dictionary by three thresholding and Procrustes steps from the spectral start (COMPOT).
 
     Both steps are exact, so the error falls in every round. Atoms beyond ``min(n, d)`` come from :func:`extend`.
 
@@ -63,7 +61,7 @@ def procrustes(
     """
     dictionary = leading_rows(rows, n_atoms)
     codes = threshold(rows, dictionary, n_nonzero_coefs)
-    for _ in range(n_rounds):
+    for _ in range(3):
         dictionary = nearest_orthonormal(rows, dictionary, codes)
         codes = threshold(rows, dictionary, n_nonzero_coefs)
     return extend(rows, dictionary, codes, n_atoms, rng)

@@ -24,6 +24,8 @@ from cospadi.solvers.htp import largest_eigenvalue, pursue
 
 # of the mean diagonal of a Gram of atoms, or of codes in units of their energy
 RIDGE = 1e-6
+# Gradient steps a round, of length ``1 / ||D^T G D||``, each with so many conjugate gradient steps on its support
+PURSUITS, CG_STEPS = 2, 10
 
 
 @one_blas_thread
@@ -34,11 +36,8 @@ def learn(
     n_nonzero_coefs: int,
     dictionary_init: Array,
     max_iter: int = 20,
-    tol: float = 0.0,
     max_seconds: float | None = None,
     log: Callable[[str], None] | None = None,
-    pursuits: int = 2,
-    cg_steps: int = 10,
 ) -> Solution:
     """Alternate pursuit of everyone's codes and the exact dictionary under ``sum_l ||L_l (W_l - D S_l)||_F^2``.
 
@@ -50,18 +49,8 @@ def learn(
         ``G_l = L_l^T L_l``, positive definite.
     n_nonzero_coefs : int
     dictionary_init : array (d, k)
-    max_iter : int
-        Rounds.
-    tol : float
-        Stop when a round lowers the relative error by less than this share of it.
-    max_seconds : float, optional
-        No round starts after so many seconds.
-    log : callable, optional
-    pursuits : int
-        Steps of a round: a gradient step of length ``1 / ||D^T G D||``, the largest codes of every column, least
-        squares on them.
-    cg_steps : int
-        Conjugate gradient steps of that least squares.
+    max_iter, max_seconds, log
+        As of all `cospadi.solvers`.
 
     Returns
     -------
@@ -76,7 +65,7 @@ def learn(
     if len(targets) > 2:
         raise ValueError(f"the equation has a closed form for two metrics, got {len(targets)}")
     n_atoms = dictionary_init.shape[1]
-    rounds = Rounds(max_iter, tol, log, max_seconds)
+    rounds = Rounds(max_iter, 0.0, log, max_seconds)
     checked = [as_rows(target, n_atoms, n_nonzero_coefs) for target in targets]
     scale = max(scale for _, scale in checked)
     rows = [part * (own / scale) for part, own in checked]
@@ -106,7 +95,7 @@ def learn(
             gram = atoms @ metric @ atoms.T
             gram = gram + diagonal_matrix(xp.full_like(gram[0], RIDGE * float(xp.mean(xp.linalg.diagonal(gram)))))
             start = codes[index] if turn else None
-            found, taken = _pursued(gram, view, atoms, start, n_nonzero_coefs, pursuits, cg_steps)
+            found, taken = _pursued(gram, view, atoms, start, n_nonzero_coefs)
             codes = [*codes[:index], found, *codes[index + 1 :]]
             left += norms[index] - taken
         error = (max(left, 0.0) / sum(norms)) ** 0.5 if sum(norms) else 0.0
@@ -118,9 +107,7 @@ def learn(
     )
 
 
-def _pursued(
-    gram: Array, view: Array, atoms: Array, codes: Array | None, n_nonzero_coefs: int, pursuits: int, cg_steps: int
-) -> tuple[Array, float]:
+def _pursued(gram: Array, view: Array, atoms: Array, codes: Array | None, n_nonzero_coefs: int) -> tuple[Array, float]:
     """Codes of a matrix after some steps of pursuit, and the squared norm that they take away.
 
     The first start is the dense solution.
@@ -132,8 +119,8 @@ def _pursued(
     def code(piece: Array, *start: Array) -> tuple[Array, Array]:
         wanted = piece @ atoms.T  # D^T G w of every row
         found = start[0] if start else dense(wanted.T).T
-        for _ in range(pursuits):
-            found = pursue(gram, found, wanted - found @ gram, n_nonzero_coefs, step, cg_steps)
+        for _ in range(PURSUITS):
+            found = pursue(gram, found, wanted - found @ gram, n_nonzero_coefs, step, CG_STEPS)
         return found, 2 * row_dots(found, wanted) - row_dots(found, found @ gram)
 
     found, taken = over_rows(code, view, *([] if codes is None else [codes]))

@@ -184,15 +184,15 @@ def write_ordinary(folder: str | Path, output: str | Path) -> None:
             shutil.copy2(file, temporary)
 
 
-def attention_parameters(model: nn.Module, projections: tuple[str, ...] = QKVO) -> int:
+def attention_parameters(model: nn.Module) -> int:
     """Numbers that inference needs for the attention weights, whichever way they are made.
 
     Atoms, and coefficients where they are trained; both factors of a low-rank weight; the weight of an ordinary
     layer. Neither biases nor what makes the coefficients.
     """
-    count = sum(pool.n_kept() for name, pool in getattr(model, "pools", {}).items() if name in projections)
+    count = sum(pool.n_kept() for name, pool in getattr(model, "pools", {}).items() if name in QKVO)
     for name, module in model.named_modules():
-        if name.rpartition(".")[2] in projections and not name.startswith("pools."):
+        if name.rpartition(".")[2] in QKVO and not name.startswith("pools."):
             count += module.weight.numel() if isinstance(module, nn.Linear) else module.n_kept()
     return count
 
