@@ -51,7 +51,12 @@ COLUMNS = (
     Column("token_perplexity", "token ppl", "{:.2f}".format, "perplexity a token of the model's tokenizer"),
     Column("recovery", "recovery", "{:.3f}".format, "word perplexity of the dense model over that of this one"),
     Column("mean_accuracy", "mean acc", "{:.4f}".format, "mean over the tasks, normalized accuracy where there is one"),
-    Column("mean_relative_error", "rel. error", "{:.4f}".format, "mean over the matrices of ||X(W - DS)|| / ||XW||"),
+    Column(
+        "mean_relative_error",
+        "rel. error",
+        "{:.4f}".format,
+        "mean over the matrices of ||X(W - DS)|| / ||XW||, in the variant's metric",
+    ),
     Column("seconds_learning", "learning s", "{:.0f}".format, "seconds of all learning jobs, added up"),
     Column("seconds_evaluating", "eval s", "{:.0f}".format, "seconds of the evaluation job"),
 )
