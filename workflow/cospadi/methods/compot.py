@@ -41,19 +41,7 @@ def profile(
 
 
 def share(profiles: Sequence[Profile], nbytes: int, *, storage: Mapping[str, Any], **options: Any) -> list[int]:
-    """Bytes by the rank that one threshold for all normalised singular values leaves of each matrix.
-
-    Parameters
-    ----------
-    profiles : sequence of Profile
-        Of all layers.
-    nbytes : int
-        Of all of them together.
-
-    Returns
-    -------
-    list of int
-    """
+    """Bytes by the rank that one threshold for all normalised singular values leaves of each matrix."""
     shapes = [side_by_side(one.shapes) for one in profiles]
     dense = np.array([nbytes_left(one.shapes, 0) for one in profiles])
     ratio = 1 - nbytes / dense.sum()

@@ -107,22 +107,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 _SOLVER_OPTIONS = ("support", "atom_update", "polish", "max_iter", "tol", "max_seconds")
 
 
-def fit(
-    problem: Problem,
-    nbytes: int,
-    how: Fit,
-    **options: Any,
-) -> list[Factorization]:
+def fit(problem: Problem, nbytes: int, how: Fit, **options: Any) -> list[Factorization]:
     """``min ||L W - D_L S||_F`` with ``||s_j||_0 <= s``, then ``D = L^{-1} D_L`` (Eqs. 5 to 8).
 
-    Parameters
-    ----------
-    problem : Problem
-    nbytes : int
-        k and s follow from it (`budget.sparse_shape`).
-    how : Fit
-    **options
-        Those of `OPTIONS` that shape a single problem; defaults where missing.
+    Options that are missing have their defaults.
     """
     options = METHOD.complete(options)
     if options["group_metric"] == "exact" and problem.n_metrics > 1:

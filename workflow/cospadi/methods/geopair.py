@@ -61,13 +61,7 @@ def fit(
 ) -> list[Factorization]:
     """``min sum_l ||L_l (W_l - D S_l)||_F^2``, the dictionary by a Sylvester equation.
 
-    Parameters
-    ----------
-    problem : Problem
-        Of two metrics at most; matrices with the same inputs stand side by side.
-    nbytes : int
-        k and s follow from it (`budget.sparse_shape`).
-    how : Fit
+    The problem has two metrics at most; matrices with the same inputs stand side by side.
     """
     from cospadi.solvers import sylvester
 

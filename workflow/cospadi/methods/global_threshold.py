@@ -54,19 +54,7 @@ def profile(
 def share(
     profiles: Sequence[Profile], nbytes: int, *, storage: Mapping[str, Any], pattern: str, **options: Any
 ) -> list[int | None]:
-    """Bytes by the weights of each problem that are above one threshold.
-
-    Parameters
-    ----------
-    profiles : sequence of Profile
-        Of all layers.
-    nbytes : int
-        Of all of them together.
-
-    Returns
-    -------
-    list of int or None
-    """
+    """Bytes by the weights of each problem that are above one threshold."""
     problems = [_Problem(one, storage, pattern) for one in profiles]
     left = nbytes / nbytes_left([shape for one in profiles for shape in one.shapes], 0)
     budgets = [math.floor(left * dense_nbytes(*one.shape)) for one in problems]

@@ -107,22 +107,10 @@ class _Found(NamedTuple):
     error: float
 
 
-def fit(
-    problem: Problem,
-    nbytes: int,
-    how: Fit,
-    **options: Any,
-) -> list[Factorization]:
+def fit(problem: Problem, nbytes: int, how: Fit, **options: Any) -> list[Factorization]:
     """The best of ``rhos`` for the weight itself, each in one pass.
 
-    Parameters
-    ----------
-    problem : Problem
-    nbytes : int
-        k and s follow from it and rho (`budget.sparse_shape`), with at most as many atoms as there are eigenvectors.
-    how : Fit
-    **options
-        Those of `OPTIONS` that shape a single problem; defaults where missing.
+    There are at most as many atoms as eigenvectors. Options that are missing have their defaults.
     """
     options = METHOD.complete(options)
     analysis = _analyse(problem, how.device, options)
@@ -224,18 +212,6 @@ def profile(
 
 def share(profiles: Sequence[Profile], nbytes: int, *, storage: Mapping[str, Any], **options: Any) -> list[int | None]:
     """Bytes of least summed error, where no error is above the smallest cap that the bytes allow.
-
-    Parameters
-    ----------
-    profiles : sequence of Profile
-        Of all layers.
-    nbytes : int
-        Of all of them together.
-
-    Returns
-    -------
-    list of int or None
-        None for matrices that stay as they are.
 
     Raises
     ------

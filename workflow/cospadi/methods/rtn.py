@@ -10,13 +10,7 @@ from cospadi.methods.base import Fit, Method
 from cospadi.problem import Problem
 
 
-def fit(
-    problem: Problem,
-    nbytes: int,
-    how: Fit,
-    *,
-    symmetric: bool = True,
-) -> list[Factorization]:
+def fit(problem: Problem, nbytes: int, how: Fit, *, symmetric: bool = True) -> list[Factorization]:
     """The most bits that fit, each block under the scale of least squared error."""
     codec = few_bits.grid(problem.shape, nbytes, symmetric=symmetric, **how.storage)
     exact = Factorization(None, problem.weight, support="dense", **{**how.storage, "value_codec": codec})

@@ -14,12 +14,7 @@ from cospadi.work import Work
 OPTIONS = {name: schema for name, schema in hybrid.OPTIONS.items() if name not in ("atoms", "max_iter")}
 
 
-def fit(
-    problem: Problem,
-    nbytes: int,
-    how: Fit,
-    **options: Any,
-) -> list[Factorization]:
+def fit(problem: Problem, nbytes: int, how: Fit, **options: Any) -> list[Factorization]:
     """Support by ADMM from SparseGPT's, then least squares on it (`hybrid.fit`)."""
     return hybrid.fit(problem, nbytes, how, atoms=0, **options)
 

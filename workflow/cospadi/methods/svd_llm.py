@@ -24,23 +24,8 @@ from cospadi.problem import Problem, Target, side_by_side
 from cospadi.work import Work
 
 
-def fit(
-    problem: Problem,
-    nbytes: int,
-    how: Fit,
-    *,
-    whiten: bool = True,
-    eta: float = 0.0,
-) -> list[Factorization]:
-    """Truncated SVD ``L W ~ U_r Sigma_r V_r^T``; ``D = L^{-1} U_r``, ``S = U_r^T L W``.
-
-    Parameters
-    ----------
-    problem : Problem
-    nbytes : int
-        The rank follows from it (`budget.low_rank`).
-    how : Fit
-    """
+def fit(problem: Problem, nbytes: int, how: Fit, *, whiten: bool = True, eta: float = 0.0) -> list[Factorization]:
+    """Truncated SVD ``L W ~ U_r Sigma_r V_r^T``; ``D = L^{-1} U_r``, ``S = U_r^T L W``."""
     rank = low_rank(*problem.shape, nbytes=nbytes, **how.storage)
     whitening = problem.metric.whitening(whiten=whiten, eta=eta)
     return problem.split(truncated(problem.weight, rank, whitening, storage=how.storage, device=how.device))

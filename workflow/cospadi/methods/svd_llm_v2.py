@@ -35,22 +35,8 @@ def _whitening(metric: Metric, eta: float) -> EigenWhitening:
     return eigen_whitening(metric.gram, eta=eta)
 
 
-def fit(
-    problem: Problem,
-    nbytes: int,
-    how: Fit,
-    *,
-    eta: float = 0.0,
-) -> list[Factorization]:
-    """Truncated SVD ``Lambda^1/2 V^T W ~ U_r Sigma_r Z_r^T``; ``D = V Lambda^-1/2 U_r``, ``S = Sigma_r Z_r^T``.
-
-    Parameters
-    ----------
-    problem : Problem
-    nbytes : int
-        The rank follows from it (`budget.low_rank`).
-    how : Fit
-    """
+def fit(problem: Problem, nbytes: int, how: Fit, *, eta: float = 0.0) -> list[Factorization]:
+    """Truncated SVD ``Lambda^1/2 V^T W ~ U_r Sigma_r Z_r^T``; ``D = V Lambda^-1/2 U_r``, ``S = Sigma_r Z_r^T``."""
     whitening = _whitening(problem.metric, eta)
     rank = min(low_rank(*problem.shape, nbytes=nbytes, **how.storage), len(whitening.factor))
     return problem.split(svd_llm.truncated(problem.weight, rank, whitening, storage=how.storage, device=how.device))
@@ -66,19 +52,7 @@ def profile(
 
 
 def share(profiles: Sequence[Profile], nbytes: int, *, storage: Mapping[str, Any], eta: float = 0.0) -> list[int]:
-    """Bytes by ``ratio_i ~ 1 / log(loss_i)`` among the matrices of a kind, which keep what they had together.
-
-    Parameters
-    ----------
-    profiles : sequence of Profile
-        Of all layers.
-    nbytes : int
-        Of all of them together.
-
-    Returns
-    -------
-    list of int
-    """
+    """Bytes by ``ratio_i ~ 1 / log(loss_i)`` among the matrices of a kind, which keep what they had together."""
     found = [0] * len(profiles)
     ratio = 1 - nbytes / nbytes_left([shape for one in profiles for shape in one.shapes], 0)
     for kind in dict.fromkeys(one.kind for one in profiles):
