@@ -114,3 +114,20 @@ def test_a_threshold_needs_prices_and_weights_that_are_free(method):
     complete["metric"] = "gradients"
     assert not list(METHODS[method].faults(complete))
     assert "pattern 2:4" in "".join(METHODS[method].faults({**complete, "pattern": "2:4"}))
+
+
+def test_torch_and_numpy_count_the_same_weights(monkeypatch):
+    """Tensors go where `device` says; here it is torch on the CPU."""
+    import torch
+
+    problem = problem_of(0)
+    expected = saliencies(problem.weight, problem.metric.gram)
+    found = saliencies(torch.from_numpy(problem.weight), torch.from_numpy(problem.metric.gram))
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-10)
+    counts = global_threshold.profile(problem, 0, storage=STORAGES[16])
+    monkeypatch.setattr(global_threshold, "on_device", lambda array, device: torch.from_numpy(array))
+    monkeypatch.setattr(global_threshold, "gram_on", lambda metric, device: torch.from_numpy(metric.gram))
+    # a saliency on the edge of two steps may be counted in either
+    other = global_threshold.profile(problem, 0, storage=STORAGES[16])
+    assert other["lowest"] == counts["lowest"] and sum(other["counts"]) == sum(counts["counts"]) == 48 * 64
+    assert np.abs(np.cumsum(other["counts"]) - np.cumsum(counts["counts"])).max() <= 2

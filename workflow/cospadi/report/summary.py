@@ -56,6 +56,7 @@ def collect(
         "ratio_true": 0.0,
         "ratio_of_all": None,
         "mean_relative_error": 0.0,
+        "predicted_rise": None,
         "seconds_learning": 0.0,
         "model": str(dense_model),
         "config": {},
@@ -86,6 +87,7 @@ def _read_variant(
             "ratio_true": columns["target_parameters_removed"],
             "ratio_of_all": None,
             "mean_relative_error": None,
+            "predicted_rise": None,
             "seconds_learning": pruning["seconds"],
             "model": str(folder / "model"),
             "config": config,
@@ -95,6 +97,7 @@ def _read_variant(
     matrices, seconds, all_nbytes = _read_units(name, folder, units)
     # matrices that share a dictionary count a fraction of it each
     target_bytes = round(sum(matrix["nbytes"] for matrix in matrices.values()))
+    rises = [matrix["predicted_rise"] for matrix in matrices.values() if "predicted_rise" in matrix]
     method, asked = config.get("method"), config.get("ratio")
     dense_nbytes = sum(matrix["dense_nbytes"] for matrix in matrices.values())
     # where some matrices stay as they are, the share of all is another one
@@ -113,6 +116,7 @@ def _read_variant(
         "ratio_true": 1 - target_bytes / dense_nbytes,
         "ratio_of_all": ratio_of_all,
         "mean_relative_error": sum(matrix["relative_error"] for matrix in matrices.values()) / len(matrices),
+        "predicted_rise": sum(rises) if rises else None,
         "seconds_learning": seconds,
         "model": str(folder / "model"),
         "config": config,

@@ -57,6 +57,12 @@ COLUMNS = (
         "{:.4f}".format,
         "mean over the matrices of ||X(W - DS)|| / ||XW||, in the variant's metric",
     ),
+    Column(
+        "predicted_rise",
+        "predicted rise",
+        "{:.3f}".format,
+        "nats a token that the loss rises by the errors of all matrices, with metric gradients",
+    ),
     Column("seconds_learning", "learning s", "{:.0f}".format, "seconds of all learning jobs, added up"),
     Column("seconds_evaluating", "eval s", "{:.0f}".format, "seconds of the evaluation job"),
 )
