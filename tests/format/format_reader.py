@@ -6,6 +6,8 @@ It refuses, with `Refused`, what the format does not allow of packed matrices, a
 from __future__ import annotations
 
 import json
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 WHOLE = {f"int{bits}": bits for bits in (8, 6, 4, 3, 2)}
 SHIFTED = {f"uint{bits}": bits for bits in (8, 6, 4, 3, 2)}
 INTEGERS = {**WHOLE, **SHIFTED}
-BITS = {"bf16": 16, "bf14": 14, **INTEGERS}
+STREAMS = ("ec", "ectcq")
+BITS = {"bf16": 16, "bf14": 14, **INTEGERS, **dict.fromkeys(STREAMS, 0)}
 
 
 class Refused(Exception):
@@ -116,15 +119,18 @@ def check_spec(spec: Any, is_part: bool = False) -> None:
     need(isinstance(shape, list) and len(shape) == 2 and all(is_whole(n, 1) for n in shape), "shape")
     need(isinstance(dictionary, dict) and isinstance(codes, dict), "sections")
     codec, values = dictionary.get("codec"), codes.get("codec")
-    need(isinstance(codec, str) and codec in (*BITS, "identity") and codec not in SHIFTED, "codec")
+    need(isinstance(codec, str) and codec in (*BITS, "identity") and codec not in (*SHIFTED, *STREAMS), "codec")
     need(isinstance(values, str) and values in BITS, "codec")
     keys = {"codec", "n_atoms"} | ({"tensor"} if codec != "identity" else set())
     need(dictionary.keys() == keys | ({"group_size"} if codec in INTEGERS else set()), "keys")
     keys = {"codec", "support", "n_nonzero"}
-    need(codes.keys() == keys | ({"group_size", "n_scales"} if values in INTEGERS else set()), "keys")
+    keys |= {"n_bytes"} if values in STREAMS else {"group_size", "n_scales"} if values in INTEGERS else set()
+    need(codes.keys() == keys, "keys")
     (d_in, d_out), k, n, support = shape, dictionary["n_atoms"], codes["n_nonzero"], codes["support"]
     need(is_whole(k, 1) and k * max(d_in, d_out) <= 2**48, "n_atoms")
-    need(is_whole(n, 0, 2**48) and is_whole(codes.get("n_scales", 0), 0, 2**48), "n_nonzero, n_scales")
+    for number in (n, codes.get("n_scales", 0), codes.get("n_bytes", 0)):
+        need(is_whole(number, 0, 2**48), "n_nonzero, n_scales, n_bytes")
+    need(values not in STREAMS or support == "dense", "support of a stream")
     for section in (dictionary, codes):
         need(section.get("group_size") is None or is_whole(section["group_size"], 1), "group_size")
     need(codec == "identity" or isinstance(dictionary["tensor"], str), "tensor")
@@ -152,6 +158,10 @@ def read_matrix(tensors: dict[str, np.ndarray], name: str, spec: dict[str, Any],
     more = [read_matrix(tensors, f"{name}.plus.{i}", part, True) for i, part in enumerate(spec.get("plus", []))]
     dictionary = read_dictionary(tensors, d_in, **spec["dictionary"])
     support, n = codes["support"], codes["n_nonzero"]
+    if codes["codec"] in STREAMS:
+        stored = tensors.get(f"{name}.values")
+        need(stored is not None and stored.dtype == np.uint8 and stored.shape == (codes["n_bytes"],), "values")
+        return dictionary @ read_stream(stored.tobytes(), k, d_out, codes["codec"] == "ectcq") + sum(more)
     shape = (n + codes["n_scales"],) if codes["codec"] in SHIFTED else (d_out, k) if support == "dense" else (n,)
     values = finite(numbers(tensors.get(f"{name}.values"), codes["codec"], shape))
     if support == "mixture":
@@ -176,6 +186,68 @@ def read_matrix(tensors: dict[str, np.ndarray], name: str, spec: dict[str, Any],
             taken, n_groups = taken + len(group), n_groups + 1
     need(taken == n and (scales is None or n_groups == len(scales)), "positions or scales")
     return dictionary @ rows.T + sum(more)
+
+
+def read_stream(data: bytes, k: int, d_out: int, trellis: bool) -> np.ndarray:
+    """Codes of an entropy-coded matrix, float32 (k, d_out)."""
+    need(len(data) >= 24 and zlib.crc32(data[4:]) == int.from_bytes(data[:4], "little"), "checksum")
+    _, rows, columns, per_stream, exponent, first, n_buckets, zero, n_table = struct.unpack("<IIIHhBBHI", data[:24])
+    need((rows, columns) == (k, d_out) and zero == 0 and n_buckets and per_stream and per_stream % 8 == 0, "header")
+    need(-100 <= exponent <= 100, "exponent")
+    at, kinds, tables = 24, 1 + trellis, []
+    steps, at = data[at : at + k], at + k
+    row, at = data[at : at + k], at + k
+    column, at = data[at : at + d_out], at + d_out
+    end = at + n_table
+    need(len(data) >= end, "short")
+    for index in range(kinds * n_buckets):
+        need(at < end, "tables")
+        n, at, table = data[at], at + 1, []
+        for _ in range(n):
+            frequency = 0
+            for place in range(3):
+                need(at < end, "tables")
+                frequency, at = frequency | (data[at] & 127) << 7 * place, at + 1
+                if data[at - 1] < 128:
+                    break
+            table.append(frequency)
+        odd = kinds == 2 and index % 2
+        pairs = [(2 * i + 1, f) for i, f in enumerate(table)] if odd else [(kinds * i, f) for i, f in enumerate(table)]
+        counts = sorted({sign * number: f for number, f in pairs for sign in (-1, 1)}.items())
+        need(n <= 128 and (n == 0 or sum(f for _, f in counts) == 4096), "table")
+        tables.append(counts or [(int(odd), 4096)])
+    need(at == end, "tables")
+    n_streams = -(-k // per_stream)
+    sizes = [int.from_bytes(data[end + 4 * i : end + 4 * i + 4], "little") for i in range(n_streams)]
+    at = end + 4 * n_streams
+    need(at + sum(sizes) == len(data) and all(size >= 32 and size % 2 == 0 for size in sizes), "streams")
+    codes = np.zeros((k, d_out), np.float32)
+    for index, size in enumerate(sizes):
+        states = [int.from_bytes(data[at + 4 * i : at + 4 * i + 4], "little") for i in range(8)]
+        word, at = at + 32, at + size
+        last = min((index + 1) * per_stream, k)
+        for group in range(index * per_stream, last, 8):
+            lanes = range(group, min(group + 8, last))
+            path = dict.fromkeys(lanes, 0)
+            for j in range(d_out):
+                for lane, i in enumerate(lanes):
+                    bucket = min(max((row[i] + column[j] >> 3) - first, 0), n_buckets - 1)
+                    slot, below, at_number = states[lane] % 4096, 0, 0
+                    table = tables[kinds * bucket + (path[i] >> 2 if trellis else 0)]
+                    while slot >= below + table[at_number][1]:
+                        below, at_number = below + table[at_number][1], at_number + 1
+                    number, frequency = table[at_number]
+                    states[lane] = frequency * (states[lane] >> 12) + slot - below
+                    if states[lane] < 2**16:
+                        need(word + 2 <= at, "short stream")
+                        states[lane] = states[lane] << 16 | int.from_bytes(data[word : word + 2], "little")
+                        word += 2
+                    half = number >> 1
+                    path[i] = ((half ^ path[i] ^ path[i] >> 1) & 1) << 2 | path[i] >> 1
+                    mantissa = round(2 ** (steps[i] % 16 / 16) * 512) / 512
+                    codes[i, j] = np.float32(number) * np.float32(mantissa * 2.0 ** (exponent + steps[i] // 16))
+        need(word == at and states == [2**16] * 8, "end of a stream")
+    return codes
 
 
 def read_dictionary(

@@ -124,6 +124,10 @@ def random_matrix(
     counts = mask.sum(1)
     spec["codes"] = {"codec": codec, "support": support, "n_nonzero": int(mask.sum())}
     shape = (d_out, k) if support == "dense" else (int(mask.sum()),)
+    if codec in ("ec", "ectcq"):
+        tensors[f"{name}.values"] = random_stream(draw, k, d_out, codec)
+        spec["codes"]["n_bytes"] = tensors[f"{name}.values"].nbytes
+        return tensors, spec
     n_scales = int((-(-counts // (group_size or k))).sum())
     if codec.startswith("uint"):  # zero points follow
         shape = (int(mask.sum()) + n_scales,)
@@ -151,6 +155,20 @@ def random_scales(draw: np.random.Generator, shape: tuple[int, ...], codec: str)
     """Random scales of either sign that make numbers around 0.2 large."""
     sign = draw.choice([-1, 1], shape)
     return (sign * (0.5 + draw.random(shape)) / (1.56 * 2 ** bits_of(codec))).astype(BFLOAT16)
+
+
+def random_stream(draw: np.random.Generator, k: int, d_out: int, codec: str) -> np.ndarray:
+    """Random codes around 0.2 large, rows and columns of several sizes, as the package's coder stores them."""
+    from cospadi.runtime.cospadi_entropy import follow, steps_near
+    from cospadi.runtime.cospadi_registry import CODECS
+
+    steps = steps_near(0.1 * np.exp(0.3 * draw.standard_normal(k)))
+    wanted = draw.standard_normal((k, d_out)) * np.exp(0.5 * draw.standard_normal(d_out)) * 2
+    numbers, state = np.rint(wanted).astype(int), np.zeros(k, int)
+    for j in range(d_out if codec == "ectcq" else 0):
+        half = np.rint((wanted[:, j] - (state >> 2)) / 2).astype(int)
+        numbers[:, j], state = 2 * half + (state >> 2), follow(state, half)
+    return CODECS[codec].pack_codes((numbers * steps[:, None]).astype(np.float32), steps).copy()
 
 
 def is_scaled(codec: str) -> bool:

@@ -52,11 +52,11 @@ KINDS = {
     "0.mlp.down_proj": ("bf14", "2:4", "identity", 0, None, None),
     "1.self_attn.q_proj": ("bf16", "mixture", "int8", 2, 16, None),
     "1.self_attn.k_proj": ("bf16", "dense", "bf16", 5, None, None),  # with a mixture added
-    "1.self_attn.v_proj": ("int4", "dense", "identity", 0, 16, None),
+    "1.self_attn.v_proj": ("uint3", "dense", "identity", 0, 9, None),
     "1.self_attn.o_proj": ("bf16", "bitmask", "identity", 0, None, None),
     "1.mlp.gate_proj": ("bf16", "dense", "bf14", 7, None, None),
     "1.mlp.up_proj": ("int4", "bitmask", "int8", 18, 3, None),
-    "1.mlp.down_proj": ("uint3", "dense", "identity", 0, 16, None),
+    "1.mlp.down_proj": ("ectcq", "dense", "identity", 0, None, None),
 }
 SIZES = {"hidden_size": 36, "intermediate_size": 28, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIZES |= {"num_key_value_heads": 1, "head_dim": 16, "vocab_size": 40, "max_position_embeddings": 32}

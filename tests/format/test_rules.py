@@ -24,6 +24,7 @@ LAYERS = "model.layers"
 Q, K, V, OUT = (f"{LAYERS}.0.self_attn.{name}_proj" for name in "qkvo")
 GATE, UP, DOWN = (f"{LAYERS}.0.mlp.{name}_proj" for name in ("gate", "up", "down"))
 MIXED, SUMMED = f"{LAYERS}.1.self_attn.q_proj", f"{LAYERS}.1.self_attn.k_proj"
+STREAM = f"{LAYERS}.1.mlp.down_proj"
 SHARED, LAST = f"{LAYERS}.1.mlp.gate_proj", f"{LAYERS}.1.mlp.up_proj"
 
 
@@ -140,6 +141,16 @@ RULES: dict[str, tuple[Callable[[Folder], None], str]] = {
     "huge group": (spec(V, "dictionary", group_size=2**63), f"{V}: dictionary.group_size is"),
     "one scale": (spec(UP, "codes", n_scales=1), f"{UP}: 1 scales for 252 values"),
     "too few scales": (spec(V, "codes", n_scales=3), rf"{V}.scales has shape \(\d+,\), expected \(3,\)"),
+    "bytes of a stream": (spec(STREAM, "codes", n_bytes=3), rf"{STREAM}.values has shape \(\d+,\), expected \(3,\)"),
+    "no bytes of a stream": (spec(STREAM, "codes", n_bytes=None), f"{STREAM}: n_bytes is None, expected a whole"),
+    "support of a stream": (
+        spec(STREAM, "codes", support="bitmask"),
+        f"{STREAM}: codec 'ectcq' is for support 'dense', not 'bitmask'",
+    ),
+    "codec of codes in a dictionary": (
+        spec(Q, "dictionary", codec="uint4"),
+        f"{Q}: codec 'uint4' is one of codes, not",
+    ),
     "codec": (spec(Q, "codes", codec="float32"), f"{Q}: codec 'float32' is not known"),
     "codec of another type": (spec(Q, "codes", codec=["bf16"]), rf"{Q}: codec \['bf16'\] is not known"),
     "support": (spec(Q, "codes", support="1:4"), f"{Q}: support '1:4' is not known"),
@@ -192,6 +203,8 @@ RULES: dict[str, tuple[Callable[[Folder], None], str]] = {
     "pair of one atom": (content(f"{OUT}.support", 0, 0x40), f"{OUT}.support has 1 bytes whose pairs"),
     "pairs behind the last": (content(f"{OUT}.support", 1, 0x44), f"{OUT}.support has 1 bytes whose pairs"),
     "bits behind the last number": (content(f"{LAST}.values", -1, 0xFF), "has bits set behind its last number"),
+    "a byte of a stream": (content(f"{STREAM}.values", -9, 0xFF), f"{STREAM}.values is damaged: its checksum"),
+    "a byte of a checksum": (content(f"{STREAM}.values", 2, 0xFF), f"{STREAM}.values is damaged: its checksum"),
     "NaN in values": (content(f"{Q}.values", 0, 0x7FC0, 2), f"{Q}.values holds 1 values that are NaN or infinite"),
     "infinity in scales": (content(f"{V}.scales", 0, 0xFF80, 2), f"{V}.scales holds 1 values that are NaN"),
     "NaN in scales of a dictionary": (

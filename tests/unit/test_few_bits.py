@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+import zlib
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
-from hypothesis import given, settings
+import torch
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cospadi import factorize
 from cospadi.config import check_config
 from cospadi.errors import ConfigError
 from cospadi.formats.factorization import Factorization, unpack
+from cospadi.runtime import cospadi_cpu
+from cospadi.runtime.cospadi_entropy import DamagedStreamError, _parsed, follow, steps_near
 from cospadi.runtime.cospadi_registry import CODECS
+from cospadi.solvers.entropy import _follow_trellis
 from cospadi.solvers.gptq import quantize
 
 # As many tokens as several inputs are correlated in, and a few inputs that carry most of the energy
@@ -125,7 +134,6 @@ def test_an_input_that_is_never_active_costs_nothing():
 
 
 def test_torch_gives_what_numpy_gives():
-    torch = pytest.importorskip("torch")
     w, gram = weight(), inputs()
     for group in (None, 16):
         options = {"codec": "uint4", "block_size": group, "act_order": group is None}
@@ -170,3 +178,173 @@ def test_bits_are_a_ratio_in_every_method_step_and_sweep(minimal):
     assert "bits" not in variants["a"]
     # a complete config is one again
     assert check_config({**minimal, "variants": variants})["variants"] == variants
+
+
+# --- entropy-coded ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["auto", "torch"])
+def coder(request) -> Iterator[str]:
+    """The compiled coder, and the reference in NumPy."""
+    before = cospadi_cpu.chosen_kernels()
+    cospadi_cpu.choose(request.param)
+    yield request.param
+    cospadi_cpu.choose(before)
+
+
+def path(wanted: np.ndarray) -> np.ndarray:
+    """Numbers near those wanted that follow the trellis."""
+    numbers, state = np.zeros(wanted.shape, int), np.zeros(len(wanted), int)
+    for j in range(wanted.shape[1]):
+        half = np.rint((wanted[:, j] - (state >> 2)) / 2).astype(int)
+        numbers[:, j], state = 2 * half + (state >> 2), follow(state, half)
+    return numbers
+
+
+def random_codes(seed: int, k: int, d_out: int, size: float, codec: str) -> tuple[np.ndarray, np.ndarray]:
+    """Codes that a codec can store, of rows and columns of many sizes, and their steps."""
+    rng = np.random.default_rng(seed)
+    steps = steps_near(np.exp(2 * rng.normal(size=k)))
+    wanted = rng.standard_t(3, size=(k, d_out)) * np.exp(rng.normal(size=d_out) + rng.normal(size=(k, 1))) * size
+    wanted = np.clip(wanted, -120, 120) * (rng.random((k, 1)) < 0.9)
+    numbers = path(wanted) if codec == "ectcq" else np.rint(wanted)
+    return (numbers * steps[:, None]).astype(np.float32), steps
+
+
+@pytest.mark.parametrize("codec", ["ec", "ectcq"])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    k=st.integers(1, 40),
+    d_out=st.integers(1, 40),
+    size=st.sampled_from([0.0, 0.1, 1.0, 30.0]),
+)
+def test_streams_round_trip_and_both_coders_agree(codec, seed, k, d_out, size):
+    codes, steps = random_codes(seed, k, d_out, size, codec)
+    stored = {}
+    for choice in ("auto", "torch"):
+        cospadi_cpu.choose(choice)
+        stored[choice] = CODECS[codec].pack_codes(codes, steps)
+        np.testing.assert_array_equal(CODECS[codec].unpack(stored[choice], 0).reshape(d_out, k).T, codes)
+    cospadi_cpu.choose("auto")
+    assert stored["auto"].tobytes() == stored["torch"].tobytes()
+    np.testing.assert_array_equal(CODECS[codec].steps(stored["auto"]), steps)
+    assert not list(CODECS[codec].faults_of(stored["auto"], (k, d_out)))
+    assert list(CODECS[codec].faults_of(stored["auto"], (k + 1, d_out)))
+    # what a loaded model and the reader of the format see
+    decoded = CODECS[codec].decode(torch.from_numpy(stored["auto"].copy()), (d_out, k))
+    np.testing.assert_array_equal(decoded.numpy().T, codes)
+
+
+@pytest.mark.parametrize("codec", ["ec", "ectcq"])
+def test_large_matrices_have_several_streams(codec, coder):
+    codes, steps = random_codes(0, 60, 3000, 1.0, codec)
+    stored = CODECS[codec].pack_codes(codes, steps)
+    np.testing.assert_array_equal(CODECS[codec].unpack(stored, 0).reshape(3000, 60).T, codes)
+    assert len(_parsed(CODECS[codec], stored).streams) == 3
+
+
+@pytest.mark.parametrize("codec", ["ec", "ectcq"])
+def test_bytes_are_those_of_the_entropy(codec):
+    """Numbers of one distribution: what is beside their entropy is scales, tables and ends, counted here."""
+    rng = np.random.default_rng(0)
+    k, d_out = 400, 800
+    steps = np.full(k, steps_near(np.ones(1))[0])
+    wanted = 1.5 * rng.normal(size=(k, d_out))
+    numbers = path(wanted) if codec == "ectcq" else np.rint(wanted).astype(int)
+    stored = CODECS[codec].pack_codes((numbers * steps[:, None]).astype(np.float32), steps)
+    groups = [numbers[numbers & 1 == odd] for odd in (0, 1)] if codec == "ectcq" else [numbers]
+    entropy = 0.0
+    for group in groups:
+        counts = np.bincount(group.ravel() - group.min())
+        entropy += -(counts[counts > 0] * np.log2(counts[counts > 0] / counts.sum())).sum()
+    n_streams = len(_parsed(CODECS[codec], stored).streams)
+    beside = 8 * (2 * k + d_out + 36 * n_streams + 200)
+    assert entropy < 8 * stored.nbytes < 1.002 * entropy + beside
+
+
+@pytest.mark.parametrize("codec", ["ec", "ectcq"])
+@settings(max_examples=150, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), n_bytes=st.integers(1, 4), data=st.data())
+def test_a_damaged_stream_is_refused_or_decoded_within_its_bounds(codec, seed, n_bytes, data):
+    """With the checksum it is refused; with one that fits the damage, nothing outside is touched either way."""
+    codes, steps = random_codes(seed % 7, 19, 23, 1.0, codec)
+    stored = CODECS[codec].pack_codes(codes, steps).copy()
+    for _ in range(n_bytes):
+        stored[data.draw(st.integers(4, len(stored) - 1))] ^= data.draw(st.integers(1, 255))
+    if stored.tobytes() != CODECS[codec].pack_codes(codes, steps).tobytes():
+        assert list(CODECS[codec].faults_of(stored, codes.shape)) == ["is damaged: its checksum is another"]
+    if data.draw(st.booleans()):
+        stored = stored[: data.draw(st.integers(24, len(stored)))]
+    stored[:4] = np.frombuffer(zlib.crc32(stored[4:].tobytes()).to_bytes(4, "little"), np.uint8)
+    outcomes = []
+    for choice in ("auto", "torch"):
+        cospadi_cpu.choose(choice)
+        faults = list(CODECS[codec].faults_of(stored, codes.shape))
+        try:
+            outcomes.append(None if faults else CODECS[codec].unpack(stored, 0).tobytes())
+        except DamagedStreamError:
+            outcomes.append("damaged")
+    cospadi_cpu.choose("auto")
+    assert outcomes[0] == outcomes[1]
+
+
+def test_what_cannot_be_coded_is_refused():
+    steps = steps_near(np.ones(2))
+    with pytest.raises(ValueError, match="do not follow the trellis"):
+        CODECS["ectcq"].pack_codes(np.ones((2, 3), np.float32) * steps[:, None], steps)
+    with pytest.raises(ValueError, match=r"numbers up to 300; allowed: 127"):
+        CODECS["ec"].pack_codes(np.full((2, 3), 300, np.float32) * steps[:, None], steps)
+    with pytest.raises(ValueError, match="steps are not those that can be stored"):
+        CODECS["ec"].pack_codes(np.ones((2, 3), np.float32), np.full(2, 1.01, np.float32))
+
+
+def test_the_trellis_is_the_best_path():
+    """Viterbi against all numbers near every value, for short rows."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        values = (2 * rng.normal(size=5)).astype(np.float32)
+        numbers, back = np.empty(5, np.int32), np.empty((5, 8), np.uint8)
+        _follow_trellis(values, numbers, back, 127)
+        best = math.inf
+        for halves in itertools.product(range(-4, 5), repeat=5):
+            cost, state = 0.0, 0
+            for value, half in zip(values, halves, strict=True):
+                cost += (value - 2 * half - (state >> 2)) ** 2
+                state = follow(state, half)
+            best = min(best, cost)
+        assert ((values - numbers) ** 2).sum() == pytest.approx(best, rel=1e-5)
+        assert (path(numbers[None].astype(float))[0] == numbers).all()
+
+
+@pytest.mark.parametrize("trellis", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4.5])
+def test_the_rate_is_hit(trellis, bits):
+    for d_in, d_out in ((64, 48), (96, 200)):
+        w, gram = weight(d_in, d_out), inputs(d_in)
+        found = factorize(w, gram, method="ectcq", bits=bits, trellis=trellis)
+        tensors, spec = found.pack("m")
+        assert sum(tensor.nbytes for tensor in tensors.values()) == found.nbytes
+        assert bits - 0.01 - 64 / w.size <= 8 * found.nbytes / w.size <= bits
+        np.testing.assert_array_equal(unpack(tensors, spec, "m").codes, found.codes)
+    with pytest.raises(ConfigError, match="is the least"):
+        factorize(weight(), inputs(), method="ectcq", bits=0.5, trellis=trellis)
+
+
+def test_each_step_of_insight_pays_at_equal_bits():
+    """Rounding, error feedback, entropy coding, the trellis: where numbers pay for scales and tables of their own."""
+    w, gram = weight(192, 400), inputs(192)
+    given = {"bits": 3 + 17 / 64, "block_size": 64}
+    errors = [factorize(w, gram, method=method, **given).relative_error(w, gram) for method in ("rtn", "gptq")]
+    errors += [
+        factorize(w, gram, method="ectcq", trellis=trellis, bits=given["bits"]).relative_error(w, gram)
+        for trellis in (False, True)
+    ]
+    assert errors[1] < 0.9 * errors[0] and errors[2] < 0.75 * errors[1] and errors[3] < 0.95 * errors[2]
+
+
+def test_entropy_coding_where_an_input_is_never_active():
+    w, gram = weight(), inputs()
+    gram[5], gram[:, 5] = 0, 0
+    found = factorize(w, gram, method="ectcq", bits=4)
+    assert np.isfinite(found.codes).all() and not found.codes[5].any()

@@ -17,6 +17,8 @@ from .conftest import Run, check_finished
 VARIANTS = {
     "rtn-3.25": ({"method": "rtn", "bits": 3.25}, "int3"),
     "gptq-3.25": ({"method": "gptq", "bits": 3.25}, "int3"),
+    "ectcq-3.25": ({"method": "ectcq", "bits": 3.25}, "ectcq"),
+    "scalar-4": ({"method": "ectcq", "bits": 4, "trellis": False}, "ec"),
     "gptq-zeros": ({"method": "gptq", "bits": 2.3, "symmetric": False, "act_order": True}, "uint2"),
 }
 SHAPES = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 192}
@@ -52,7 +54,7 @@ def test_what_was_learned_is_what_is_stored(run):
             for matrix, report in before.items():
                 assert report["relative_error"] == pytest.approx(after[matrix]["relative_error"], rel=1e-6)
         errors[name] = sum(report["squared_error"] for unit in stored for report in unit.values())
-    assert errors["gptq-3.25"] < errors["rtn-3.25"] < 4 * errors["gptq-zeros"]
+    assert errors["scalar-4"] < errors["ectcq-3.25"] < errors["gptq-3.25"] < errors["rtn-3.25"] < errors["gptq-zeros"]
 
 
 def test_a_loaded_model_computes_what_the_dense_folder_does(run):

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from cospadi.arrays import to_numpy
 from cospadi.formats.values import blocks_of_columns, numbers_nbytes, restore, store
 from cospadi.runtime.cospadi_registry import FACTOR_CODECS, SUPPORTS
 
@@ -39,12 +40,15 @@ def pack_codes(
     mask : ndarray (k, d_out), bool, or None
         Codes that are stored; None where the support stores no positions.
     scales : array, optional
-        Default: `values.find_scales`.
+        Default: `values.find_scales`. Of an entropy-coded matrix its steps (k,), which it needs.
     """
     on = SUPPORTS[support]
     tensors = {f"{name}.support": on.pack(mask)} if on.is_stored else {}
     values = on.values(codes, mask)
     spec = {"codec": codec, "support": support, "n_nonzero": int(values.size)}
+    if FACTOR_CODECS[codec].variable:
+        stored = FACTOR_CODECS[codec].pack_codes(codes, to_numpy(scales))
+        return {f"{name}.values": stored}, {**spec, "n_bytes": stored.nbytes}
     tensors[f"{name}.values"], found = store(
         values,
         codec,
@@ -64,6 +68,10 @@ def unpack_codes(
     """Inverse of `pack_codes`: codes, mask and scales."""
     on, codec = SUPPORTS[spec["support"]], spec["codec"]
     mask = on.unpack(tensors[f"{name}.support"], k) if on.is_stored else None
+    if FACTOR_CODECS[codec].variable:
+        stored = np.asarray(tensors[f"{name}.values"])
+        steps = FACTOR_CODECS[codec].steps(stored)
+        return on.codes(FACTOR_CODECS[codec].unpack(stored, d_out * k), None, k, d_out), None, steps
     scales = np.asarray(tensors[f"{name}.scales"]) if FACTOR_CODECS[codec].scaled else None
 
     def blocks() -> np.ndarray:

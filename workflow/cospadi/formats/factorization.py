@@ -17,6 +17,7 @@ from cospadi.formats.dictionaries import unpack_dictionary
 from cospadi.formats.product import Product
 from cospadi.formats.values import BLOCK_SIZE, blocks_of_columns
 from cospadi.gram import relative_error
+from cospadi.runtime.cospadi_entropy import DamagedStreamError
 from cospadi.runtime.cospadi_format import (
     content_faults,
     header_faults,
@@ -239,7 +240,10 @@ def unpack(
         faults = content_faults(parts_of(name, spec), lambda tensor: np.asarray(tensors[tensor]), FACTOR_CODECS)
     if faults:
         raise ArtifactError(source or name, in_one_line(faults), remedy)
-    return _unpack(tensors, spec, name)
+    try:
+        return _unpack(tensors, spec, name)
+    except DamagedStreamError as error:
+        raise ArtifactError(source or name, f"the codes of {name} are stored in what {error}", remedy) from error
 
 
 def _dtype_name(array: Any) -> str:

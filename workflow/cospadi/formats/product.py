@@ -12,7 +12,7 @@ from cospadi.errors import NumericalError
 from cospadi.formats.codes import codes_nbytes, n_blocks, pack_codes
 from cospadi.formats.dictionaries import IDENTITY, dictionary_nbytes, pack_dictionary
 from cospadi.formats.values import BLOCK_SIZE
-from cospadi.runtime.cospadi_registry import SUPPORTS
+from cospadi.runtime.cospadi_registry import FACTOR_CODECS, SUPPORTS
 from cospadi.runtime.cospadi_supports import Support
 
 
@@ -37,7 +37,7 @@ class Product:
         Numbers a scale covers where a codec has scales: stored values of a column, rows of an atom; None, all of them.
     scales, dictionary_scales : array, optional
         Scales that codes and dictionary are multiples of already; found by `values.find_scales` where they are needed
-        and not given.
+        and not given. Of entropy-coded codes the step of every row, (k,), float32.
     mask : array (k, d_out), bool, optional
         Codes that are stored, some of which may be zero; default: the nonzeros.
     tensor : str, optional
@@ -75,6 +75,8 @@ class Product:
     @property
     def nbytes(self) -> int:
         """Bytes it takes in the file: dictionary, values, scales and support."""
+        if FACTOR_CODECS[self._value_codec].variable:
+            return sum(tensor.nbytes for tensor in Product.pack(self, "m")[0].values())
         (d_in, d_out), k, counts = self.shape, self.n_atoms, self._counts()
         codec = IDENTITY if self.dictionary is None else self.dictionary_codec
         scales = n_blocks(counts, self.block_size)

@@ -14,6 +14,7 @@ from cospadi.methods import (
     basis_sharing,
     compot,
     cospadi,
+    ectcq,
     geopair,
     gptq,
     hybrid,
@@ -48,6 +49,7 @@ _MODULES = (
     alps,
     rtn,
     gptq,
+    ectcq,
 )
 METHODS: dict[str, Method] = {module.METHOD.name: module.METHOD for module in _MODULES}
 

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from .cospadi_cpu_source import SOURCE  # noqa: F401
     from .cospadi_cuda import gpu_kernels  # noqa: F401
     from .cospadi_cuda_kernels import row_products  # noqa: F401
+    from .cospadi_entropy import Entropy  # noqa: F401
+    from .cospadi_entropy_source import SOURCE as CODER  # noqa: F401
     from .cospadi_integers import Integers  # noqa: F401
     from .cospadi_linear import PackedLinear  # noqa: F401
     from .cospadi_mixture import Mixture  # noqa: F401

@@ -375,6 +375,11 @@ def choose(choice: str) -> None:
     _choice = CHOICES[CHOICES.index(choice)]  # that very object: layers look whether it is still the same
 
 
+def chosen_kernels() -> str:
+    """What `choose` was last told."""
+    return _choice
+
+
 def kernel() -> Kernel | None:
     """The kernel that was chosen; None where plain torch has to do. Compiled at the first call, then cached on disk."""
     return None if (choice := _choice) == "torch" else _kernel(choice)
@@ -396,19 +401,25 @@ def _kernel(choice: str) -> Kernel | None:
 
 
 def _load(choice: str) -> ctypes.CDLL:
-    """The library from the cache, compiled if it is not there or not as it was made."""
-    flags = ["-O3" if choice != "generic" else "-O2", "-shared", "-fPIC", *_FLAGS[choice]]
     of_python = _python_flags()
     if of_python:
         try:
-            return _load_with([*flags, *of_python])
+            return library(SOURCE, choice, of_python)
         except (OSError, subprocess.SubprocessError):  # headers that do not fit; calls then go through ctypes
             pass
-    return _load_with(flags)
+    return library(SOURCE, choice)
 
 
-def _load_with(flags: list[str]) -> ctypes.CDLL:
-    parts = [SOURCE, *flags, os.environ.get("CC", ""), _processor()]
+def library(source: str, choice: str, more_flags: Sequence[str] = ()) -> ctypes.CDLL:
+    """The library of a C source from the cache, compiled if it is not there or not as it was made.
+
+    Raises
+    ------
+    OSError, subprocess.SubprocessError
+        If there is no compiler, or it fails.
+    """
+    flags = ["-O3" if choice != "generic" else "-O2", "-shared", "-fPIC", *_FLAGS[choice], *more_flags]
+    parts = [source, *flags, os.environ.get("CC", ""), _processor()]
     name = f"cpu-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:20]}.so"
     folder = _cache_folder()
     if folder is not None and _is_as_made(folder / name):
@@ -422,17 +433,17 @@ def _load_with(flags: list[str]) -> ctypes.CDLL:
     for place in (folder, None) if folder is not None else (None,):
         try:
             with tempfile.TemporaryDirectory(dir=place, prefix=".compile-") as work:
-                return _compile([*command, *flags], Path(work), None if place is None else place / name)
+                return _compile(source, [*command, *flags], Path(work), None if place is None else place / name)
         except (OSError, subprocess.SubprocessError):
             if place is None:
                 raise
     raise AssertionError("unreachable")
 
 
-def _compile(command: list[str], work: Path, library: Path | None) -> ctypes.CDLL:
-    source, made = work / "kernel.c", work / "kernel.so"
-    source.write_text(SOURCE)
-    command = [*command, "-o", str(made), str(source)]
+def _compile(source: str, command: list[str], work: Path, library: Path | None) -> ctypes.CDLL:
+    file, made = work / "kernel.c", work / "kernel.so"
+    file.write_text(source)
+    command = [*command, "-o", str(made), str(file)]
     subprocess.run(command, check=True, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
     made.chmod(0o700)
     loaded = ctypes.CDLL(str(made))

@@ -219,7 +219,7 @@ def _codes_faults(codes: Any, codecs: Mapping[str, Codec]) -> list[str]:
         return faults
     if not isinstance(codes["support"], str) or codes["support"] not in SUPPORTS:
         faults.append(f"support {_shown(codes['support'])} is not known; this code reads {', '.join(SUPPORTS)}")
-    for key in ("n_nonzero", "n_scales"):
+    for key in ("n_nonzero", "n_scales", "n_bytes"):
         if key in keys and not _is_size(codes[key], least=0, most=_MOST_NUMBERS):
             faults.append(f"{key} is {_shown(codes[key])}, expected a whole number from 0")
     return faults + _block_faults(codes, "codes", keys)
@@ -250,6 +250,8 @@ def _size_faults(spec: Mapping[str, Any], codecs: Mapping[str, Codec]) -> list[s
     faults = []
     if dictionary["codec"] == IDENTITY and k != d_in:
         faults.append(f"{k} atoms in an identity dictionary of {d_in} inputs")
+    if codecs[codes["codec"]].variable and SUPPORTS[codes["support"]].is_stored:
+        faults.append(f"codec {codes['codec']!r} is for support 'dense', not {codes['support']!r}")
     return faults + SUPPORTS[codes["support"]].size_faults(spec, codecs[codes["codec"]])
 
 
@@ -342,6 +344,9 @@ def content_faults(
             if kind == "support":
                 support = SUPPORTS[part["codes"]["support"]]
                 faults += support.content_faults(name, part, read(tensor), codecs[part["codes"]["codec"]])
+            elif codec is not None and codec.variable:
+                shape = (part["dictionary"]["n_atoms"], part["shape"][1])
+                faults += [f"{tensor} {fault}" for fault in codec.faults_of(read(tensor), shape)]
             elif codec is None or codec.stream or not codec.scaled:  # other integers are right whatever they are
                 (d_in, _), k = part["shape"], part["dictionary"]["n_atoms"]
                 n = d_in * k if kind == "dictionary" else part["codes"]["n_nonzero"]

@@ -33,6 +33,7 @@ from .cospadi_cuda import SUPPORTS as CUDA_SUPPORTS
 from .cospadi_cuda import Kernels, apply_codes, gpu_kernels, has_kernels, project
 from .cospadi_cuda import choose as choose_cuda
 from .cospadi_format import IDENTITY
+from .cospadi_registry import CODECS
 
 PARTS = ("dictionary", "dictionary_scales", "values", "scales", "support")
 
@@ -115,6 +116,11 @@ class Packed(nn.Module):
         """Shape and device of the dense weight, for adapters; every other use is an error."""
         return _AbsentWeight((self.out_features, self.in_features), self.values.device)
 
+    @property
+    def is_stream(self) -> bool:
+        """Whether codes are a stream that is decoded once, when a model is loaded, and not in every product."""
+        return CODECS[self.spec["codes"]["codec"]].variable
+
     def parts(self) -> list[nn.Parameter | None]:
         """The packed tensors in the order of `PARTS`; None for those that this matrix does not have."""
         return [self._parameters[part] for part in PARTS]
@@ -139,6 +145,11 @@ class Packed(nn.Module):
 
     def unpack(self, dtype: torch.dtype, *, trainable: bool = False) -> None:
         """Keep both factors unpacked beside the packed ones; `unpack_` is for whole models."""
+        if trainable and self.is_stream:
+            raise ValueError(
+                f"codes in the codec {self.spec['codes']['codec']!r} cannot be trained, since their bytes depend "
+                "on their numbers; write the folder dense first (cospadi.checkpoint.densify)"
+            )
         dictionary, codes = self.factors(dtype)
         if dictionary is not None:
             self.unpacked_dictionary = nn.Parameter(dictionary.clone(), requires_grad=trainable)
@@ -160,7 +171,9 @@ class Packed(nn.Module):
         """Drop what `unpack` keeps; what was trained is stored."""
         if self.unpacked_codes is not None and self.unpacked_codes.requires_grad:
             self.store()
-        self.unpacked_dictionary = self.unpacked_codes = self.unpacked_weight = None
+        self.unpacked_weight = None
+        if not self.is_stream:  # which is decoded once
+            self.unpacked_dictionary = self.unpacked_codes = None
 
     def freeze_packed(self) -> None:
         """Packed tensors are no leaves to train; loading makes every floating-point parameter one."""

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from .configuration_cospadi import CospadiConfig, check_packing, family_config, register
 from .cospadi_checksums import CHECKSUMS, checksum_faults, write_checksums
+from .cospadi_entropy import DamagedStreamError
 from .cospadi_format import (
     Stored,
     UnreadableError,
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     from .cospadi_cpu_source import SOURCE  # noqa: F401
     from .cospadi_cuda import gpu_kernels  # noqa: F401
     from .cospadi_cuda_kernels import row_products  # noqa: F401
+    from .cospadi_entropy_source import SOURCE as CODER  # noqa: F401
     from .cospadi_integers import Integers  # noqa: F401
     from .cospadi_registry import CODECS  # noqa: F401
     from .cospadi_supports import Support  # noqa: F401
@@ -164,8 +168,10 @@ class CospadiForCausalLM:
             _LOADING.reset(token)
         _check_loaded(path, model, info)
         _check_offload(path, model.config.packing, getattr(model, "hf_device_map", {}))
-        for layer in packed_layers(model).values():
+        layers = packed_layers(model)
+        for layer in layers.values():
             layer.freeze_packed()
+        _decode_streams(path, {name: layer for name, layer in layers.items() if layer.is_stream}, model.dtype)
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -313,6 +319,21 @@ def _check_offload(path: Any, packing: dict[str, Any], device_map: dict[str, Any
                 "dictionary, which accelerate then does not find. Put both on the disk, or neither: give more memory "
                 "(max_memory), or a device_map that keeps the layers of a group together"
             )
+
+
+def _decode_streams(path: Any, layers: Mapping[str, PackedLinear], dtype: Any) -> None:
+    """Decode entropy-coded layers, several at a time; each keeps its stream, to be saved."""
+
+    def decode(name: str) -> None:
+        if layers[name].values.device.type == "meta":  # on the disk: decoded in every product
+            return
+        try:
+            layers[name].unpack(dtype)
+        except DamagedStreamError as error:
+            raise OSError(f"{path}: {name}.values {error}. {_REMEDY}") from error
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(decode, layers))
 
 
 def _check_loaded(path: Any, model: PreTrainedModel, info: Mapping[str, Any]) -> None:

@@ -1,0 +1,106 @@
+"""Folders of entropy-coded matrices: loaded, computed with, saved, cast, damaged."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from format_reader import read_checkpoint
+from format_writer import matrices_of, write_codes
+
+from cospadi.checkpoint import assemble, densify
+from cospadi.errors import ArtifactError
+from cospadi.files import ModelFolder
+from cospadi.runtime.cospadi_linear import pack_, packed_layers, set_kernels, unpack_
+from cospadi.runtime.modeling_cospadi import CospadiForCausalLM
+
+TOKENS = torch.arange(3, 30)[None]
+
+
+@pytest.fixture(scope="module", params=["ec", "ectcq"])
+def folder(request, tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp(request.param)
+    base = tiny_model("llama", dtype="float32")
+    write_codes(
+        root / "all.safetensors", matrices_of(base), codec=request.param, support="dense", dictionary="identity"
+    )
+    assemble(base, [root / "all.safetensors"], root / "packed", variant={"method": "by hand"})
+    densify(root / "packed", root / "dense")
+    return root
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+def test_every_reader_sees_the_same_weights(folder):
+    expected = read_checkpoint(folder / "packed")
+    dense = ModelFolder(folder / "dense")
+    model = CospadiForCausalLM.from_pretrained(folder / "packed", dtype=torch.float32)
+    layers = packed_layers(model)
+    assert layers.keys() == expected.keys()
+    for name, weight in expected.items():
+        np.testing.assert_array_equal(layers[name].dense().numpy().T, weight)
+        np.testing.assert_array_equal(dense.read_weight(name), weight)
+        # decoded once, to the numbers themselves
+        np.testing.assert_array_equal(layers[name].unpacked_codes.detach().numpy().T, weight)
+
+
+def test_a_loaded_model_computes_what_the_dense_one_does_with_either_coder(folder):
+    from transformers import AutoModelForCausalLM
+
+    expected = logits(AutoModelForCausalLM.from_pretrained(folder / "dense", dtype=torch.float32))
+    found = {}
+    for choice in ("auto", "torch"):
+        set_kernels(cpu=choice)
+        found[choice] = logits(CospadiForCausalLM.from_pretrained(folder / "packed", dtype=torch.float32))
+    set_kernels(cpu="auto")
+    assert torch.equal(found["auto"], found["torch"])
+    torch.testing.assert_close(found["auto"], expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_memory_holds_the_rows_in_the_dtype_of_the_model_and_saving_gives_the_same_bytes(folder, tmp_path):
+    model = CospadiForCausalLM.from_pretrained(folder / "packed", dtype=torch.bfloat16)
+    for layer in packed_layers(model).values():
+        assert layer.unpacked_codes.dtype == torch.bfloat16 and layer.values.dtype == torch.uint8
+    model.float().save_pretrained(tmp_path / "again")
+    first, second = (
+        safetensors.numpy.load_file(f / "model.safetensors") for f in (folder / "packed", tmp_path / "again")
+    )
+    packed = [name for name in first if name.endswith("_proj.values")]
+    assert packed and all(first[name].tobytes() == second[name].tobytes() for name in packed)
+    assert first.keys() == second.keys()
+
+
+def test_unpacking_and_packing_leave_it_decoded(folder):
+    model = CospadiForCausalLM.from_pretrained(folder / "packed", dtype=torch.float32)
+    before = logits(model)
+    torch.testing.assert_close(logits(unpack_(model)), before, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logits(pack_(model)), before)
+    assert all(layer.unpacked_codes is not None for layer in packed_layers(model).values())
+    with pytest.raises(ValueError, match="cannot be trained"):
+        unpack_(model, trainable=True)
+
+
+def test_a_stream_whose_checksum_was_made_to_fit_is_refused_when_it_is_decoded(folder, tmp_path):
+    broken = Path(shutil.copytree(folder / "packed", tmp_path / "broken"))
+    tensors = safetensors.numpy.load_file(broken / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj"
+    stored = tensors[f"{name}.values"].copy()
+    stored[-40] ^= 0xFF
+    stored[:4] = np.frombuffer(zlib.crc32(stored[4:].tobytes()).to_bytes(4, "little"), np.uint8)
+    tensors[f"{name}.values"] = stored
+    safetensors.numpy.save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(OSError, match=f"{name}.values has a stream that does not end where it should"):
+        CospadiForCausalLM.from_pretrained(broken)
+    with pytest.raises(ArtifactError, match=f"the codes of {name} are stored in what has a stream"):
+        densify(broken, tmp_path / "dense")
+    assert json.loads((broken / "config.json").read_text())["model_type"] == "cospadi"

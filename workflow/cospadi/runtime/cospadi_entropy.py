@@ -1,0 +1,536 @@
+"""Entropy-coded matrices: whole numbers under one step a row, in as many bits as they are surprising.
+
+Numbers of a row and column whose scales are large against the step are spread wide, others are mostly zero: a table of
+frequencies for every half octave of that. Streams are decoded by C where a compiler is found, else by NumPy, which is
+the reference and some hundred times slower. docs/format.md has every byte.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import itertools
+import logging
+import struct
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .cospadi_entropy_source import SOURCE
+from .cospadi_values import Codec
+
+logger = logging.getLogger("cospadi.runtime")
+
+# Of a state: its lowest value between two numbers, and the bits of a frequency
+_LANES, _LOWEST, _BITS = 8, 1 << 16, 12
+_SLOTS = 1 << _BITS
+# Numbers to either side that a table has, halved for the trellis
+MOST = 127
+# Steps: so many to an octave, the tenth of a bit exact; a byte has 16 octaves of them
+_OCTAVE = 16
+_MANTISSAS = np.array([round(2 ** (i / _OCTAVE) * 512) / 512 for i in range(_OCTAVE)], np.float64)
+# Numbers a stream has, about; streams are decoded by several threads
+_STREAM = 1 << 16
+# A table for fewer numbers costs more than it saves
+_FEWEST = 1000
+_HEADER = struct.Struct("<IIIHhBBHI")
+
+
+class DamagedStreamError(ValueError):
+    """A stream is not what encoding gives."""
+
+
+class Entropy(Codec):
+    """One tensor of bytes: header, steps, scales, tables, streams. `trellis`: whether numbers follow its 8 states.
+
+    From state ``s`` the numbers of parity ``s >> 2`` are allowed, so they lie two steps apart, and the paths through
+    the states choose between the two kinds: a denser packing of space than rounding each for itself.
+    """
+
+    dtype, bits, variable = "U8", 8, True
+    for_dictionaries = in_dictionaries = for_configs = False
+
+    def __init__(self, name: str, *, trellis: bool) -> None:
+        self.name, self.trellis = name, trellis
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return ("n_bytes",)
+
+    def shape_of_codes(self, numbers: Sequence[int], codes: Mapping[str, Any]) -> tuple[int, ...]:
+        return (codes["n_bytes"],)
+
+    def pack_codes(self, codes: np.ndarray, steps: np.ndarray) -> np.ndarray:
+        """Store codes (k, d_out) that are whole numbers of the steps (k,), which `steps_near` gave.
+
+        Raises
+        ------
+        ValueError
+            If they are not, are too large, or do not follow the trellis.
+        """
+        rows, columns = codes.shape
+        exponent, step_bytes = _step_bytes(steps)
+        numbers = np.rint(codes / steps[:, None]).astype(np.int32)
+        odd = np.zeros(numbers.shape, np.uint8)
+        if self.trellis:
+            odd = (numbers & 1).astype(np.uint8)
+            _check_path(numbers)
+            numbers = numbers >> 1
+        if max(-numbers.min(initial=0), numbers.max(initial=0)) > MOST + 1:
+            raise ValueError(f"numbers up to {np.abs(numbers).max()}; allowed: {MOST}")
+        numbers = numbers.astype(np.int8)
+        levels, first, n_buckets = _levels(codes, steps)
+        bucket = _buckets(levels, first, n_buckets, rows, columns)
+        tables = _count_tables(bucket, numbers, odd, n_buckets, self.trellis)
+        table_bytes = b"".join(_table_bytes(table) for table in tables)
+        per_stream = _rows_a_stream(columns)
+        frequency, start = _frequencies(tables, self.trellis)
+        coder = _coder()
+        encode = _encode_with_numpy if coder is None else coder.encode
+        streams = [
+            encode(self, levels, first, n_buckets, frequency, start, numbers, odd, begin, min(per_stream, rows - begin))
+            for begin in range(0, rows, per_stream)
+        ]
+        body = _HEADER.pack(0, rows, columns, per_stream, exponent, first, n_buckets, 0, len(table_bytes))[4:]
+        body += step_bytes + levels.tobytes() + table_bytes
+        body += np.array([len(stream) for stream in streams], "<u4").tobytes() + b"".join(streams)
+        return np.frombuffer(struct.pack("<I", zlib.crc32(body)) + body, np.uint8)
+
+    def unpack(self, stored: np.ndarray, n: int) -> np.ndarray:
+        """Numbers times steps, float32 (n,): column after column, as codes are stored."""
+        return _decode(self, _parsed(self, np.ascontiguousarray(stored)), halves=False).ravel()
+
+    def steps(self, stored: np.ndarray) -> np.ndarray:
+        """Step of every row, float32 (k,)."""
+        return _parsed(self, np.ascontiguousarray(stored)).steps
+
+    def decode(self, stored: Any, shape: Sequence[int]) -> Any:
+        import torch
+
+        decoded = self.unpack(stored.detach().cpu().numpy(), 0)
+        return torch.from_numpy(decoded).view(*shape).to(stored.device)
+
+    def faults_of(self, stored: np.ndarray, shape: tuple[int, int]) -> Iterator[str]:
+        """What is wrong inside the stored tensor of codes (k, d_out); its streams are looked at as they are decoded."""
+        try:
+            found = _parsed(self, np.ascontiguousarray(stored))
+        except ValueError as error:
+            yield str(error)
+            return
+        if (found.rows, found.columns) != shape:
+            yield f"holds codes of shape ({found.rows}, {found.columns}), expected {shape}"
+
+
+@dataclass(frozen=True)
+class _Parsed:
+    """A stored matrix in its parts, which fit together."""
+
+    rows: int
+    columns: int
+    per_stream: int
+    first: int
+    n_buckets: int
+    steps: np.ndarray
+    levels: np.ndarray
+    tables: list[list[int]]
+    streams: list[np.ndarray]
+
+
+def _parsed(codec: Entropy, stored: np.ndarray) -> _Parsed:
+    """Parts of a stored matrix.
+
+    Raises
+    ------
+    ValueError
+        If the checksum, a size or a table is not right.
+    """
+    data = stored.tobytes()
+    if len(data) < _HEADER.size:
+        raise ValueError(f"has {len(data)} bytes, fewer than its header")
+    checksum, rows, columns, per_stream, exponent, first, n_buckets, zero, n_table = _HEADER.unpack_from(data)
+    if zlib.crc32(data[4:]) != checksum:
+        raise ValueError("is damaged: its checksum is another")
+    n_streams = -(-rows // per_stream) if per_stream else 0
+    after = _HEADER.size + 2 * rows + columns + n_table + 4 * n_streams
+    if not (rows and columns and per_stream and n_buckets) or zero or per_stream % _LANES or after > len(data):
+        raise ValueError("is cut short, or its header is wrong")
+    at = _HEADER.size
+    step_bytes = np.frombuffer(data, np.uint8, rows, at)
+    levels = np.frombuffer(data, np.uint8, rows + columns, at + rows)
+    at += 2 * rows + columns
+    tables = _read_tables(data[at : at + n_table], n_buckets, codec.trellis)
+    at += n_table
+    sizes = np.frombuffer(data, "<u4", n_streams, at).astype(np.int64)
+    edges = after + np.concatenate([[0], np.cumsum(sizes)])
+    if edges[-1] != len(data) or (sizes < 4 * _LANES).any() or (sizes % 2).any():
+        raise ValueError("has streams of other sizes than it says")
+    if not -100 <= exponent <= 100:
+        raise ValueError("has steps that no weight needs")
+    streams = [stored[a:b] for a, b in itertools.pairwise(edges)]
+    return _Parsed(rows, columns, per_stream, first, n_buckets, _steps(exponent, step_bytes), levels, tables, streams)
+
+
+# --- steps ------------------------------------------------------------------------------------------------------------
+
+
+def steps_near(wanted: np.ndarray) -> np.ndarray:
+    """The steps that can be stored nearest to those wanted (k,), within 16 octaves below the largest: float32."""
+    exponent = int(np.floor(np.log2(wanted.max()))) - 15
+    nearest = np.rint(_OCTAVE * (np.log2(np.maximum(wanted, 2.0**-200)) - exponent)).clip(0, 255).astype(np.uint8)
+    return _steps(exponent, nearest)
+
+
+def _steps(exponent: int, stored: np.ndarray) -> np.ndarray:
+    return np.ldexp(_MANTISSAS[stored % _OCTAVE], exponent + stored.astype(np.int64) // _OCTAVE).astype(np.float32)
+
+
+def _step_bytes(steps: np.ndarray) -> tuple[int, bytes]:
+    exponent = int(np.floor(np.log2(steps.max()))) - 15
+    stored = np.rint(_OCTAVE * (np.log2(steps.astype(np.float64)) - exponent)).clip(0, 255).astype(np.uint8)
+    if not np.array_equal(_steps(exponent, stored), steps):
+        raise ValueError("steps are not those that can be stored")
+    return exponent, stored.tobytes()
+
+
+# --- scales and tables ------------------------------------------------------------------------------------------------
+
+
+def _levels(codes: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, int, int]:
+    """Logarithm of each row's scale over its step, and of each column's, bytes (k + d_out,); first bucket and number.
+
+    Scales are those of ``w_ij ~ r_i c_j``, by turns the mean square of what the other leaves.
+    """
+    squares = codes.astype(np.float32) ** 2
+    tiny = np.float32(1e-30)
+    column = np.maximum(squares.mean(0), tiny)
+    for _ in range(3):
+        row = np.maximum((squares / column).mean(1), tiny)
+        column = np.maximum((squares / row[:, None]).mean(0), tiny)
+    logs = [8 * np.log2(row.astype(np.float64)) - 16 * np.log2(steps.astype(np.float64)), 8 * np.log2(column)]
+    # a row or column of zeros is the least of all
+    floors = [part.max() - 255 for part in logs]
+    levels = [np.rint(np.maximum(part, floor)) for part, floor in zip(logs, floors, strict=True)]
+    lows = [part.min() for part in levels]
+    sums = (levels[0] - lows[0])[:, None] + (levels[1] - lows[1])
+    counts = np.bincount((sums.astype(np.int64) >> 3).ravel())
+    enough = min(_FEWEST, codes.size // 8)
+    below, above = np.cumsum(counts), np.cumsum(counts[::-1])[::-1]
+    first = int(np.argmax(below > enough))
+    last = int(len(counts) - 1 - np.argmax(above[::-1] > enough))
+    stored = np.concatenate([part - low for part, low in zip(levels, lows, strict=True)]).astype(np.uint8)
+    return stored, first, max(1, last - first + 1)
+
+
+def _buckets(levels: np.ndarray, first: int, n_buckets: int, rows: int, columns: int) -> np.ndarray:
+    """Bucket of every code, (rows, columns)."""
+    sums = levels[:rows].astype(np.int16)[:, None] + levels[rows : rows + columns].astype(np.int16)
+    return np.clip((sums >> 3) - first, 0, n_buckets - 1)
+
+
+def _count_tables(
+    bucket: np.ndarray, numbers: np.ndarray, odd: np.ndarray, n_buckets: int, trellis: bool
+) -> list[list[int]]:
+    """Frequencies of every table by size, symmetric: of 0, 1 ... numbers; where they are odd, of 1, 3 ..."""
+    kinds = 2 if trellis else 1
+    sizes = np.where(odd, np.where(numbers < 0, ~numbers, numbers), np.abs(numbers.astype(np.int16)))
+    index = (kinds * bucket + odd).astype(np.int64) * 256 + sizes
+    counts = np.bincount(index.ravel(), minlength=256 * kinds * n_buckets).reshape(-1, 256)
+    return [_normalised(count, table % kinds == 1) for table, count in enumerate(counts)]
+
+
+def _normalised(counts: np.ndarray, odd: bool) -> list[int]:
+    """Frequencies in the proportion of counts; those of 0 once and of the others twice make `_SLOTS`."""
+    total = int(counts.sum())
+    if total == 0:
+        return []
+    counts = counts[: int(np.nonzero(counts)[0][-1]) + 1]
+    weights = np.full(len(counts), 2)
+    if not odd:
+        weights[0] = 1
+    found = np.where(counts > 0, np.maximum(1, np.rint(counts * (_SLOTS / total) / weights)), 0).astype(np.int64)
+    if not odd:
+        found[0] += found[0] & 1  # the others come in pairs
+    while (excess := int((weights * found).sum()) - _SLOTS) != 0:
+        largest = int(np.argmax(found))
+        change = max(1, min(abs(excess) // 2, int(found[largest]) // 64))
+        found[largest] -= int(np.sign(excess)) * change * (3 - weights[largest])
+    return found.tolist()
+
+
+def _table_bytes(table: list[int]) -> bytes:
+    """How many sizes a table has, and the frequency of each in bytes of seven bits, the lowest first."""
+    out = bytearray([len(table)])
+    for frequency in table:
+        while frequency >= 128:
+            out.append(frequency & 127 | 128)
+            frequency >>= 7
+        out.append(frequency)
+    return bytes(out)
+
+
+def _read_tables(data: bytes, n_buckets: int, trellis: bool) -> list[list[int]]:
+    tables, at, kinds = [], 0, 2 if trellis else 1
+    try:
+        for table in range(n_buckets * kinds):
+            n, at = data[at], at + 1
+            found = []
+            for _ in range(n):
+                frequency = shift = 0
+                while True:
+                    byte, at = data[at], at + 1
+                    frequency |= (byte & 127) << shift
+                    shift += 7
+                    if byte < 128 or shift > 14:
+                        break
+                found.append(frequency)
+            total = 2 * sum(found) - (found[0] if found and not (trellis and table % 2) else 0)
+            if n > MOST + 1 or (n and total != _SLOTS):
+                raise ValueError("has a table whose frequencies do not make a whole")
+            tables.append(found)
+    except IndexError:
+        raise ValueError("has tables that are cut short") from None
+    if at != len(data):
+        raise ValueError("has bytes behind its tables")
+    return tables
+
+
+def _frequencies(tables: list[list[int]], trellis: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Frequency of every number from -128 on in every table, and their sum below it: uint16 (n_tables, 256)."""
+    frequency = np.zeros((len(tables), 256), np.uint16)
+    for index, table in enumerate(tables):
+        sizes = np.array(table or [], np.uint16)
+        if trellis and index % 2:  # 0 stands for 1, -1 for -1
+            frequency[index, 128 : 128 + len(sizes)] = sizes
+            frequency[index, 128 - len(sizes) : 128] = sizes[::-1]
+        else:
+            frequency[index, 128 : 128 + len(sizes)] = sizes
+            frequency[index, 129 - len(sizes) : 129] = sizes[::-1]
+    ends = np.cumsum(frequency, axis=1, dtype=np.int64)
+    return frequency, (ends - frequency).astype(np.uint16)
+
+
+def _slots(tables: list[list[int]], trellis: bool) -> np.ndarray:
+    """What every slot of every table stands for, as the C source has it: uint32 (n_tables, `_SLOTS`)."""
+    frequency, start = _frequencies(tables, trellis)
+    slots = np.zeros((len(tables), _SLOTS), np.uint32)
+    # a table that no number needs: zeros for ever
+    slots[:] = (_SLOTS - 1) << _BITS | np.arange(_SLOTS, dtype=np.uint32)
+    for index, counts in enumerate(frequency):
+        if counts.any():
+            number = np.repeat(np.arange(-128, 128), counts)
+            within = np.arange(_SLOTS) - start[index][number + 128]
+            word = (number & 255).astype(np.uint32) << 24 | (counts[number + 128].astype(np.uint32) - 1) << _BITS
+            slots[index] = word | within.astype(np.uint32)
+    return slots
+
+
+def _rows_a_stream(columns: int) -> int:
+    return min(max(1, -(-_STREAM // (_LANES * columns))) * _LANES, (1 << 16) - _LANES)
+
+
+# --- the trellis ------------------------------------------------------------------------------------------------------
+
+
+def follow(state: Any, number: Any) -> Any:
+    """State after a (halved) number."""
+    return ((number ^ state ^ state >> 1) & 1) << 2 | state >> 1
+
+
+def _check_path(numbers: np.ndarray) -> None:
+    state = np.zeros(len(numbers), np.int32)
+    for column in numbers.T:
+        if ((column ^ state >> 2) & 1).any():
+            raise ValueError("numbers do not follow the trellis")
+        state = follow(state, column >> 1)
+
+
+# --- streams ----------------------------------------------------------------------------------------------------------
+
+
+def _decode(codec: Entropy, found: _Parsed, *, halves: bool) -> np.ndarray:
+    """Numbers times steps, (d_out, k): float32, or bfloat16 as uint16.
+
+    Raises
+    ------
+    DamagedStreamError
+        If a stream is not what encoding gives.
+    """
+    slots = _slots(found.tables, codec.trellis)
+    out = np.empty((found.columns, found.rows), np.uint16 if halves else np.float32)
+    coder = _coder()
+    decode = _decode_with_numpy if coder is None else coder.decode
+    for index, stream in enumerate(found.streams):
+        begin = index * found.per_stream
+        decode(codec, found, slots, stream, begin, min(found.per_stream, found.rows - begin), out)
+    return out
+
+
+def _decode_with_numpy(
+    codec: Entropy, found: _Parsed, slots: np.ndarray, stream: np.ndarray, begin: int, rows: int, out: np.ndarray
+) -> None:
+    states = stream[: 4 * _LANES].view("<u4").astype(np.int64)
+    words = stream[4 * _LANES :].view("<u2").astype(np.int64)
+    at, kinds = 0, 2 if codec.trellis else 1
+    bucket = _buckets(found.levels, found.first, found.n_buckets, found.rows, found.columns)[begin : begin + rows]
+    for group in range(0, rows, _LANES):
+        lanes = min(_LANES, rows - group)
+        here, state = states[:lanes], np.zeros(lanes, np.int64)
+        step = found.steps[begin + group : begin + group + lanes]
+        for j in range(found.columns):
+            odd = state >> 2 if codec.trellis else 0
+            entry = slots[kinds * bucket[group : group + lanes, j] + odd, here & (_SLOTS - 1)].astype(np.int64)
+            here[:] = ((entry >> _BITS & (_SLOTS - 1)) + 1) * (here >> _BITS) + (entry & (_SLOTS - 1))
+            short = here < _LOWEST
+            taken = int(short.sum())
+            if at + taken > len(words):
+                raise DamagedStreamError("has a stream that is too short")
+            here[short] = here[short] << 16 | words[at : at + taken]
+            at += taken
+            number = entry >> 24
+            number -= (number & 128) << 1
+            value = ((2 * number + odd) if codec.trellis else number).astype(np.float32) * step
+            out[j, begin + group : begin + group + lanes] = _upper(value) if out.dtype == np.uint16 else value
+            state = follow(state, number)
+    if at != len(words) or (states != _LOWEST).any():
+        raise DamagedStreamError("has a stream that does not end where it should")
+
+
+def _upper(values: np.ndarray) -> np.ndarray:
+    bits = values.view(np.uint32)
+    return ((bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
+
+
+def _encode_with_numpy(
+    codec: Entropy,
+    levels: np.ndarray,
+    first: int,
+    n_buckets: int,
+    frequency: np.ndarray,
+    start: np.ndarray,
+    numbers: np.ndarray,
+    odd: np.ndarray,
+    begin: int,
+    rows: int,
+) -> bytes:
+    kinds = 2 if codec.trellis else 1
+    bucket = _buckets(levels, first, n_buckets, *numbers.shape)
+    states = np.full(_LANES, _LOWEST, np.int64)
+    words: list[int] = []  # from the last to the first
+    for group in reversed(range(0, rows, _LANES)):
+        lanes = slice(begin + group, begin + min(group + _LANES, rows))
+        here = states[: lanes.stop - lanes.start]
+        table = kinds * bucket[lanes] + odd[lanes]
+        entry = numbers[lanes].astype(np.int64) + 128
+        counts, below = frequency[table, entry].astype(np.int64), start[table, entry].astype(np.int64)
+        for j in reversed(range(numbers.shape[1])):
+            count = counts[:, j]
+            full = here >= count << 20
+            words += (here[full] & 0xFFFF)[::-1].tolist()
+            here[full] >>= 16
+            here[:] = (here // count << _BITS) + here % count + below[:, j]
+    return states.astype("<u4").tobytes() + np.array(words[::-1], "<u2").tobytes()
+
+
+class _Contexts(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("columns", "first", "buckets", "trellis")),
+        *((name, ctypes.c_void_p) for name in ("row", "column")),
+    ]
+
+
+class _Coder:
+    """The compiled coder."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        pointer, integer = ctypes.c_void_p, ctypes.c_int64
+        self._decode, self._encode = library.entropy_decode, library.entropy_encode
+        self._decode.argtypes = [pointer] * 4 + [integer] * 3 + [pointer] + [integer] * 2
+        self._encode.argtypes = [pointer] * 5 + [integer] * 2 + [pointer, integer]
+        self._decode.restype = self._encode.restype = integer
+
+    @staticmethod
+    def _contexts(codec: Entropy, levels: np.ndarray, first: int, n_buckets: int, rows: int) -> _Contexts:
+        address = levels.ctypes.data
+        return _Contexts(len(levels) - rows, first, n_buckets, codec.trellis, address, address + rows)
+
+    def decode(
+        self,
+        codec: Entropy,
+        found: _Parsed,
+        slots: np.ndarray,
+        stream: np.ndarray,
+        begin: int,
+        rows: int,
+        out: np.ndarray,
+    ) -> None:
+        levels, stream = np.ascontiguousarray(found.levels), np.ascontiguousarray(stream)
+        contexts = self._contexts(codec, levels, found.first, found.n_buckets, found.rows)
+        wrong = self._decode(
+            ctypes.byref(contexts),
+            slots.ctypes.data,
+            found.steps.ctypes.data,
+            stream.ctypes.data,
+            len(stream),
+            begin,
+            rows,
+            out.ctypes.data,
+            found.rows,
+            out.dtype == np.uint16,
+        )
+        if wrong:
+            raise DamagedStreamError("has a stream that does not end where it should")
+
+    def encode(
+        self,
+        codec: Entropy,
+        levels: np.ndarray,
+        first: int,
+        n_buckets: int,
+        frequency: np.ndarray,
+        start: np.ndarray,
+        numbers: np.ndarray,
+        odd: np.ndarray,
+        begin: int,
+        rows: int,
+    ) -> bytes:
+        # no number takes more than a frequency's bits
+        room = np.empty(4 * _LANES + 2 + 2 * rows * numbers.shape[1], np.uint8)
+        contexts = self._contexts(codec, levels, first, n_buckets, len(numbers))
+        place = self._encode(
+            ctypes.byref(contexts),
+            *(array.ctypes.data for array in (frequency, start, numbers, odd)),
+            begin,
+            rows,
+            room.ctypes.data,
+            len(room),
+        )
+        if place < 0:
+            raise ValueError("a number has no place in its table")
+        return room[place:].tobytes()
+
+
+def _coder() -> _Coder | None:
+    """The compiled coder; None where NumPy has to do."""
+    from .cospadi_cpu import chosen_kernels
+
+    choice = chosen_kernels()
+    return None if choice == "torch" else _compiled(choice)
+
+
+@functools.cache
+def _compiled(choice: str) -> _Coder | None:
+    import subprocess
+    import sys
+
+    from .cospadi_cpu import library
+
+    if sys.byteorder != "little":
+        return None
+    try:
+        return _Coder(library(SOURCE, choice))
+    except (OSError, subprocess.SubprocessError) as error:
+        logger.warning("entropy-coded matrices: NumPy, which is much slower, because no C compiler works (%s)", error)
+        return None
