@@ -93,7 +93,8 @@ def kernels_agree(device: torch.device) -> bool:
     parts = [atoms, None, values, None, support]
     try:
         few = apply_codes(spec, parts, project(spec, parts, x), torch.bfloat16)
-        many = F.linear(x @ atoms, unpack(spec, parts, torch.bfloat16))
+        repeated = x.repeat(KERNEL_ROWS, 1)
+        many = apply_codes(spec, parts, project(spec, parts, repeated), torch.bfloat16)[: len(x)]
     except Exception as error:  # whatever a compiler or a driver raises
         reason = f"the kernels do not run on {torch.cuda.get_device_name(device)}: {type(error).__name__}: {error}"
     else:
@@ -107,15 +108,16 @@ def kernels_agree(device: torch.device) -> bool:
 
 
 def project(spec: dict[str, Any], parts: list[torch.Tensor | None], x: torch.Tensor) -> torch.Tensor:
-    """``z = x D`` as `apply_codes` takes it: for a few rows float32 in an order of its own, for many like `x`."""
+    """``z = x D`` as `apply_codes` takes it: for a few rows float32 in an order of its own, for many like `x`, with
+    zeros up to a multiple of 16 atoms: products of other widths keep away from the tensor cores' fast loads.
+    """
     dictionary, dictionary_scales, *_ = parts
     if dictionary is None:
         return x
     (d_in, _), k = spec["shape"], spec["dictionary"]["n_atoms"]
     if not _few(x):
-        # rows that start at odd addresses would keep the products from the tensor cores' fast loads
-        z = x.new_empty(len(x), _aligned(k))[:, :k]
-        return torch.mm(x, decode_dictionary(spec, dictionary, dictionary_scales, x.dtype), out=z)
+        atoms = decode_dictionary(spec, dictionary, dictionary_scales, x.dtype)
+        return F.linear(x, _widened(atoms, _aligned(k)).T)
     in_stride, row_stride = dictionary.stride() if dictionary.ndim == 2 else (k, 1)
     lanes = spec["codes"]["support"] != "dense"
     return _row_products(
@@ -140,7 +142,7 @@ def apply_codes(
     _, _, values, scales, support = parts
     rows, (_, d_out), k, codes = z.shape[0], spec["shape"], spec["dictionary"]["n_atoms"], spec["codes"]
     if not _few(z):
-        return F.linear(z, unpack(spec, parts, dtype))
+        return F.linear(z, _widened(unpack(spec, parts, dtype), z.shape[1]))
     if support is None:
         group = codes.get("group_size") or k
         return _row_products(
@@ -194,7 +196,7 @@ def apply_codes(
 
 
 def unpack(spec: dict[str, Any], parts: list[torch.Tensor | None], dtype: torch.dtype) -> torch.Tensor:
-    """Codes transposed, (d_out, k) with zeros, in `dtype`; rows start at multiples of 32 bytes."""
+    """Codes transposed with their zeros, in `dtype`: (d_out, k), or with zeros up to a multiple of 16 atoms."""
     _, _, values, scales, support = parts
     (_, d_out), k, codes = spec["shape"], spec["dictionary"]["n_atoms"], spec["codes"]
     if support is None:
@@ -224,7 +226,7 @@ def unpack(spec: dict[str, Any], parts: list[torch.Tensor | None], dtype: torch.
             BLOCK_OUT=block,
             num_warps=warps,
         )
-    return unpacked[:, :k]
+    return unpacked
 
 
 UNPACK_TILE = (8, 4)  # columns a program takes, its warps
@@ -234,13 +236,13 @@ def row_tile(n_in: int, rows: int, across: bool) -> tuple[int, int, int]:
     """Outputs and inputs that a program of `row_products` holds at once, and its warps."""
     if across:
         return 128, 16, 4
-    block_in = min(4096, max(128, _power(n_in))) // rows
-    return 2, block_in, 4
+    most = max(128, _power(n_in))
+    return (4, min(1024, most), 4) if rows == 1 else (2, min(4096, most) // rows, 4)
 
 
 def code_tile(d_out: int, rows: int) -> tuple[int, int, int]:
     """Columns a program of `code_products` takes, how many chunks it reads ahead, and its warps."""
-    return (8 if d_out >= 2048 else 4), (2 if rows == 1 else 1), 4
+    return 8 if rows > 1 and d_out >= 2048 else 4, 1, 4
 
 
 def _row_products(
@@ -340,8 +342,16 @@ def _few(rows: torch.Tensor) -> bool:
 
 
 def _aligned(k: int) -> int:
-    """Numbers a row of `k` takes where rows start at multiples of 32 bytes."""
+    """The next multiple of 16, 32 bytes of bfloat16."""
     return -(-k // 16) * 16
+
+
+def _widened(matrix: torch.Tensor, n_columns: int) -> torch.Tensor:
+    """With zero columns up to `n_columns`, or without those beyond them."""
+    missing = n_columns - matrix.shape[1]
+    if missing > 0:  # by rows of the transposed matrix: an atom stays contiguous
+        return F.pad(matrix.T, (0, 0, 0, missing)).T if matrix.stride(0) == 1 else F.pad(matrix, (0, missing))
+    return matrix[:, :n_columns]
 
 
 def _padded(k: int) -> int:
