@@ -160,7 +160,10 @@ def test_model_is_the_base_family_s_with_packed_linears(without_package, family)
     found = without_package["families"][family]
     base = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma3_text": "Gemma3"}
     assert found["base"] == f"{base[family]}ForCausalLM"
-    modules = {"gemma3_text": ["Linear", "PackedLinear"], "mistral": ["MixtureLinear", "PackedLinear", "SummedLinear"]}
+    modules = {
+        "gemma3_text": ["DenseLinear", "PackedLinear"],
+        "mistral": ["MixtureLinear", "PackedLinear", "SummedLinear"],
+    }
     assert found["modules"] == modules.get(family, ["PackedLinear"])
     assert found["tied_head"] == (family not in {"mistral", "qwen2"})
     assert found["shared"] == found["tied_again"] == (family == "qwen3")

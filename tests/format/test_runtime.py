@@ -35,6 +35,7 @@ from cospadi.runtime.cospadi_codecs import decode_codes, decode_support, encode_
 from cospadi.runtime.cospadi_cpu import PATHS, BoundSum, Kernel, product_dtype
 from cospadi.runtime.cospadi_linear import (
     PARTS,
+    DenseLinear,
     PackedLinear,
     SharedProjection,
     pack_,
@@ -903,6 +904,54 @@ def test_two_threads_compute_with_a_layer_at_a_time(monkeypatch):
 
     with concurrent.futures.ThreadPoolExecutor(len(given)) as pool:
         assert list(pool.map(compute, given)) == [None] * len(given)
+
+
+@pytest.mark.parametrize("rows", [1, 5, FEW, FEW + 1])
+def test_a_dense_layer_of_a_packed_model_is_multiplied_by_the_kernel(monkeypatch, rows):
+    kernel = copy.copy(compiled("auto"))
+    if kernel._layer is None:
+        pytest.skip("no headers of Python were found")
+    kernel.paths = PATHS["avx2"]
+    monkeypatch.setattr(cospadi_linear, "kernel", lambda: kernel)
+    monkeypatch.setattr(cospadi_cpu, "bfloat16_is_native", lambda: False)
+    layer = DenseLinear(48, 40, bias=False, dtype=torch.bfloat16)
+    x = torch.randn(1, rows, 48).bfloat16()
+    by_kernel = rows <= kernel.paths.few_rows
+
+    def check(taken):
+        exact = x.double() @ layer.weight.double().T
+        size = x.double().abs() @ layer.weight.double().abs().T
+        y = layer(x)
+        assert y.dtype == layer.weight.dtype and y.shape == exact.shape
+        rounding = 2**-8 * exact.abs() if y.dtype == torch.bfloat16 else 0
+        assert ((y.double() - exact).abs() <= 1e-5 * size + rounding).all()
+        assert torch.equal(y, layer(x)), "equal calls give equal bits"
+        answer = layer._call and layer._call(x, layer._parameters)
+        assert answer is None if not taken else torch.equal(answer, y)
+
+    with torch.no_grad():
+        check(by_kernel)
+        layer.weight.mul_(2)
+        check(by_kernel)
+        layer.weight = torch.nn.Parameter(layer.weight.flip(0))
+        check(by_kernel)
+        copied = pickle.loads(pickle.dumps(layer))
+        assert copied._call is None and torch.equal(copied(x), layer(x))
+        layer.float()
+        assert layer._call is None, "nothing keeps the weight as it was"
+        x = x.float()
+        check(False)
+        layer.bfloat16()
+        x = x.bfloat16()
+        with torch.autocast("cpu", torch.float16):
+            assert layer(x).dtype == torch.float16
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x), rtol=1e-2, atol=1e-2
+        )
 
 
 @pytest.mark.parametrize("flags", [[], ["-DWITH_PYTHON", "-I/no/such/folder"]], ids=["none", "wrong"])

@@ -57,14 +57,18 @@ class Paths:
         Rows of x up to which the kernel computes straight from the packed form; more rows are worth unpacking for.
     without_zeros : bool
         Whether many rows are multiplied with the stored codes alone, instead of with an unpacked ``S``.
+    dense : bool
+        Whether a few rows are multiplied with bfloat16 weights that are not packed, too: torch has no instructions for
+        them, and its product of one row reads memory at half of its speed.
     """
 
     few_rows: int
     without_zeros: bool
+    dense: bool = False
 
 
 # by the kind of the kernel; torch's own products of many rows are best where they use wide registers
-PATHS = {"avx512": Paths(8, False), "avx2": Paths(16, True), "generic": Paths(8, False)}
+PATHS = {"avx512": Paths(8, False), "avx2": Paths(16, True, True), "generic": Paths(8, False)}
 
 
 @functools.cache
@@ -290,6 +294,16 @@ class Kernel:
         if not self.library.cospadi_product(total.address, self._openmp_address, threads, *arguments):
             raise MemoryError(f"no memory for a product of {rows} rows")
         return y
+
+    def is_for_dense(self, x: torch.Tensor, weight: torch.Tensor) -> bool:
+        """Whether a product of `x` with the weight (d_out, d_in) of a layer that is not packed is worth a `layer`."""
+        return (
+            self._layer is not None
+            and self.paths.dense
+            and not bfloat16_is_native()
+            and 0 < x.numel() <= self.paths.few_rows * weight.shape[1]
+            and all(t.is_cpu and t.dtype == torch.bfloat16 and t.is_contiguous() for t in (x, weight))
+        )
 
     def layer(self, total: BoundSum, modules: Sequence[torch.nn.Module], read: Sequence[str]) -> Callable | None:
         """`product` as one call of C for a layer that runs as it stands; None where there is no such code.

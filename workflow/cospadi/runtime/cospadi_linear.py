@@ -294,6 +294,48 @@ class PackedLinear(Packed, nn.Linear):
     """
 
 
+class DenseLinear(nn.Linear):
+    """A linear layer of a packed model that is not packed, such as the head.
+
+    Where the kernel multiplies bfloat16 faster than torch does, it computes a few rows; all else is `nn.Linear`'s.
+    """
+
+    _call: Callable[..., torch.Tensor | None] | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Inputs (..., d_in) to outputs (..., d_out)."""
+        usual = torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
+        if not usual and x.dtype == torch.bfloat16:
+            y = None if self._call is None else self._call(x, self._parameters)
+            y = self._bound_to(x) if y is None else y
+            if y is not None:
+                return y
+        return F.linear(x, self.weight, self.bias)
+
+    def _bound_to(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The kernel's product with the weight as it is now; None where torch computes it."""
+        compiled, weight = kernel(), self.weight
+        plain = self.bias is None and type(weight) is nn.Parameter and weight.ndim == 2
+        if compiled is None or not plain or _is_watched(x) or not compiled.is_for_dense(x, weight):
+            return None
+        d_out, d_in = weight.shape
+        spec = {
+            "shape": [d_in, d_out],
+            "dictionary": {"codec": IDENTITY, "n_atoms": d_in},
+            "codes": {"codec": "bf16", "support": "dense", "n_nonzero": d_in * d_out},
+        }
+        total = BoundSum([BoundMatrix(compiled, spec, {"values": weight.detach()})])
+        self._call = compiled.layer(total, [self], ("weight",))
+        return None if self._call is None else self._call(x, self._parameters)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> DenseLinear:
+        self._call = None  # it keeps the weight as it was
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_call": None}  # addresses
+
+
 class _AbsentWeight(torch.Tensor):
     """Stands where a dense weight would be: what an adapter merged into it would be lost in silence."""
 

@@ -25,7 +25,7 @@ from .cospadi_format import (
     read_headers,
     stored_faults,
 )
-from .cospadi_linear import PackedLinear, SharedProjection, pack_, packed_layers, set_kernels, unpack_
+from .cospadi_linear import DenseLinear, PackedLinear, SharedProjection, pack_, packed_layers, set_kernels, unpack_
 from .cospadi_mixture import Mixture, packed_module
 
 if TYPE_CHECKING:
@@ -87,6 +87,9 @@ class CospadiForCausalLM:
         matrices = config.packing["matrices"]
         for name, spec in matrices.items():
             _replace_linear(self, name, spec, source)
+        for module in self.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = DenseLinear
         if stored is not None:
             _check_shapes(self, stored, source)
         self.shared_dictionaries = {}
