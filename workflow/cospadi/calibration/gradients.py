@@ -173,10 +173,12 @@ def _gradient_of_loss(
         part = slice(start, start + _TOKENS_AT_ONCE)
         states = rows[part].requires_grad_()
         logits = chunk.predict(states, head)
-        reached = logits.detach().softmax(dim=1, dtype=torch.float64).cumsum(dim=1)
+        slopes = logits.detach().softmax(dim=1)
+        reached = slopes.cumsum(dim=1, dtype=torch.float64)
         labels = torch.searchsorted(reached, draws[part, None] * reached[:, -1:]).clamp(max=len(head) - 1)
-        loss = torch.nn.functional.cross_entropy(logits, labels[:, 0], reduction="sum")
-        (gradient[part],) = torch.autograd.grad(loss, states)
+        # the gradient of the cross-entropy at the logits: what is predicted less what is there
+        slopes.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=slopes.dtype))
+        (gradient[part],) = torch.autograd.grad(logits, states, slopes)
     whole = torch.zeros_like(last)
     whole[kept.to(last.device)] = gradient
     return whole
