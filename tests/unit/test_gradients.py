@@ -184,7 +184,7 @@ def test_every_method_learns_in_the_metric_of_the_gradients(made, tmp_path, meth
     names = [name for name in moments_of(made) if int(name.split(".")[2]) in layers]
     assert sorted(diagnostics["matrices"]) == sorted(report["matrices"]) == sorted(names)
     weights, moments = ModelFolder(made.model), moments_of(made)
-    power = 0.0 if METHODS[method].scope == "model" else 0.5
+    power = 0.5 if METHODS[method].scales_columns else 0.0
     codes = TensorFile(tmp_path / "codes.safetensors")
     for name, found in report["matrices"].items():
         # the error by the formula, of what the file holds

@@ -148,9 +148,7 @@ def gradients_of(
     calibration: Mapping[str, Any] | None,
 ) -> Gradients | None:
     """What makes the metric of a variant's matrices, checked as `gram.check_gradients` does; None where Grams do."""
-    # columns of matrices that are mixed from the same atoms cannot weigh differently
-    alike = METHODS[variant["method"]].scope == "model"
-    gradients = Gradients.of(variant, files, alike=alike)
+    gradients = Gradients.of(variant, files, alike=not METHODS[variant["method"]].scales_columns)
     if gradients is not None:
         check_gradients(files, structure, layers, calibration)
     return gradients

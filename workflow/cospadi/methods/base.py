@@ -164,6 +164,9 @@ class Method(Entry):
         Whether it stores values in a codec of its own, however many bits ``codes.value_bits`` allows.
     allocator : Allocator, optional
         Of a method with the option ``allocation`` (`allocation_option`).
+    scales_columns : bool
+        Whether each column of what it gives can be scaled for itself, so that columns can weigh differently while it
+        is learned (metric gradients).
     """
 
     factors: str
@@ -173,6 +176,7 @@ class Method(Entry):
     faults: Callable[..., Iterable[str]] = lambda settings, problems=(): ()
     scope: Literal["problem", "model"] = "problem"
     own_codec: bool = False
+    scales_columns: bool = True
     allocator: Allocator | None = None
 
     def allocates(self, settings: Mapping[str, Any]) -> bool:

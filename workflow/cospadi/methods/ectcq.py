@@ -107,4 +107,5 @@ METHOD = Method(
     ],
     faults=faults,
     own_codec=True,
+    scales_columns=False,  # one step serves all columns of an input
 )

@@ -328,4 +328,5 @@ METHOD = Method(
     work=work,
     modules=modules,
     scope="model",
+    scales_columns=False,  # atoms are mixed whole
 )
