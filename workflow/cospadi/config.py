@@ -30,6 +30,7 @@ from cospadi.methods.base import sharing_option_faults
 from cospadi.pruning import PRUNERS
 from cospadi.registry import Entry
 from cospadi.sources import MODEL_SOURCES, TEXT_SOURCES
+from cospadi.sources.rotation import OPTIONS as ROTATION
 from cospadi.sources.texts import SPLIT_OPTIONS
 from cospadi.sweep import by_section, expanded
 
@@ -86,7 +87,7 @@ def read_schema(name: str) -> Schema:
     object.
     """
     whole = yaml.load((SCHEMAS / name).read_text(), _LOADER)
-    for section, sources, after in (("model", MODEL_SOURCES, {}), ("text", TEXT_SOURCES, SPLIT_OPTIONS)):
+    for section, sources, after in (("model", MODEL_SOURCES, ROTATION), ("text", TEXT_SOURCES, SPLIT_OPTIONS)):
         if section in whole["$defs"]:
             common = whole["$defs"].pop(section)["properties"]
             alternatives = [_entry_schema(source, "source", common, after) for source in sources.values()]
@@ -204,6 +205,8 @@ def checked(
         faults += _file_faults(concrete, result)
         for _, settings in _steps(result.get("variants")):
             settings.pop("bits", None)
+        if result.get("model", {}).get("rotate", 0) is None:  # models that were fetched before it came stay as they are
+            del result["model"]["rotate"]
     if faults:
         raise ConfigError(sorted(set(by_section(faults, sections))), source, result if allowed else None)
     return result
@@ -542,6 +545,8 @@ def cross_checks(config: dict[str, Any]) -> Iterator[str]:
             yield "evaluation.perplexity: needs the section text; add it, or set evaluation.perplexity to null"
         if "last_word" in config["evaluation"]["tasks"]:
             yield "evaluation.tasks: last_word needs the section text; add it, or leave the task out"
+    if config["model"]["rotate"] is not None and MODEL_SOURCES[config["model"]["source"]].read is None:
+        yield f"model.rotate: {config['model']['rotate']} is for models that are fetched; a local one stays as it is"
     for name, variant in config["variants"].items():
         yield from _step_faults(f"variants.{name}", variant)
     yield from _warm_start_faults(config["variants"])

@@ -13,7 +13,7 @@ from typing import Any
 
 from cospadi.errors import ArtifactError, ConfigError
 from cospadi.files import replacing
-from cospadi.sources import models, texts
+from cospadi.sources import models, rotation, texts
 from cospadi.sources.base import Source, called
 from cospadi.sources.models import check_model_folder, embedding_rows, structural
 from cospadi.sources.texts import read_documents
@@ -57,7 +57,12 @@ def planning_config(
         If the file is missing or is no model configuration, or the hub does not give it.
     """
     path, _, remedy = called(MODEL_SOURCES[model["source"]].plan, model, Path(root), Path(resources))
-    return models.read_planning_config(path, remedy)
+    return _planned(model, path, remedy)
+
+
+def _planned(model: Mapping[str, Any], path: Path, remedy: str) -> dict[str, Any]:
+    config = models.read_planning_config(path, remedy)
+    return config if model.get("rotate") is None else rotation.planned(config)
 
 
 def fetch_model(
@@ -97,9 +102,11 @@ def fetch_model(
     if source.read is None:
         check_model_folder(path.parent, log=log)
         return path.parent
-    planned = models.read_planning_config(path, remedy)
+    planned = _planned(model, path, remedy)
     with _making(Path(output)) as temporary:
         called(source.read, model, temporary, log)
+        if model.get("rotate") is not None:
+            rotation.rotate(temporary, model["rotate"], log=log)
         check_model_folder(temporary, log=log)
         models.check_plan(what, temporary, planned)
     log(f"model ready in {output}")
