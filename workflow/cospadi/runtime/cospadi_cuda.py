@@ -232,12 +232,13 @@ def unpack(spec: dict[str, Any], parts: list[torch.Tensor | None], dtype: torch.
 UNPACK_TILE = (8, 4)  # columns a program takes, its warps
 
 
-def row_tile(n_in: int, rows: int, across: bool) -> tuple[int, int, int]:
+def row_tile(n_in: int, n_out: int, rows: int, across: bool) -> tuple[int, int, int]:
     """Outputs and inputs that a program of `row_products` holds at once, and its warps."""
     if across:
         return 128, 16, 4
     most = max(128, _power(n_in))
-    return (4, min(1024, most), 4) if rows == 1 else (2, min(4096, most) // rows, 4)
+    # larger tiles leave some of a GPU's processors without a program where outputs are few
+    return (4, min(1024, most), 4) if rows == 1 and n_out >= 1024 else (2, min(4096, most) // rows, 4)
 
 
 def code_tile(d_out: int, rows: int) -> tuple[int, int, int]:
@@ -262,7 +263,7 @@ def _row_products(
     """Rows of `x` times a matrix whose outputs and inputs are `strides` apart."""
     rows, n_in = x.shape
     across = strides[1] != 1 and n_out > 1
-    block_out, block_in, warps = row_tile(n_in, _power(rows), across)
+    block_out, block_in, warps = row_tile(n_in, n_out, _power(rows), across)
     # outputs that lie side by side make few programs: each sums a part of the inputs only
     n_parts = max(1, min(16, n_in // 128)) if across else 1
     out = torch.empty(n_parts, rows, out_stride, dtype=torch.float32 if n_parts > 1 else out_dtype, device=x.device)
