@@ -798,7 +798,7 @@ def called():
     layer(x)
     if layer._call is None:
         pytest.skip("no headers of Python were found")
-    return layer, weight, lambda given: layer._call(given, layer._parameters)
+    return layer, weight, lambda given: layer._call(given, vars(layer), True)
 
 
 def test_the_function_of_a_layer_gives_what_the_kernel_gives(called):
@@ -845,11 +845,51 @@ def test_the_function_of_a_layer_leaves_to_torch_what_it_cannot_do(called):
     with FlopCounterMode(display=False):
         answers.append(call(x))
     assert len(answers) >= 7 and not any(answer is not None for answer in answers)
-    assert layer._call(x, {**layer._parameters}) is None, "a copy of the layer has another dictionary"
+    assert layer._call(x, vars(layer) | {"_parameters": {**layer._parameters}}, True) is None, (
+        "a copy of the layer has another dictionary"
+    )
     cospadi_linear.set_kernels(cpu="generic")
     assert call(x) is None, "other code was chosen"
     cospadi_linear.set_kernels(cpu="".join(["au", "to"]))
     assert call(x) is not None
+
+
+def test_whoever_watches_the_calls_of_a_layer_sees_them(called):
+    layer, weight, _ = called
+    x = torch.randn(2, 48)
+    seen = []
+
+    def check(n_seen, undo):
+        torch.testing.assert_close(layer(x), x @ weight, rtol=1e-5, atol=1e-5)
+        assert len(seen) == n_seen
+        undo()
+        layer(x)
+        assert len(seen) == n_seen
+        seen.clear()
+
+    def watch(*given, **named):
+        seen.append(1)
+
+    check(0, lambda: None)
+    everyone = torch.nn.modules.module
+    check(1, layer.register_forward_hook(watch).remove)
+    check(1, layer.register_forward_pre_hook(watch).remove)
+    check(1, layer.register_forward_hook(watch, with_kwargs=True, always_call=True).remove)
+    check(1, everyone.register_module_forward_hook(watch).remove)
+    check(1, everyone.register_module_forward_pre_hook(watch).remove)
+    forward = layer.forward
+    layer.forward = lambda given: watch() or forward(given)  # as accelerate does
+    check(1, lambda: delattr(layer, "forward"))
+    layer._compiled_call_impl = lambda given: watch() or forward(given)
+    check(1, lambda: delattr(layer, "_compiled_call_impl"))
+    torch.testing.assert_close(layer(x=x), x @ weight, rtol=1e-5, atol=1e-5)
+    with pytest.raises(TypeError):
+        layer(x, x)
+    hook = layer.register_full_backward_hook(watch)
+    given = x.clone().requires_grad_()
+    layer(given).sum().backward()
+    assert seen == [1]
+    hook.remove()
 
 
 @pytest.mark.parametrize(
@@ -927,7 +967,7 @@ def test_a_dense_layer_of_a_packed_model_is_multiplied_by_the_kernel(monkeypatch
         rounding = 2**-8 * exact.abs() if y.dtype == torch.bfloat16 else 0
         assert ((y.double() - exact).abs() <= 1e-5 * size + rounding).all()
         assert torch.equal(y, layer(x)), "equal calls give equal bits"
-        answer = layer._call and layer._call(x, layer._parameters)
+        answer = layer._call and layer._call(x, vars(layer), True)
         assert answer is None if not taken else torch.equal(answer, y)
 
     with torch.no_grad():

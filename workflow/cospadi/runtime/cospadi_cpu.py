@@ -308,9 +308,10 @@ class Kernel:
     def layer(self, total: BoundSum, modules: Sequence[torch.nn.Module], read: Sequence[str]) -> Callable | None:
         """`product` as one call of C for a layer that runs as it stands; None where there is no such code.
 
-        It takes an input and the first module's dictionary of parameters and gives the output, or None where something
-        has to be looked at first: another dtype or device, more than a few rows, a gradient, tracing, parameters that
-        are not what they were, hooks of the further modules, another choice of kernels.
+        It takes an input, ``vars()`` of the first module, and whether it is called in the place of the module, so that
+        hooks have to be run (False), or in that of its ``forward`` (True). It gives the output, or None where something
+        has to be looked at first: hooks, another dtype or device, more than a few rows, a gradient, tracing, parameters
+        that are not what they were, another choice of kernels.
 
         Parameters
         ----------
@@ -322,7 +323,9 @@ class Kernel:
         if self._layer is None:
             return None
         owners = tuple(module._parameters for module in modules)
-        hooks = [(module._forward_hooks, module._forward_pre_hooks) for module in modules[1:]]
+        kinds = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+        hooks = [[getattr(module, f"_{kind}") for kind in kinds] for module in modules]
+        of_all = [getattr(torch.nn.modules.module, f"_global_{kind}") for kind in kinds]
         return self._layer(
             total.address,
             self._openmp_address,
@@ -331,7 +334,8 @@ class Kernel:
             owners[0],
             owners,
             tuple(read),
-            tuple(part for both in hooks for part in both),
+            (*hooks[0], *of_all),
+            tuple(part for of_one in hooks[1:] for part in of_one),
             (*_of_torch(), globals(), self._choice),
             total,
         )
@@ -484,7 +488,7 @@ def _of_python(library: ctypes.CDLL) -> Callable | None:
     """What makes a layer a function of Python, if the library has it."""
     made = getattr(ctypes.PyDLL(library._name, handle=library._handle), "cospadi_layer", None)
     if made is not None:
-        made.argtypes = [*[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 2, *[ctypes.py_object] * 6]
+        made.argtypes = [*[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 2, *[ctypes.py_object] * 7]
         made.restype = ctypes.py_object
     return made
 

@@ -1121,7 +1121,8 @@ typedef struct {
     const OpenMP *omp;
     const Exchange *exchange;
     int64_t few_rows, n_frozen, releases; /* whether others may run meanwhile */
-    PyObject *kept_alive, *parameters, *owners, *empty; /* `empty`: dictionaries that have to be, of hooks */
+    PyObject *kept_alive, *parameters, *owners;
+    PyObject *hooks, *empty; /* dictionaries of hooks of the layer, and of others that may have none at all */
     PyObject *tensor_type, *is_grad_enabled, *must_be_false, *levels, *get_num_threads, *empty_like;
     PyObject *chosen_in, *choice; /* the dictionary that names the choice of kernels, and this one's name */
     PyObject *like[2]; /* a row of float32 and of bfloat16 that outputs are made like */
@@ -1129,6 +1130,7 @@ typedef struct {
 } Layer;
 
 static PyObject *word_version, *word_requires_grad, *word_new_empty, *word_level, *word_choice;
+static PyObject *word_parameters, *word_forward, *word_compiled;
 
 static int64_t version_of(PyObject *tensor) {
     PyObject *number = PyObject_GetAttr(tensor, word_version);
@@ -1195,22 +1197,35 @@ static PyObject *output_of(Layer *l, PyObject *x, const View *v, int64_t rows) {
     return y;
 }
 
+static int are_empty(PyObject *dictionaries) {
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(dictionaries); i++)
+        if (PyDict_GET_SIZE(PyTuple_GET_ITEM(dictionaries, i))) return 0;
+    return 1;
+}
+
+/* whether torch's `Module.__call__` would do anything but call the layer's `forward` */
+static int is_called_by_others(const Layer *l, PyObject *attributes) {
+    PyObject *compiled = PyDict_GetItem(attributes, word_compiled);
+    return !are_empty(l->hooks) || PyDict_GetItem(attributes, word_forward) || (compiled && compiled != Py_None);
+}
+
 static PyObject *call_layer(PyObject *self, PyObject *const *arguments, Py_ssize_t n_arguments) {
     Layer *l = (Layer *)self;
     View v, out;
     int64_t rows = 1, threads, done;
-    if (n_arguments != 2) return PyErr_SetString(PyExc_TypeError, "an input and its layer's parameters"), NULL;
-    PyObject *x = arguments[0];
-    if ((PyObject *)Py_TYPE(x) != l->tensor_type || arguments[1] != l->parameters ||
+    if (n_arguments != 3 || !PyDict_Check(arguments[1]))
+        return PyErr_SetString(PyExc_TypeError, "an input, the layer's attributes, and whether hooks have run"), NULL;
+    PyObject *x = arguments[0], *attributes = arguments[1];
+    if ((PyObject *)Py_TYPE(x) != l->tensor_type || PyDict_GetItem(attributes, word_parameters) != l->parameters ||
         PyDict_GetItem(l->chosen_in, word_choice) != l->choice) Py_RETURN_NONE;
+    if (arguments[2] != Py_True && is_called_by_others(l, attributes)) Py_RETURN_NONE;
     if (is_watched(l, x) || l->exchange->look(x, &v)) return PyErr_Clear(), Py_NewRef(Py_None);
     const int is_bf16 = v.code == DLPACK_BFLOAT && v.bits == 16, is_float = v.code == DLPACK_FLOAT && v.bits == 32;
     if (v.device_type != DLPACK_CPU || v.lanes != 1 || !(is_bf16 || is_float) || v.ndim < 1 ||
         v.shape[v.ndim - 1] != l->sum->d_in || !is_contiguous(&v)) Py_RETURN_NONE;
     for (int32_t i = 0; i + 1 < v.ndim; i++) rows *= v.shape[i];
     if (rows < 1 || rows > l->few_rows) Py_RETURN_NONE;
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(l->empty); i++)
-        if (PyDict_GET_SIZE(PyTuple_GET_ITEM(l->empty, i))) Py_RETURN_NONE;
+    if (!are_empty(l->empty)) Py_RETURN_NONE;
     int64_t others = l->n_frozen; /* that have come to the dictionaries since */
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(l->owners); i++)
         others -= PyDict_GET_SIZE(PyTuple_GET_ITEM(l->owners, i));
@@ -1271,12 +1286,14 @@ static PyObject *layer_type;
 
 static PyMethodDef layer_method = {"packed_layer", (PyCFunction)(void (*)(void))call_layer, METH_FASTCALL, NULL};
 
-/* A function of an input and `parameters`, the dictionary of the layer's own: the output, or None.
+/* A function of an input, the dictionary of the layer's attributes, and whether its hooks have run already or must not
+ * be there: the output, or None. `parameters` are the layer's own, as the attributes have to name them.
  *
  * `owners` are all dictionaries whose entries must stay as they are, `tensors` of these entries those that are read;
  * `torch` is what `cospadi_cpu` names there, in this order. Errors are raised, as of every function of Python. */
 PyObject *cospadi_layer(const Sum *sum, const OpenMP *omp, int64_t few_rows, int64_t releases, PyObject *parameters,
-                        PyObject *owners, PyObject *tensors, PyObject *empty, PyObject *torch, PyObject *kept_alive) {
+                        PyObject *owners, PyObject *tensors, PyObject *hooks, PyObject *empty, PyObject *torch,
+                        PyObject *kept_alive) {
     Py_ssize_t count = 0;
     const Exchange *exchange = PyCapsule_GetPointer(PyTuple_GET_ITEM(torch, 0), "dlpack_exchange_api");
     if (!exchange) return NULL;
@@ -1287,7 +1304,11 @@ PyObject *cospadi_layer(const Sum *sum, const OpenMP *omp, int64_t few_rows, int
         word_new_empty = PyUnicode_InternFromString("new_empty");
         word_level = PyUnicode_InternFromString("_current_level");
         word_choice = PyUnicode_InternFromString("_choice");
-        if (!word_version || !word_requires_grad || !word_new_empty || !word_level || !word_choice) return NULL;
+        word_parameters = PyUnicode_InternFromString("_parameters");
+        word_forward = PyUnicode_InternFromString("forward");
+        word_compiled = PyUnicode_InternFromString("_compiled_call_impl");
+        if (!word_version || !word_requires_grad || !word_new_empty || !word_level || !word_choice ||
+            !word_parameters || !word_forward || !word_compiled) return NULL;
         if (!(layer_type = PyType_FromSpec(&layer_spec))) return NULL;
     }
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(owners); i++) count += PyDict_GET_SIZE(PyTuple_GET_ITEM(owners, i));
@@ -1295,13 +1316,13 @@ PyObject *cospadi_layer(const Sum *sum, const OpenMP *omp, int64_t few_rows, int
     if (!l) return NULL;
     memset((char *)l + sizeof(PyObject), 0, sizeof(Layer) - sizeof(PyObject));
     l->sum = sum, l->omp = omp, l->few_rows = few_rows, l->releases = releases, l->exchange = exchange;
-    l->parameters = parameters, l->owners = owners, l->empty = empty;
+    l->parameters = parameters, l->owners = owners, l->hooks = hooks, l->empty = empty;
     l->tensor_type = PyTuple_GET_ITEM(torch, 1), l->is_grad_enabled = PyTuple_GET_ITEM(torch, 2);
     l->must_be_false = PyTuple_GET_ITEM(torch, 3), l->levels = PyTuple_GET_ITEM(torch, 4);
     l->get_num_threads = PyTuple_GET_ITEM(torch, 5), l->empty_like = PyTuple_GET_ITEM(torch, 6);
     l->chosen_in = PyTuple_GET_ITEM(torch, 7), l->choice = PyTuple_GET_ITEM(torch, 8);
     PyObject_GC_Track(l);
-    l->kept_alive = PyTuple_Pack(5, kept_alive, parameters, owners, empty, torch);
+    l->kept_alive = PyTuple_Pack(6, kept_alive, parameters, owners, hooks, empty, torch);
     l->frozen = PyMem_Calloc((size_t)count, sizeof(Frozen));
     if (!l->kept_alive || !l->frozen) return Py_DECREF(l), PyErr_NoMemory();
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(owners); i++) {
