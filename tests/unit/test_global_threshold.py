@@ -9,6 +9,7 @@ from cospadi.allocation import Profile
 from cospadi.budget import as_is_nbytes, nbytes_left
 from cospadi.formats.values import storage_of
 from cospadi.methods import METHODS, global_threshold
+from cospadi.methods.base import Fit
 from cospadi.methods.single_weights import entries_nbytes, n_entries
 from cospadi.problem import Matrix, Metric, Outputs, Problem
 from cospadi.solvers.saliency import RIDGE, saliencies
@@ -131,3 +132,47 @@ def test_torch_and_numpy_count_the_same_weights(monkeypatch):
     other = global_threshold.profile(problem, 0, storage=STORAGES[16])
     assert other["lowest"] == counts["lowest"] and sum(other["counts"]) == sum(counts["counts"]) == 48 * 64
     assert np.abs(np.cumsum(other["counts"]) - np.cumsum(counts["counts"])).max() <= 2
+
+
+def step_problem(layer: int, price: float) -> Problem:
+    rng = np.random.default_rng(layer)
+    x = rng.normal(size=(2000, 96)) * np.linspace(0.3, 2, 96)
+    weight = (rng.normal(size=(96, 256)) * np.linspace(1, 2, 96)[:, None]).astype(np.float32)
+    outputs = Outputs(lambda: np.full(256, 2 * price), 0.0)
+    return Problem(
+        [Matrix(f"layers.{layer}.m_proj", layer, "s", weight.shape, Metric.of(x.T @ x), lambda: weight, outputs)]
+    )
+
+
+def test_one_step_for_the_model_gives_a_bit_for_four_times_the_price():
+    method, options = METHODS["ectcq"], {"trellis": True, "damping": 0.01}
+    problems = [step_problem(layer, price) for layer, price in enumerate([1.0, 4.0, 16.0])]
+    profiles = [
+        Profile(tuple(one.names), tuple(one.shapes), method.allocator.profile(one, 0, storage=STORAGES[16], **options))
+        for one in problems
+    ]
+    nbytes = nbytes_left([shape for one in profiles for shape in one.shapes], 1 - 4 / 16)
+    found = method.allocator.share(profiles, nbytes, storage=STORAGES[16], **options)
+    assert nbytes - 3 <= sum(found) <= nbytes
+    bits = np.array(found) * 8 / (96 * 256)
+    np.testing.assert_allclose(np.diff(bits), 1, atol=0.1)  # weights and inputs are drawn anew for each
+    errors = []
+    for problem, own in zip(problems, found, strict=True):
+        (factors,) = method.fit(problem, own, Fit(storage=STORAGES[16]), **options)
+        assert factors.nbytes <= own
+        error = problem.metric.squared_norm(problem.weight - factors.reconstruct())
+        errors.append(problem.prices[0] * error)
+    # what an error costs is then the same in all of them, within what is left of a bit
+    assert max(errors) / min(errors) < 1.2
+
+
+def test_no_matrix_is_left_without_bits():
+    method, options = METHODS["ectcq"], {"trellis": True, "damping": 0.01}
+    problems = [step_problem(layer, price) for layer, price in enumerate([1e-12, 1.0])]
+    profiles = [
+        Profile(tuple(one.names), tuple(one.shapes), method.allocator.profile(one, 0, storage=STORAGES[16], **options))
+        for one in problems
+    ]
+    nbytes = nbytes_left([shape for one in profiles for shape in one.shapes], 1 - 2 / 16)
+    bits = np.array(method.allocator.share(profiles, nbytes, storage=STORAGES[16], **options)) * 8 / (96 * 256)
+    np.testing.assert_allclose(bits, [0.75, 3.25], atol=0.01)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from cospadi.budget import nbytes_left
 from cospadi.errors import ConfigError
 from cospadi.formats.factorization import Factorization
-from cospadi.problem import Target, shared, side_by_side
+from cospadi.problem import GRADIENTS, Target, shared, side_by_side
 from cospadi.registry import Entry, choice, option
 from cospadi.structure import PROJECTIONS
 from cospadi.work import FACTOR, GPU_PRODUCT, PRODUCT, THREAD_EXPONENT, Work
@@ -73,6 +73,8 @@ TIME_OPTIONS: dict[str, dict[str, Any]] = {
 
 # Every matrix the same ratio: what a method does that parts no bytes
 UNIFORM = "uniform"
+# One threshold or step for the whole model, by what errors cost the loss
+GLOBAL = "global"
 # What an allocation by formula may remove of a matrix, unless the ratio is higher: its paper's guard is not known to us
 MOST_REMOVED = 0.8
 
@@ -251,6 +253,12 @@ def sharing_faults(problems: Problems) -> Iterator[str]:
         if len(set(widths.values())) > 1:
             found = ", ".join(f"{projection} has {width} inputs" for projection, width in widths.items())
             yield f"share_within: {found}; those that share have the same number"
+
+
+def price_faults(settings: Mapping[str, Any]) -> Iterator[str]:
+    """An allocation that compares what errors in different matrices cost, without the metric that knows it."""
+    if settings.get("allocation") == GLOBAL and settings.get("metric") != GRADIENTS:
+        yield f"allocation: {GLOBAL} compares what errors in different matrices cost; set metric to {GRADIENTS}"
 
 
 def budget_faults(

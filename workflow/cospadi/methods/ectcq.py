@@ -6,20 +6,39 @@ Hessian's Cholesky diagonal, error feedback and an entropy coder (as WaterSIC, I
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from cospadi.allocation import Profile
 from cospadi.errors import ConfigError
 from cospadi.formats.factorization import Factorization
 from cospadi.methods import single_weights, sparsegpt
-from cospadi.methods.base import Fit, Method, Problems, budget_faults
+from cospadi.methods.base import (
+    GLOBAL,
+    UNIFORM,
+    Allocator,
+    Fit,
+    Method,
+    Problems,
+    allocation_option,
+    budget_faults,
+    price_faults,
+)
 from cospadi.problem import Problem, Target, side_by_side
 from cospadi.registry import option
 from cospadi.runtime.cospadi_registry import CODECS
 from cospadi.work import Work
+
+# More bits a weight are left: numbers so large have no place in a table. Fewer say nothing
+MOST_BITS, LEAST_BITS = 6.5, 0.5
+# Fewer bits are not given to a matrix where others have more: what is left of it says little
+LEAST_ALLOTTED = 0.75
+_BISECTIONS = 60
+_FAR = 60.0
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "trellis": option(
@@ -29,10 +48,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
         default=True,
     ),
     "damping": sparsegpt.OPTIONS["damping"],
+    **allocation_option(
+        GLOBAL,
+        "one step for the whole model, by what an error costs (metric gradients), in bits a weight from "
+        f"{LEAST_ALLOTTED} to {MOST_BITS}",
+        default=UNIFORM,
+    ),
 }
 
-# More bits a weight are left: numbers so large have no place in a table. Fewer say nothing
-MOST_BITS, LEAST_BITS = 6.5, 0.5
 # Measured on 576 x 576 and 576 x 1536 (2 cores AMD EPYC Milan), a pass of one core, and what a search needs mostly
 _SECONDS_A_NUMBER, _PASSES = 1.5e-7, 4
 
@@ -89,8 +112,45 @@ def work(targets: Sequence[Target], nbytes: int, options: Mapping[str, Any], sto
 
 
 def faults(settings: Mapping[str, Any], problems: Problems = ()) -> Iterator[str]:
-    """Ratios that leave less than the least."""
+    """Ratios that leave less than the least, and an allocation without prices."""
+    yield from price_faults(settings)
     yield from budget_faults(settings, problems, room)
+
+
+def profile(
+    problem: Problem, nbytes: int, *, storage: Mapping[str, Any], device: str = "cpu", **options: Any
+) -> dict[str, Any]:
+    """``bits`` a number of every input, where all matrices have the steps at which an error costs the same."""
+    from cospadi.solvers import entropy
+
+    (price,) = problem.prices
+    found = entropy.rates(problem.weight, np.asarray(problem.metric.gram, np.float64), damping=options["damping"])
+    return {"bits": (np.maximum(found, -_FAR) + math.log2(price) / 2).tolist()}
+
+
+def share(profiles: Sequence[Profile], nbytes: int, *, storage: Mapping[str, Any], **options: Any) -> list[int]:
+    """Bytes by one step for the whole model: what each matrix's numbers take there."""
+    inputs = [np.array(one.figures["bits"]) for one in profiles]
+    shapes = [side_by_side(one.shapes) for one in profiles]
+    bounds = [(LEAST_ALLOTTED * d_in * d_out / 8, room((d_in, d_out), 2 * d_in * d_out)) for d_in, d_out in shapes]
+
+    def at(longer: float) -> list[int]:
+        found = []
+        for bits, (_, d_out), (least, most) in zip(inputs, shapes, bounds, strict=True):
+            # the rate of a Gaussian falls to none where the step is longer than it is wide
+            taken = np.log2(1 + 4.0 ** np.clip(bits - longer, -_FAR, _FAR)).sum() / 2 * d_out / 8
+            found.append(math.floor(min(max(taken, least), most)))
+        return found
+
+    low, high = min(one.min() for one in inputs) - MOST_BITS, max(one.max() for one in inputs) + MOST_BITS
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if sum(at(middle)) <= nbytes else (middle, high)
+    return at(high)
+
+
+def _profiling(targets: Sequence[Target], nbytes: int, options: Mapping[str, Any], storage: Mapping[str, Any]) -> Work:
+    return single_weights.work(targets, inversions=2)
 
 
 METHOD = Method(
@@ -107,5 +167,6 @@ METHOD = Method(
     ],
     faults=faults,
     own_codec=True,
+    allocator=Allocator(profile=profile, share=share, work=_profiling),
     scales_columns=False,  # one step serves all columns of an input
 )

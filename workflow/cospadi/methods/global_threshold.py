@@ -16,12 +16,11 @@ from cospadi.allocation import Profile
 from cospadi.arrays import on_device, to_numpy
 from cospadi.budget import as_is_nbytes, dense_nbytes, nbytes_left
 from cospadi.methods import single_weights
-from cospadi.methods.base import UNIFORM, Allocator, allocation_option
+from cospadi.methods.base import GLOBAL, UNIFORM, Allocator, allocation_option
 from cospadi.methods.single_weights import entries_nbytes, gram_on, n_entries
 from cospadi.problem import Problem, Target, side_by_side
 from cospadi.work import Work
 
-RULE = "global"
 # No matrix's share of weights that stay is further from the mean's
 MOST_FROM_MEAN = 0.3
 # Saliencies are counted in steps of a sixty-fourth of a factor of two, one percent
@@ -29,7 +28,7 @@ _STEPS = 64
 _BISECTIONS = 60
 
 OPTION = allocation_option(
-    RULE,
+    GLOBAL,
     "one threshold for the weights of the whole model, by what losing each costs (metric gradients); no matrix's share "
     f"of weights is more than {MOST_FROM_MEAN} from the mean, and one that would keep nearly all stays as it is",
     default=UNIFORM,

@@ -18,8 +18,8 @@ from cospadi.errors import ConfigError
 from cospadi.formats.dictionaries import IDENTITY
 from cospadi.formats.factorization import Factorization
 from cospadi.formats.values import storage_of
-from cospadi.methods.base import UNIFORM, Fit, Method, Problems, budget_faults, work_of
-from cospadi.problem import GRADIENTS, Metric, Problem, Target, side_by_side
+from cospadi.methods.base import GLOBAL, Fit, Method, Problems, budget_faults, price_faults, work_of
+from cospadi.problem import Metric, Problem, Target, side_by_side
 from cospadi.runtime.cospadi_registry import SUPPORTS
 from cospadi.solvers.entries import kept_of
 from cospadi.work import PRODUCT, Work
@@ -213,11 +213,9 @@ def faults(settings: Mapping[str, Any], problems: Problems = ()) -> Iterator[str
     """Ratios that leave no weight, or less than the pattern takes."""
     storage = storage_of(settings.get("codes", {}))
     pattern = settings["pattern"]
-    if settings.get("allocation", UNIFORM) != UNIFORM:
-        if settings.get("metric") != GRADIENTS:
-            yield f"allocation: {settings['allocation']} compares weights of all matrices; set metric to {GRADIENTS}"
-        if kept_of(pattern) is not None:
-            yield f"allocation: {settings['allocation']}; pattern {pattern} keeps as many of every matrix"
+    yield from price_faults(settings)
+    if settings.get("allocation") == GLOBAL and kept_of(pattern) is not None:
+        yield f"allocation: {GLOBAL}; pattern {pattern} keeps as many of every matrix"
     yield from budget_faults(
         settings,
         problems,

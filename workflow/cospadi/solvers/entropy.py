@@ -75,13 +75,11 @@ def quantize(
     pivots = np.diagonal(upper).copy()
     upper = upper.astype(np.float32)
     ordered = np.ascontiguousarray(weight[order])
-    columns = np.sqrt((ordered.astype(np.float64) ** 2).mean(0))
-    columns = np.maximum(columns, 1e-6 * columns.max() or 1.0)
+    columns = _scales_of_columns(ordered)
     bits = 8 * nbytes / weight.size
-    sizes = np.sqrt(((ordered / columns) ** 2).mean(1))
-    live = sizes > 0
-    # of a Gaussian of that scale, entropy-coded
-    factor = np.log2(columns).mean() + np.log2(sizes[live] / pivots[live]).mean() + 1.05 - bits if live.any() else 0.0
+    logarithms = _logarithms(ordered, pivots, columns)
+    live = np.isfinite(logarithms)
+    factor = logarithms[live].mean() - bits if live.any() else 0.0
     best, low, high = None, -math.inf, math.inf
     for n_passes in range(1, MAX_PASSES + 1):
         steps = steps_near(2.0**factor * pivots)
@@ -107,6 +105,32 @@ def quantize(
     if best is None:
         raise ConfigError([f"{nbytes} bytes for a {d_in}x{d_out} matrix: its tables and scales alone take {taken}"])
     return best._replace(n_passes=n_passes)
+
+
+def rates(weight: np.ndarray, gram: np.ndarray, *, damping: float = DAMPING) -> np.ndarray:
+    """Bits a number of every input (d_in,) where steps are U_ii; steps of ``2^f U_ii`` take f bits less, down to none.
+
+    Of Gaussians of the weight's scales, entropy-coded: what `quantize` starts from. Minus infinity for an input without
+    weights.
+    """
+    diagonal = np.diagonal(gram)
+    order = np.argsort(-diagonal, kind="stable")
+    pivots = np.diagonal(inverse_factor(gram[np.ix_(order, order)], damping))
+    ordered = np.where(diagonal[:, None] > 0, weight, np.float32(0))[order]
+    found = np.empty(len(weight))
+    found[order] = _logarithms(ordered, pivots, _scales_of_columns(ordered))
+    return found
+
+
+def _scales_of_columns(weight: np.ndarray) -> np.ndarray:
+    columns = np.sqrt((weight.astype(np.float64) ** 2).mean(0))
+    return np.maximum(columns, 1e-6 * columns.max() or 1.0)
+
+
+def _logarithms(weight: np.ndarray, pivots: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    sizes = np.sqrt(((weight / columns) ** 2).mean(1))
+    with np.errstate(divide="ignore"):
+        return np.log2(columns).mean() + np.log2(sizes / pivots) + 1.05
 
 
 def _rounded(
