@@ -7,6 +7,7 @@ import pytest
 
 from cospadi.allocation import Profile
 from cospadi.budget import as_is_nbytes, nbytes_left
+from cospadi.errors import ConfigError
 from cospadi.formats.values import storage_of
 from cospadi.methods import METHODS, global_threshold
 from cospadi.methods.base import Fit
@@ -176,3 +177,5 @@ def test_no_matrix_is_left_without_bits():
     nbytes = nbytes_left([shape for one in profiles for shape in one.shapes], 1 - 2 / 16)
     bits = np.array(method.allocator.share(profiles, nbytes, storage=STORAGES[16], **options)) * 8 / (96 * 256)
     np.testing.assert_allclose(bits, [0.75, 3.25], atol=0.01)
+    with pytest.raises(ConfigError, match="is the least"):
+        method.allocator.share(profiles, nbytes_left([(96, 256)], 0.99), storage=STORAGES[16], **options)

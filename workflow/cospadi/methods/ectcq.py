@@ -96,11 +96,14 @@ def room(shape: tuple[int, int], nbytes: int) -> int:
     ConfigError
         If they are too few to say anything.
     """
-    n = shape[0] * shape[1]
-    least = round(LEAST_BITS * n / 8) + 2 * shape[0] + shape[1]
+    n, least = shape[0] * shape[1], _least(shape)
     if nbytes < least:
         raise ConfigError([f"{nbytes} bytes for a {shape[0]}x{shape[1]} matrix: {least} is the least"])
     return min(nbytes, round(MOST_BITS * n / 8))
+
+
+def _least(shape: tuple[int, int]) -> int:
+    return round(LEAST_BITS * shape[0] * shape[1] / 8) + 2 * shape[0] + shape[1]
 
 
 def work(targets: Sequence[Target], nbytes: int, options: Mapping[str, Any], storage: Mapping[str, Any]) -> Work:
@@ -132,7 +135,11 @@ def share(profiles: Sequence[Profile], nbytes: int, *, storage: Mapping[str, Any
     """Bytes by one step for the whole model: what each matrix's numbers take there."""
     inputs = [np.array(one.figures["bits"]) for one in profiles]
     shapes = [side_by_side(one.shapes) for one in profiles]
-    bounds = [(LEAST_ALLOTTED * d_in * d_out / 8, room((d_in, d_out), 2 * d_in * d_out)) for d_in, d_out in shapes]
+    mean = 8 * nbytes / sum(d_in * d_out for d_in, d_out in shapes)
+    bounds = [
+        (max(_least(shape), min(LEAST_ALLOTTED, mean) * math.prod(shape) / 8), room(shape, 2 * math.prod(shape)))
+        for shape in shapes
+    ]
 
     def at(longer: float) -> list[int]:
         found = []
@@ -146,6 +153,8 @@ def share(profiles: Sequence[Profile], nbytes: int, *, storage: Mapping[str, Any
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         low, high = (low, middle) if sum(at(middle)) <= nbytes else (middle, high)
+    if sum(at(high)) > nbytes:
+        raise ConfigError([f"ratio: {nbytes} bytes are left of the matrices; {sum(at(high))} is the least"])
     return at(high)
 
 
