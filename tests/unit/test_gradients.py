@@ -149,7 +149,7 @@ def settings(method: str, **options) -> dict:
     return {"method": method, "ratio": 0.4, "codes": {"value_bits": 16, "rounding": "nearest"}, **plain, **options}
 
 
-def learned(made: SimpleNamespace, folder: Path, variant: dict, layers: list[int]) -> tuple[dict, dict]:
+def learned(made: SimpleNamespace, folder: Path, variant: dict, layers: list[int], **options) -> tuple[dict, dict]:
     """Both stages of a unit: what their diagnostics say."""
     arguments = made.structure, [made.grams[layer] for layer in layers]
     files = {"gradient_files": [made.gradients[layer] for layer in layers], "log": lambda line: None}
@@ -160,7 +160,17 @@ def learned(made: SimpleNamespace, folder: Path, variant: dict, layers: list[int
         belongs = {"format_version": 1, "fingerprint": made.structure["fingerprint"]}
         tokens = read_windows(made.windows, made.structure["vocab_size"]).tokens
         write_json(drift, {**belongs, "tokens": tokens, "drift": [1.0] * 4})
-    learn_unit(made.model, *arguments, layers, variant, output=factors, diagnostics=diagnostics, drift=drift, **files)
+    learn_unit(
+        made.model,
+        *arguments,
+        layers,
+        variant,
+        output=factors,
+        diagnostics=diagnostics,
+        drift=drift,
+        **options,
+        **files,
+    )
     quantize_unit(
         made.model,
         *arguments,
@@ -277,3 +287,22 @@ def test_the_seed_decides_the_labels(made, tiny_model, tmp_path):
     same, changed, first = (moments_of(one)[name]["squares"] for one in (again, other, made))
     np.testing.assert_allclose(same, first, rtol=1e-5)  # other chunks, the same labels
     assert np.abs(changed / first - 1).max() > 0.1
+
+
+def test_factors_are_weighted_like_the_weight_and_restored():
+    from cospadi import factorize
+    from cospadi.problem import Matrix, Metric, Outputs
+
+    rng = np.random.default_rng(0)
+    weight, squares = rng.normal(size=(24, 32)).astype(np.float32), rng.gamma(0.5, size=32)
+    squares[3] = 0.0  # no gradient: a small weight, not none
+    outputs = Outputs(lambda: squares, 0.5)
+    matrix = Matrix("m", 0, "s", weight.shape, Metric.identity(24), lambda: weight, outputs)
+    assert np.mean(outputs.weights**2, dtype=np.float64) == pytest.approx(1, rel=1e-6) and outputs.weights.min() > 0
+    for method in ("cospadi", "hybrid"):
+        factors = factorize(weight, method=method, ratio=0.3)
+        there = matrix.weighted_factors(factors)
+        np.testing.assert_allclose(there.reconstruct(), matrix.weighted(factors.reconstruct()), rtol=1e-4, atol=1e-6)
+        back = matrix.restored(there)
+        np.testing.assert_allclose(back.reconstruct(), factors.reconstruct(), rtol=1e-4, atol=1e-6)
+        assert back.nbytes == factors.nbytes
