@@ -17,8 +17,9 @@ import pytest
 from cospadi.errors import ArtifactError
 from cospadi.files import ModelFolder, write_tensors
 from cospadi.provenance import fingerprint
-from cospadi.report import closing_message, collect, summarize
+from cospadi.report import PLOTS, closing_message, collect, summarize
 from cospadi.report.frontier import front, sizes, write_frontier
+from cospadi.report.plots import _bits_by_place, plot_allocation
 
 RUN = {
     "variants": {
@@ -230,13 +231,34 @@ def test_pages_are_self_contained_and_escaped(finished):
 
 def test_plots_show_every_variant(finished):
     texts = {}
-    for name in ("errors", "pareto", "accuracy", "convergence"):
+    for name in PLOTS:
         assert (finished / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         drawing = ElementTree.parse(finished / "plots" / f"{name}.svg")
         texts[name] = {"".join(text.itertext()).strip() for text in drawing.iter(f"{SVG}text")}
     assert {"self_attn.q_proj", "mlp.down_proj", "layer", "cospadi-20", "svd_llm-20"} <= texts["errors"]
     assert {"cospadi-20  40", "svd_llm-20  120", "dense  30"} <= texts["pareto"]
     assert {"cospadi-20 (htp)", "learned without iterations: svd_llm-20"} <= texts["convergence"]
+
+
+def test_allocation_is_drawn_for_variants_that_part_bytes_and_for_no_others(tmp_path):
+    def variant(*nbytes):
+        names = [f"model.layers.{n}.{p}" for n in (0, 1) for p in ("self_attn.q_proj", "mlp.up_proj")]
+        matrices = {name: {"nbytes": n, "dense_nbytes": 1600} for name, n in zip(names, nbytes, strict=True)}
+        return {"method": "sparse", "config": {"method": "sparse"}, "matrices": matrices}
+
+    equal, parted = variant(800, 801, 800, 799), variant(400, 1200, 800, 800)
+    del parted["matrices"]["model.layers.1.mlp.up_proj"]
+    texts = {}
+    for name, variants in (("none", {"same": equal}), ("one", {"same": equal, "parted": parted})):
+        plot_allocation({"variants": variants}, [tmp_path / f"{name}.svg"])
+        drawing = ElementTree.parse(tmp_path / f"{name}.svg")
+        texts[name] = {"".join(text.itertext()).strip() for text in drawing.iter(f"{SVG}text")}
+    assert texts["none"] == {"Every variant of this run left all its matrices the same share of their bytes"}
+    assert {"parted", "self_attn.q_proj", "mlp.up_proj", "bits a weight in the file"} <= texts["one"]
+    assert "same" not in texts["one"]
+    projections, layers, bits = _bits_by_place(parted["matrices"])
+    assert (projections, layers) == (["self_attn.q_proj", "mlp.up_proj"], [0, 1])
+    np.testing.assert_allclose(bits, [[4, 8], [12, np.nan]])
 
 
 def test_equal_numbers_give_equal_files(finished, tmp_path):

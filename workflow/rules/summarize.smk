@@ -43,6 +43,12 @@ rule summarize:
             labels={"what": "bytes against accuracy", "of": "all models"},
             caption="../report/accuracy.rst",
         ),
+        allocation=report(
+            "<results>/plots/allocation.svg",
+            category="Plots",
+            labels={"what": "bits of every matrix", "of": "variants that part bytes"},
+            caption="../report/allocation.rst",
+        ),
         convergence=report(
             "<results>/plots/convergence.svg",
             category="Plots",
@@ -52,7 +58,7 @@ rule summarize:
         summary="<results>/summary.json",
         frontier="<results>/frontier.tsv",
         text="<results>/samples.md",
-        png=expand("<results>/plots/{plot}.png", plot=["errors", "pareto", "accuracy", "convergence"]),
+        png=expand("<results>/plots/{plot}.png", plot=["errors", "pareto", "accuracy", "allocation", "convergence"]),
     log:
         "<logs>/summarize.log",
     benchmark:

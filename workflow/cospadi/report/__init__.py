@@ -8,10 +8,18 @@ from typing import Any
 
 from cospadi.files import read_json, write_json
 from cospadi.report.frontier import write_frontier
-from cospadi.report.plots import plot_accuracy, plot_convergence, plot_errors, plot_pareto
+from cospadi.report.plots import plot_accuracy, plot_allocation, plot_convergence, plot_errors, plot_pareto
 from cospadi.report.summary import collect
 from cospadi.report.tables import console_text, write_page, write_samples, write_table
 from cospadi.stage import choose_device, choose_dtype
+
+PLOTS = {
+    "errors": plot_errors,
+    "pareto": plot_pareto,
+    "accuracy": plot_accuracy,
+    "allocation": plot_allocation,
+    "convergence": plot_convergence,
+}
 
 __all__ = ["closing_message", "collect", "summarize"]
 
@@ -30,7 +38,7 @@ def summarize(
 
     Writes into `output`: ``summary.tsv`` (one row a variant), ``summary.json`` (also every matrix), ``summary.html``,
     ``frontier.tsv`` (what is best for how many bytes), ``samples.html``, ``samples.md`` and
-    ``plots/{errors,pareto,accuracy,convergence}.{png,svg}``.
+    ``plots/{errors,pareto,accuracy,allocation,convergence}.{png,svg}``.
 
     Parameters
     ----------
@@ -69,8 +77,7 @@ def summarize(
     write_page(summary, output / "summary.html")
     write_samples(summary, output / "samples.html")
     write_samples(summary, output / "samples.md")
-    plots = {"errors": plot_errors, "pareto": plot_pareto, "accuracy": plot_accuracy, "convergence": plot_convergence}
-    for name, plot in plots.items():
+    for name, plot in PLOTS.items():
         plot(summary, [output / "plots" / f"{name}.{suffix}" for suffix in ("png", "svg")])
         log(f"plotted {name}")
     return summary

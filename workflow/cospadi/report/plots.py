@@ -164,6 +164,38 @@ def plot_convergence(summary: Mapping[str, Any], paths: Sequence[Path]) -> None:
     _save(figure, paths)
 
 
+def plot_allocation(summary: Mapping[str, Any], paths: Sequence[Path]) -> None:
+    """Bits a weight by layer and projection: one panel a variant whose matrices got unequal shares of the bytes."""
+    maps = {
+        name: grid for name, v in _factorized(summary).items() if (grid := _bits_by_place(v["matrices"])) is not None
+    }
+    if not maps:
+        figure = new_figure(8, 3)
+        _say(figure.subplots(), "Every variant of this run left all its matrices the same share of their bytes")
+        _save(figure, paths)
+        return
+    columns = min(2, len(maps))
+    rows = -(-len(maps) // columns)
+    figure = new_figure(6.2 * columns + 1, 2.5 * rows + 0.9)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    highest = max(np.nanmax(bits) for _, _, bits in maps.values())
+    for axis, (name, (projections, layers, bits)) in zip(axes.flat, maps.items(), strict=False):
+        mesh = axis.pcolormesh(
+            layers, range(len(projections)), bits, cmap="viridis", vmin=0, vmax=highest, shading="nearest"
+        )
+        axis.set_yticks(range(len(projections)), projections)
+        axis.invert_yaxis()
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.set_title(name, loc="left", fontweight="bold")
+        axis.grid(False)
+    for axis in axes.flat[len(maps) :]:
+        axis.set_visible(False)
+    figure.supxlabel("layer", fontsize=10)
+    figure.colorbar(mesh, ax=axes, label="bits a weight in the file")
+    figure.suptitle("Who got the bytes", fontsize=12)
+    _save(figure, paths)
+
+
 def plot_distances(distances: Mapping[str, Any], paths: Sequence[Path]) -> None:
     """Distance over every cut by start and length, one panel a metric; the smallest of each length is marked.
 
@@ -217,6 +249,17 @@ def _place(matrix: str) -> tuple[int, str]:
     """Layer and projection of a matrix: ``model.layers.3.self_attn.q_proj`` is (3, "self_attn.q_proj")."""
     _, layer, projection = re.split(r"\.(\d+)\.", matrix, maxsplit=1)
     return int(layer), projection
+
+
+def _bits_by_place(matrices: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[int], np.ndarray] | None:
+    """Projections, layers and bits a weight of each (NaN where a layer has none); None if all are alike."""
+    bits = {_place(matrix): 16 * numbers["nbytes"] / numbers["dense_nbytes"] for matrix, numbers in matrices.items()}
+    # whole atoms and whole weights: shares that are meant to be equal differ a little
+    if max(bits.values()) - min(bits.values()) < 0.03 * max(bits.values()):
+        return None
+    layers = sorted({layer for layer, _ in bits})
+    projections = list(dict.fromkeys(projection for _, projection in bits))
+    return projections, layers, np.array([[bits.get((n, p), np.nan) for n in layers] for p in projections])
 
 
 def _groups(variants: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
