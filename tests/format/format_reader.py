@@ -191,15 +191,20 @@ def read_matrix(tensors: dict[str, np.ndarray], name: str, spec: dict[str, Any],
 def read_stream(data: bytes, k: int, d_out: int, trellis: bool) -> np.ndarray:
     """Codes of an entropy-coded matrix, float32 (k, d_out)."""
     need(len(data) >= 24 and zlib.crc32(data[4:]) == int.from_bytes(data[:4], "little"), "checksum")
-    _, rows, columns, per_stream, exponent, first, n_buckets, zero, n_table = struct.unpack("<IIIHhBBHI", data[:24])
-    need((rows, columns) == (k, d_out) and zero == 0 and n_buckets and per_stream and per_stream % 8 == 0, "header")
+    _, rows, columns, per_stream, exponent, first, n_buckets, n_wide, n_table = struct.unpack("<IIIHhBBHI", data[:24])
+    need((rows, columns) == (k, d_out) and n_buckets and per_stream and per_stream % 8 == 0, "header")
     need(-100 <= exponent <= 100, "exponent")
     at, kinds, tables = 24, 1 + trellis, []
     steps, at = data[at : at + k], at + k
     row, at = data[at : at + k], at + k
     column, at = data[at : at + d_out], at + d_out
-    end = at + n_table
+    end = at + 5 * n_wide + n_table
     need(len(data) >= end, "short")
+    wide = {}
+    for _ in range(n_wide):
+        wide_row, at = int.from_bytes(data[at : at + 4], "little"), at + 5
+        need(max(wide, default=-1) < wide_row < k and 1 <= data[at - 1] <= 12, "wide rows")
+        wide[wide_row] = data[at - 1]
     for index in range(kinds * n_buckets):
         need(at < end, "tables")
         n, at, table = data[at], at + 1, []
@@ -242,6 +247,14 @@ def read_stream(data: bytes, k: int, d_out: int, trellis: bool) -> np.ndarray:
                         need(word + 2 <= at, "short stream")
                         states[lane] = states[lane] << 16 | int.from_bytes(data[word : word + 2], "little")
                         word += 2
+                    if i in wide:
+                        half = (number >> trellis) * 2 ** wide[i] + states[lane] % 2 ** wide[i]
+                        number = 2 * half + (number & 1) if trellis else half
+                        states[lane] >>= wide[i]
+                        if states[lane] < 2**16:
+                            need(word + 2 <= at, "short stream")
+                            states[lane] = states[lane] << 16 | int.from_bytes(data[word : word + 2], "little")
+                            word += 2
                     half = number >> 1
                     path[i] = ((half ^ path[i] ^ path[i] >> 1) & 1) << 2 | path[i] >> 1
                     mantissa = round(2 ** (steps[i] % 16 / 16) * 512) / 512

@@ -164,6 +164,8 @@ def random_stream(draw: np.random.Generator, k: int, d_out: int, codec: str) -> 
 
     steps = steps_near(0.1 * np.exp(0.3 * draw.standard_normal(k)))
     wanted = draw.standard_normal((k, d_out)) * np.exp(0.5 * draw.standard_normal(d_out)) * 2
+    wanted[k // 2] *= 300  # one row of numbers wider than a table; its step is as much smaller
+    steps[k // 2] /= 256
     numbers, state = np.rint(wanted).astype(int), np.zeros(k, int)
     for j in range(d_out if codec == "ectcq" else 0):
         half = np.rint((wanted[:, j] - (state >> 2)) / 2).astype(int)

@@ -206,7 +206,7 @@ def random_codes(seed: int, k: int, d_out: int, size: float, codec: str) -> tupl
     rng = np.random.default_rng(seed)
     steps = steps_near(np.exp(2 * rng.normal(size=k)))
     wanted = rng.standard_t(3, size=(k, d_out)) * np.exp(rng.normal(size=d_out) + rng.normal(size=(k, 1))) * size
-    wanted = np.clip(wanted, -120, 120) * (rng.random((k, 1)) < 0.9)
+    wanted = np.clip(wanted * (rng.random((k, 1)) < 0.9) * 100.0 ** (rng.random((k, 1)) < 0.1), -5e5, 5e5)
     numbers = path(wanted) if codec == "ectcq" else np.rint(wanted)
     return (numbers * steps[:, None]).astype(np.float32), steps
 
@@ -293,8 +293,8 @@ def test_what_cannot_be_coded_is_refused():
     steps = steps_near(np.ones(2))
     with pytest.raises(ValueError, match="do not follow the trellis"):
         CODECS["ectcq"].pack_codes(np.ones((2, 3), np.float32) * steps[:, None], steps)
-    with pytest.raises(ValueError, match=r"numbers up to 300; allowed: 127"):
-        CODECS["ec"].pack_codes(np.full((2, 3), 300, np.float32) * steps[:, None], steps)
+    with pytest.raises(ValueError, match=r"numbers up to 600000; allowed: 520192"):
+        CODECS["ec"].pack_codes(np.full((2, 3), 600000, np.float32) * steps[:, None], steps)
     with pytest.raises(ValueError, match="steps are not those that can be stored"):
         CODECS["ec"].pack_codes(np.ones((2, 3), np.float32), np.full(2, 1.01, np.float32))
 
@@ -341,6 +341,19 @@ def test_each_step_of_insight_pays_at_equal_bits():
         for trellis in (False, True)
     ]
     assert errors[1] < 0.9 * errors[0] and errors[2] < 0.75 * errors[1] and errors[3] < 0.95 * errors[2]
+
+
+@pytest.mark.parametrize("trellis", [True, False])
+def test_inputs_that_carry_all_energy_get_the_bits_that_they_need(trellis):
+    """A thousand times as active as the others: numbers of thousands of steps, and an error as small as elsewhere."""
+    w, gram = weight(96, 200), inputs(96)
+    plain = factorize(w, gram, method="ectcq", bits=3.5, trellis=trellis).relative_error(w, gram)
+    scale = np.ones(96)
+    scale[[7, 50]] = 3000
+    found = factorize(w, gram * scale[:, None] * scale, method="ectcq", bits=3.5, trellis=trellis)
+    steps = np.asarray(found.scales)[:, None]
+    assert np.abs(found.codes / steps)[[7, 50]].max() > 1000
+    assert found.relative_error(w, gram * scale[:, None] * scale) < plain
 
 
 def test_entropy_coding_where_an_input_is_never_active():

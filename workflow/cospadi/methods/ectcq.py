@@ -33,8 +33,8 @@ from cospadi.registry import option
 from cospadi.runtime.cospadi_registry import CODECS
 from cospadi.work import Work
 
-# More bits a weight are left: numbers so large have no place in a table. Fewer say nothing
-MOST_BITS, LEAST_BITS = 6.5, 0.5
+# More bits a weight are left, as nobody needs them. Fewer say nothing
+MOST_BITS, LEAST_BITS = 12.0, 0.5
 # Fewer bits are not given to a matrix where others have more: what is left of it says little
 LEAST_ALLOTTED = 0.75
 _BISECTIONS = 60

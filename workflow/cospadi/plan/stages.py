@@ -158,7 +158,7 @@ STAGES = table_of(
         result="the model, as a Hugging Face folder",
         jobs=_fetch_model,
         work=_estimated(Estimates.fetch),
-        code=("cospadi.sources.models",),
+        code=("cospadi.sources.models", "cospadi.sources.rotation"),
         threads="fetch",
     ),
     fetch_text(_fetch_text, "articles, parted into calibration and held-out ones"),

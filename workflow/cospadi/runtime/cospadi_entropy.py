@@ -15,7 +15,7 @@ import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,8 +27,10 @@ logger = logging.getLogger("cospadi.runtime")
 # Of a state: its lowest value between two numbers, and the bits of a frequency
 _LANES, _LOWEST, _BITS = 8, 1 << 16, 12
 _SLOTS = 1 << _BITS
-# Numbers to either side that a table has, halved for the trellis
-MOST = 127
+# Numbers to either side that a table has, halved for the trellis; bits that those of a wide row have besides, at most
+_IN_TABLE, _WIDEST = 127, 12
+# The largest number that can be stored, halved for the trellis
+MOST = _IN_TABLE << _WIDEST
 # Steps: so many to an octave, the tenth of a bit exact; a byte has 16 octaves of them
 _OCTAVE = 16
 _MANTISSAS = np.array([round(2 ** (i / _OCTAVE) * 512) / 512 for i in range(_OCTAVE)], np.float64)
@@ -37,6 +39,7 @@ _STREAM = 1 << 16
 # A table for fewer numbers costs more than it saves
 _FEWEST = 1000
 _HEADER = struct.Struct("<IIIHhBBHI")
+_WIDE = np.dtype([("row", "<u4"), ("bits", "u1")])
 
 
 class DamagedStreamError(ValueError):
@@ -74,28 +77,36 @@ class Entropy(Codec):
         rows, columns = codes.shape
         exponent, step_bytes = _step_bytes(steps)
         numbers = np.rint(codes / steps[:, None]).astype(np.int32)
-        odd = np.zeros(numbers.shape, np.uint8)
+        odd = np.zeros(numbers.shape, np.uint16)
         if self.trellis:
-            odd = (numbers & 1).astype(np.uint8)
+            odd = (numbers & 1).astype(np.uint16)
             _check_path(numbers)
             numbers = numbers >> 1
-        if max(-numbers.min(initial=0), numbers.max(initial=0)) > MOST + 1:
-            raise ValueError(f"numbers up to {np.abs(numbers).max()}; allowed: {MOST}")
-        numbers = numbers.astype(np.int8)
-        levels, first, n_buckets = _levels(codes, steps)
+        largest = np.maximum(numbers.max(1), -numbers.min(1))
+        if largest.max() > MOST:
+            raise ValueError(f"numbers up to {largest.max()}; allowed: {MOST}")
+        # numbers of a row that are spread wider than a table has their lower bits as they are
+        wide = np.ceil(np.log2(np.maximum(largest, _IN_TABLE) / _IN_TABLE)).astype(np.uint8)
+        rest = (numbers & (1 << wide.astype(np.int32))[:, None] - 1).astype(np.uint16) << 1 | odd
+        numbers = (numbers >> wide[:, None]).astype(np.int8)
+        levels, first, n_buckets = _levels(codes, np.ldexp(steps, wide.astype(np.int32)))
         bucket = _buckets(levels, first, n_buckets, rows, columns)
         tables = _count_tables(bucket, numbers, odd, n_buckets, self.trellis)
         table_bytes = b"".join(_table_bytes(table) for table in tables)
         per_stream = _rows_a_stream(columns)
         frequency, start = _frequencies(tables, self.trellis)
+        contexts = _Levels(first, n_buckets, levels, wide)
         coder = _coder()
         encode = _encode_with_numpy if coder is None else coder.encode
         streams = [
-            encode(self, levels, first, n_buckets, frequency, start, numbers, odd, begin, min(per_stream, rows - begin))
+            encode(self, contexts, frequency, start, numbers, rest, begin, min(per_stream, rows - begin))
             for begin in range(0, rows, per_stream)
         ]
-        body = _HEADER.pack(0, rows, columns, per_stream, exponent, first, n_buckets, 0, len(table_bytes))[4:]
-        body += step_bytes + levels.tobytes() + table_bytes
+        exceptions = np.zeros(int(np.count_nonzero(wide)), _WIDE)
+        exceptions["row"], exceptions["bits"] = np.nonzero(wide)[0], wide[wide > 0]
+        sizes = (len(exceptions), len(table_bytes))
+        body = _HEADER.pack(0, rows, columns, per_stream, exponent, first, n_buckets, *sizes)[4:]
+        body += step_bytes + levels.tobytes() + exceptions.tobytes() + table_bytes
         body += np.array([len(stream) for stream in streams], "<u4").tobytes() + b"".join(streams)
         return np.frombuffer(struct.pack("<I", zlib.crc32(body)) + body, np.uint8)
 
@@ -124,6 +135,15 @@ class Entropy(Codec):
             yield f"holds codes of shape ({found.rows}, {found.columns}), expected {shape}"
 
 
+class _Levels(NamedTuple):
+    """What says which table a number has: first bucket, buckets, levels (k + d_out,); bits of wide rows (k,)."""
+
+    first: int
+    n_buckets: int
+    levels: np.ndarray
+    wide: np.ndarray
+
+
 @dataclass(frozen=True)
 class _Parsed:
     """A stored matrix in its parts, which fit together."""
@@ -131,10 +151,8 @@ class _Parsed:
     rows: int
     columns: int
     per_stream: int
-    first: int
-    n_buckets: int
     steps: np.ndarray
-    levels: np.ndarray
+    contexts: _Levels
     tables: list[list[int]]
     streams: list[np.ndarray]
 
@@ -150,17 +168,26 @@ def _parsed(codec: Entropy, stored: np.ndarray) -> _Parsed:
     data = stored.tobytes()
     if len(data) < _HEADER.size:
         raise ValueError(f"has {len(data)} bytes, fewer than its header")
-    checksum, rows, columns, per_stream, exponent, first, n_buckets, zero, n_table = _HEADER.unpack_from(data)
+    checksum, rows, columns, per_stream, exponent, first, n_buckets, n_wide, n_table = _HEADER.unpack_from(data)
     if zlib.crc32(data[4:]) != checksum:
         raise ValueError("is damaged: its checksum is another")
     n_streams = -(-rows // per_stream) if per_stream else 0
-    after = _HEADER.size + 2 * rows + columns + n_table + 4 * n_streams
-    if not (rows and columns and per_stream and n_buckets) or zero or per_stream % _LANES or after > len(data):
+    after = _HEADER.size + 2 * rows + columns + _WIDE.itemsize * n_wide + n_table + 4 * n_streams
+    if not (rows and columns and per_stream and n_buckets) or per_stream % _LANES or after > len(data):
         raise ValueError("is cut short, or its header is wrong")
     at = _HEADER.size
     step_bytes = np.frombuffer(data, np.uint8, rows, at)
     levels = np.frombuffer(data, np.uint8, rows + columns, at + rows)
     at += 2 * rows + columns
+    exceptions = np.frombuffer(data, _WIDE, n_wide, at)
+    at += exceptions.nbytes
+    wide_rows, bits = exceptions["row"].astype(np.int64), exceptions["bits"]
+    if (np.diff(wide_rows, prepend=-1) < 1).any() or (wide_rows >= rows).any():
+        raise ValueError("has wide rows out of order")
+    if (bits < 1).any() or (bits > _WIDEST).any():
+        raise ValueError("has wide rows of more bits than any")
+    wide = np.zeros(rows, np.uint8)
+    wide[wide_rows] = bits
     tables = _read_tables(data[at : at + n_table], n_buckets, codec.trellis)
     at += n_table
     sizes = np.frombuffer(data, "<u4", n_streams, at).astype(np.int64)
@@ -170,7 +197,8 @@ def _parsed(codec: Entropy, stored: np.ndarray) -> _Parsed:
     if not -100 <= exponent <= 100:
         raise ValueError("has steps that no weight needs")
     streams = [stored[a:b] for a, b in itertools.pairwise(edges)]
-    return _Parsed(rows, columns, per_stream, first, n_buckets, _steps(exponent, step_bytes), levels, tables, streams)
+    contexts = _Levels(first, n_buckets, levels, wide)
+    return _Parsed(rows, columns, per_stream, _steps(exponent, step_bytes), contexts, tables, streams)
 
 
 # --- steps ------------------------------------------------------------------------------------------------------------
@@ -287,7 +315,7 @@ def _read_tables(data: bytes, n_buckets: int, trellis: bool) -> list[list[int]]:
                         break
                 found.append(frequency)
             total = 2 * sum(found) - (found[0] if found and not (trellis and table % 2) else 0)
-            if n > MOST + 1 or (n and total != _SLOTS):
+            if n > _IN_TABLE + 1 or (n and total != _SLOTS):
                 raise ValueError("has a table whose frequencies do not make a whole")
             tables.append(found)
     except IndexError:
@@ -373,28 +401,42 @@ def _decode_with_numpy(
 ) -> None:
     states = stream[: 4 * _LANES].view("<u4").astype(np.int64)
     words = stream[4 * _LANES :].view("<u2").astype(np.int64)
-    at, kinds = 0, 2 if codec.trellis else 1
-    bucket = _buckets(found.levels, found.first, found.n_buckets, found.rows, found.columns)[begin : begin + rows]
+    kinds = 2 if codec.trellis else 1
+    first, n_buckets, levels, extra = found.contexts
+    bucket = _buckets(levels, first, n_buckets, found.rows, found.columns)[begin : begin + rows]
+    left = iter(words.tolist())
+
+    def refill(here: np.ndarray) -> None:
+        for lane in np.nonzero(here < _LOWEST)[0]:
+            word = next(left, None)
+            if word is None:
+                raise DamagedStreamError("has a stream that is too short")
+            here[lane] = here[lane] << 16 | word
+
     for group in range(0, rows, _LANES):
         lanes = min(_LANES, rows - group)
         here, state = states[:lanes], np.zeros(lanes, np.int64)
         step = found.steps[begin + group : begin + group + lanes]
+        wide = extra[begin + group : begin + group + lanes].astype(np.int64)
         for j in range(found.columns):
             odd = state >> 2 if codec.trellis else 0
             entry = slots[kinds * bucket[group : group + lanes, j] + odd, here & (_SLOTS - 1)].astype(np.int64)
             here[:] = ((entry >> _BITS & (_SLOTS - 1)) + 1) * (here >> _BITS) + (entry & (_SLOTS - 1))
-            short = here < _LOWEST
-            taken = int(short.sum())
-            if at + taken > len(words):
-                raise DamagedStreamError("has a stream that is too short")
-            here[short] = here[short] << 16 | words[at : at + taken]
-            at += taken
             number = entry >> 24
             number -= (number & 128) << 1
+            if wide.any():
+                for lane in range(lanes):  # whose words lie between
+                    one = here[lane : lane + 1]
+                    refill(one)
+                    number[lane] = (number[lane] << wide[lane]) + (one[0] & (1 << wide[lane]) - 1)
+                    one >>= wide[lane]
+                    refill(one)
+            else:
+                refill(here)
             value = ((2 * number + odd) if codec.trellis else number).astype(np.float32) * step
             out[j, begin + group : begin + group + lanes] = _upper(value) if out.dtype == np.uint16 else value
             state = follow(state, number)
-    if at != len(words) or (states != _LOWEST).any():
+    if next(left, None) is not None or (states != _LOWEST).any():
         raise DamagedStreamError("has a stream that does not end where it should")
 
 
@@ -405,39 +447,44 @@ def _upper(values: np.ndarray) -> np.ndarray:
 
 def _encode_with_numpy(
     codec: Entropy,
-    levels: np.ndarray,
-    first: int,
-    n_buckets: int,
+    contexts: _Levels,
     frequency: np.ndarray,
     start: np.ndarray,
     numbers: np.ndarray,
-    odd: np.ndarray,
+    rest: np.ndarray,
     begin: int,
     rows: int,
 ) -> bytes:
     kinds = 2 if codec.trellis else 1
-    bucket = _buckets(levels, first, n_buckets, *numbers.shape)
+    bucket = _buckets(contexts.levels, contexts.first, contexts.n_buckets, *numbers.shape)
     states = np.full(_LANES, _LOWEST, np.int64)
     words: list[int] = []  # from the last to the first
     for group in reversed(range(0, rows, _LANES)):
         lanes = slice(begin + group, begin + min(group + _LANES, rows))
         here = states[: lanes.stop - lanes.start]
-        table = kinds * bucket[lanes] + odd[lanes]
+        table = kinds * bucket[lanes] + (rest[lanes] & 1)
+        wide, lower = contexts.wide[lanes].astype(np.int64), rest[lanes].astype(np.int64) >> 1
         entry = numbers[lanes].astype(np.int64) + 128
         counts, below = frequency[table, entry].astype(np.int64), start[table, entry].astype(np.int64)
         for j in reversed(range(numbers.shape[1])):
-            count = counts[:, j]
-            full = here >= count << 20
-            words += (here[full] & 0xFFFF)[::-1].tolist()
-            here[full] >>= 16
-            here[:] = (here // count << _BITS) + here % count + below[:, j]
+            for lane in reversed(range(len(here))):
+                state, bits, count = int(here[lane]), int(wide[lane]), int(counts[lane, j])
+                if bits:
+                    if state >= 1 << 32 - bits:
+                        words.append(state & 0xFFFF)
+                        state >>= 16
+                    state = state << bits | int(lower[lane, j])
+                if state >= count << 20:
+                    words.append(state & 0xFFFF)
+                    state >>= 16
+                here[lane] = (state // count << _BITS) + state % count + int(below[lane, j])
     return states.astype("<u4").tobytes() + np.array(words[::-1], "<u2").tobytes()
 
 
 class _Contexts(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("columns", "first", "buckets", "trellis")),
-        *((name, ctypes.c_void_p) for name in ("row", "column")),
+        *((name, ctypes.c_void_p) for name in ("row", "column", "wide")),
     ]
 
 
@@ -452,9 +499,10 @@ class _Coder:
         self._decode.restype = self._encode.restype = integer
 
     @staticmethod
-    def _contexts(codec: Entropy, levels: np.ndarray, first: int, n_buckets: int, rows: int) -> _Contexts:
-        address = levels.ctypes.data
-        return _Contexts(len(levels) - rows, first, n_buckets, codec.trellis, address, address + rows)
+    def _contexts(codec: Entropy, found: _Levels) -> _Contexts:
+        address, rows = found.levels.ctypes.data, len(found.wide)
+        sizes = (len(found.levels) - rows, found.first, found.n_buckets, codec.trellis)
+        return _Contexts(*sizes, address, address + rows, found.wide.ctypes.data)
 
     def decode(
         self,
@@ -466,8 +514,8 @@ class _Coder:
         rows: int,
         out: np.ndarray,
     ) -> None:
-        levels, stream = np.ascontiguousarray(found.levels), np.ascontiguousarray(stream)
-        contexts = self._contexts(codec, levels, found.first, found.n_buckets, found.rows)
+        stream = np.ascontiguousarray(stream)
+        contexts = self._contexts(codec, found.contexts)
         wrong = self._decode(
             ctypes.byref(contexts),
             slots.ctypes.data,
@@ -486,22 +534,20 @@ class _Coder:
     def encode(
         self,
         codec: Entropy,
-        levels: np.ndarray,
-        first: int,
-        n_buckets: int,
+        contexts: _Levels,
         frequency: np.ndarray,
         start: np.ndarray,
         numbers: np.ndarray,
-        odd: np.ndarray,
+        rest: np.ndarray,
         begin: int,
         rows: int,
     ) -> bytes:
-        # no number takes more than a frequency's bits
-        room = np.empty(4 * _LANES + 2 + 2 * rows * numbers.shape[1], np.uint8)
-        contexts = self._contexts(codec, levels, first, n_buckets, len(numbers))
+        # no number takes more than a frequency's bits and those of a wide row: two words
+        room = np.empty(4 * _LANES + 4 + 4 * rows * numbers.shape[1], np.uint8)
+        addressed = self._contexts(codec, contexts)
         place = self._encode(
-            ctypes.byref(contexts),
-            *(array.ctypes.data for array in (frequency, start, numbers, odd)),
+            ctypes.byref(addressed),
+            *(array.ctypes.data for array in (frequency, start, numbers, rest)),
             begin,
             rows,
             room.ctypes.data,

@@ -13,6 +13,7 @@ enum { LANES = 8, BITS = 12, SLOTS = 1 << BITS };
 typedef struct {
     int64_t columns, first, buckets, trellis;
     const uint8_t *row, *column;  /* logarithms of the scales, a byte each */
+    const uint8_t *wide;          /* bits that numbers of each row have below those of the tables */
 } Contexts;
 
 static inline int64_t bucket(const Contexts *at, int64_t row, int64_t column) {
@@ -41,13 +42,22 @@ int64_t entropy_decode(const Contexts *at, const uint32_t *tables, const float *
         unsigned state[LANES] = {0};
         int64_t level[LANES] = {0};
         float step[LANES] = {0};
+        unsigned wide[LANES] = {0}, any_wide = 0;
         for (int l = 0; l < lanes; l++) {
             level[l] = at->row[begin + group + l];
             step[l] = steps[begin + group + l];
+            any_wide |= wide[l] = at->wide[begin + group + l];
         }
         for (int64_t j = 0; j < at->columns; j++) {
             const int64_t column = at->column[j];
             float value[LANES];
+#define REFILL(l) do { \
+            uint16_t word; \
+            memcpy(&word, stream + (next < last ? next : last), 2); \
+            const int short_of = x[l] < 1u << 16; \
+            x[l] = short_of ? x[l] << 16 | word : x[l]; \
+            next += 2 * short_of; \
+        } while (0)
 #define LANE(l) do { \
             int64_t b = ((level[l] + column) >> 3) - at->first; \
             b = b < 0 ? 0 : b > top ? top : b; \
@@ -55,12 +65,13 @@ int64_t entropy_decode(const Contexts *at, const uint32_t *tables, const float *
             const uint32_t slot = x[l] & (SLOTS - 1); \
             const uint32_t e = tables[((b << trellis) + odd) * SLOTS + slot]; \
             x[l] = ((e >> BITS & (SLOTS - 1)) + 1) * (x[l] >> BITS) + (e & (SLOTS - 1)); \
-            const int m = (int32_t)e >> 24; \
-            uint16_t word; \
-            memcpy(&word, stream + (next < last ? next : last), 2); \
-            const int short_of = x[l] < 1u << 16; \
-            x[l] = short_of ? x[l] << 16 | word : x[l]; \
-            next += 2 * short_of; \
+            int m = (int32_t)e >> 24; \
+            REFILL(l); \
+            if (any_wide) { \
+                m = m * (1 << wide[l]) + (int)(x[l] & ((1u << wide[l]) - 1)); \
+                x[l] >>= wide[l]; \
+                REFILL(l); \
+            } \
             value[l] = (float)(trellis ? 2 * m + (int)odd : m) * step[l]; \
             state[l] = follow(state[l], m); \
         } while (0)
@@ -88,11 +99,12 @@ int64_t entropy_decode(const Contexts *at, const uint32_t *tables, const float *
     return wrong;
 }
 
-/* Encode `rows` rows of numbers (halved for the trellis, their parity in `odd`) from row `begin` on. `frequency` and
+/* Encode `rows` rows of numbers (halved for the trellis, without the bits of wide rows) from row `begin` on. `rest` has
+ * those bits, above the parity of the number, by which the trellis has two tables. `frequency` and
  * `start` have 256 entries a table, of numbers from -128 on. Words go to the end of `out`, backwards; returns where
  * they begin, in bytes, or -1 where a number has no frequency or `room` bytes are not enough. */
 int64_t entropy_encode(const Contexts *at, const uint16_t *frequency, const uint16_t *start, const int8_t *numbers,
-                       const uint8_t *odd, int64_t begin, int64_t rows, uint8_t *out, int64_t room) {
+                       const uint16_t *rest, int64_t begin, int64_t rows, uint8_t *out, int64_t room) {
     uint32_t x[LANES];
     int64_t place = room;
     for (int l = 0; l < LANES; l++) x[l] = 1u << 16;
@@ -101,10 +113,20 @@ int64_t entropy_encode(const Contexts *at, const uint16_t *frequency, const uint
         for (int64_t j = at->columns - 1; j >= 0; j--)
             for (int64_t l = lanes - 1; l >= 0; l--) {
                 const int64_t row = begin + group + l, index = row * at->columns + j;
-                const int64_t table = at->trellis ? 2 * bucket(at, row, j) + odd[index] : bucket(at, row, j);
+                const int64_t table = at->trellis ? 2 * bucket(at, row, j) + (rest[index] & 1) : bucket(at, row, j);
+                const unsigned wide = at->wide[row];
                 const int64_t entry = 256 * table + 128 + numbers[index];
                 const uint64_t f = frequency[entry];
-                if (!f || place < (int64_t)sizeof x + 2) return -1;
+                if (!f || place < (int64_t)sizeof x + 4) return -1;
+                if (wide) {
+                    if (x[l] >= 1u << (32 - wide)) {
+                        const uint16_t word = (uint16_t)x[l];
+                        place -= 2;
+                        memcpy(out + place, &word, 2);
+                        x[l] >>= 16;
+                    }
+                    x[l] = x[l] << wide | rest[index] >> 1;
+                }
                 if (x[l] >= f << 20) {
                     const uint16_t word = (uint16_t)x[l];
                     place -= 2;
