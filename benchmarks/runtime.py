@@ -52,7 +52,7 @@ PREFILL_GOALS = {0.2: 0.9, 0.4: 1.0, 0.5: 1.0}
 MATRIX = (4096, 11008)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 PREFILLS = (128, 512)
-MEASURES = ("model", "matrix", "fresh")
+MEASURES = ("decode", "prefill", "matrix", "fresh")
 HEADERS = ["measure", "threads", "ratio", "kind"]
 HEADERS += [f"{which} {dtype}" for which in ("dense", "packed") for dtype in DTYPES]
 HEADERS += ["speed-up", "limit by bytes", "goal"]
@@ -70,9 +70,7 @@ def main() -> None:
         "--kinds", nargs="+", choices=KINDS, default=["shared", "hybrid", "sparse"], help="packed models to make"
     )
     parser.add_argument("--ratios", type=float, nargs="+", choices=RATIOS, default=RATIOS, help="their ratios")
-    parser.add_argument(
-        "--measures", nargs="+", choices=MEASURES, default=MEASURES, help="what to time; model is decoding and prefill"
-    )
+    parser.add_argument("--measures", nargs="+", choices=MEASURES, default=MEASURES, help="what to time")
     parser.add_argument("--output", type=Path, help="the table as JSON lines")
     parser.add_argument(
         "--cpu-time",
@@ -104,8 +102,8 @@ def main() -> None:
         folders = make_models(Path(scratch), names)
         for threads in arguments.threads:
             torch.set_num_threads(threads)
-            if "model" in arguments.measures:
-                rows += [[row[0], threads, *row[1:]] for row in models(folders, arguments.rounds)]
+            if {"decode", "prefill"} & set(arguments.measures):
+                rows += [[row[0], threads, *row[1:]] for row in models(folders, arguments.measures, arguments.rounds)]
             if "matrix" in arguments.measures:
                 rows += [[row[0], threads, *row[1:]] for row in one_matrix(arguments.rounds)]
         if "fresh" in arguments.measures:
@@ -224,7 +222,7 @@ def packed_only(folders: dict[Name, Path]) -> list[Packed]:
     return [name for name in folders if isinstance(name, Packed)]
 
 
-def models(folders: dict[Name, Path], rounds: int) -> list[list[Any]]:
+def models(folders: dict[Name, Path], measures: list[str], rounds: int) -> list[list[Any]]:
     """Decoding and prefill of the whole model, in both dtypes that a CPU computes in."""
     loaded = {
         (name, dtype): AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
@@ -235,19 +233,14 @@ def models(folders: dict[Name, Path], rounds: int) -> list[list[Any]]:
     caches = {key: DynamicCache(config=model.config) for key, model in loaded.items()}
     for key, model in loaded.items():
         model(ids[:, :16], past_key_values=caches[key])
-    measured = {
-        "decode, tokens/s": (
-            1,
-            interleaved(
-                {
-                    key: lambda model=model, key=key: model(ids[:, :1], past_key_values=caches[key], logits_to_keep=1)
-                    for key, model in loaded.items()
-                },
-                rounds,
-            ),
-        )
-    }
-    for tokens in PREFILLS:
+    measured = {}
+    if "decode" in measures:
+        steps = {
+            key: lambda model=model, key=key: model(ids[:, :1], past_key_values=caches[key], logits_to_keep=1)
+            for key, model in loaded.items()
+        }
+        measured["decode, tokens/s"] = (1, interleaved(steps, rounds))
+    for tokens in PREFILLS if "prefill" in measures else ():
         steps = {
             key: lambda model=model, tokens=tokens: model(ids[:, :tokens], logits_to_keep=1, use_cache=False)
             for key, model in loaded.items()
