@@ -282,6 +282,11 @@ class Kernel:
         """Whether the kernel works in torch's threads, or in one."""
         return self._openmp is not None
 
+    @property
+    def is_direct(self) -> bool:
+        """Whether layers are functions of Python (`layer`), or go through ctypes."""
+        return self._layer is not None
+
     def product(self, total: BoundSum, x: torch.Tensor) -> torch.Tensor:
         """``y = (x D) S``, added up: inputs (..., d_in) to outputs (..., d_out), in the dtype of `x`."""
         if x.shape[-1] != total.d_in:
@@ -298,7 +303,7 @@ class Kernel:
     def is_for_dense(self, x: torch.Tensor, weight: torch.Tensor) -> bool:
         """Whether a product of `x` with the weight (d_out, d_in) of a layer that is not packed is worth a `layer`."""
         return (
-            self._layer is not None
+            self.is_direct
             and self.paths.dense
             and not bfloat16_is_native()
             and 0 < x.numel() <= self.paths.few_rows * weight.shape[1]
@@ -414,7 +419,8 @@ def _kernel(choice: str) -> Kernel | None:
         logger.warning("packed products: plain torch operations, which are slower, because %s", _reason(error))
         return None
     threads = "torch's threads" if compiled.parallel else "one thread, because torch's OpenMP was not found"
-    logger.info("packed products: compiled %s kernel in %s", compiled.kind, threads)
+    slower = "" if compiled.is_direct else ", called through ctypes: no Python.h, or torch before 2.10"
+    logger.info("packed products: compiled %s kernel in %s%s", compiled.kind, threads, slower)
     return compiled
 
 
