@@ -685,6 +685,22 @@ def test_layers_with_one_dictionary_project_many_rows_once(monkeypatch):
     assert copied[0].projection is copied[1].projection is not None
 
 
+def test_layers_of_single_weights_turn_an_input_once(machine, monkeypatch):
+    layers, weights = zip(*(make((48, d_out, 0), dictionary="identity", seed=d_out) for d_out in (40, 24)), strict=True)
+    project, calls = cospadi_linear._project_many, []
+    monkeypatch.setattr(cospadi_linear, "_project_many", lambda *given: calls.append(1) or project(*given))
+    x = torch.randn(20, 48)
+    for n in (1, 2):
+        ask(layers, weights, x)
+        if machine != "torch":
+            assert len(calls) == (n if cospadi_linear.kernel().paths.without_zeros else 2 * n)
+        x.mul_(2)
+    del x
+    assert cospadi_linear._INPUTS._last is None, "nothing outlives the input"
+    ask(layers, weights, torch.randn(20, 48))
+    ask(layers, weights, torch.randn(30, 48).bfloat16().float())
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("as_function", [True, False])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

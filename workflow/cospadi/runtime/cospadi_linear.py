@@ -254,6 +254,8 @@ class Packed(nn.Module):
         """``z = x D`` for many rows, once for the layers that share ``D``."""
         dictionary, scales = self._parameters["dictionary"], self._parameters["dictionary_scales"]
         project = functools.partial(_project_many, compiled, self.spec, dictionary, scales)
+        if dictionary is None:
+            return _INPUTS.of(x, 0, project, rows) if compiled.paths.without_zeros else project(rows)
         return project(rows) if self.projection is None else self.projection.of(x, dictionary.data_ptr(), project, rows)
 
     def _product_on_gpu(self, x: torch.Tensor) -> torch.Tensor:
@@ -425,6 +427,9 @@ class SharedProjection:
         return {"_last": None, "_few": None}
 
 
+_INPUTS = SharedProjection()  # of all layers whose dictionary is the identity: x, turned as the kernel wants it
+
+
 class _Binding:
     """The kernel's view of a layer's tensors, as long as they are the same and unchanged."""
 
@@ -538,7 +543,7 @@ def _project_many(
     rows = rows.to(product_dtype(rows.dtype))
     atoms = decode_dictionary(spec, dictionary, scales, rows.dtype)
     if atoms is None:
-        return rows
+        return rows.T.contiguous().T if compiled.paths.without_zeros else rows
     if compiled.paths.without_zeros and len(rows) >= _TURNED_ROWS:
         return (atoms.T @ rows.T).T  # which is how `apply_codes_to_many` wants it
     return rows @ atoms
