@@ -70,6 +70,8 @@ def decode_codes(
     """Codes S transposed, (d_out, k) with zeros, in `dtype`: one output neuron is one row."""
     d_out, k = spec["shape"][1], spec["dictionary"]["n_atoms"]
     codec, n, shifted = spec["codes"]["codec"], spec["codes"]["n_nonzero"], CODECS[spec["codes"]["codec"]].shifted
+    if CODECS[codec].variable:
+        return CODECS[codec].decode(values.to(torch.uint8), (d_out, k), halves=dtype == torch.bfloat16).to(dtype)
     if support is None and not shifted:
         mask = None
         codes = _decode(codec, values, (d_out, k))

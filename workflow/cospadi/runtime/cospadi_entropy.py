@@ -118,11 +118,13 @@ class Entropy(Codec):
         """Step of every row, float32 (k,)."""
         return _parsed(self, np.ascontiguousarray(stored)).steps
 
-    def decode(self, stored: Any, shape: Sequence[int]) -> Any:
+    def decode(self, stored: Any, shape: Sequence[int], *, halves: bool = False) -> Any:
+        """`unpack` of a torch tensor: float32, or with `halves` bfloat16, numbers of that shape."""
         import torch
 
-        decoded = self.unpack(stored.detach().cpu().numpy(), 0)
-        return torch.from_numpy(decoded).view(*shape).to(stored.device)
+        found = _parsed(self, np.ascontiguousarray(stored.detach().cpu().numpy()))
+        decoded = torch.from_numpy(_decode(self, found, halves=halves).view(np.int16 if halves else np.float32))
+        return (decoded.view(torch.bfloat16) if halves else decoded).view(*shape).to(stored.device)
 
     def faults_of(self, stored: np.ndarray, shape: tuple[int, int]) -> Iterator[str]:
         """What is wrong inside the stored tensor of codes (k, d_out); its streams are looked at as they are decoded."""
