@@ -44,8 +44,9 @@ densify: env ## Write results/RUN/VARIANT/dense, an ordinary model folder
 verify: env ## Compare results/RUN/VARIANT/model, every byte of it, with its checksums
 	$(BIN)/python -m cospadi.checkpoint verify results/$(RUN)/$(VARIANT)/model
 
+# threads of one worker that wait would take the other's core
 test: lint ## Lint, then all tests but the slow ones
-	$(BIN)/pytest -q -n 2 --dist loadfile -m "not slow and not slurm"
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -q -n 2 --dist loadfile -m "not slow and not slurm"
 
 fuzz: env ## Damage checkpoints and configs at random for MINUTES, the kernel under AddressSanitizer
 	PYTHONPATH=workflow $(BIN)/python tests/format/fuzz.py --minutes $(MINUTES) --first $(FIRST) --asan
