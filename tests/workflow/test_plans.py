@@ -94,7 +94,8 @@ def test_demo_on_slurm(folder):
     output = result.stdout + result.stderr
     assert result.returncode == 0, output
     assert "warning" not in output.lower()
-    assert jobs(output)["learn_dictionary"] == 7 * 6
+    layers_per_job = yaml.safe_load((PROJECT / "config.yaml").read_text())["layers_per_job"]
+    assert jobs(output)["learn_dictionary"] == 7 * 30 / layers_per_job
 
 
 def test_all_faults_of_a_config_in_one_message(folder):
