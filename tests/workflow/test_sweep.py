@@ -66,6 +66,11 @@ BESIDE: dict[tuple[str, str], dict[str, Any]] = {
     **{("replaceme", name): {"objective": "cosine"} for name in ("loss", "start", "epochs", "lr", "batch_tokens")},
     **{("replaceme", name): {"objective": "cosine"} for name in ("l1", "l2", "random_state")},
     ("replaceme", "cuts"): {"blocks": 2},
+    **{
+        (method, option): {"metric": "gradients"}
+        for method in METHODS
+        for option in ("allocation", "column_power", "activation_share")
+    },
 }
 
 
@@ -106,7 +111,9 @@ def variants() -> Iterator[tuple[tuple[str, ...], Any, dict[str, Any]]]:
         for option, part in parts[method]["properties"].items():
             for value in values(option, part):
                 place = method, option
-                yield place, value, {**needed, **BESIDE.get(place, {}), option: value}
+                without = {"ratio"} if option == "bits" and value is not None else set()
+                given = {name: needed[name] for name in needed.keys() - without}
+                yield place, value, {**given, **BESIDE.get(place, {}), option: value}
             for name, child in part.get("properties", {}).items():
                 for value in values(name, child):
                     yield (method, option, name), value, {**needed, option: {name: value}}
@@ -203,7 +210,8 @@ def test_every_value_of_every_option_of_a_variant_is_planned_and_one_of_each_dry
             assert all(f"variants.v{number}." in fault for fault in error.faults), refused[-1]
         else:
             accepted.setdefault(place, {})[f"v{number}"] = settings
-    assert number > 250 and len(refused) < len(METHODS), refused
+    # the most that may be removed, as a ratio and in bits, is too much for some methods on matrices as small
+    assert number > 250 and len(refused) < 2 * len(METHODS), refused
     # the last of every option's values: the other end, or the last word
     chosen = dict(list(settings.items())[-1] for settings in accepted.values())
     config = {**base, "variants": {"start": start, **chosen}}
