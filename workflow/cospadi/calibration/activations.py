@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,69 @@ def writing(path: str | Path, attributes: Mapping[str, Any]) -> Iterator[h5py.Fi
     with replacing(path) as temporary, h5py.File(temporary, "w") as file:
         file.attrs.update(attributes)
         yield file
+
+
+@dataclass(frozen=True)
+class Edge:
+    """What one chunk of layers hands to another: values (windows, length, hidden_size) at a layer, in a file.
+
+    Attributes
+    ----------
+    dataset : str
+    layer : str
+        Attribute that says which layer.
+    what : str
+        What they are, with places for shape, dtype and layer.
+    remedy : str
+        With a place for the layer.
+    """
+
+    dataset: str
+    layer: str
+    what: str
+    remedy: str
+
+    def dtype(self, path: str | Path, layer: int) -> str:
+        """Dtype of the values of a file."""
+        with reading(path, self.remedy.format(layer)) as file:
+            dtype = str(file.attrs["dtype"])
+        if dtype not in STORED_AS:
+            problem = f"dtype is {dtype!r}; allowed: {', '.join(STORED_AS)}"
+            raise ArtifactError(path, problem, self.remedy.format(layer))
+        return dtype
+
+    def check(
+        self, path: str | Path, shape: tuple[int, ...], dtype: str, layer: int, belongs: Mapping[str, Any]
+    ) -> None:
+        """Refuse values that are not of this shape and dtype, at this layer, or that belong elsewhere."""
+        remedy = self.remedy.format(layer)
+        with reading(path, remedy) as file:
+            says = dict(file.attrs)
+            found = file[self.dataset].shape, file.attrs["dtype"], int(file.attrs[self.layer])
+        if found != (shape, dtype, layer):
+            problem = f"holds {self.what.format(*found)}; expected {shape}, {dtype}, layer {layer}"
+            raise ArtifactError(path, problem, remedy)
+        check_provenance(path, says, belongs, remedy)
+
+    def read(self, path: str | Path, layer: int, batch: slice, dtype: str) -> torch.Tensor:
+        """Values of the windows `batch`."""
+        with reading(path, self.remedy.format(layer)) as file:
+            block = file[self.dataset][batch]
+        return from_stored(block, dtype)
+
+
+HIDDEN = Edge(
+    "hidden",
+    "last_layer",
+    "hidden states of shape {}, dtype {}, after layer {}",
+    "Delete it and run again to collect the layers up to {} anew",
+)
+GRADIENT = Edge(
+    "gradient",
+    "first_layer",
+    "gradients of shape {}, dtype {}, before layer {}",
+    "Delete it and run again to collect the gradients of the layers from {} on anew",
+)
 
 
 def to_stored(tensor: torch.Tensor) -> np.ndarray:

@@ -19,16 +19,14 @@ import numpy as np
 
 from cospadi.calibration.activations import (
     FORMAT_VERSION,
+    HIDDEN,
     STORED_AS,
     first_heldout,
-    from_stored,
-    reading,
     to_stored,
     writing,
 )
 from cospadi.calibration.walk import Chunk, Tap, Windows, read_windows
 from cospadi.errors import ArtifactError, NumericalError
-from cospadi.provenance import check_provenance
 from cospadi.stage import choose_dtype
 
 if TYPE_CHECKING:
@@ -113,7 +111,7 @@ def collect(
     dtype, reason = chosen_dtype(dtype, device, hidden_in, layers.start - 1)
     log(f"computing in {dtype}: {reason}")
     if hidden_in is not None:
-        check_hidden(hidden_in, hidden_shape, dtype, layers.start - 1, belongs)
+        HIDDEN.check(hidden_in, hidden_shape, dtype, layers.start - 1, belongs)
     heldout_from = first_heldout(samples, heldout_fraction)
     _check_disk(structure, layers, rows_out, hidden_out, mode, dtype, int(read.attention_mask.sum()), hidden_shape)
     attributes = {
@@ -150,7 +148,7 @@ def collect(
                 "hidden", hidden_shape, STORED_AS[dtype], chunks=(1, *hidden_shape[1:]), fletcher32=True
             )
         for batch in logged(batches, read, log):
-            entrance = None if hidden_in is None else read_hidden(hidden_in, batch, dtype)
+            entrance = None if hidden_in is None else HIDDEN.read(hidden_in, layers.start - 1, batch, dtype)
             last = chunk.run(read, batch, entrance, taps)
             if hidden is not None:
                 hidden[batch] = to_stored(last)
@@ -281,43 +279,14 @@ def _second_moment(rows: torch.Tensor) -> torch.Tensor:
     return rows.T @ rows
 
 
-def _hidden_remedy(last_layer: int) -> str:
-    return f"Delete it and run again to collect the layers up to {last_layer} anew"
-
-
 def chosen_dtype(dtype: str, device: str, hidden_in: str | Path | None, last_layer: int) -> tuple[str, str]:
     """Dtype to compute in and why; ``auto`` goes on in the dtype of the chunk before."""
     chosen, reason = choose_dtype(dtype, device)
     if dtype != "auto" or hidden_in is None:
         return chosen, reason
-    with reading(hidden_in, _hidden_remedy(last_layer)) as file:
-        before = str(file.attrs["dtype"])
-    if before not in STORED_AS:
-        problem = f"dtype is {before!r}; allowed: {', '.join(STORED_AS)}"
-        raise ArtifactError(hidden_in, problem, _hidden_remedy(last_layer))
+    before = HIDDEN.dtype(hidden_in, last_layer)
     follows = "the chunk before was computed in it"
     return before, follows if before == chosen else f"{follows}; for this machine alone it would be {chosen} ({reason})"
-
-
-def check_hidden(
-    path: str | Path, shape: tuple[int, ...], dtype: str, last_layer: int, belongs: Mapping[str, Any]
-) -> None:
-    """Refuse hidden states that are not of this shape and dtype, behind this layer, or that belong elsewhere."""
-    with reading(path, _hidden_remedy(last_layer)) as file:
-        says = dict(file.attrs)
-        found = file["hidden"].shape, file.attrs["dtype"], int(file.attrs["last_layer"])
-    if found != (shape, dtype, last_layer):
-        problem = "holds hidden states of shape {}, dtype {}, after layer {}".format(*found)
-        problem += f"; expected {shape}, {dtype}, layer {last_layer}"
-        raise ArtifactError(path, problem, _hidden_remedy(last_layer))
-    check_provenance(path, says, belongs, _hidden_remedy(last_layer))
-
-
-def read_hidden(path: str | Path, batch: slice, dtype: str) -> torch.Tensor:
-    """Hidden states of the windows `batch`."""
-    with reading(path, "Delete it and run again to collect the layers before anew") as file:
-        block = file["hidden"][batch]
-    return from_stored(block, dtype)
 
 
 def _check_disk(

@@ -18,17 +18,16 @@ import numpy as np
 
 from cospadi.calibration.activations import (
     FORMAT_VERSION,
+    GRADIENT,
+    HIDDEN,
     STORED_AS,
     first_heldout,
-    from_stored,
-    reading,
     to_stored,
     writing,
 )
-from cospadi.calibration.collect import RunningGram, check_hidden, chosen_dtype, logged, read_hidden
+from cospadi.calibration.collect import RunningGram, chosen_dtype, logged
 from cospadi.calibration.walk import Chunk, GradientTap, Windows, read_windows
-from cospadi.errors import ArtifactError, NumericalError
-from cospadi.provenance import check_provenance
+from cospadi.errors import NumericalError
 from cospadi.structure import load_head
 
 if TYPE_CHECKING:
@@ -98,14 +97,14 @@ def collect_gradients(
     samples, length = read.input_ids.shape
     shape = (samples, length, structure["hidden_size"])
     if hidden_in is None and gradient_in is not None:
-        dtype, reason = _dtype_of(gradient_in, layers.stop), "the chunk behind was computed in it"
+        dtype, reason = GRADIENT.dtype(gradient_in, layers.stop), "the chunk behind was computed in it"
     else:
         dtype, reason = chosen_dtype(dtype, device, hidden_in, layers.start - 1)
     log(f"computing in {dtype}: {reason}")
     if hidden_in is not None:
-        check_hidden(hidden_in, shape, dtype, layers.start - 1, belongs)
+        HIDDEN.check(hidden_in, shape, dtype, layers.start - 1, belongs)
     if gradient_in is not None:
-        _check_gradient(gradient_in, shape, dtype, layers.stop, {**belongs, "seed": read.seed})
+        GRADIENT.check(gradient_in, shape, dtype, layers.stop, {**belongs, "seed": read.seed})
     heldout_from = first_heldout(samples, heldout_fraction)
     attributes = {
         **belongs,
@@ -135,12 +134,12 @@ def collect_gradients(
                 matrices.append(_Moments(group, matrix["shape"], read, heldout_from, device, gram_dtype))
                 taps.append(GradientTap(index, matrix["name"].removeprefix(f"{layer['prefix']}."), matrices[-1].see))
         for batch in logged(batches, read, log):
-            entrance = None if hidden_in is None else read_hidden(hidden_in, batch, dtype)
+            entrance = None if hidden_in is None else HIDDEN.read(hidden_in, layers.start - 1, batch, dtype)
 
             def gradient_at(last: torch.Tensor, batch: slice = batch) -> torch.Tensor:
                 if gradient_in is None:
                     return _gradient_of_loss(chunk, head, last, read, batch)
-                return _read_gradient(gradient_in, batch, dtype).to(device)
+                return GRADIENT.read(gradient_in, layers.stop, batch, dtype).to(device)
 
             gradient[batch] = to_stored(chunk.run_back(read, batch, entrance, gradient_at, taps))
         for one in matrices:
@@ -225,34 +224,3 @@ class _Moments:
         self._group.attrs.update(
             n_tokens=n_tokens, n_heldout=n_heldout, weight=weight, weight_heldout=self._heldout_weight
         )
-
-
-def _remedy(first_layer: int) -> str:
-    return f"Delete it and run again to collect the gradients of the layers from {first_layer} on anew"
-
-
-def _dtype_of(path: str | Path, first_layer: int) -> str:
-    with reading(path, _remedy(first_layer)) as file:
-        dtype = str(file.attrs["dtype"])
-    if dtype not in STORED_AS:
-        raise ArtifactError(path, f"dtype is {dtype!r}; allowed: {', '.join(STORED_AS)}", _remedy(first_layer))
-    return dtype
-
-
-def _check_gradient(
-    path: str | Path, shape: tuple[int, ...], dtype: str, first_layer: int, belongs: Mapping[str, Any]
-) -> None:
-    with reading(path, _remedy(first_layer)) as file:
-        says = dict(file.attrs)
-        found = file["gradient"].shape, file.attrs["dtype"], int(file.attrs["first_layer"])
-    if found != (shape, dtype, first_layer):
-        problem = "holds gradients of shape {}, dtype {}, before layer {}".format(*found)
-        problem += f"; expected {shape}, {dtype}, layer {first_layer}"
-        raise ArtifactError(path, problem, _remedy(first_layer))
-    check_provenance(path, says, belongs, _remedy(first_layer))
-
-
-def _read_gradient(path: str | Path, batch: slice, dtype: str) -> torch.Tensor:
-    with reading(path, "Delete it and run again to collect the gradients of the layers behind anew") as file:
-        block = file["gradient"][batch]
-    return from_stored(block, dtype)
