@@ -90,20 +90,14 @@ class Packed(nn.Module):
 
         Decoding comes here hundreds of times a token, each time with cold caches: every object costs.
         """
-        if not torch.compiler.is_dynamo_compiling() and self._call is not None and not (more or named):
-            y = self._call(x, self.__dict__, False)
-            if y is not None:
-                bias = self._parameters["bias"]
-                return y if bias is None else y + bias
-        return super().__call__(x, *more, **named)
+        y = None if more or named else self._at_once(x, False)
+        return super().__call__(x, *more, **named) if y is None else y
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Inputs (..., d_in) to outputs (..., d_out), in the dtype of the input."""
-        if not torch.compiler.is_dynamo_compiling() and self._call is not None:
-            y = self._call(x, self.__dict__, True)
-            if y is not None:
-                bias = self._parameters["bias"]
-                return y if bias is None else y + bias
+        y = self._at_once(x, True)
+        if y is not None:
+            return y
         if self.unpacked_weight is not None:
             return F.linear(x, self.unpacked_weight, self.bias)
         terms, summands, bias = [self], self.summands(), self._parameters["bias"]
@@ -121,6 +115,14 @@ class Packed(nn.Module):
         for part in summands[len(terms) :]:
             y = y + part(x)
         return y
+
+    def _at_once(self, x: torch.Tensor, hooks_ran: bool) -> torch.Tensor | None:
+        """The output by the layer's function in C; None where there is none, or it wants something looked at first."""
+        if torch.compiler.is_dynamo_compiling() or self._call is None:
+            return None
+        y = self._call(x, self.__dict__, hooks_ran)
+        bias = self._parameters["bias"]
+        return y if y is None or bias is None else y + bias
 
     @property
     def weight(self) -> torch.Tensor:
