@@ -452,6 +452,15 @@ def test_many_variants_have_styles_of_their_own():
     assert len({style.color for style in alone.values()}) == 4
 
 
+def test_groups_of_one_colour_have_other_markers_and_lines():
+    from cospadi.report.plots import LABELLED, _styles
+
+    groups = [{"config": {"method": "sparse", "max_iter": number}} for number in range(LABELLED + 1)]
+    styles = _styles({str(number): variant for number, variant in enumerate(groups)}).values()
+    for marked in ("marker", "linestyle"):
+        assert len({(style.color, getattr(style, marked)) for style in styles}) == len(groups)
+
+
 def test_import_is_light():
     code = "import sys, cospadi.report; print(*{'torch', 'transformers', 'matplotlib', 'lm_eval'} & set(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

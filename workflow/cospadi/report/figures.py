@@ -42,12 +42,13 @@ class Style(NamedTuple):
 
 
 def style(colour: int, line: int, marker: int) -> Style:
-    """The style of these numbers; each of the three comes round again when it is used up."""
-    return Style(COLOURS[colour % len(COLOURS)], LINES[line % len(LINES)], MARKERS[marker % len(MARKERS)])
+    """The style of these numbers; what is used up comes round again, a colour with another marker."""
+    place = marker + colour // len(COLOURS)
+    return Style(COLOURS[colour % len(COLOURS)], LINES[line % len(LINES)], MARKERS[place % len(MARKERS)])
 
 
 def styles_of(names: Iterable[str]) -> dict[str, Style]:
-    """One colour and marker a name; when the colours come round again, with another line."""
+    """One colour and marker a name; when the colours come round again, with another line and marker."""
     return {name: style(number, number // len(COLOURS), number) for number, name in enumerate(names)}
 
 

@@ -82,7 +82,8 @@ def _plot_sizes(summary: Mapping[str, Any], key: str, label: str, paths: Sequenc
     best = front(points, least=least)
     for names in _groups(variants).values():
         line = sorted(points[name] for name in names)
-        axis.plot(*zip(*line, strict=True), color=styles[names[0]].color, lw=1.2, alpha=0.5, zorder=1)
+        look = styles[names[0]]
+        axis.plot(*zip(*line, strict=True), color=look.color, linestyle=look.linestyle, lw=1.2, alpha=0.5, zorder=1)
     for name, point in points.items():
         axis.plot(*point, marker=styles[name].marker, color=styles[name].color, markersize=9, linestyle="")
     ring = {"markersize": 16, "markerfacecolor": "none", "markeredgecolor": "#444444", "markeredgewidth": 1.0}
