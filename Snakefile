@@ -8,14 +8,18 @@ min_version("9.27")
 configfile: "config.yaml"
 
 
+# the config of the whole: this file's own, or of a Snakefile that has this one as a module and may pass a part of it
+outer = workflow.modifier_stack[0].globals["config"]
 # a run compresses a model or trains models from scratch; from here on each kind goes its own way
 kind = kind_of(config)
 plan = plan_run(
     config,
-    overrides=workflow.config_settings.overwrite_config,
+    overrides=workflow.config_settings.overwrite_config if config is outer else {},
     source=", ".join(map(str, workflow.configfiles)),
     files=workflow.configfiles,
 )
+plan.place = workflow.modifier.modify_path  # a module may have a prefix
+outer = plan.config if workflow.modifier.is_main_snakefile() else outer
 config = plan.config
 
 
@@ -37,7 +41,7 @@ rule all:
         getattr(rules, kind.name).input,
     localrule: True
     message:
-        "Everything is in {plan.results}"
+        f"Everything is in {plan.place(plan.results)}"
 
 
 onsuccess:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tempfile
 
 from cospadi.stage import script
 
@@ -11,11 +12,14 @@ def main(snakemake, log):
 
     with open(snakemake.output.config, "w") as file:
         yaml.safe_dump(snakemake.params.config, file, sort_keys=False, allow_unicode=True)
-    # the run that this job is part of is not finished: the report is asked for its results, not for itself
-    command = [sys.executable, "-m", "snakemake", "--snakefile", snakemake.params.snakefile]
-    command += ["--configfile", snakemake.output.config, "--workflow-profile", "none", "--nolock"]
-    command += ["--report", snakemake.output.archive, "--", *snakemake.input]
-    result = subprocess.run(command, capture_output=True, text=True)
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as outer:
+        yaml.safe_dump(snakemake.params.outer, outer, sort_keys=False, allow_unicode=True)
+        outer.flush()
+        # the run that this job is part of is not finished: the report is asked for its results, not for itself
+        command = [sys.executable, "-m", "snakemake", "--snakefile", snakemake.params.snakefile]
+        command += ["--configfile", outer.name, "--workflow-profile", "none", "--nolock"]
+        command += ["--report", snakemake.output.archive, "--", *snakemake.input]
+        result = subprocess.run(command, capture_output=True, text=True)
     print(result.stdout, result.stderr)
     if result.returncode:
         raise RuntimeError(f"snakemake --report failed: {result.stderr.strip()[-2000:]}")

@@ -56,7 +56,7 @@ rule compress:
         rules.report.output,
     localrule: True
     message:
-        "The compressed models are in {plan.results}"
+        f"The compressed models are in {plan.place(plan.results)}"
 
 
 # asked for by name where nothing is trained, it says what is missing

@@ -16,4 +16,4 @@ rule train:
         rules.report.output,
     localrule: True
     message:
-        "The models are in {plan.results}/training"
+        f"The models are in {plan.place(plan.results)}/training"

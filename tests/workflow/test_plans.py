@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -96,6 +97,27 @@ def test_demo_on_slurm(folder):
     assert "warning" not in output.lower()
     layers_per_job = yaml.safe_load((PROJECT / "config.yaml").read_text())["layers_per_job"]
     assert jobs(output)["learn_dictionary"] == 7 * 30 / layers_per_job
+
+
+def test_deployed_as_a_module_a_config_file_replaces_the_variants_of_the_template(tmp_path):
+    """The folder that `snakedeploy deploy-workflow` makes: a Snakefile with a module, a copy of `config/`."""
+    shutil.copytree(PROJECT / "config", tmp_path / "config")
+    (tmp_path / "Snakefile").write_text(
+        f"""
+configfile: "config/config.yaml"
+
+module cospadi:
+    snakefile: "{PROJECT}/Snakefile"
+    config: config
+
+use rule * from cospadi
+"""
+    )
+    command = [sys.executable, "-m", "snakemake", "--directory", str(tmp_path), "--snakefile", tmp_path / "Snakefile"]
+    command += ["--dry-run", "--configfile", str(tmp_path / "config/paper.yaml")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert jobs(result.stdout + result.stderr)["learn_dictionary"] == 5 * 30
 
 
 def test_all_faults_of_a_config_in_one_message(folder):

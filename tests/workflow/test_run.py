@@ -9,9 +9,12 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
+import yaml
 
 from cospadi.files import TensorFile, read_json
 
@@ -63,6 +66,38 @@ def test_densify_target(finished, tmp_path):
     config = json.loads((run.results / "cospadi-20/dense/config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert "quantization_config" not in config
+
+
+def test_as_a_module_of_another_workflow_it_reads_and_writes_in_that_ones_folder(finished, tmp_path):
+    """Its config is a part of the other's, its files have a prefix, relative paths are the other's own."""
+    run = finished.copy(tmp_path / "analysis")
+    shutil.move(run.folder / "tiny-model", tmp_path)
+    shutil.move(run.folder / "articles.jsonl", tmp_path)
+    (run.results / "report.zip").unlink()
+    (tmp_path / "outer.yaml").write_text(yaml.safe_dump({"compression": run.config}))
+    (tmp_path / "Snakefile").write_text(
+        f"""
+configfile: "outer.yaml"
+
+module cospadi:
+    snakefile: "{run.project}/Snakefile"
+    config: config["compression"]
+    prefix: "analysis"
+
+use rule * from cospadi as cospadi_*
+"""
+    )
+    environment = {**os.environ, "PYTHONPATH": str(run.project / "workflow")}
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--directory", tmp_path]
+    command += ["--snakefile", tmp_path / "Snakefile"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    # all that was there is what the module's rules make: only the report is missing
+    assert "2 of 2 steps" in result.stdout + result.stderr
+    check_finished(run, ["cospadi-20", "svd_llm-40"])
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *(".snakemake", "Snakefile", "outer.yaml", "analysis", "tiny-model", "articles.jsonl"),
+    }
 
 
 def test_a_deleted_model_is_made_again(finished, tmp_path):

@@ -160,11 +160,14 @@ class Staged:
         ``results/<run>``.
     stages : mapping
         Name to `Stage`.
+    place : callable
+        Where the file of a path of this plan lies. Rules need not ask, Snakemake puts a module's prefix before theirs.
     """
 
     stages: Mapping[str, Stage]
 
     def __init__(self, config: Mapping[str, Any]) -> None:
+        self.place: Callable[[str], str] = str
         self.config = config
         self.results = f"results/{config['run']}"
         self._started = time.time()

@@ -11,6 +11,7 @@ rule report:
         "../../envs/cospadi.yaml"
     params:
         config=config,
+        outer=outer,
         snakefile=workflow.main_snakefile,
     message:
         "Writing the report"

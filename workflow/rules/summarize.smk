@@ -72,7 +72,7 @@ rule summarize:
         run=plan.reported(),
         model=plan.model_digest(WEIGHTS),
         units={variant: plan.units(variant) for variant in plan.variants},
-        pruned=plan.pruning_files(rules.prune_model.output.report),
+        pruned={name: str(path) for name, path in plan.pruning_files(rules.prune_model.output.report).items()},
         code=plan.code("summarize"),
     message:
         "Writing the table and the plots"

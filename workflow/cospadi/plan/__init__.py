@@ -118,10 +118,12 @@ class Plan(Paths, Staged):
         """
         if base:
             return [None] * len(parts)
-        digest = model_digest if self.is_local else edited_digest
+        digest, folder = (
+            (model_digest, self.model_folder) if self.is_local else (edited_digest, self.place(self.model_folder))
+        )
         for part in parts:
             if part not in self._digests:
-                self._digests[part] = digest(self.model_folder, part)
+                self._digests[part] = digest(folder, part)
         return [self._digests[part] for part in parts]
 
     def planned_digest(self) -> str:

@@ -33,3 +33,11 @@ def one_of(names: Iterable[str]) -> str:
     """A regular expression for exactly these names; for none of them, one that nothing matches."""
     # never an empty expression: Snakemake takes that for "anything"
     return f"(?:{'|'.join(map(re.escape, names))})" if names else "(?!)"
+
+
+def filled(pattern: str, **wildcards: str) -> str:
+    """`pattern` with a value for each of its wildcards; what Snakemake notes on it (a module's prefix) is kept."""
+    path = pattern
+    for name, value in wildcards.items():
+        path = path.replace(f"{{{name}}}", value)
+    return pattern.new_from(path) if hasattr(pattern, "new_from") else path

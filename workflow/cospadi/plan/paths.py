@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from cospadi.plan.names import chunk_name, layers_of
+from cospadi.plan.names import chunk_name, filled, layers_of
 from cospadi.plan.variants import DENSE, Variants
 from cospadi.structure import layer_name
 
@@ -93,12 +93,10 @@ class Paths(Variants):
 
     def pruning_files(self, pattern: str) -> dict[str, str]:
         """`pattern` with the base filled in, for every variant that loses blocks."""
-        return {name: pattern.replace("{base}", self.base_of(name)) for name in self.variants if self.base_of(name)}
+        return {name: filled(pattern, base=self.base_of(name)) for name in self.variants if self.base_of(name)}
 
     def of_all_units(self, pattern: str) -> list[str]:
         """`pattern` with ``{variant}`` and ``{unit}`` filled in, for every unit of every variant."""
         return [
-            pattern.replace("{variant}", variant).replace("{unit}", unit)
-            for variant in self.variants
-            for unit in self.units(variant)
+            filled(pattern, variant=variant, unit=unit) for variant in self.variants for unit in self.units(variant)
         ]

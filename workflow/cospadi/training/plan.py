@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from cospadi.plan.names import filled
 from cospadi.report.training import training_message
 from cospadi.stages import Jobs, Stage, Staged, fetch_text, report, table_of
 from cospadi.training.config import EXPERIMENTS
@@ -128,7 +129,7 @@ class TrainingPlan(Staged):
     def trained(self, pattern: str) -> list[str]:
         """`pattern` with ``{experiment}``, ``{trained}`` and ``{seed}`` filled in, for every model."""
         return [
-            pattern.replace("{experiment}", name).replace("{trained}", variant).replace("{seed}", str(seed))
+            filled(pattern, experiment=name, trained=variant, seed=str(seed))
             for name, settings in self.experiments.items()
             for variant in settings["variants"]
             for seed in self.config["training"]["seeds"]
