@@ -13,6 +13,9 @@ def main(snakemake, log):
         snakemake.params.evaluation,
         heldout=Path(snakemake.input.heldout[0]) if snakemake.input.heldout else None,
         output=Path(snakemake.output[0]),
+        # of the dense model, which is the one that writes them
+        states=next(map(Path, snakemake.output.get("states") or snakemake.input.get("states") or ()), None),
+        dense=Path(snakemake.input.dense) if snakemake.input.get("dense") else None,
         device=choose_device(snakemake.params.device),
         threads=snakemake.threads,
         log=log,

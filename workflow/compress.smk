@@ -1,11 +1,10 @@
 # A run that compresses a model: from the model and a text to packed models, their evaluation and a report.
 from cospadi.outside import ALL, TOKENIZER, WEIGHTS
-from cospadi.plan import DENSE, layers_of, one_of
+from cospadi.plan import layers_of, one_of
 
 
 wildcard_constraints:
     variant=one_of(plan.variants),
-    name=one_of(plan.models),
     base=one_of(["", *plan.pruned_bases]),
     unit=r"layers?_[\d-]+",
     layer=r"\d+",
@@ -51,7 +50,8 @@ include: "rules/report.smk"
 rule compress:
     input:
         expand(rules.assemble_model.output, variant=plan.variants),
-        expand(rules.evaluate_model.output, name=plan.models),
+        rules.evaluate_dense.output,
+        expand(rules.evaluate_model.output, variant=plan.variants),
         rules.summarize.output,
         rules.report.output,
     localrule: True

@@ -72,20 +72,25 @@ def read_articles(folder: Path) -> list[str]:
     return [json.loads(line)["text"] for line in (folder / "heldout.jsonl").read_text().splitlines()]
 
 
-def direct_loglikelihood(folder: Path, text: str, window: int) -> tuple[float, int]:
-    """Sum of log p(token | its window) in float64, one forward pass a window; windows overlap by nothing."""
+def direct_predictions(folder: Path, text: str, window: int) -> tuple[torch.Tensor, list[int]]:
+    """log p(. | its window) of every token in float64, and the tokens; windows overlap by nothing."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     ids = [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]
-    total, predicted = 0.0, 0
+    found, predicted = [], 0
     while predicted < len(ids) - 1:
         stop = min(len(ids) - 1, predicted + window)
         start = max(0, stop - window)  # as lm-eval: the last window is full too, its known part is context only
-        logits = model(torch.tensor([ids[start:stop]])).logits[0].log_softmax(-1)
-        for position in range(predicted, stop):
-            total += logits[position - start, ids[position + 1]].item()
+        logits = model(torch.tensor([ids[start:stop]])).logits[0].log_softmax(-1).detach()
+        found.append(logits[predicted - start :])
         predicted = stop
-    return total, len(ids) - 1
+    return torch.cat(found), ids[1:]
+
+
+def direct_loglikelihood(folder: Path, text: str, window: int) -> tuple[float, int]:
+    """Sum of log p(token | its window), and the number of tokens."""
+    predictions, ids = direct_predictions(folder, text, window)
+    return predictions[range(len(ids)), ids].sum().item(), len(ids)
 
 
 def test_perplexity_equals_direct_computation(llama, tiny_text, tmp_path):
@@ -142,6 +147,55 @@ def test_pieces_longer_than_the_window_roll(llama, tmp_path):
     assert tokens > 40 * len(pieces)
     assert result["perplexity"]["tokens"] == tokens
     assert result["perplexity"]["token"] == pytest.approx(math.exp(-total / tokens), rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def compared(llama, tiny_text, tmp_path_factory) -> Path:
+    """Folder with a held-out text of which some rolls, and the states of the dense model on it."""
+    folder = tmp_path_factory.mktemp("compared")
+    articles = [" ".join("7391" * 3 for _ in range(40)), *read_articles(tiny_text)[:4]]
+    lines = (json.dumps({"title": "", "text": text}) for text in articles)
+    (folder / "heldout.jsonl").write_text("\n".join(lines) + "\n")
+    result = compare(llama, folder, states=folder / "states.h5")
+    assert "kl" not in result["perplexity"]
+    return folder
+
+
+def compare(model: Path, folder: Path, *, states: Path, dense: Path | None = None, **options) -> dict:
+    evaluation = EXACT | {"perplexity": {"max_tokens": 300, "window": 40}} | options
+    return evaluate(
+        model, evaluation, heldout=folder / "heldout.jsonl", output=folder / "eval.json", states=states, dense=dense
+    )
+
+
+@pytest.mark.parametrize("own_head", [False, True])
+def test_divergence_from_the_dense_model_equals_direct_computation(own_head, llama, compared, tmp_path):
+    folder = pack_two(llama, tmp_path)
+    if own_head:
+        folder = changed(
+            folder, tmp_path / "other", lambda tensors: tensors["model.embed_tokens.weight"].__imul__(1.25)
+        )
+    result = compare(folder, compared, states=compared / "states.h5", dense=llama, batch_size=3)
+    pieces = heldout_pieces(read_articles(compared), max_tokens=300, window=40)
+    divergences = []
+    for piece in pieces:
+        (p, _), (q, _) = (direct_predictions(model, piece, 40) for model in (llama, folder))
+        divergences.append((p.exp() * (p - q)).sum(-1))
+    divergences = torch.cat(divergences)
+    assert len(divergences) == result["perplexity"]["tokens"] > 40 * len(pieces)
+    # float32 against float64, and the packed model's own way of computing
+    assert result["perplexity"]["kl"] == pytest.approx(divergences.mean().item(), rel=1e-3)
+    assert result["perplexity"]["kl"] > 1e-3
+
+
+def test_a_model_is_not_compared_with_what_is_of_another(llama, compared, tiny_text, tmp_path):
+    states = compared / "states.h5"
+    assert compare(llama, compared, states=states, dense=llama)["perplexity"]["kl"] == pytest.approx(0, abs=1e-6)
+    other = changed(llama, tmp_path / "other", lambda tensors: tensors["model.norm.weight"].__imul__(2))
+    with pytest.raises(ArtifactError, match=r"states\.h5: is of fingerprint .* evaluate the dense model anew"):
+        compare(llama, compared, states=states, dense=other)
+    with pytest.raises(ArtifactError, match=r"states\.h5: has no states of a window of \d+ tokens: of another text"):
+        compare(llama, tiny_text, states=states, dense=llama)
 
 
 def test_batches_of_windows_change_nothing(llama, tiny_text, tmp_path):
@@ -206,11 +260,16 @@ def test_what_is_recorded(tiny_model, tiny_text, tmp_path, monkeypatch):
     assert any("token perplexity" in line for line in lines)
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2", "gemma3_text"])
-def test_families(family, tiny_model, tiny_text, tmp_path):
-    folder = tiny_model(family)
+@pytest.mark.parametrize(
+    ("family", "options"), [("mistral", {}), ("qwen2", {}), ("gemma3_text", {"final_logit_softcapping": 2.0})]
+)
+def test_families(family, options, tiny_model, tiny_text, tmp_path):
+    folder = tiny_model(family, **options)
     evaluation = EXACT | {"perplexity": {"max_tokens": 100, "window": 32}}
-    result = evaluate(folder, evaluation, heldout=tiny_text / "heldout.jsonl", output=tmp_path / "eval.json")
+    files = {"heldout": tiny_text / "heldout.jsonl", "output": tmp_path / "eval.json", "states": tmp_path / "states.h5"}
+    result = evaluate(folder, evaluation, **files)
+    again = evaluate(folder, evaluation, **files, dense=folder)  # logits are made of the states as the model makes them
+    assert again["perplexity"]["kl"] == pytest.approx(0, abs=1e-6)
     articles = read_articles(tiny_text)
     pieces = heldout_pieces(articles, max_tokens=100, window=32)
     total, tokens = np.sum([direct_loglikelihood(folder, piece, 32) for piece in pieces], axis=0)

@@ -328,8 +328,8 @@ def test_a_module_that_is_moved_into_another_place_of_the_file_system_is_the_sam
         ("calibration/gradients.py", {"gradients"}),
         ("calibration/walk.py", {"collect", "gram", "gradients", "distances", "fit", "drift"}),
         ("pruning/edit.py", {"fit", "prune"}),
-        ("evaluation/scoring.py", {"evaluate"}),
-        ("evaluation/task_files/last_word.yaml", {"evaluate"}),
+        ("evaluation/scoring.py", {"evaluate_dense", "evaluate"}),
+        ("evaluation/task_files/last_word.yaml", {"evaluate_dense", "evaluate"}),
         # what travels in a checkpoint: the dense model is not evaluated again, packed ones are assembled and then are
         ("runtime/modeling_cospadi.py", {"assemble"}),
         ("runtime/cospadi_cuda_kernels.py", {"assemble"}),

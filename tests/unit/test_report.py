@@ -106,7 +106,8 @@ def make_run(folder: Path) -> Path:
             "mmlu_anatomy": {"metrics": {"acc": 0.9}, "primary": "acc"},
         }
         evaluation = {
-            "perplexity": {"word": perplexity, "token": perplexity / 2, "bits_per_byte": 1.0, "tokens": 500},
+            "perplexity": {"word": perplexity, "token": perplexity / 2, "bits_per_byte": 1.0, "tokens": 500}
+            | ({} if variant == "dense" else {"kl": number / 4}),
             "tasks": tasks,
             "samples": [{"prompt": "A <b> & c", "text": f"{variant}\n| <script>", "n_tokens": 3, "chat": False}],
             "seconds": {"total": 12.5},
@@ -158,6 +159,7 @@ def test_table(finished):
         "model_bytes": model_bytes(finished / "cospadi-20/model"),
         "word_perplexity": "40",
         "token_perplexity": "20",
+        "kl": "0.25",
         "recovery": "0.75",  # 30 / 40
         "mean_accuracy": "0.45",  # of 0.6 and 0.3; mmlu_anatomy is a part of mmlu
         "mean_relative_error": "0.25",
@@ -357,9 +359,11 @@ def test_names_beside_points_that_nearly_coincide_do_not_overlap(monkeypatch):
 def measured(name, nbytes, perplexity, *, bits=16, accuracy=None):
     method = name.split("-")[0]
     codes = {"value_bits": bits, "dictionary_bits": 16}
-    scores = {"token_perplexity": perplexity, "word_perplexity": perplexity and 2 * perplexity, "recovery": None}
+    scores = {"token_perplexity": perplexity, "word_perplexity": perplexity and 2 * perplexity}
     return {
         **scores,
+        "recovery": None,
+        "kl": perplexity and perplexity / 8,
         "method": method,
         "target_bytes": nbytes,
         "ratio_true": 1 - nbytes / 1000,
@@ -396,7 +400,8 @@ def test_frontier_has_bits_a_weight_and_a_class_for_every_variant(rivals, tmp_pa
     assert [row["class"] for row in table] == ["16-bit"] * 5 + ["any-bits"] * 2
     assert [float(row["bits"]) for row in table[:2]] == [16.0, 12.8]  # 500 weights of 16 bits
     assert table[0]["method"] == "dense" and table[0]["accuracy"] == ""
-    assert (table[2]["ratio"], table[2]["bytes"], table[2]["perplexity"]) == ("0.205", "795", "11")
+    assert (table[2]["ratio"], table[2]["bytes"]) == ("0.205", "795")
+    assert (table[2]["perplexity"], table[2]["kl"]) == ("11", "1.375")
 
 
 def test_best_for_each_size_compares_what_is_as_large_and_of_one_class(rivals):

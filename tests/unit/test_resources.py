@@ -182,7 +182,7 @@ def test_needs_of_every_rule_with_a_model():
     rows = {need.name.split()[0]: need for need in needs(plan)}
     assert rows["collect_activations"].n_jobs == 2 and rows["compute_gram"].n_jobs == 30
     assert [need.n_jobs for need in needs(plan) if need.name.startswith("learn_dictionary")] == [3] * 7
-    assert rows["evaluate_model"].n_jobs == 8
+    assert rows["evaluate_model"].n_jobs == 7
     # rows of 15 layers and the hidden states, in the larger of the dtypes that `auto` may be
     assert rows["collect_activations"].work.disk == 4 * 64 * 512 * (15 * (3 * 576 + 1536) + 576)
     assert rows["compute_gram"].work.disk == 8 * (3 * 576**2 + 1536**2)

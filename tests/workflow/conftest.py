@@ -124,6 +124,8 @@ def check_finished(run: Run, variants: list[str]) -> None:
         assert asked <= float(table[name]["ratio_true"]) < asked + 0.1
         assert (run.results / name / "model" / "config.json").exists()
         assert float(table[name]["token_perplexity"]) > 1
+        assert float(table[name]["kl"]) > 0
+    assert table["dense"]["kl"] == ""
     with zipfile.ZipFile(run.results / "report.zip") as archive:
         assert any(name.endswith("report.html") for name in archive.namelist())
         assert sum(name.endswith(".svg") for name in archive.namelist()) >= 3

@@ -81,7 +81,7 @@ def test_hub_models_are_planned_from_their_config(folder, name, model_config, re
     assert planned["collect_activations"] == chunks
     assert planned["compute_gram"] == layers
     assert planned["learn_dictionary"] == 6 * layers  # the demo's variants are replaced, not added to
-    assert planned["evaluate_model"] == 7
+    assert planned["evaluate_model"] == 6
 
 
 def test_paper_config(folder):

@@ -21,7 +21,8 @@ from cospadi.files import TensorFile, read_json
 from .conftest import check_finished, copy_project
 
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-LEARNED_AND_AFTER = {"learn_dictionary", "quantize_codes", "assemble_model", "evaluate_model", "summarize", "report"}
+EVALUATED = {"evaluate_model", "summarize", "report"}
+LEARNED_AND_AFTER = {"learn_dictionary", "quantize_codes", "assemble_model"} | EVALUATED
 
 
 @pytest.fixture
@@ -210,7 +211,7 @@ def test_editing_a_kernel_leaves_the_dense_evaluation_alone(run, project):
     run.snakemake("--touch")
     append(project / "workflow/cospadi/runtime/cospadi_cuda_kernels.py", "\nedited = True\n")
     planned = run.planned()
-    assert rules(planned) == {"assemble_model", "evaluate_model", "summarize", "report"}
+    assert rules(planned) == {"assemble_model"} | EVALUATED
     assert planned["assemble_model"] == planned["evaluate_model"] == 2  # dense stays
 
 
@@ -224,7 +225,7 @@ def overwrite(path, old: bytes, new: bytes) -> None:
 
 
 FROM_COLLECTION = {"collect_activations", "compute_gram"} | LEARNED_AND_AFTER
-FROM_TEXT = {"prepare_calibration"} | FROM_COLLECTION
+FROM_TEXT = {"prepare_calibration", "evaluate_dense"} | FROM_COLLECTION
 FROM_MODEL = {"inspect_model"} | FROM_TEXT
 
 
@@ -251,7 +252,7 @@ def test_a_file_that_is_edited_in_place_runs_what_reads_it_again(run, file, old,
     overwrite(path, old, new)
     planned = run.planned()
     assert rules(planned) == expected
-    assert planned["evaluate_model"] == 3
+    assert planned["evaluate_model"] == 2
     overwrite(path, new, old)
     assert run.planned() == {}
 
@@ -267,7 +268,7 @@ def test_files_that_nothing_reads_and_new_times_run_nothing(run):
 def test_what_only_travels_is_only_assembled_again(run):
     (run.folder / "tiny-model/LICENSE").write_text("Do as you like.")
     planned = run.planned()
-    assert rules(planned) == {"assemble_model", "evaluate_model", "summarize", "report"}
+    assert rules(planned) == {"assemble_model"} | EVALUATED
     assert planned["evaluate_model"] == 2  # the dense model says what it said
 
 
@@ -290,10 +291,11 @@ def test_a_damaged_model_is_found_before_any_work(run):
             LEARNED_AND_AFTER - {"learn_dictionary"},
             0,
         ),
-        (lambda c: c["evaluation"]["perplexity"].update(window=32), {"evaluate_model", "summarize", "report"}, 0),
+        (lambda c: c["evaluation"]["perplexity"].update(window=32), EVALUATED | {"evaluate_dense"}, 0),
+        (lambda c: c["evaluation"]["perplexity"].update(kl=False), EVALUATED | {"evaluate_dense"}, 0),
         (lambda c: c["threads"].update(learn=2), {"report"}, 0),
     ],
-    ids=["ratio", "rounding", "window", "threads"],
+    ids=["ratio", "rounding", "window", "kl", "threads"],
 )
 def test_editing_the_config_reruns_what_depends_on_it(run, edit, expected, jobs):
     edit(run.config)

@@ -151,7 +151,7 @@ def _second_part(story: Story, cluster: Cluster) -> None:
     def evaluating() -> list[Recorded]:
         assert process.poll() is None, "snakemake ended before an evaluation ran and nothing was just starting"
         running, launched = cluster.active(state="RUNNING"), cluster.launched("")
-        ready = len(launched) == len(running) and any("evaluate_model" in job.comment for job in launched)
+        ready = len(launched) == len(running) and any("rule_evaluate" in job.comment for job in launched)
         return launched if ready else []
 
     lasting = wait_for(evaluating, 400, "an evaluation, and nothing that is just starting")
@@ -259,11 +259,10 @@ def test_the_checkpoints_are_those_of_a_local_run(story, check):
 
 def test_what_is_asked_for_follows_from_the_shapes(story, check):
     plan, none = story.plan, SimpleNamespace()
-    evaluated = SimpleNamespace(name="dense")
     for stage, comment, wildcards in (
         ("prepare", "rule_prepare_calibration", none),
         ("assemble", "rule_assemble_model_wildcards_cospadi-20", SimpleNamespace(variant="cospadi-20")),
-        ("evaluate", "rule_evaluate_model_wildcards_dense", evaluated),
+        ("evaluate_dense", "rule_evaluate_dense", none),
     ):
         job = story.of(comment)[0]
         asked = plan.mem_mb(stage)(wildcards, attempt=1), plan.runtime(stage)(wildcards, attempt=1, threads=1)
@@ -343,7 +342,7 @@ def test_overhead_of_a_job(story, table):
     for name, file in (("prepare_calibration", "prepare_calibration"), ("inspect_model", "inspect_model")):
         job = next(job for job in story.of(name) if job.state == "COMPLETED")
         seconds[name] = job.seconds - benchmark(story.run, file)
-    for name in ("dense", *VARIANTS):
+    for name in VARIANTS:
         job = next(job for job in story.of(f"evaluate_model_wildcards_{name}") if job.state == "COMPLETED")
         seconds[name] = job.seconds - benchmark(story.run, f"evaluate_model/{name}")
     overhead = statistics.median(seconds.values())

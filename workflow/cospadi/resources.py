@@ -219,6 +219,8 @@ class Estimates:
         documents = evaluation["limit"] or TASK_DOCUMENTS
         tokens += TASK_TOKENS * documents * len(evaluation["tasks"])
         flops = 2 * shapes.parameters * tokens
+        if perplexity.get("kl"):  # the head once more
+            flops += 2 * shapes.vocabulary * shapes.hidden_size * tokens
         if evaluation["generate"]:
             generate = evaluation["generate"]
             flops += 10 * 2 * shapes.parameters * len(generate["prompts"]) * generate["max_new_tokens"]

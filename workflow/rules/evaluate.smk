@@ -1,13 +1,46 @@
-rule evaluate_model:
+# The dense model, and what the variants are compared with.
+rule evaluate_dense:
     input:
-        model=lambda wildcards: plan.model_input() if wildcards.name == DENSE else plan.model_of(wildcards.name),
+        model=plan.model_input(),
         heldout=plan.text_file("heldout"),
     output:
-        "<results>/{name}/eval.json",
+        scores="<results>/dense/eval.json",
+        states=plan.dense_states(),
     log:
-        "<logs>/evaluate_model/{name}.log",
+        "<logs>/evaluate_dense.log",
     benchmark:
-        "<benchmarks>/evaluate_model/{name}.tsv"
+        "<benchmarks>/evaluate_dense.tsv"
+    conda:
+        "../../envs/cospadi.yaml"
+    threads: plan.threads("evaluate_dense")
+    resources:
+        mem_mb=plan.mem_mb("evaluate_dense"),
+        runtime=plan.runtime("evaluate_dense"),
+        gpu=plan.gpus("evaluate_dense"),
+    params:
+        evaluation=config["evaluation"],
+        model=lambda wildcards: plan.model_digest(WEIGHTS, TOKENIZER),
+        tasks=plan.tasks_digest(),
+        device=config["device"],
+        code=plan.code("evaluate_dense"),
+    message:
+        "Evaluating the dense model"
+    script:
+        "../../scripts/evaluate_model.py"
+
+
+rule evaluate_model:
+    input:
+        model=lambda wildcards: plan.model_of(wildcards.variant),
+        heldout=plan.text_file("heldout"),
+        states=plan.dense_states(),
+        dense=plan.model_input() if plan.dense_states() else [],
+    output:
+        "<results>/{variant}/eval.json",
+    log:
+        "<logs>/evaluate_model/{variant}.log",
+    benchmark:
+        "<benchmarks>/evaluate_model/{variant}.tsv"
     conda:
         "../../envs/cospadi.yaml"
     threads: plan.threads("evaluate")
@@ -17,11 +50,10 @@ rule evaluate_model:
         gpu=plan.gpus("evaluate"),
     params:
         evaluation=config["evaluation"],
-        model=lambda wildcards: plan.model_digest(WEIGHTS, TOKENIZER) if wildcards.name == DENSE else None,
         tasks=plan.tasks_digest(),
         device=config["device"],
         code=plan.code("evaluate"),
     message:
-        "Evaluating {wildcards.name}"
+        "Evaluating {wildcards.variant}"
     script:
         "../../scripts/evaluate_model.py"

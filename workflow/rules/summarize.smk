@@ -2,7 +2,7 @@ rule summarize:
     input:
         model=plan.model_input(),
         models=[plan.model_of(variant) for variant in plan.variants],
-        evaluations=expand(rules.evaluate_model.output, name=plan.models),
+        evaluations=[*rules.evaluate_dense.output, *expand(rules.evaluate_model.output, variant=plan.variants)],
         learned=plan.of_all_units(rules.learn_dictionary.output.diagnostics),
         packed=plan.of_all_units(rules.quantize_codes.output.diagnostics),
         pruned=plan.pruning_files(rules.prune_model.output.report).values(),

@@ -19,6 +19,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cospadi.errors import ArtifactError, ConfigError
+from cospadi.evaluation.divergence import Comparison, recording
 from cospadi.evaluation.generation import generate
 from cospadi.evaluation.heldout import read_pieces
 from cospadi.evaluation.perplexity import perplexity
@@ -42,6 +43,8 @@ def evaluate(
     *,
     heldout: Path | None = None,
     output: Path,
+    states: Path | None = None,
+    dense: Path | None = None,
     device: str = "cpu",
     threads: int | None = None,
     log: Callable[[str], None] = print,
@@ -66,6 +69,11 @@ def evaluate(
         JSONL file, one article ``{"title", "text"}`` a line; needed for ``perplexity`` and the task ``last_word``.
     output : Path
         JSON file to write.
+    states : Path, optional
+        HDF5 file of what enters the head of the dense model on the held-out text: written if this is that model.
+    dense : Path, optional
+        Folder of the dense model, if this is another: `states` are read, and ``perplexity.kl`` is the mean
+        Kullback-Leibler divergence of this model from it (`evaluation.divergence`).
     device : str
         ``cpu``, ``cuda``, ``cuda:1`` ...
     threads : int, optional
@@ -77,12 +85,14 @@ def evaluate(
     -------
     dict
         What was written. ``perplexity.token`` is ``exp(-sum loglik / tokens)``; ``perplexity.word`` divides by the
-        words between white space instead, as lm-eval does, and so compares across tokenizers.
+        words between white space instead, as lm-eval does, and so compares across tokenizers. ``perplexity.kl`` is in
+        nats a token.
 
     Raises
     ------
     ArtifactError
-        If a file is missing or damaged, the held-out text is empty, or the tokenizer does not fit the model.
+        If a file is missing or damaged, the held-out text is empty, the tokenizer does not fit the model, or the states
+        are of another model or text.
     ConfigError
         If the window is longer than the model's positions, or a task is unknown.
     NumericalError
@@ -118,11 +128,24 @@ def evaluate(
     }
     if pieces:
         options = evaluation["perplexity"]
-        lm = ScoringLM(
-            model, tokenizer, folder=model_folder, log=log, batch_size=batch_size, max_length=options["window"]
-        )
-        with offline(), _timed(seconds, "perplexity"):
+        with contextlib.ExitStack() as stack, offline(), _timed(seconds, "perplexity"):
+            watch = None
+            if states is not None and dense is None:
+                watch = stack.enter_context(recording(model, model_folder, dtype, states))
+            elif states is not None:
+                watch = Comparison(model, states, dense)
+            lm = ScoringLM(
+                *(model, tokenizer),
+                folder=model_folder,
+                log=log,
+                batch_size=batch_size,
+                max_length=options["window"],
+                watch=watch,
+            )
             result["perplexity"] = perplexity(lm, heldout, options, pieces)
+            if dense is not None and watch is not None:
+                result["perplexity"]["kl"] = watch.mean
+                log(f"{watch.mean:.4f} nats a token from the dense model")
         seconds["perplexity_model"] = lm.seconds
         result["perplexity"]["tokens_per_second"] = result["perplexity"]["tokens"] / seconds["perplexity"]
         log("word perplexity {word:.2f}, token perplexity {token:.2f}, {tokens} tokens".format(**result["perplexity"]))

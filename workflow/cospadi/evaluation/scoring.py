@@ -33,7 +33,11 @@ class ScoringLM(HFLM):
         log: Callable[[str], None],
         batch_size: int,
         max_length: int | None = None,
+        watch: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
     ) -> None:
+        """`watch` is told of every window: its row in the batch, its ids, and the log-probabilities of what is scored
+        of it, (tokens, vocabulary).
+        """
         super().__init__(
             pretrained=model,
             tokenizer=tokenizer,
@@ -49,6 +53,7 @@ class ScoringLM(HFLM):
         self._logged = time.perf_counter()
         self._n_done = self._n_total = self._n_tokens = 0
         self.seconds = 0.0
+        self._watch = watch
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         self._n_done, self._n_total = 0, len(requests)
@@ -70,8 +75,18 @@ class ScoringLM(HFLM):
             )
         return answers
 
+    def _select_cont_toks(
+        self, logits: torch.Tensor, contlen: int | None = None, inplen: int | None = None
+    ) -> torch.Tensor:
+        chosen = super()._select_cont_toks(logits, contlen=contlen, inplen=inplen)
+        if self._watch is not None:
+            self._watch(self._row, self._ids[self._row, :inplen], chosen)
+            self._row += 1
+        return chosen
+
     def _model_call(self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None) -> torch.Tensor:
         started = time.perf_counter()
+        self._ids, self._row = inps, 0
         logits = super()._model_call(inps, attn_mask, labels)
         if logits.is_cuda:
             torch.cuda.synchronize(logits.device)

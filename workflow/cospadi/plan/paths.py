@@ -44,6 +44,11 @@ class Paths(Variants):
         }
         return [f"resources/text/{self.config['text']['name']}/{part}.jsonl"] if needed[part] else []
 
+    def dense_states(self) -> list[str]:
+        """What enters the head of the dense model on the held-out text, where variants are compared with it."""
+        perplexity = self.config["evaluation"]["perplexity"]
+        return [f"{self.results}/{DENSE}/states.h5"] if perplexity is not None and perplexity["kl"] else []
+
     def structure_of(self, base: str) -> str:
         """Structure of a base's model."""
         return f"{self.results}/{base}structure.json"

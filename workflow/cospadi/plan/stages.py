@@ -125,7 +125,12 @@ def _assemble(plan: Plan) -> Iterator[Jobs]:
 
 
 def _evaluate(plan: Plan) -> Iterator[Jobs]:
-    yield Jobs(len(plan.models), "evaluate_model/*.tsv")
+    yield Jobs(len(plan.variants), "evaluate_model/*.tsv")
+
+
+# the runtime is inside every model that uses it: when it changes, that is assembled anew
+def _evaluation_code(plan: Plan, wildcards: Any) -> str:
+    return code_digest("cospadi.evaluation.evaluate", without="cospadi.runtime", data="evaluation/task_files")
 
 
 def _walks(plan: Plan, wildcards: Any) -> Work:
@@ -342,16 +347,23 @@ STAGES = table_of(
         threads="assemble",
     ),
     Stage(
+        name="evaluate_dense",
+        rule="evaluate_dense",
+        result="perplexity, tasks, generated text of the model as fetched",
+        after=("fetch", "text"),
+        work=_estimated(Estimates.evaluate),
+        code=_evaluation_code,
+        threads="evaluate",
+        uses_gpu=True,
+    ),
+    Stage(
         name="evaluate",
         rule="evaluate_model",
         result="perplexity, tasks, generated text",
-        after=("fetch", "text", "prune", "assemble"),
+        after=("fetch", "text", "prune", "assemble", "evaluate_dense"),
         jobs=_evaluate,
         work=_estimated(Estimates.evaluate),
-        # the runtime is inside every model that uses it: when it changes, that is assembled anew
-        code=lambda plan, wildcards: code_digest(
-            "cospadi.evaluation.evaluate", without="cospadi.runtime", data="evaluation/task_files"
-        ),
+        code=_evaluation_code,
         threads="evaluate",
         uses_gpu=True,
     ),
@@ -368,7 +380,7 @@ STAGES = table_of(
         name="summarize",
         rule="summarize",
         result="table, plots, generated texts side by side",
-        after=("fetch", "prune", "learn", "quantize", "assemble", "evaluate"),
+        after=("fetch", "prune", "learn", "quantize", "assemble", "evaluate_dense", "evaluate"),
         code=("cospadi.report",),
     ),
     report("summarize", "plot_distances"),

@@ -25,8 +25,6 @@ class Variants:
     ----------
     variants : list of str
         Names of the compressed models, in the order of the config.
-    models : list of str
-        ``dense`` and the variants: everything that is evaluated.
     factorized, pruned : list of str
         Variants with matrices to learn; variants that only lose blocks.
     pruned_bases : dict
@@ -39,7 +37,6 @@ class Variants:
         self.config = config
         self.n_layers = n_layers
         self.variants = list(config["variants"])
-        self.models = [DENSE, *self.variants]
         self.factorized = [name for name in self.variants if self.factorizing(name)]
         self.pruned = [name for name in self.variants if not self.factorizing(name)]
         self._base_of, self.pruned_bases = self._find_bases()

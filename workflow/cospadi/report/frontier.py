@@ -12,8 +12,8 @@ from cospadi.files import replacing
 from cospadi.methods import METHODS
 
 COLUMNS = (
-    *("class", "method", "variant", "bits", "ratio", "bytes", "perplexity", "word_perplexity", "recovery"),
-    *("accuracy", "mean_relative_error", "seconds_learning"),
+    *("class", "method", "variant", "bits", "ratio", "bytes", "perplexity", "kl", "word_perplexity"),
+    *("recovery", "accuracy", "mean_relative_error", "seconds_learning"),
 )
 # Sizes within a percent of each other are compared as one
 SAME_SIZE = 0.01
@@ -24,7 +24,8 @@ def rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 
     ``class`` is ``16-bit`` where every stored value has 16 bits and ``any-bits`` otherwise; ``bits`` are bits in the
     file a weight of the target matrices, masks, scales and dictionaries counted; ``ratio`` is the share of their bytes
-    that is gone; ``perplexity`` is a token's; ``accuracy`` the mean over the tasks.
+    that is gone; ``perplexity`` is a token's, ``kl`` the mean divergence from the dense model in nats a token;
+    ``accuracy`` the mean over the tasks.
     """
     variants = summary["variants"]
     weights = variants["dense"]["target_bytes"] / 2
@@ -38,7 +39,8 @@ def rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
             "bytes": variant["target_bytes"],
             "perplexity": variant["token_perplexity"],
             "accuracy": variant["mean_accuracy"],
-            **{key: variant[key] for key in ("word_perplexity", "recovery", "mean_relative_error", "seconds_learning")},
+            **{key: variant[key] for key in ("kl", "word_perplexity", "recovery", "mean_relative_error")},
+            "seconds_learning": variant["seconds_learning"],
         }
         for name, variant in variants.items()
     ]

@@ -201,6 +201,7 @@ def _read_scores(path: Path, model: Path, asked: Sequence[str]) -> dict[str, Any
     return {
         "word_perplexity": perplexity.get("word"),
         "token_perplexity": perplexity.get("token"),
+        "kl": perplexity.get("kl"),
         "bits_per_byte": perplexity.get("bits_per_byte"),
         "mean_accuracy": sum(accuracies) / len(accuracies) if accuracies else None,
         "tasks": tasks,

@@ -49,6 +49,12 @@ COLUMNS = (
     Column("model_bytes", "model MB", _megabytes, "all safetensors files of the model"),
     Column("word_perplexity", "word ppl", "{:.2f}".format, "perplexity a word on held-out text; lower is better"),
     Column("token_perplexity", "token ppl", "{:.2f}".format, "perplexity a token of the model's tokenizer"),
+    Column(
+        "kl",
+        "KL",
+        "{:.4f}".format,
+        "nats a token between the dense model's predictions and this one's, on the same text; lower is better",
+    ),
     Column("recovery", "recovery", "{:.3f}".format, "word perplexity of the dense model over that of this one"),
     Column("mean_accuracy", "mean acc", "{:.4f}".format, "mean over the tasks, normalized accuracy where there is one"),
     Column(
