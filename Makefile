@@ -18,10 +18,10 @@ SNAKEMAKE := $(BIN)/snakemake --cores $(CORES)
 RULES := Snakefile workflow/*.smk workflow/rules
 
 .DEFAULT_GOAL := help
-.PHONY: help env run frontier densify verify test fuzz slurm-test lint format bench bench-runtime clean
+.PHONY: help env new run status frontier densify verify test fuzz slurm-test lint format bench bench-runtime clean clean-activations
 
-help: ## List the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 20
+help: ## List the targets e.g. make help
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | sed 's/ e\.g\. /\n\t  /' | expand -t 26
 	@echo
 	@echo "  CONFIG=my.yaml   another run; it says what differs from config.yaml (default: the demo)"
 	@echo "  CORES=8          CPU cores to use (default: all)"
@@ -29,52 +29,61 @@ help: ## List the targets
 	@echo "  MINUTES= FIRST=  of fuzz: how long, and the number of the first case (default: $(MINUTES), $(FIRST))"
 	@echo "  PYTHON=python3.11, TORCH=system   for the set-up: another Python; the torch that this Python already has"
 
-run: env ## Run the workflow: compress, evaluate, report
+new: env ## Write a config that fits MODEL, a folder or a name on the hub e.g. make new MODEL=Qwen/Qwen2.5-0.5B TEXT=my.jsonl
+	$(BIN)/python -m cospadi.new $(if $(TEXT),--text $(TEXT)) $(if $(OUTPUT),--output $(OUTPUT)) $(MODEL)
+
+run: env ## Run the workflow: compress, evaluate, report e.g. make run CONFIG=config/paper.yaml CORES=8
 	$(SNAKEMAKE) $(if $(CONFIG),--configfile $(CONFIG))
 
-frontier: ## Every method at every size (hours); docs/frontier.tsv and its plots from that
+status: env ## Say what of a run is done and what is left, also while it runs e.g. make status CONFIG=config/paper.yaml
+	$(BIN)/python -m cospadi.status $(if $(CONFIG),--configfile $(CONFIG))
+
+frontier: ## Every method at every size (hours); docs/frontier.tsv and its plots from that e.g. make frontier CORES=8
 	$(MAKE) run CONFIG=config/frontier.yaml
 	cp results/frontier/frontier.tsv docs/frontier.tsv
 	cp results/frontier/plots/pareto.png docs/frontier-perplexity.png
 	cp results/frontier/plots/accuracy.png docs/frontier-accuracy.png
 
-densify: env ## Write results/RUN/VARIANT/dense, an ordinary model folder
+densify: env ## Write results/RUN/VARIANT/dense, an ordinary model folder e.g. make densify RUN=demo VARIANT=ours-40
 	$(SNAKEMAKE) --configfile results/$(RUN)/config.yaml -- results/$(RUN)/$(VARIANT)/dense
 
-verify: env ## Compare results/RUN/VARIANT/model, every byte of it, with its checksums
+verify: env ## Compare results/RUN/VARIANT/model, every byte of it, with its checksums e.g. make verify RUN=demo VARIANT=ours-40
 	$(BIN)/python -m cospadi.checkpoint verify results/$(RUN)/$(VARIANT)/model
 
 # threads of one worker that wait would take the other's core
-test: lint ## Lint, then all tests but the slow ones
+test: lint ## Lint, then all tests but the slow ones e.g. make test
 	OMP_WAIT_POLICY=passive $(BIN)/pytest -q -n 2 --dist loadfile -m "not slow and not slurm"
 
-fuzz: env ## Damage checkpoints and configs at random for MINUTES, the kernel under AddressSanitizer
+fuzz: env ## Damage checkpoints and configs at random for MINUTES, the kernel under AddressSanitizer e.g. make fuzz MINUTES=60
 	PYTHONPATH=workflow $(BIN)/python tests/format/fuzz.py --minutes $(MINUTES) --first $(FIRST) --asan
 
-slurm-test: env ## Run the workflow on a SLURM of one node, installed from Debian's packages where it is missing
+slurm-test: env ## Run the workflow on a SLURM of one node, installed from Debian's packages where it is missing e.g. make slurm-test
 	$(BIN)/pytest -q -m slurm tests/workflow/test_slurm.py
 
-bench: env ## Run the benchmarks of the solvers, on the demo's matrices if it has run
+bench: env ## Run the benchmarks of the solvers, on the demo's matrices if it has run e.g. make bench
 	$(BIN)/python benchmarks/run.py
 
-bench-runtime: env ## Time packed checkpoints beside dense ones
+bench-runtime: env ## Time packed checkpoints beside dense ones e.g. make bench-runtime
 	$(BIN)/python benchmarks/runtime.py
 
-lint: env ## Check style: ruff, snakefmt, snakemake --lint
+lint: env ## Check style: ruff, snakefmt, snakemake --lint e.g. make lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/snakefmt --check $(RULES)
 	$(BIN)/snakemake --lint
 
-format: env ## Format Python and Snakemake files
+format: env ## Format Python and Snakemake files e.g. make format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/snakefmt $(RULES)
 
-clean: ## Remove results and caches; keeps .venv and resources/
+clean-activations: ## Remove the activations that killed runs left, the largest files; while none is running e.g. make clean-activations
+	find results -type d -name activations -prune -exec rm -rf {} +
+
+clean: ## Remove results and caches; keeps .venv and resources/ e.g. make clean
 	rm -rf results .snakemake .pytest_cache .ruff_cache .hypothesis
 
-env: $(READY) ## Set up .venv
+env: $(READY) ## Set up .venv e.g. make env PYTHON=python3.12
 
 $(READY): envs/lock.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; say which: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }

@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
-from cospadi.stage import choose_device, script
+from cospadi.stage import choose_device, say, script
 
 
 def main(snakemake, log):
     from cospadi.calibration.activations import calibration_of
     from cospadi.learning import learn_unit
     from cospadi.profiles import read_allocation
+    from cospadi.progress import progress
     from cospadi.structure import chosen, read_structure
 
     structure = chosen(read_structure(snakemake.input.structure), snakemake.params.variant["targets"])
@@ -31,6 +32,7 @@ def main(snakemake, log):
         device=choose_device(snakemake.params.device),
         log=log,
     )
+    say(f"{snakemake.wildcards.variant}: {progress(snakemake.output.diagnostics, len(structure['layers']))}")
 
 
 if __name__ == "__main__":

@@ -12,13 +12,16 @@ import signal
 import subprocess
 import sys
 import time
+from statistics import mean
 
 import pytest
 import yaml
 
 from cospadi.files import TensorFile, read_json
+from cospadi.runs import plan_of
+from cospadi.status import status
 
-from .conftest import check_finished, copy_project
+from .conftest import check_finished, copy_project, rows
 
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 EVALUATED = {"evaluate_model", "summarize", "report"}
@@ -54,6 +57,40 @@ def test_llama_from_start_to_report(finished):
     assert "svd_llm-40" in console.split("Everything is in")[1]  # the table
     assert 'from_pretrained("results/tiny/cospadi-20/model"' in console
     assert "steps (100%) done" in console
+
+
+def test_status_says_what_is_done_at_any_time(run, monkeypatch):
+    console = (run.folder / "console.txt").read_text()
+    assert "cospadi-20: 4 of 4 layers learned, mean relative error 0." in console
+    monkeypatch.chdir(run.folder)
+    run.command()  # writes the config
+
+    def shown() -> tuple[list[str], str]:
+        text = status(plan_of("run.yaml"))
+        return next(line.split() for line in text.splitlines() if line.startswith("cospadi-20")), text
+
+    row, text = shown()
+    error = mean(
+        matrix["relative_error"]
+        for layer in range(4)
+        for matrix in read_json(run.results / f"cospadi-20/codes/layer_0{layer}.json")["matrices"].values()
+    )
+    assert row[1:3] == ["4/4", "4/4"] and float(row[3]) == pytest.approx(error, rel=1e-3) and row[4] == "yes"
+    assert float(row[5]) == pytest.approx(
+        float(rows(run.results / "summary.tsv")["cospadi-20"]["token_perplexity"]), 1e-3
+    )
+    assert "the report is written; about 0 minutes" in text
+    # as it is in the middle of learning the last layer
+    shutil.rmtree(run.results / "cospadi-20/model")
+    for part, end in (("factors", "json"), ("codes", "json"), ("codes", "safetensors")):
+        (run.results / f"cospadi-20/{part}/layer_03.{end}").unlink()
+    (run.results / "benchmarks/learn_dictionary/cospadi-20/layer_03.tsv").unlink()
+    (run.results / "cospadi-20/eval.json").unlink()
+    (run.results / "logs/learn_dictionary/cospadi-20/layer_03.log").write_text("10:00:00 iter 3/5 rel_err 0.2\n")
+    row, text = shown()
+    assert row[1:3] == ["3/4", "3/4"] and row[4:] == ["no", "no"]
+    assert next(line.split()[2] for line in text.splitlines() if line.startswith("learn_dictionary cosp")) == "3/4"
+    assert "learn_dictionary/cospadi-20/layer_03.log: running; 10:00:00 iter 3/5 rel_err 0.2" in text
 
 
 def test_second_run_has_nothing_to_do(finished):

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from tabulate import tabulate
 
-from cospadi.errors import ConfigError, CospadiError
+from cospadi.errors import CospadiError
 from cospadi.files import read_json
-from cospadi.runs import COMPRESS, kind_of, plan_run
+from cospadi.runs import plan_of
 from cospadi.stages import Staged
 from cospadi.work import Work
 
@@ -121,36 +120,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _table_of(options: argparse.Namespace) -> str:
-    changes = _read(options.configfile) if options.configfile else {}
-    if options.device:
-        changes["device"] = options.device
-    base = Path("config.yaml")
-    config = _read(base) if base.exists() or not changes else {}
-    if config and changes:
-        # Snakemake's own, so that the table is of what Snakemake would run
-        from snakemake.utils import update_config
-
-        update_config(config, changes)
-    else:
-        config = config or changes
-    given = {}
-    if options.model and kind_of(config) is COMPRESS:
-        given["model_config"] = read_json(options.model, "Give a model's config.json")
-    files = [file for file in (base, options.configfile) if file is not None and file.exists()]
-    plan = plan_run(config, overrides=changes, source=str(options.configfile or base), files=files, **given)
-    return table(needs(plan), options.results)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise ConfigError([f"cannot be read ({error.strerror})"], str(path)) from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError([f"not YAML ({error})"], str(path)) from error
-    if not isinstance(content, dict):
-        raise ConfigError([f"holds {type(content).__name__}; expected a mapping of keys to values"], str(path))
-    return content
+    changes = {"device": options.device} if options.device else {}
+    model_config = read_json(options.model, "Give a model's config.json") if options.model else None
+    return table(needs(plan_of(options.configfile, changes, model_config)), options.results)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from cospadi import config as compression
 from cospadi.config import Schema
 from cospadi.errors import ConfigError, CospadiError
@@ -118,6 +120,54 @@ def plan_run(
     if faults:
         raise ConfigError(sorted(set(faults)), source)
     return plan
+
+
+def plan_of(
+    configfile: str | Path | None = None,
+    changes: Mapping[str, Any] | None = None,
+    model_config: Mapping[str, Any] | None = None,
+) -> Staged:
+    """The plan that Snakemake would run for a config file, which says what differs from ``config.yaml`` where one is.
+
+    Parameters
+    ----------
+    configfile : path-like, optional
+        None: ``config.yaml`` alone.
+    changes : mapping, optional
+        Instead of what the file says, ``{"device": "cpu"}``.
+    model_config : mapping, optional
+        Content of a ``config.json`` to plan with, instead of the model's own.
+
+    Raises
+    ------
+    CospadiError
+        As `plan_run`; also if a file cannot be read.
+    """
+    changes = {**(_read(Path(configfile)) if configfile else {}), **(changes or {})}
+    base = Path("config.yaml")
+    config = _read(base) if base.exists() or not changes else {}
+    if config and changes:
+        # Snakemake's own, so that the plan is what Snakemake would run
+        from snakemake.utils import update_config
+
+        update_config(config, changes)
+    else:
+        config = config or changes
+    given = {} if model_config is None or kind_of(config) is not COMPRESS else {"model_config": model_config}
+    files = [Path(file) for file in (base, configfile) if file is not None and Path(file).exists()]
+    return plan_run(config, overrides=changes, source=str(configfile or base), files=files, **given)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise ConfigError([f"cannot be read ({error.strerror})"], str(path)) from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError([f"not YAML ({error})"], str(path)) from error
+    if not isinstance(content, dict):
+        raise ConfigError([f"holds {type(content).__name__}; expected a mapping of keys to values"], str(path))
+    return content
 
 
 def _own(config: Mapping[str, Any], schema: Schema, others: Sequence[Schema]) -> dict[str, Any]:

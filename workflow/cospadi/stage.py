@@ -71,7 +71,7 @@ def script(main: Callable[[Any, Log], None], snakemake: Any) -> None:
             print(traceback.format_exc(), file=file)
             where = f"\n  full traceback: {snakemake.log[0]}" if snakemake.log else ""
             shown = (machine_fault("a file", error) if isinstance(error, OSError) else None) or error
-            _say(f"[{name}] {type(shown).__name__}: {shown}{where}")
+            say(f"[{name}] {type(shown).__name__}: {shown}{where}")
             raise SystemExit(1) from None
         print(f"{time.strftime('%H:%M:%S')} done in {time.perf_counter() - started:.1f} s", file=file)
 
@@ -203,7 +203,7 @@ class _Log(io.FileIO):
     def _tell(self, error: OSError) -> None:
         if not self._told:
             self._told = True
-            _say(f"lines of the log are lost: {machine_fault(self.name, error) or error}")
+            say(f"lines of the log are lost: {machine_fault(self.name, error) or error}")
 
 
 def _open_log(path: Path) -> TextIO:
@@ -211,13 +211,13 @@ def _open_log(path: Path) -> TextIO:
         path.parent.mkdir(parents=True, exist_ok=True)
         raw = _Log(path, "w")
     except OSError as error:
-        _say(f"there is no log: {machine_fault(path, error) or error}")
+        say(f"there is no log: {machine_fault(path, error) or error}")
         raw = _Log(os.devnull, "w")
     return io.TextIOWrapper(io.BufferedWriter(raw), line_buffering=True)
 
 
-def _say(line: str) -> None:
-    """To the console, which may be a file on a full disk itself."""
+def say(line: str) -> None:
+    """A line to the console, which may be a file on a full disk itself."""
     with contextlib.suppress(OSError):
         print(line, file=sys.__stderr__, flush=True)
 
@@ -230,6 +230,6 @@ def _logger(name: str, file: TextIO) -> Log:
         print(f"{time.strftime('%H:%M:%S')} {line}", file=file)
         if time.monotonic() - shown >= _CONSOLE_SECONDS:
             shown = time.monotonic()
-            _say(f"[{name}] {line}")
+            say(f"[{name}] {line}")
 
     return log

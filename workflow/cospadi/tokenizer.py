@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cospadi.errors import ArtifactError
+from cospadi.files import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,6 +28,13 @@ _PROBES = (
 def has_tokenizer(folder: str | Path) -> bool:
     """Whether a folder holds the files of a tokenizer."""
     return any((Path(folder) / name).exists() for name in TOKENIZER_FILES)
+
+
+def has_chat_template(folder: str | Path) -> bool:
+    """Whether a folder says how messages become text."""
+    folder, settings = Path(folder), Path(folder, "tokenizer_config.json")
+    files = any((folder / name).exists() for name in ("chat_template.jinja", "chat_template.json"))
+    return files or (settings.exists() and bool(read_json(settings).get("chat_template")))
 
 
 def load_tokenizer(

@@ -1,0 +1,63 @@
+"""Progress: how much of a variant is learned, read from what its finished jobs wrote, also while others run."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What is in a folder of diagnostics, of learning (``factors/``) or of packing (``codes/``).
+
+    Attributes
+    ----------
+    layers : int
+        That are done.
+    error : float or None
+        Mean relative error of their matrices; None where nothing is done.
+    seconds : float
+        That their jobs took in all; 0 for packing, which does not say.
+    """
+
+    layers: int
+    error: float | None
+    seconds: float
+
+
+def learned(folder: Path) -> Learned:
+    """What the finished jobs of a variant have done."""
+    units = list(_diagnostics(folder))
+    matrices = {name: matrix for unit in units for name, matrix in unit["matrices"].items()}
+    names = [*matrices, *(name for unit in units for name in unit.get("kept_dense", ()))]
+    errors = [matrix["relative_error"] for matrix in matrices.values() if "relative_error" in matrix]
+    return Learned(
+        len({layer for name in names for layer in re.findall(r"\.layers\.(\d+)\.", name)}),
+        math.fsum(errors) / len(errors) if errors else None,
+        math.fsum(unit.get("seconds", 0.0) for unit in units),
+    )
+
+
+def progress(diagnostics: str | Path, n_layers: int) -> str:
+    """A line for the console once a job has written its diagnostics: layers done, error so far, and how long the rest
+    would take one after the other.
+    """
+    done = learned(Path(diagnostics).parent)
+    line = f"{done.layers} of {n_layers} layers learned"
+    line += "" if done.error is None else f", mean relative error {done.error:.4f} so far"
+    left = (n_layers - done.layers) * done.seconds / max(done.layers, 1)
+    return line + (f", {left / 60:.1f} minutes of learning left" if left else "")
+
+
+def _diagnostics(folder: Path) -> Iterator[dict]:
+    for file in sorted(folder.glob("layer*.json")):
+        try:
+            unit = json.loads(file.read_text())
+        except (OSError, ValueError):  # just being written anew
+            continue
+        if "matrices" in unit:
+            yield unit
