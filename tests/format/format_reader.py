@@ -19,7 +19,8 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 WHOLE = {f"int{bits}": bits for bits in (8, 6, 4, 3, 2)}
 SHIFTED = {f"uint{bits}": bits for bits in (8, 6, 4, 3, 2)}
 INTEGERS = {**WHOLE, **SHIFTED}
-STREAMS = ("ec", "ectcq")
+SCALED_STREAMS = ("ec_scaled", "ectcq_scaled")
+STREAMS = ("ec", "ectcq", *SCALED_STREAMS)
 BITS = {"bf16": 16, "bf14": 14, **INTEGERS, **dict.fromkeys(STREAMS, 0)}
 
 
@@ -63,7 +64,7 @@ def read_checkpoint(folder: Path) -> dict[str, np.ndarray]:
             need(owner and owner["dictionary"] == part["dictionary"] and owner["shape"][0] == part["shape"][0], name)
             expected |= {tensor, f"{tensor}_scales"} if part["dictionary"]["codec"] in INTEGERS else {tensor}
         expected.add(f"{name}.values")
-        expected |= {f"{name}.scales"} if part["codes"]["codec"] in INTEGERS else set()
+        expected |= {f"{name}.scales"} if part["codes"]["codec"] in (*INTEGERS, *SCALED_STREAMS) else set()
         expected |= {f"{name}.support"} if part["codes"]["support"] in ("bitmask", "2:4") else set()
     for name, tensor in tensors.items():
         inside = [matrix for matrix in specs if name.startswith(f"{matrix}.")]
@@ -124,7 +125,8 @@ def check_spec(spec: Any, is_part: bool = False) -> None:
     keys = {"codec", "n_atoms"} | ({"tensor"} if codec != "identity" else set())
     need(dictionary.keys() == keys | ({"group_size"} if codec in INTEGERS else set()), "keys")
     keys = {"codec", "support", "n_nonzero"}
-    keys |= {"n_bytes"} if values in STREAMS else {"group_size", "n_scales"} if values in INTEGERS else set()
+    keys |= {"n_bytes"} if values in STREAMS else set()
+    keys |= {"group_size", "n_scales"} if values in (*INTEGERS, *SCALED_STREAMS) else set()
     need(codes.keys() == keys, "keys")
     (d_in, d_out), k, n, support = shape, dictionary["n_atoms"], codes["n_nonzero"], codes["support"]
     need(is_whole(k, 1) and k * max(d_in, d_out) <= 2**48, "n_atoms")
@@ -161,7 +163,14 @@ def read_matrix(tensors: dict[str, np.ndarray], name: str, spec: dict[str, Any],
     if codes["codec"] in STREAMS:
         stored = tensors.get(f"{name}.values")
         need(stored is not None and stored.dtype == np.uint8 and stored.shape == (codes["n_bytes"],), "values")
-        return dictionary @ read_stream(stored.tobytes(), k, d_out, codes["codec"] == "ectcq") + sum(more)
+        numbers_of_steps = read_stream(stored.tobytes(), k, d_out, codes["codec"].startswith("ectcq"))
+        if codes["codec"] in SCALED_STREAMS:
+            size = codes["group_size"] or k
+            groups = -(-k // size)
+            need(codes["n_scales"] == d_out * groups, "scales")
+            scales = read_scales(tensors.get(f"{name}.scales"), (codes["n_scales"],)).reshape(d_out, groups)
+            numbers_of_steps = numbers_of_steps * np.repeat(scales, size, axis=1)[:, :k].T
+        return dictionary @ numbers_of_steps + sum(more)
     shape = (n + codes["n_scales"],) if codes["codec"] in SHIFTED else (d_out, k) if support == "dense" else (n,)
     values = finite(numbers(tensors.get(f"{name}.values"), codes["codec"], shape))
     if support == "mixture":

@@ -124,11 +124,14 @@ def random_matrix(
     counts = mask.sum(1)
     spec["codes"] = {"codec": codec, "support": support, "n_nonzero": int(mask.sum())}
     shape = (d_out, k) if support == "dense" else (int(mask.sum()),)
-    if codec in ("ec", "ectcq"):
+    n_scales = int((-(-counts // (group_size or k))).sum())
+    if codec.startswith("ec"):
         tensors[f"{name}.values"] = random_stream(draw, k, d_out, codec)
         spec["codes"]["n_bytes"] = tensors[f"{name}.values"].nbytes
+        if codec.endswith("_scaled"):
+            spec["codes"] |= {"group_size": group_size, "n_scales": n_scales}
+            tensors[f"{name}.scales"] = (0.5 + draw.random(n_scales)).astype(BFLOAT16)
         return tensors, spec
-    n_scales = int((-(-counts // (group_size or k))).sum())
     if codec.startswith("uint"):  # zero points follow
         shape = (int(mask.sum()) + n_scales,)
     tensors[f"{name}.values"] = random_numbers(draw, shape, codec)
@@ -167,7 +170,7 @@ def random_stream(draw: np.random.Generator, k: int, d_out: int, codec: str) -> 
     wanted[k // 2] *= 300  # one row of numbers wider than a table; its step is as much smaller
     steps[k // 2] /= 256
     numbers, state = np.rint(wanted).astype(int), np.zeros(k, int)
-    for j in range(d_out if codec == "ectcq" else 0):
+    for j in range(d_out if codec.startswith("ectcq") else 0):
         half = np.rint((wanted[:, j] - (state >> 2)) / 2).astype(int)
         numbers[:, j], state = 2 * half + (state >> 2), follow(state, half)
     return CODECS[codec].pack_codes((numbers * steps[:, None]).astype(np.float32), steps).copy()

@@ -24,7 +24,7 @@ from cospadi.runtime.modeling_cospadi import CospadiForCausalLM
 TOKENS = torch.arange(3, 30)[None]
 
 
-@pytest.fixture(scope="module", params=["ec", "ectcq"])
+@pytest.fixture(scope="module", params=["ec", "ectcq_scaled"])
 def folder(request, tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp(request.param)
     base = tiny_model("llama", dtype="float32")

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from cospadi import factorize
 from cospadi.config import check_config
 from cospadi.errors import ConfigError
+from cospadi.files import BFLOAT16
 from cospadi.formats.factorization import Factorization, unpack
 from cospadi.runtime import cospadi_cpu
 from cospadi.runtime.cospadi_entropy import DamagedStreamError, _parsed, follow, steps_near
@@ -361,3 +362,23 @@ def test_entropy_coding_where_an_input_is_never_active():
     gram[5], gram[:, 5] = 0, 0
     found = factorize(w, gram, method="ectcq", bits=4)
     assert np.isfinite(found.codes).all() and not found.codes[5].any()
+
+
+@pytest.mark.parametrize("trellis", [True, False])
+def test_a_scale_for_every_column_comes_to_an_entropy_coded_matrix(trellis):
+    w, gram = weight(), inputs()
+    found = factorize(w, gram, method="ectcq", bits=3, trellis=trellis)
+    scales = np.exp(np.random.default_rng(0).normal(size=w.shape[1])).astype(np.float32)
+    kept = scales.astype(BFLOAT16).astype(np.float32)
+    times = found.with_columns_times(scales)
+    np.testing.assert_array_equal(times.codes, found.codes * kept)
+    tensors, spec = times.pack("m")
+    assert spec["codes"]["codec"] == ("ectcq_scaled" if trellis else "ec_scaled")
+    # the numbers are stored as before
+    np.testing.assert_array_equal(tensors["m.values"], found.pack("m")[0]["m.values"])
+    assert times.nbytes == found.nbytes + 2 * w.shape[1] == sum(tensor.nbytes for tensor in tensors.values())
+    again = unpack(tensors, spec, "m")
+    np.testing.assert_array_equal(again.codes, times.codes)
+    packed = again.pack("m")[0]
+    assert all(packed[name].tobytes() == tensor.tobytes() for name, tensor in tensors.items())
+    np.testing.assert_allclose(again.with_columns_times(1 / kept).codes, found.codes, rtol=2**-7)

@@ -13,6 +13,7 @@ from .conftest import Run, check_finished, rows
 
 SHARED = [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]
 NAMES = ["hybrid", "sparsegpt"]
+STREAM = "ectcq"
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +23,7 @@ def run(new_run: Callable[..., Run]) -> Run:
     run.config["variants"] = {
         "sparsegpt": {"method": "sparsegpt", **priced},
         "hybrid": {"method": "hybrid", **priced, "share_within": SHARED, "atoms": 4, "max_iter": 1},
+        STREAM: {"method": "ectcq", **priced, "ratio": 0.7},
     }
     run.config["evaluation"] |= {"generate": None}
     run.config["layers_per_job"] = 3
@@ -30,7 +32,7 @@ def run(new_run: Callable[..., Run]) -> Run:
 
 
 def test_every_one_comes_out_at_its_bytes(run):
-    check_finished(run, NAMES)
+    check_finished(run, [STREAM, *NAMES])
     table = rows(run.results / "summary.tsv")
     for name in NAMES:
         assert 0.4 <= float(table[name]["ratio_true"]) < 0.41
@@ -40,6 +42,14 @@ def test_every_one_comes_out_at_its_bytes(run):
         # a weight and its bit take 17; what is left over is less than one of them a problem
         assert allocation["nbytes"] - 3 * len(allocation["problems"]) < given <= allocation["nbytes"]
         assert len({one["ratio"] for one in allocation["problems"]}) > 3
+
+
+def test_entropy_coded_columns_are_weighted_within_the_bytes(run):
+    assert 0.7 <= float(rows(run.results / "summary.tsv")[STREAM]["ratio_true"]) < 0.71
+    matrices = read_json(run.results / STREAM / "model" / "config.json")["quantization_config"]["matrices"]
+    assert len(matrices) == 21
+    assert {spec["codes"]["codec"] for spec in matrices.values()} == {"ectcq_scaled"}
+    assert all(spec["codes"]["n_scales"] == spec["shape"][1] for spec in matrices.values())
 
 
 def test_predicted_rise_is_that_of_what_is_stored(run):

@@ -292,15 +292,15 @@ class Matrix:
 
     def weighted(self, matrix: np.ndarray) -> np.ndarray:
         """A matrix (d_in, d_out) with its columns times their weights, in its dtype."""
-        return matrix if self._alike else matrix * self.outputs.weights
+        return matrix if self.alike else matrix * self.outputs.weights
 
     def weighted_factors(self, factors: Factorization) -> Factorization:
         """Factors of the weighted matrix from those of the matrix."""
-        return factors if self._alike else factors.with_columns_times(self.outputs.weights)
+        return factors if self.alike else factors.with_columns_times(self.outputs.weights)
 
     def restored(self, factors: Factorization) -> Factorization:
         """Factors of the matrix from those of the weighted one."""
-        return factors if self._alike else factors.with_columns_times(1 / self.outputs.weights)
+        return factors if self.alike else factors.with_columns_times(1 / self.outputs.weights)
 
     def squared_norm(self, matrix: np.ndarray, gram: np.ndarray | None = None) -> float:
         """What an error (d_in, d_out) costs: its squared norm in the metric, or that of `gram`, columns weighted."""
@@ -311,7 +311,8 @@ class Matrix:
         return {} if self.outputs is None else {"predicted_rise": self.outputs.price * squared_error}
 
     @property
-    def _alike(self) -> bool:
+    def alike(self) -> bool:
+        """Whether its columns count alike, so that they are not weighted."""
         return self.outputs is None or self.outputs.alike
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from cospadi.arrays import to_numpy
+from cospadi.files import BFLOAT16
 from cospadi.formats.values import blocks_of_columns, numbers_nbytes, restore, store
 from cospadi.runtime.cospadi_registry import FACTOR_CODECS, SUPPORTS
 
@@ -40,15 +41,21 @@ def pack_codes(
     mask : ndarray (k, d_out), bool, or None
         Codes that are stored; None where the support stores no positions.
     scales : array, optional
-        Default: `values.find_scales`. Of an entropy-coded matrix its steps (k,), which it needs.
+        Default: `values.find_scales`. Of an entropy-coded matrix its steps (k,), which it needs, and behind them the
+        scales of its columns, where its codec has some.
     """
     on = SUPPORTS[support]
     tensors = {f"{name}.support": on.pack(mask)} if on.is_stored else {}
     values = on.values(codes, mask)
     spec = {"codec": codec, "support": support, "n_nonzero": int(values.size)}
     if FACTOR_CODECS[codec].variable:
-        stored = FACTOR_CODECS[codec].pack_codes(codes, to_numpy(scales))
-        return {f"{name}.values": stored}, {**spec, "n_bytes": stored.nbytes}
+        steps, columns = np.split(to_numpy(scales), [len(codes)])
+        if FACTOR_CODECS[codec].scaled:
+            codes = multiples_of_steps(codes, steps, columns, block_size)
+            tensors[f"{name}.scales"] = columns.astype(BFLOAT16)
+            spec |= {"group_size": block_size, "n_scales": columns.size}
+        stored = FACTOR_CODECS[codec].pack_codes(codes, steps)
+        return {**tensors, f"{name}.values": stored}, {**spec, "n_bytes": stored.nbytes}
     tensors[f"{name}.values"], found = store(
         values,
         codec,
@@ -70,8 +77,13 @@ def unpack_codes(
     mask = on.unpack(tensors[f"{name}.support"], k) if on.is_stored else None
     if FACTOR_CODECS[codec].variable:
         stored = np.asarray(tensors[f"{name}.values"])
-        steps = FACTOR_CODECS[codec].steps(stored)
-        return on.codes(FACTOR_CODECS[codec].unpack(stored, d_out * k), None, k, d_out), None, steps
+        scales = FACTOR_CODECS[codec].steps(stored)
+        codes = on.codes(FACTOR_CODECS[codec].unpack(stored, d_out * k), None, k, d_out)
+        if FACTOR_CODECS[codec].scaled:
+            columns = np.asarray(tensors[f"{name}.scales"]).astype(np.float32)
+            codes = codes * _of_every_code(columns, k, d_out, spec["group_size"])
+            scales = np.concatenate([scales, columns])
+        return codes, None, scales
     scales = np.asarray(tensors[f"{name}.scales"]) if FACTOR_CODECS[codec].scaled else None
 
     def blocks() -> np.ndarray:
@@ -80,3 +92,14 @@ def unpack_codes(
 
     values, scales = restore(tensors[f"{name}.values"], codec, blocks, (spec["n_nonzero"],), scales=scales)
     return on.codes(values, mask, k, d_out), mask, scales
+
+
+def multiples_of_steps(codes: np.ndarray, steps: np.ndarray, scales: np.ndarray, block_size: int | None) -> np.ndarray:
+    """Codes (k, d_out) of an entropy-coded matrix without the scales of its columns: whole numbers times the steps."""
+    steps = steps[:, None]
+    return np.rint(codes / _of_every_code(scales, *codes.shape, block_size) / steps) * steps
+
+
+def _of_every_code(scales: np.ndarray, k: int, d_out: int, block_size: int | None) -> np.ndarray:
+    """Scale of every code, (k, d_out), where all codes are stored."""
+    return scales[blocks_of_columns(np.full(d_out, k), block_size)].reshape(d_out, k).T

@@ -12,7 +12,7 @@ import numpy as np
 from cospadi.arrays import to_numpy
 from cospadi.errors import ArtifactError
 from cospadi.files import BFLOAT16, SAFETENSORS_DTYPES, TensorFile
-from cospadi.formats.codes import unpack_codes
+from cospadi.formats.codes import multiples_of_steps, unpack_codes
 from cospadi.formats.dictionaries import unpack_dictionary
 from cospadi.formats.product import Product
 from cospadi.formats.values import BLOCK_SIZE, blocks_of_columns
@@ -107,6 +107,8 @@ class Factorization(Product):
         plus = [part.with_columns_times(weights) for part in self.plus]
         if self.scales is None:
             return replace(self, codes=to_numpy(self.codes) * weights, plus=plus)
+        if FACTOR_CODECS[self.value_codec].variable:
+            return self._with_columns_of_a_stream_times(weights)
         codes, counts = to_numpy(self.codes), self._counts()
         blocks = blocks_of_columns(counts, self.block_size)
         columns = np.zeros(int(blocks.max(initial=-1)) + 1, np.int64)
@@ -119,6 +121,21 @@ class Factorization(Product):
         values = values * (own.astype(np.float32) / before)[blocks].reshape(values.shape)
         codes = self.on.codes(values, self._mask(), *codes.shape)
         return replace(self, codes=codes, scales=scales, plus=plus)
+
+    def _with_columns_of_a_stream_times(self, weights: np.ndarray) -> Factorization:
+        """Entropy-coded numbers and steps are the same; a scale for every column comes to them."""
+        codec, codes = FACTOR_CODECS[self.value_codec], to_numpy(self.codes)
+        steps, before = np.split(to_numpy(self.scales), [len(codes)])
+        if codec.scaled:
+            codes = multiples_of_steps(codes, steps, before, self.block_size)
+        scales = (weights * (before if codec.scaled else 1)).astype(BFLOAT16).astype(np.float32)
+        return replace(
+            self,
+            codes=codes * scales,
+            scales=np.concatenate([steps, scales]),
+            value_codec=codec.with_scales,
+            block_size=None,
+        )
 
     def stored_under(self, name: str) -> Factorization:
         """A copy whose dictionaries, of all parts, are the tensors of matrix `name`, which others share with it."""

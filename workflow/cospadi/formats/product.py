@@ -37,7 +37,7 @@ class Product:
         Numbers a scale covers where a codec has scales: stored values of a column, rows of an atom; None, all of them.
     scales, dictionary_scales : array, optional
         Scales that codes and dictionary are multiples of already; found by `values.find_scales` where they are needed
-        and not given. Of entropy-coded codes the step of every row, (k,), float32.
+        and not given. Of entropy-coded codes the step of every row, (k,), float32, then the scales of its columns.
     mask : array (k, d_out), bool, optional
         Codes that are stored, some of which may be zero; default: the nonzeros.
     tensor : str, optional

@@ -68,12 +68,16 @@ def fit(
     trellis: bool = True,
     damping: float = OPTIONS["damping"]["default"],
 ) -> list[Factorization]:
-    """Numbers and steps of least error within the bytes (`solvers.entropy`), on the CPU."""
+    """Numbers and steps of least error within the bytes (`solvers.entropy`), on the CPU.
+
+    Where columns are weighted, each has a scale in the file by which that is taken back.
+    """
     from cospadi.solvers import entropy
 
     codec = CODECS["ectcq" if trellis else "ec"]
     gram = np.asarray(problem.metric.gram, np.float64)
-    found = entropy.quantize(problem.weight, gram, codec, room(problem.shape, nbytes), damping=damping, log=how.log)
+    nbytes = room(problem.shape, nbytes) - sum(2 * one.shape[1] for one in problem.matrices if not one.alike)
+    found = entropy.quantize(problem.weight, gram, codec, nbytes, damping=damping, log=how.log)
     diagnostics = {"solver": codec.name, "n_passes": found.n_passes, "bits": 8 * found.nbytes / found.codes.size}
     return [
         Factorization(
@@ -177,5 +181,4 @@ METHOD = Method(
     faults=faults,
     own_codec=True,
     allocator=Allocator(profile=profile, share=share, work=_profiling),
-    scales_columns=False,  # one step serves all columns of an input
 )

@@ -42,7 +42,8 @@ def grid(
         If not even the one of the fewest bits does.
     """
     most = CODECS[value_codec].bits
-    grids = [codec for codec in CODECS.values() if codec.scaled and codec.shifted != symmetric and codec.bits <= most]
+    grids = [codec for codec in CODECS.values() if codec.scaled and not codec.variable]
+    grids = [codec for codec in grids if codec.shifted != symmetric and codec.bits <= most]
     for codec in sorted(grids, key=lambda codec: -codec.bits):
         taken = stored_nbytes(shape, codec.name, block_size)
         if taken <= nbytes:

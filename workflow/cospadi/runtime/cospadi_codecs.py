@@ -70,10 +70,11 @@ def decode_codes(
     """Codes S transposed, (d_out, k) with zeros, in `dtype`: one output neuron is one row."""
     d_out, k = spec["shape"][1], spec["dictionary"]["n_atoms"]
     codec, n, shifted = spec["codes"]["codec"], spec["codes"]["n_nonzero"], CODECS[spec["codes"]["codec"]].shifted
+    mask = None
     if CODECS[codec].variable:
-        return CODECS[codec].decode(values.to(torch.uint8), (d_out, k), halves=dtype == torch.bfloat16).to(dtype)
-    if support is None and not shifted:
-        mask = None
+        halves = scales is None and dtype == torch.bfloat16
+        codes = CODECS[codec].decode(values.to(torch.uint8), (d_out, k), halves=halves)
+    elif support is None and not shifted:
         codes = _decode(codec, values, (d_out, k))
     else:
         mask = None if support is None else decode_support(spec, support)
@@ -81,10 +82,10 @@ def decode_codes(
         codes = numbers[:n].view(d_out, k) if mask is None else _spread(numbers[:n], mask)
     if scales is None or not len(scales):
         return codes.to(dtype)
+    codes = codes.float()
     if mask is None:
         mask = torch.ones(d_out, k, dtype=torch.bool, device=values.device)
     block = _block_of(mask, spec["codes"]["group_size"], len(scales))
-    codes = codes.float()
     if shifted:  # codes that are not stored stay zero
         codes = (codes - numbers[n:].float()[block]) * mask
     return (codes * scales.float()[block]).to(dtype)

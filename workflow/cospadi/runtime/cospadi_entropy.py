@@ -47,7 +47,8 @@ class DamagedStreamError(ValueError):
 
 
 class Entropy(Codec):
-    """One tensor of bytes: header, steps, scales, tables, streams. `trellis`: whether numbers follow its 8 states.
+    """One tensor of bytes: header, steps, scales, tables, streams. `trellis`: whether numbers follow its 8 states;
+    `scaled`: whether columns have scales besides, a tensor of their own as those of integers.
 
     From state ``s`` the numbers of parity ``s >> 2`` are allowed, so they lie two steps apart, and the paths through
     the states choose between the two kinds: a denser packing of space than rounding each for itself.
@@ -56,12 +57,17 @@ class Entropy(Codec):
     dtype, bits, variable = "U8", 8, True
     for_dictionaries = in_dictionaries = for_configs = False
 
-    def __init__(self, name: str, *, trellis: bool) -> None:
-        self.name, self.trellis = name, trellis
+    def __init__(self, name: str, *, trellis: bool, scaled: bool = False) -> None:
+        self.name, self.trellis, self.scaled = name, trellis, scaled
+
+    @property
+    def with_scales(self) -> str:
+        """Name of the codec that stores the same and scales of columns."""
+        return self.name if self.scaled else f"{self.name}_scaled"
 
     @property
     def keys(self) -> tuple[str, ...]:
-        return ("n_bytes",)
+        return ("n_bytes", *super().keys)
 
     def shape_of_codes(self, numbers: Sequence[int], codes: Mapping[str, Any]) -> tuple[int, ...]:
         return (codes["n_bytes"],)

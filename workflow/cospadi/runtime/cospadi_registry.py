@@ -20,6 +20,8 @@ CODECS: dict[str, Codec] = {
         *(Shifted(bits) for bits in (8, 6, 4, 3, 2)),
         Entropy("ec", trellis=False),
         Entropy("ectcq", trellis=True),
+        Entropy("ec_scaled", trellis=False, scaled=True),
+        Entropy("ectcq_scaled", trellis=True, scaled=True),
     )
 }
 
