@@ -1,9 +1,10 @@
 """Write a compressed model as a Hugging Face folder."""
 
-from cospadi.stage import script
+from cospadi.stage import script, without_torch
 
 
 def main(snakemake, log):
+    without_torch()
     from cospadi.calibration.activations import calibration_of
     from cospadi.checkpoint import assemble, check_codes
     from cospadi.files import read_json

@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
-from cospadi.stage import script
+from cospadi.stage import script, without_torch
 
 
 def main(snakemake, log):
+    if snakemake.params.windows["source"] != "self":
+        without_torch()
     from cospadi.calibration.windows import prepare_windows
 
     text = Path(snakemake.input.text[0]) if snakemake.input.text else None

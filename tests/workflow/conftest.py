@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import csv
+import functools
+import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +35,27 @@ def copy_project(source: Path, folder: Path) -> Path:
     return folder
 
 
+def environment_of(project: Path) -> dict[str, str]:
+    """The environment in which a project's Snakefile and scripts import the project's code."""
+    return {**os.environ, "PYTHONPATH": str(project / "workflow")}
+
+
+@functools.cache
+def _warm() -> subprocess.Popen[str]:
+    """The process that starts snakemake in this one's stead (warm.py); it ends when this one does."""
+    command = [sys.executable, str(Path(__file__).with_name("warm.py"))]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=environment_of(PROJECT), stdin=pipe, stdout=pipe, text=True, bufsize=1)
+
+
+def snakemake(project: Path, *arguments: str) -> tuple[int, str]:
+    """Run a project's snakemake to its end: exit status and output."""
+    with tempfile.NamedTemporaryFile("r") as file:
+        given = {"project": str(project), "arguments": arguments, "output": file.name}
+        print(json.dumps({**given, "environment": environment_of(project)}), file=_warm().stdin)
+        return int(_warm().stdout.readline()), file.read()
+
+
 @dataclass
 class Run:
     """A working directory with a config, and the project whose Snakefile runs in it."""
@@ -44,19 +68,18 @@ class Run:
     def results(self) -> Path:
         return self.folder / "results" / self.config["run"]
 
-    def command(self, *arguments: str) -> list[str]:
-        """`snakemake` with this run's Snakefile, directory and config."""
+    def arguments(self, *arguments: str) -> list[str]:
+        """Of `snakemake` with this run's Snakefile, directory and config."""
         path = self.folder / "run.yaml"
         path.write_text(yaml.safe_dump(self.config))
-        command = [sys.executable, "-m", "snakemake", "--snakefile", str(self.project / "Snakefile")]
-        return [*command, "--directory", str(self.folder), "--configfile", str(path), "--cores", "2", *arguments]
+        given = ["--snakefile", str(self.project / "Snakefile"), "--directory", str(self.folder)]
+        return [*given, "--configfile", str(path), "--cores", "2", *arguments]
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """Start snakemake in a process group of its own."""
-        environment = {**os.environ, "PYTHONPATH": str(self.project / "workflow")}
+        """Start snakemake as a user does, in a process group of its own."""
         return subprocess.Popen(
-            self.command(*arguments),
-            env=environment,
+            [sys.executable, "-m", "snakemake", *self.arguments(*arguments)],
+            env=environment_of(self.project),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -65,9 +88,8 @@ class Run:
 
     def snakemake(self, *arguments: str, succeeds: bool = True) -> str:
         """Run snakemake to its end; its output."""
-        process = self.start(*arguments)
-        output, _ = process.communicate(timeout=600)
-        assert (process.returncode == 0) == succeeds, output
+        status, output = snakemake(self.project, *self.arguments(*arguments))
+        assert (status == 0) == succeeds, output
         return output
 
     def planned(self, *arguments: str) -> dict[str, int]:
@@ -166,6 +188,8 @@ def new_run(
 def finished(new_run: Callable[..., Run]) -> Run:
     """A Llama run that has been through; shared, so copy it before changing anything."""
     run = new_run("llama")
-    output = run.snakemake()
+    process = run.start()
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
     (run.folder / "console.txt").write_text(output)
     return run

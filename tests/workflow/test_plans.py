@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from . import conftest
 from .conftest import PROJECT
 
 LLAMA_1B = {
@@ -53,8 +54,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def snakemake(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(PROJECT / "Snakefile"), "--directory", str(folder)]
-    return subprocess.run([*command, "--dry-run", *arguments], capture_output=True, text=True, timeout=300)
+    given = ["--snakefile", str(PROJECT / "Snakefile"), "--directory", str(folder), "--dry-run", *arguments]
+    status, output = conftest.snakemake(PROJECT, *given)
+    return subprocess.CompletedProcess(given, status, output, "")
 
 
 def jobs(output: str) -> dict[str, int]:

@@ -5,6 +5,7 @@ All tests share one finished run, so they are in one file: ``--dist loadfile`` g
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -63,7 +64,7 @@ def test_status_says_what_is_done_at_any_time(run, monkeypatch):
     console = (run.folder / "console.txt").read_text()
     assert "cospadi-20: 4 of 4 layers learned, mean relative error 0." in console
     monkeypatch.chdir(run.folder)
-    run.command()  # writes the config
+    run.arguments()  # writes the config
 
     def shown() -> tuple[list[str], str]:
         text = status(plan_of("run.yaml"))
@@ -91,6 +92,17 @@ def test_status_says_what_is_done_at_any_time(run, monkeypatch):
     assert row[1:3] == ["3/4", "3/4"] and row[4:] == ["no", "no"]
     assert next(line.split()[2] for line in text.splitlines() if line.startswith("learn_dictionary cosp")) == "3/4"
     assert "learn_dictionary/cospadi-20/layer_03.log: running; 10:00:00 iter 3/5 rel_err 0.2" in text
+
+
+def test_jobs_that_need_tokenizers_alone_do_without_torch(finished):
+    measured = finished.results / "benchmarks"
+    jobs = {"prepare_calibration": 1, "assemble_model/*": 2, "collect_activations/*": 2}
+    for name, count in jobs.items():
+        files = [csv.DictReader(path.open(), delimiter="\t") for path in measured.glob(f"{name}.tsv")]
+        assert len(files) == count
+        most = max(float(row["max_rss"]) for file in files for row in file)  # MB
+        # torch takes 200, and what transformers imports beside it a hundred more
+        assert most > 300 if name == "collect_activations/*" else most < 200
 
 
 def test_second_run_has_nothing_to_do(finished):

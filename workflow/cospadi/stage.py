@@ -83,6 +83,20 @@ def set_threads(count: int) -> None:
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
+def without_torch() -> None:
+    """Have transformers do without torch in this process; call before anything imports either.
+
+    For jobs that need nothing of transformers but tokenizers: torch, and what transformers imports beside it, would be
+    most of the seconds that such a job takes.
+    """
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # that models are not there
+    sys.modules["torch"] = None  # type: ignore[assignment]  # Python's way to say that there is none
+    from transformers.utils import is_torch_available
+
+    is_torch_available()  # which keeps its answer
+    del sys.modules["torch"]
+
+
 def keep_freed_memory() -> None:
     """Have the process keep the memory of large arrays that are freed for the next ones, where the C library is glibc.
 

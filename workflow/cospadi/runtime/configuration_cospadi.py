@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.utils import is_torch_available
 
 from .cospadi_format import (
     LOAD_HINT,
@@ -170,14 +171,15 @@ def family_config(base_model_type: str | None, source: str = "config") -> type[P
 
 @functools.cache
 def _family_config(base_model_type: str) -> type[PreTrainedConfig]:
-    from transformers import AutoModelForCausalLM
-
-    # not at the top: the modelling module imports this one, and reading a config needs no model code
-    from .modeling_cospadi import CospadiForCausalLM
-
     # the name is the one in config.json's auto_map, where transformers looks it up again
     family = type("CospadiConfig", (CospadiConfig, CONFIG_MAPPING[base_model_type]), {"__module__": __name__})
-    AutoModelForCausalLM.register(family, CospadiForCausalLM, exist_ok=True)
+    if is_torch_available():  # without it there are configs and tokenizers all the same
+        from transformers import AutoModelForCausalLM
+
+        # not at the top: the modelling module imports this one
+        from .modeling_cospadi import CospadiForCausalLM
+
+        AutoModelForCausalLM.register(family, CospadiForCausalLM, exist_ok=True)
     return family
 
 
