@@ -28,7 +28,7 @@ _QUIET_SECONDS = 600
 def variants_table(plan: Plan) -> str:
     """A row a model: layers learned and packed of how many, their error so far, what else is there."""
     results, rows = Path(plan.results), []
-    for name in plan.models:
+    for name in (DENSE, *plan.variants):
         done = packed = error = ""
         if name in plan.factorized:
             layers = plan.n_layers_of(plan.base_of(name))
