@@ -108,14 +108,14 @@ def test_unknown_rounding_is_refused():
 
 
 def test_every_width_of_the_config_has_its_codec():
-    widths = {16: "bf16", 14: "bf14", **{bits: f"int{bits}" for bits in (8, 6, 4)}}
-    assert widths == CODEC_OF_BITS and DICTIONARY_BITS == (16, 8, 6, 4)
+    widths = {16: "bf16", 14: "bf14", **{bits: f"int{bits}" for bits in (8, 6, 4, 3, 2)}}
+    assert widths == CODEC_OF_BITS and DICTIONARY_BITS == (16, 8, 6, 4, 3, 2)
 
 
 def test_two_codecs_of_as_many_bits_are_refused(monkeypatch):
     monkeypatch.setitem(CODECS, "other4", CODECS["int4"])
     monkeypatch.delitem(sys.modules, "cospadi.formats.values")
-    with pytest.raises(ValueError, match="bf16, bf14, int8, int6, int4, int4 two have as many bits"):
+    with pytest.raises(ValueError, match="bf16, bf14, int8, int6, int4, int3, int2, int4 two have as many bits"):
         importlib.import_module("cospadi.formats.values")
 
 

@@ -124,9 +124,33 @@ def test_integers_with_small_groups_stay_within_the_bytes(unit, tmp_path):
     stored = sum(codes.nbytes(tensor) for tensor in codes.names())
     dense = sum(m["dense_nbytes"] for m in quantized["matrices"].values())
     assert 0.63 < stored / dense <= 0.7  # small matrices have coarse steps
+    assert max(m["relative_error"] for m in quantized["matrices"].values()) < 0.5
     sixteen = run(unit, tmp_path, [1], method="cospadi", max_iter=5)[1]
     name = "model.layers.1.gate_proj"
     assert learned["matrices"][name]["n_atoms"] > sixteen["matrices"][name]["n_atoms"]
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("cospadi", {"share_within": [["gate_proj", "up_proj"]], "max_iter": 5, "ratio": 0.6}),
+        ("basis_sharing", {"ratio": 0.6}),
+        ("hybrid", {"atoms": 3, "max_iter": 1, "share_within": [["gate_proj", "up_proj"]], "ratio": 0.65}),
+    ],
+)
+def test_dictionaries_that_are_shared_are_rounded_for_all_who_share_them(unit, tmp_path, method, options):
+    errors = {}
+    for rounding in ("nearest", "optimal"):
+        storage = {"value_bits": 4, "dictionary_bits": 4, "block_size": 16, "rounding": rounding}
+        codes, _, quantized = run(unit, tmp_path, [0, 1], method=method, codes=storage, **options)
+        errors[rounding] = sum(m["squared_error"] for m in quantized["matrices"].values())
+        stored = sum(codes.nbytes(tensor) for tensor in codes.names())
+        assert stored <= (1 - options["ratio"]) * sum(m["dense_nbytes"] for m in quantized["matrices"].values())
+        pair = [read(codes, f"model.layers.0.{name}").parts[-1].dictionary for name in ("gate_proj", "up_proj")]
+        if "share_within" in options:
+            np.testing.assert_array_equal(*pair)
+    # inputs of single weights do not depend on each other here
+    assert errors["optimal"] < (1.0 if method == "hybrid" else 0.9) * errors["nearest"]
 
 
 def test_error_is_that_of_what_the_file_holds(unit, tmp_path):

@@ -66,6 +66,7 @@ BESIDE: dict[tuple[str, str], dict[str, Any]] = {
     **{("replaceme", name): {"objective": "cosine"} for name in ("loss", "start", "epochs", "lr", "batch_tokens")},
     **{("replaceme", name): {"objective": "cosine"} for name in ("l1", "l2", "random_state")},
     ("replaceme", "cuts"): {"blocks": 2},
+    **{("codes", name): {"rounding": "optimal"} for name in ("value_bits", "dictionary_bits")},
     **{
         (method, option): {"metric": "gradients"}
         for method in METHODS
@@ -115,8 +116,9 @@ def variants() -> Iterator[tuple[tuple[str, ...], Any, dict[str, Any]]]:
                 given = {name: needed[name] for name in needed.keys() - without}
                 yield place, value, {**given, **BESIDE.get(place, {}), option: value}
             for name, child in part.get("properties", {}).items():
+                beside = BESIDE.get((option, name), {})
                 for value in values(name, child):
-                    yield (method, option, name), value, {**needed, option: {name: value}}
+                    yield (method, option, name), value, {**needed, option: {**beside, name: value}}
     for pruner in PRUNERS:
         for method in METHODS:
             first, second = {"method": pruner, "blocks": 1}, {"method": method, "ratio": 0.2}

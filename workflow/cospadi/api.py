@@ -12,10 +12,11 @@ from cospadi.arrays import to_numpy
 from cospadi.budget import nbytes_left, ratio_of
 from cospadi.errors import ConfigError, NumericalError
 from cospadi.formats.factorization import Factorization
-from cospadi.formats.values import BLOCK_SIZE, CODEC_OF_BITS, DICTIONARY_BITS, ROUNDINGS, storage_of
+from cospadi.formats.values import BLOCK_SIZE, CODEC_OF_BITS, DICTIONARY_BITS, ROUNDINGS, bits_faults, storage_of
 from cospadi.methods import METHODS
 from cospadi.methods.base import Fit
 from cospadi.problem import Matrix, Metric, Problem, Target, check_finite
+from cospadi.quantization import round_factors
 
 
 def factorize(
@@ -47,14 +48,15 @@ def factorize(
         Fraction of the bfloat16 bytes to remove, in (0, 1).
     bits : float
         In its place: bits a weight, all that is stored counted; between 0 and 16.
-    value_bits : {16, 14, 8, 6, 4}
+    value_bits : {16, 14, 8, 6, 4, 3, 2}
         Bits a stored code value takes; at most, of the methods that choose them.
-    dictionary_bits : {16, 8, 6, 4}
+    dictionary_bits : {16, 8, 6, 4, 3, 2}
         Bits a number of the dictionary takes.
     block_size : int or None
         Integers that share a scale, where values or dictionary are integers; None, all of a column or an atom.
-    rounding : {"nearest", "truncate"}
-        How values are cut to their bits; the paper truncates.
+    rounding : {"nearest", "truncate", "optimal"}
+        How values are cut to their bits; the paper truncates. Optimal: factors are rounded together for the least
+        error, which 3 and 2 bits need.
     device : str, optional
         Where to compute: ``"cpu"``, ``"cuda"``; None: where `weight` is.
     log : callable, optional
@@ -95,16 +97,21 @@ def factorize(
         Fit(storage=storage_of(codes), device=device, log=log),
         **METHODS[method].own(complete),
     )
-    if not factorization.settled:
+    if rounding == "optimal":
+        (factorization,) = round_factors([matrix], [factorization], {**codes, "rounding": rounding})
+    elif not factorization.settled:
         factorization = replace(factorization, rounding=rounding)
     if is_tensor:
         import torch
 
-        factorization = replace(
-            factorization,
-            dictionary=torch.as_tensor(factorization.dictionary, device=weight.device),
-            codes=torch.as_tensor(factorization.codes, device=weight.device),
-        )
+        def on_device(part: Factorization) -> Factorization:
+            dictionary = None if part.dictionary is None else torch.as_tensor(part.dictionary, device=weight.device)
+            plus = [on_device(other) for other in part.plus]
+            return replace(
+                part, dictionary=dictionary, codes=torch.as_tensor(part.codes, device=weight.device), plus=plus
+            )
+
+        factorization = on_device(factorization)
     return factorization
 
 
@@ -128,8 +135,9 @@ def _check(
             faults.append(f"{name} is {codes[name]}; allowed: {', '.join(map(str, allowed))}")
     if codes["block_size"] is not None and codes["block_size"] < 1:
         faults.append(f"block_size is {codes['block_size']}; allowed: at least 1, or None")
-    if rounding not in ROUNDINGS:
-        faults.append(f"rounding is {rounding!r}; allowed: {', '.join(ROUNDINGS)}")
+    roundings = (*ROUNDINGS, "optimal")
+    if rounding not in roundings:
+        faults.append(f"rounding is {rounding!r}; allowed: {', '.join(roundings)}")
     if weight.ndim != 2 or 0 in weight.shape:
         faults.append(f"weight has shape {tuple(weight.shape)}; expected (d_in, d_out)")
     elif gram is not None and tuple(gram.shape) != (weight.shape[0], weight.shape[0]):
@@ -139,6 +147,7 @@ def _check(
     else:
         faults += option_faults(METHODS[method].own(METHODS[method].options), options)
     if not faults:
+        faults += bits_faults({**codes, "rounding": rounding}, own_codec=METHODS[method].own_codec)
         settings = {**METHODS[method].complete(options), "ratio": ratio, "codes": codes}
         faults += METHODS[method].faults(settings, [[Target(0, "weight", tuple(weight.shape))]])
     if faults:

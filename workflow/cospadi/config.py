@@ -24,7 +24,7 @@ from jsonschema import Draft202012Validator, ValidationError, validators
 
 from cospadi.budget import ratio_of
 from cospadi.errors import ConfigError
-from cospadi.formats.values import CODEC_OF_BITS, DICTIONARY_BITS
+from cospadi.formats.values import CODEC_OF_BITS, DICTIONARY_BITS, bits_faults
 from cospadi.methods import METHODS, warm_start_faults
 from cospadi.methods.base import sharing_option_faults
 from cospadi.pruning import PRUNERS
@@ -574,6 +574,8 @@ def _step_faults(where: str, variant: dict[str, Any]) -> Iterator[str]:
         entry = (PRUNERS | METHODS)[variant["method"]]
         yield from (f"{where}.{fault}" for fault in entry.faults(variant))
         yield from (f"{where}.{fault}" for fault in sharing_option_faults(variant, entry.defaults()))
+        if "codes" in variant:
+            yield from (f"{where}.codes.{fault}" for fault in bits_faults(variant["codes"], own_codec=entry.own_codec))
         for name, default in (("column_power", 0.5), ("activation_share", 0.0)):
             if variant.get("metric") == "activations" and variant[name] != default:
                 yield f"{where}.{name}: {_show(variant[name])} says how gradients weigh; set metric to gradients"

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,9 @@ from cospadi.formats.factorization import Factorization, dictionary_names, read_
 from cospadi.formats.values import storage_of
 from cospadi.gram import check_grams
 from cospadi.learning import FORMAT_VERSION, gradients_of, provenance
-from cospadi.problem import Metric, matrices_of
+from cospadi.problem import Matrix, in_turn, matrices_of
 from cospadi.provenance import CALIBRATION, check_provenance
+from cospadi.runtime.cospadi_format import parts_of
 from cospadi.runtime.cospadi_registry import FACTOR_CODECS, SUPPORTS
 
 _REMEDY = "Delete it and run again to learn this unit anew"
@@ -58,38 +58,42 @@ def quantize_unit(
     specs: dict[str, Any] = {}
     reports: dict[str, Any] = {}
     kept_dense = learned.metadata.get("kept_dense", {})
-    dense_nbytes_all = 0
-    metric: Metric | None = None
-    for matrix in matrices_of(folder, structure, layers, gram_files, gradients=gradients):
-        name = matrix.name
-        dense_nbytes_all += dense_nbytes(*matrix.shape)
-        if matrix.metric is not metric and metric is not None:  # q, k and v follow each other and share one
-            metric.forget()
-        metric = matrix.metric
-        if name in kept_dense or (variant.get("targets") and matrix.projection not in variant["targets"]):
-            continue
+
+    def learned_factors(name: str) -> Factorization:
         if name not in learned_specs:
             raise ArtifactError(factors, f"has no factors of {name}", _REMEDY)
         spec = learned_specs[name]
         parts = {tensor: learned.read(tensor) for tensor in tensor_names(name, spec)}
-        weight = matrix.weight()
-        factorization = round_factors(unpack(parts, spec, name, source=factors, remedy=_REMEDY), codes, weight, metric)
-        packed, specs[name] = factorization.pack(name)
-        tensors.update(packed)
-        stored = unpack(packed, specs[name], name)
-        size, error = matrix.squared_norm(weight), matrix.squared_norm(weight - stored.reconstruct().astype(np.float64))
-        reports[name] = {
-            # a shared dictionary is in the file once: each matrix counts its part of it
-            "nbytes": sum(
-                tensor.nbytes / max(1, sharers[part.removesuffix("_scales")]) for part, tensor in packed.items()
-            ),
-            "dense_nbytes": dense_nbytes(*weight.shape),
-            "squared_norm": size,
-            "squared_error": error,
-            "relative_error": math.sqrt(max(error, 0.0) / size),
-            **matrix.predicted_rise(error),
-        }
-        log(f"{name}: {reports[name]['nbytes']:.0f} bytes, relative error {reports[name]['relative_error']:.4f}")
+        return unpack(parts, spec, name, source=factors, remedy=_REMEDY)
+
+    matrices = list(matrices_of(folder, structure, layers, gram_files, gradients=gradients))
+    dense_nbytes_all = sum(dense_nbytes(*matrix.shape) for matrix in matrices)
+    chosen = [
+        matrix
+        for matrix in matrices
+        if matrix.name not in kept_dense and (not variant.get("targets") or matrix.projection in variant["targets"])
+    ]
+    for group in in_turn(_rounded_together(chosen, learned_specs, codes)):
+        rounded = round_factors(group, [learned_factors(matrix.name) for matrix in group], codes)
+        for matrix, factorization in zip(group, rounded, strict=True):
+            name, weight = matrix.name, matrix.weight()
+            packed, specs[name] = factorization.pack(name)
+            tensors.update(packed)
+            stored = unpack(packed, specs[name], name)
+            size = matrix.squared_norm(weight)
+            error = matrix.squared_norm(weight - stored.reconstruct().astype(np.float64))
+            reports[name] = {
+                # a shared dictionary is in the file once: each matrix counts its part of it
+                "nbytes": sum(
+                    tensor.nbytes / max(1, sharers[part.removesuffix("_scales")]) for part, tensor in packed.items()
+                ),
+                "dense_nbytes": dense_nbytes(*weight.shape),
+                "squared_norm": size,
+                "squared_error": error,
+                "relative_error": math.sqrt(max(error, 0.0) / size),
+                **matrix.predicted_rise(error),
+            }
+            log(f"{name}: {reports[name]['nbytes']:.0f} bytes, relative error {reports[name]['relative_error']:.4f}")
     strange = learned_specs.keys() - specs.keys()
     if strange:
         raise ArtifactError(
@@ -113,29 +117,38 @@ def quantize_unit(
 
 
 def round_factors(
-    factorization: Factorization, codes: Mapping[str, Any], weight: np.ndarray, metric: Metric
-) -> Factorization:
+    matrices: Sequence[Matrix], factors: Sequence[Factorization], codes: Mapping[str, Any]
+) -> list[Factorization]:
     """Learned float32 factors with the codecs, scales and rounding that the config's section ``codes`` asks for.
 
-    Settled ones are as they will be. With ``rounding: optimal`` the dictionary is rounded first, then the codes against
-    it (`rounding.round_codes`).
+    Settled ones are as they will be. With ``rounding: optimal`` all parts are rounded together, in the metric, of all
+    matrices that share a dictionary (`rounding.round_together`).
     """
-    if factorization.settled:
-        return factorization
+    if all(one.settled for one in factors):
+        return list(factors)
     optimal = codes["rounding"] == "optimal"
-    chosen = factorization.with_storage(
-        **storage_of(codes),
-        rounding="nearest" if optimal else codes["rounding"],
-    )
-    if not optimal or SUPPORTS[chosen.support].mixes:
+    rounding = "nearest" if optimal else codes["rounding"]
+    chosen = [one.with_storage(**storage_of(codes), rounding=rounding) for one in factors]
+    if not optimal or chosen[0].on.mixes:
         return chosen
-    from cospadi.rounding import round_codes  # numba, which the other roundings do without
+    from cospadi.rounding import round_together  # numba, which the other roundings do without
 
-    held = chosen.quantized()
-    for part in held.plus:  # the codes are rounded against what the other parts leave
-        weight = weight - part.reconstruct()
-    mask = np.ones(chosen.codes.shape, bool) if held.mask is None else held.mask
-    rounded, scales = round_codes(
-        chosen.codes, mask, held.dictionary, weight, metric.gram, codec=chosen.value_codec, block_size=chosen.block_size
-    )
-    return replace(chosen, codes=rounded, mask=held.mask, scales=scales)
+    weights = [matrix.weight() for matrix in matrices]
+    prices = [matrix.weighted(np.ones(matrix.shape[1], np.float32)) for matrix in matrices]
+    return round_together(weights, [matrix.metric.gram for matrix in matrices], chosen, prices)
+
+
+def _rounded_together(
+    matrices: Iterable[Matrix], specs: Mapping[str, Any], codes: Mapping[str, Any]
+) -> list[list[Matrix]]:
+    """Matrices whose dictionaries are rounded in the metric of all who share them, together; others alone."""
+    groups: dict[str, list[Matrix]] = {}
+    for matrix in matrices:
+        own = [
+            part["dictionary"]["tensor"]
+            for part in parts_of(matrix.name, specs.get(matrix.name, {"plus": ()})).values()
+            if "tensor" in part.get("dictionary", {}) and not SUPPORTS[part["codes"]["support"]].mixes
+        ]
+        shares = own and codes["rounding"] == "optimal"
+        groups.setdefault(own[0] if shares else matrix.name, []).append(matrix)
+    return list(groups.values())

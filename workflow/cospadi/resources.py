@@ -200,9 +200,10 @@ class Estimates:
             k = min(d_in, d_out)  # atoms, about: bytes are for fewer, but for many bits in the codes
             at_once = max(at_once, 2 * 8 * d_in**2 + 4 * 8 * d_in * d_out + 4 * 4 * k * d_out)
             flops += 4 * d_in**2 * d_out + 4 * d_in * d_out * k
-        # rounding in the metric goes through the atoms one by one
-        optimal = settings.get("codes", {}).get("rounding") == "optimal"
-        core = n_layers * flops * (4 if optimal else 1) / FACTOR
+            if settings.get("codes", {}).get("rounding") == "optimal":
+                # columns are solved one by one on their supports, with few bits of nearly all atoms, and some again
+                flops += 3 * d_out * k**3 / 3
+        core = n_layers * flops / FACTOR
         return Work(_NUMPY + 2 * packed + at_once, 1 + packed / READ, core, disk=packed)
 
     def assemble(self) -> Work:

@@ -129,6 +129,11 @@ class Product:
         """What values are stored with."""
         return self.on.value_codec(self.value_codec)
 
+    def stored_mask(self) -> np.ndarray:
+        """Codes that are stored, bool (k, d_out): all of them where the support stores no positions."""
+        mask = self._mask()
+        return np.ones(self.codes.shape, bool) if mask is None else mask
+
     def _mask(self) -> np.ndarray | None:
         """Codes that are stored, (k, d_out); None where the support stores no positions."""
         if not self.on.is_stored:

@@ -6,7 +6,7 @@ equal the sizes of the arrays returned here, which are the tensors written to th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,9 @@ DICTIONARY_BITS = tuple(codec.bits for codec in _CHOSEN if codec.for_dictionarie
 # The config's ``codes.block_size``, as a default where none is given: numbers of a block
 BLOCK_SIZE = 64
 
+# Rounded each for itself to fewer bits, codes of atoms are worse than none
+FEWEST_ALONE = 4
+
 # What every run has tensors of, whatever its variants choose
 _ALWAYS = ("float32", "bf16")
 
@@ -46,6 +49,13 @@ def storage_of(codes: Mapping[str, Any]) -> dict[str, Any]:
         "dictionary_codec": CODEC_OF_BITS[codes.get("dictionary_bits", 16)],
         "block_size": codes.get("block_size", BLOCK_SIZE),
     }
+
+
+def bits_faults(codes: Mapping[str, Any], *, own_codec: bool) -> Iterator[str]:
+    """Bits of the config's section ``codes`` that its rounding cannot do with; `own_codec`: values are not rounded."""
+    for key in ("dictionary_bits",) if own_codec else ("value_bits", "dictionary_bits"):
+        if codes[key] < FEWEST_ALONE and codes["rounding"] != "optimal":
+            yield f"{key}: {codes[key]} are too few for numbers that are rounded one by one; set rounding to optimal"
 
 
 def modules_of(settings: Mapping[str, Any]) -> list[str]:

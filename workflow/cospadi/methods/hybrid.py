@@ -127,7 +127,7 @@ def fit(
         n_atoms = min(trials, key=trials.get, default=0)
     else:
         n_atoms = atoms_by_rule(d_in, d_out, nbytes, pattern) if atoms is None else atoms
-    if n_atoms and _fits(room, n_atoms):
+    if n_atoms and best.error > 0 and _fits(room, n_atoms):  # few bits may be enough to keep every weight
         found = with_atoms(n_atoms, max_iter, how.log)
         if how.log is not None:
             how.log(f"{n_atoms} atoms: squared error {found.error / best.error:.3f} of that without")

@@ -23,9 +23,6 @@ class Integers(Codec):
         self.stream = bits < 8
         self.dtype = "U8" if self.stream else "I8"
         self.low, self.high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-        # rounded each for itself to three or two bits, codes of atoms are worse than none: methods that make up for
-        # the errors choose these themselves
-        self.for_configs = self.for_dictionaries = bits >= 4
 
     def pack(self, numbers: np.ndarray, rounding: str) -> np.ndarray:
         whole = np.rint(numbers) if rounding == "nearest" else np.trunc(numbers)
