@@ -43,9 +43,10 @@ def environment_of(project: Path) -> dict[str, str]:
 @functools.cache
 def _warm() -> subprocess.Popen[str]:
     """The process that starts snakemake in this one's stead (warm.py); it ends when this one does."""
-    command = [sys.executable, str(Path(__file__).with_name("warm.py"))]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=environment_of(PROJECT), stdin=pipe, stdout=pipe, text=True, bufsize=1)
+    command, pipe = [sys.executable, str(Path(__file__).with_name("warm.py"))], subprocess.PIPE
+    # what is imported once has one number of threads: that of the tests' jobs
+    environment = environment_of(PROJECT) | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    return subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True, bufsize=1)
 
 
 def snakemake(project: Path, *arguments: str) -> tuple[int, str]:

@@ -84,11 +84,13 @@ def set_threads(count: int) -> None:
 
 
 def without_torch() -> None:
-    """Have transformers do without torch in this process; call before anything imports either.
+    """Have transformers do without torch in this process, unless it is imported already.
 
     For jobs that need nothing of transformers but tokenizers: torch, and what transformers imports beside it, would be
     most of the seconds that such a job takes.
     """
+    if "torch" in sys.modules:
+        return
     os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # that models are not there
     sys.modules["torch"] = None  # type: ignore[assignment]  # Python's way to say that there is none
     from transformers.utils import is_torch_available
