@@ -41,21 +41,22 @@ def pack_codes(
     mask : ndarray (k, d_out), bool, or None
         Codes that are stored; None where the support stores no positions.
     scales : array, optional
-        Default: `values.find_scales`. Of an entropy-coded matrix its steps (k,), which it needs, and behind them the
-        scales of its columns, where its codec has some.
+        Default: `values.find_scales`. A codec of whole matrices needs its own, as `Product` has them.
     """
     on = SUPPORTS[support]
     tensors = {f"{name}.support": on.pack(mask)} if on.is_stored else {}
     values = on.values(codes, mask)
     spec = {"codec": codec, "support": support, "n_nonzero": int(values.size)}
-    if FACTOR_CODECS[codec].variable:
-        steps, columns = np.split(to_numpy(scales), [len(codes)])
-        if FACTOR_CODECS[codec].scaled:
-            codes = multiples_of_steps(codes, steps, columns, block_size)
+    chosen = FACTOR_CODECS[codec]
+    if chosen.whole:
+        scales = to_numpy(scales)
+        if chosen.scaled:
+            scales, columns = np.split(scales, [len(codes)])
+            codes = multiples_of_steps(codes, scales, columns, block_size)
             tensors[f"{name}.scales"] = columns.astype(BFLOAT16)
             spec |= {"group_size": block_size, "n_scales": columns.size}
-        stored = FACTOR_CODECS[codec].pack_codes(codes, steps)
-        return {**tensors, f"{name}.values": stored}, {**spec, "n_bytes": stored.nbytes}
+        stored = chosen.pack_codes(codes, scales)
+        return {**tensors, f"{name}.values": stored}, spec | ({"n_bytes": stored.nbytes} if chosen.variable else {})
     tensors[f"{name}.values"], found = store(
         values,
         codec,
@@ -75,10 +76,8 @@ def unpack_codes(
     """Inverse of `pack_codes`: codes, mask and scales."""
     on, codec = SUPPORTS[spec["support"]], spec["codec"]
     mask = on.unpack(tensors[f"{name}.support"], k) if on.is_stored else None
-    if FACTOR_CODECS[codec].variable:
-        stored = np.asarray(tensors[f"{name}.values"])
-        scales = FACTOR_CODECS[codec].steps(stored)
-        codes = on.codes(FACTOR_CODECS[codec].unpack(stored, d_out * k), None, k, d_out)
+    if FACTOR_CODECS[codec].whole:
+        codes, scales = FACTOR_CODECS[codec].unpack_codes(np.asarray(tensors[f"{name}.values"]), (k, d_out))
         if FACTOR_CODECS[codec].scaled:
             columns = np.asarray(tensors[f"{name}.scales"]).astype(np.float32)
             codes = codes * _of_every_code(columns, k, d_out, spec["group_size"])

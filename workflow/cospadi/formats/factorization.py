@@ -109,6 +109,10 @@ class Factorization(Product):
             return replace(self, codes=to_numpy(self.codes) * weights, plus=plus)
         if FACTOR_CODECS[self.value_codec].variable:
             return self._with_columns_of_a_stream_times(weights)
+        if FACTOR_CODECS[self.value_codec].whole:
+            codec = FACTOR_CODECS[self.value_codec]
+            codes, scales = codec.with_columns_times(to_numpy(self.codes), to_numpy(self.scales), weights)
+            return replace(self, codes=codes, scales=scales, plus=plus)
         codes, counts = to_numpy(self.codes), self._counts()
         blocks = blocks_of_columns(counts, self.block_size)
         columns = np.zeros(int(blocks.max(initial=-1)) + 1, np.int64)

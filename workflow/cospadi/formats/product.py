@@ -37,7 +37,8 @@ class Product:
         Numbers a scale covers where a codec has scales: stored values of a column, rows of an atom; None, all of them.
     scales, dictionary_scales : array, optional
         Scales that codes and dictionary are multiples of already; found by `values.find_scales` where they are needed
-        and not given. Of entropy-coded codes the step of every row, (k,), float32, then the scales of its columns.
+        and not given. Of entropy-coded codes the step of every row, (k,), float32, then the scales of its columns; of
+        trellis-coded ones the scales of rows and columns, (k + d_out,), float32.
     mask : array (k, d_out), bool, optional
         Codes that are stored, some of which may be zero; default: the nonzeros.
     tensor : str, optional
@@ -75,7 +76,7 @@ class Product:
     @property
     def nbytes(self) -> int:
         """Bytes it takes in the file: dictionary, values, scales and support."""
-        if FACTOR_CODECS[self._value_codec].variable:
+        if FACTOR_CODECS[self._value_codec].whole:
             return sum(tensor.nbytes for tensor in Product.pack(self, "m")[0].values())
         (d_in, d_out), k, counts = self.shape, self.n_atoms, self._counts()
         codec = IDENTITY if self.dictionary is None else self.dictionary_codec

@@ -26,6 +26,7 @@ from cospadi.methods import (
     sparsegpt,
     svd_llm,
     svd_llm_v2,
+    trellis,
     wanda,
 )
 from cospadi.methods.base import Method, planned_problems
@@ -50,6 +51,7 @@ _MODULES = (
     rtn,
     gptq,
     ectcq,
+    trellis,
 )
 METHODS: dict[str, Method] = {module.METHOD.name: module.METHOD for module in _MODULES}
 

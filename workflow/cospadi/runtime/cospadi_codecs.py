@@ -71,7 +71,7 @@ def decode_codes(
     d_out, k = spec["shape"][1], spec["dictionary"]["n_atoms"]
     codec, n, shifted = spec["codes"]["codec"], spec["codes"]["n_nonzero"], CODECS[spec["codes"]["codec"]].shifted
     mask = None
-    if CODECS[codec].variable:
+    if CODECS[codec].whole:
         halves = scales is None and dtype == torch.bfloat16
         codes = CODECS[codec].decode(values.to(torch.uint8), (d_out, k), halves=halves)
     elif support is None and not shifted:

@@ -30,10 +30,11 @@ import torch
 
 from .cospadi_codecs import tensor_shapes
 from .cospadi_cpu_source import SOURCE
+from .cospadi_registry import CODECS as ALL_CODECS
 
 logger = logging.getLogger("cospadi.runtime")
 
-CODECS = {"bf16": 0, "bf14": 1, "int8": 2, "int4": 3, "identity": 4}
+CODECS = {"bf16": 0, "bf14": 1, "int8": 2, "int4": 3, "identity": 4, "trellis2": 5, "trellis3": 5, "trellis4": 5}
 SUPPORTS = {"dense": 0, "bitmask": 1, "2:4": 2}
 DTYPES = (torch.bfloat16, torch.float32)
 
@@ -94,7 +95,7 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
 class _Matrix(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("d_in", "d_out", "k", "n_nonzero", "dictionary_codec")),
-        *((name, ctypes.c_int64) for name in ("dictionary_group", "codec", "support", "group")),
+        *((name, ctypes.c_int64) for name in ("dictionary_group", "codec", "bits", "support", "group")),
         *((name, ctypes.c_void_p) for name in ("dictionary", "values", "positions", "dictionary_scales", "scales")),
         ("starts", ctypes.c_void_p),
     ]
@@ -145,6 +146,9 @@ class BoundMatrix:
         self.nbytes = sum(tensor.nbytes for tensor in tensors.values())
         self._starts = torch.empty(-(-d_out // _BLOCK) + 1, 2, dtype=torch.int64)
         address = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+        codec = ALL_CODECS[codes["codec"]]
+        if codec.whole:  # its scales follow the numbers
+            address["scales"] = address["values"] + codec.n_stream_bytes(self.n_atoms, d_out)
         self._matrix = _Matrix(
             d_in=d_in,
             d_out=d_out,
@@ -153,6 +157,7 @@ class BoundMatrix:
             dictionary_codec=CODECS[dictionary["codec"]],
             dictionary_group=min(dictionary.get("group_size") or d_in, d_in),
             codec=CODECS[codes["codec"]],
+            bits=codec.bits,
             support=SUPPORTS[codes["support"]],
             group=min(codes.get("group_size") or self.n_atoms, self.n_atoms),
             dictionary=address.get("dictionary"),

@@ -27,7 +27,7 @@ SOURCE = r"""
  * What is read from a Matrix was checked when it was bound (`cospadi_starts` and BoundMatrix): sizes, counts of bits,
  * pairs, groups. So nothing is checked here again. */
 
-enum { BF16, BF14, INT8, INT4, IDENTITY };
+enum { BF16, BF14, INT8, INT4, IDENTITY, TRELLIS };
 enum { DENSE, BITMASK, TWO_OF_FOUR };
 enum { FIRST = 1, LAST = 2, UNPACK = 4, MANY = 8 };
 enum { BLOCK = 16 };  /* columns between two entries of `starts` */
@@ -37,9 +37,9 @@ enum { MARGIN = 32 }; /* values before the end that are decoded from a padded co
 typedef struct {
     int64_t d_in, d_out, k, n_nonzero;
     int64_t dictionary_codec, dictionary_group;
-    int64_t codec, support, group;
+    int64_t codec, bits, support, group;
     const uint8_t *dictionary, *values, *positions;
-    const uint16_t *dictionary_scales, *scales;
+    const uint16_t *dictionary_scales, *scales; /* of a trellis those of the rows, then of the columns, at any address */
     const int64_t *starts; /* (blocks + 1, 2): first value and first scale of every block of columns */
 } Matrix;
 
@@ -57,7 +57,7 @@ typedef struct {
     float *z; /* (batch, stride), zero from k on */
     void *y;
     float *shares; /* (threads, batch, stride) */
-    const float *halves; /* (batch, stride): of every 2 LANES atoms the even ones of z, then the odd ones */
+    float *halves; /* (batch, stride): of every 2 LANES atoms the even ones of z, then the odd ones; see `lay_out_z` */
     int64_t batch, stride, is_bf16, stages;
     const float *before; /* (batch, d_out): what other matrices gave, or NULL */
     float *after;        /* the same for those that follow; NULL: y is written */
@@ -657,7 +657,287 @@ INLINE void columns_with(const Task *t, int codec, int support, int64_t first, i
     CASE(INT8, DENSE) CASE(INT8, BITMASK) CASE(INT8, TWO_OF_FOUR) \
     CASE(INT4, DENSE) CASE(INT4, BITMASK) CASE(INT4, TWO_OF_FOUR)
 
+/* ---- a trellis: codes of a few bits that are read with those before them in their row ----
+ *
+ * The bytes of 32 rows lie side by side: a *plane* is one byte of each. Two planes are 32 words of 16 bits; a state is 12
+ * bits of such a word, or of two, and becomes a value by a few integer operations, 16 at a time (`value_of` of
+ * `cospadi_trellis`). Of every column sums of 8 rows are kept until all rows have been there. */
+
+enum { ROWS_ASIDE = 32, TILE = 256 }; /* TILE: columns whose sums stay in the first cache, times rows of x */
+enum { MULTIPLIER = 16 * 1077, MIDDLE = 4012, SLOPE = 5082, STATE = 4095 };
+
+INLINE float scale_at(const Matrix *m, int64_t i) {
+    uint16_t word;
+    memcpy(&word, (const uint8_t *)m->scales + 2 * i, 2);
+    return float_of(word);
+}
+
+/* an entry of z; where the dictionary is the identity, of x, which needs no copy then */
+INLINE float z_at(const Task *t, int64_t b, int64_t i) {
+    if (t->m->dictionary_codec != IDENTITY) return t->z[b * t->stride + i];
+    return t->is_bf16 ? float_of(((const uint16_t *)t->x)[b * t->m->k + i]) : ((const float *)t->x)[b * t->m->k + i];
+}
+
+INLINE int64_t bytes_of_row(const Matrix *m) { return (m->bits * m->d_out + 7) / 8; }
+
+/* The planes of 16 columns from column j on, and the two before, as 32 rows have them: where they lie, or, if there are
+ * fewer rows or not so many planes, a copy. Planes that are not there are zero. */
+enum { PLANES = 2 + 2 * 4 };
+INLINE const uint8_t *planes_of(const Matrix *m, int bits, int64_t group, int64_t j, uint8_t *copy) {
+    const int64_t from = bits * j / 8 - 2, to = from + 2 + 2 * bits;
+    const int64_t in_row = bytes_of_row(m), left = m->k - group * ROWS_ASIDE;
+    const int64_t rows = left < ROWS_ASIDE ? left : ROWS_ASIDE;
+    const uint8_t *first = m->values + group * ROWS_ASIDE * in_row;
+    if (__builtin_expect(from >= 0 && to <= in_row && rows == ROWS_ASIDE, 1)) return first + from * ROWS_ASIDE;
+    memset(copy, 0, (size_t)((to - from) * ROWS_ASIDE));
+    for (int64_t p = from < 0 ? 0 : from; p < to && p < in_row; p++)
+        memcpy(copy + (p - from) * ROWS_ASIDE, first + p * rows, (size_t)rows);
+    return copy;
+}
+
+#if defined(__AVX2__) && defined(__FMA__)
+typedef __m256i Planes;
+typedef struct { __m256i low, high; } Words32; /* of rows 0 to 7 and 16 to 23, and of rows 8 to 15 and 24 to 31 */
+
+INLINE Planes plane(const uint8_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
+
+/* words of which the byte is the lower half, `next` the upper one */
+INLINE Words32 joined(Planes byte, Planes next) {
+    return (Words32){_mm256_unpacklo_epi8(byte, next), _mm256_unpackhi_epi8(byte, next)};
+}
+
+/* what begins at bit `at`, 5 to 7, of the words; `next` are those a byte on */
+INLINE Words32 shifted(Words32 words, Words32 next, const int at) {
+    words.low = _mm256_or_si256(_mm256_srli_epi16(words.low, at), _mm256_slli_epi16(next.low, 8 - at));
+    words.high = _mm256_or_si256(_mm256_srli_epi16(words.high, at), _mm256_slli_epi16(next.high, 8 - at));
+    return words;
+}
+
+/* values of two columns: of words 0 and 1 the states that begin at bit `at`, of words 2 and 3 those from `then`, 0 to 4.
+ * Four at a time, step by step: one after the other they would fill the processor's window with what waits */
+typedef struct { __m256i of[4]; } Pair;
+INLINE Pair values_of(Words32 words, const int at, Words32 more, const int then) {
+    const int from[4] = {at, at, then, then};
+    __m256i flat[4] = {words.low, words.high, more.low, more.high}, bend[4];
+    Pair value;
+    for (int i = 0; i < 4; i++) /* what is above a state leaves by the multiplication */
+        if (from[i]) flat[i] = _mm256_and_si256(flat[i], _mm256_set1_epi16((int16_t)(0xffff << from[i])));
+    for (int i = 0; i < 4; i++)
+        flat[i] = _mm256_mullo_epi16(flat[i], _mm256_set1_epi16((int16_t)(MULTIPLIER >> from[i])));
+    for (int i = 0; i < 4; i++) bend[i] = _mm256_mulhi_epi16(flat[i], flat[i]);
+    for (int i = 0; i < 4; i++) bend[i] = _mm256_sub_epi16(bend[i], _mm256_set1_epi16(MIDDLE));
+    for (int i = 0; i < 4; i++) bend[i] = _mm256_mulhrs_epi16(bend[i], bend[i]);
+    for (int i = 0; i < 4; i++) bend[i] = _mm256_add_epi16(bend[i], _mm256_set1_epi16(SLOPE));
+    for (int i = 0; i < 4; i++) value.of[i] = _mm256_mulhrs_epi16(flat[i], bend[i]);
+    return value;
+}
+
+/* values of n columns, 16 or a multiple, from planes that begin 2 bytes before, and what is done with each two */
+#define EACH_TWO(bits, p, n, USE) do { \
+    Planes b0 = plane(p), b1 = plane(p + 32); \
+    for (int c = 0; bits == 4 && c < n; c += 2) { \
+        const Planes b2 = plane(p + 64 + 16 * c); \
+        const Words32 w1 = joined(b1, b2); \
+        USE(c, values_of(w1, 0, w1, 4)); \
+        b1 = b2; \
+    } \
+    for (int c = 0; bits == 3 && c < n; c += 8) { \
+        const Planes b2 = plane(p + 64 + 12 * c), b3 = plane(p + 96 + 12 * c), b4 = plane(p + 128 + 12 * c); \
+        const Words32 w0 = joined(b0, b1), w1 = joined(b1, b2), w2 = joined(b2, b3), w3 = joined(b3, b4); \
+        USE(c, values_of(shifted(w0, w1, 7), 0, w1, 2)); \
+        USE(c + 2, values_of(shifted(w1, w2, 5), 0, w2, 0)); \
+        USE(c + 4, values_of(w2, 3, shifted(w2, w3, 6), 0)); \
+        USE(c + 6, values_of(w3, 1, w3, 4)); \
+        b0 = b3, b1 = b4; \
+    } \
+    for (int c = 0; bits == 2 && c < n; c += 4) { \
+        const Planes b2 = plane(p + 64 + 8 * c); \
+        const Words32 w0 = joined(b0, b1), w1 = joined(b1, b2); \
+        USE(c, values_of(shifted(w0, w1, 6), 0, w1, 0)); \
+        USE(c + 2, values_of(w1, 2, w1, 4)); \
+        b0 = b1, b1 = b2; \
+    } \
+} while (0)
+
+/* z times the scales of the rows, in the order in which `sums_of_pair` has values: of 16-bit words those in the lower
+ * halves of 32 bits, then those in the upper halves */
+static void lay_out_z(const Task *t) {
+    const Matrix *m = t->m;
+    for (int64_t b = 0; b < t->batch; b++)
+        for (int64_t group = 0; group < m->k; group += ROWS_ASIDE) {
+            const int64_t rows = m->k - group < ROWS_ASIDE ? m->k - group : ROWS_ASIDE;
+            float z[ROWS_ASIDE] = {0}, *out = t->halves + b * t->stride + group;
+            for (int64_t i = 0; i < rows; i++) z[i] = z_at(t, b, group + i) * scale_at(m, group + i);
+            for (int i = 0; i < ROWS_ASIDE; i++) {
+                const int word = 2 * (i % 8) + (i / 8 & 1);
+                out[i] = z[word / 8 * 16 + word % 8 + i / 16 * 8];
+            }
+        }
+}
+
+/* adds the products of two columns' values, times 65536, to 8 sums of each */
+INLINE void sums_of_pair(Pair value, const float *z, float *sums, int step) {
+    __m256 lower[4], upper[4];
+    for (int i = 0; i < 4; i++) lower[i] = _mm256_cvtepi32_ps(_mm256_slli_epi32(value.of[i], 16));
+    for (int i = 0; i < 4; i++)
+        upper[i] = _mm256_cvtepi32_ps(_mm256_and_si256(value.of[i], _mm256_set1_epi32((int)0xffff0000)));
+    for (int c = 0; c < 2; c++, sums += step) {
+        __m256 sum = _mm256_fmadd_ps(lower[2 * c], _mm256_loadu_ps(z), _mm256_load_ps(sums));
+        sum = _mm256_fmadd_ps(upper[2 * c], _mm256_loadu_ps(z + 8), sum);
+        sum = _mm256_fmadd_ps(lower[2 * c + 1], _mm256_loadu_ps(z + 16), sum);
+        _mm256_store_ps(sums, _mm256_fmadd_ps(upper[2 * c + 1], _mm256_loadu_ps(z + 24), sum));
+    }
+}
+
+INLINE float sum_of_8(const float *p) {
+    __m128 h = _mm_add_ps(_mm_load_ps(p), _mm_load_ps(p + 4));
+    h = _mm_add_ps(h, _mm_movehl_ps(h, h));
+    return _mm_cvtss_f32(_mm_add_ss(h, _mm_movehdup_ps(h)));
+}
+
+INLINE void trellis_with(const Task *t, int bits, int batch, int64_t b0, int64_t first, int64_t last) {
+    const Matrix *m = t->m;
+    const int64_t ahead = ROWS_ASIDE * bytes_of_row(m);
+    float sums[TILE * 8] __attribute__((aligned(32)));
+    uint8_t copy[PLANES * ROWS_ASIDE];
+    for (int64_t tile = first; tile < last; tile += TILE / batch) {
+        const int64_t end = tile + TILE / batch < last ? tile + TILE / batch : last;
+        memset(sums, 0, sizeof sums);
+        for (int64_t group = 0; group * ROWS_ASIDE < m->k; group++) {
+            const float *z = t->halves + b0 * t->stride + group * ROWS_ASIDE;
+            for (int64_t j = tile, next; j < end; j = next) {
+                const uint8_t *p = planes_of(m, bits, group, j, copy);
+                const int64_t in_place = p == copy ? j : bytes_of_row(m) * 8 / bits / 16 * 16;
+                float *at = sums + (j - tile) * batch * 8;
+                next = in_place < j + 16 ? j + 16 : in_place < end ? in_place : (end + 15) / 16 * 16;
+#define ADD(c, values) do { \
+                const Pair pair = values; \
+                __builtin_prefetch(p + ahead + 4 * bits * (c)); /* the next rows' */ \
+                for (int b = 0; b < batch; b++) \
+                    sums_of_pair(pair, z + b * t->stride, at + ((c) * batch + b) * 8, 8 * batch); \
+                } while (0)
+                EACH_TWO(bits, p, next - j, ADD);
+#undef ADD
+            }
+        }
+        for (int64_t j = tile; j < end; j++)
+            for (int b = 0; b < batch; b++) {
+                const float y = sum_of_8(sums + ((j - tile) * batch + b) * 8) * (1.0f / 65536);
+                put(t, (b0 + b) * m->d_out + j, y * scale_at(m, m->k + j));
+            }
+    }
+}
+
+INLINE void unpack_trellis_with(const Task *t, int bits, int64_t first, int64_t last) {
+    const Matrix *m = t->m;
+    uint8_t copy[PLANES * ROWS_ASIDE];
+    for (int64_t group = 0; group < m->k; group += ROWS_ASIDE) {
+        float scales[ROWS_ASIDE] = {0};
+        for (int64_t i = 0; i < ROWS_ASIDE && group + i < m->k; i++) scales[i] = scale_at(m, group + i);
+        for (int64_t tile = first; tile < last; tile += 16) {
+            const uint8_t *p = planes_of(m, bits, group / ROWS_ASIDE, tile, copy);
+            int16_t values[16][ROWS_ASIDE] __attribute__((aligned(32)));
+#define KEEP(c, values_of_two) do { \
+            const Pair pair = values_of_two; \
+            for (int i = 0; i < 4; i++) { \
+                int16_t *to = values[(c) + i / 2] + 8 * (i % 2); \
+                _mm_store_si128((__m128i *)to, _mm256_castsi256_si128(pair.of[i])); \
+                _mm_store_si128((__m128i *)(to + 16), _mm256_extracti128_si256(pair.of[i], 1)); \
+            } } while (0)
+            EACH_TWO(bits, p, 16, KEEP);
+#undef KEEP
+            for (int64_t j = tile; j < last && j < tile + 16; j++) {
+                const float column = scale_at(m, m->k + j);
+                float out[ROWS_ASIDE];
+                for (int i = 0; i < ROWS_ASIDE; i++) out[i] = (float)values[j - tile][i] * scales[i] * column;
+                for (int i = 0; i < ROWS_ASIDE; i += LANES) {
+                    if (t->is_bf16) store_bf16((uint16_t *)t->y + j * t->stride + group + i, load(out + i));
+                    else store((float *)t->y + j * t->stride + group + i, load(out + i));
+                }
+            }
+        }
+    }
+}
+#else
+INLINE int value_of(unsigned state) {
+    const int flat = (int16_t)(uint16_t)(state * MULTIPLIER), bend = (flat * flat >> 16) - MIDDLE;
+    return (flat * (((bend * bend + 0x4000) >> 15) + SLOPE) + 0x4000) >> 15;
+}
+
+/* value of column j of a row whose bytes lie `step` apart */
+INLINE int value_at(const uint8_t *row, int64_t step, int64_t in_row, int bits, int64_t j) {
+    const int64_t begin = bits * (j + 1) - 12, byte = (begin + 16) / 8 - 2;
+    unsigned word = 0;
+    for (int i = 0; i < 3; i++)
+        if (byte + i >= 0 && byte + i < in_row) word |= (unsigned)row[(byte + i) * step] << (8 * i);
+    return value_of(word >> (begin - 8 * byte) & STATE);
+}
+
+static void lay_out_z(const Task *t) {
+    for (int64_t b = 0; b < t->batch; b++)
+        for (int64_t i = 0; i < t->stride; i++)
+            t->halves[b * t->stride + i] = i < t->m->k ? z_at(t, b, i) * scale_at(t->m, i) : 0;
+}
+
+INLINE const uint8_t *row_of(const Matrix *m, int64_t i, int64_t *step) {
+    const int64_t group = i / ROWS_ASIDE * ROWS_ASIDE;
+    *step = m->k - group < ROWS_ASIDE ? m->k - group : ROWS_ASIDE;
+    return m->values + group * bytes_of_row(m) + (i - group);
+}
+
+INLINE void trellis_with(const Task *t, int bits, int batch, int64_t b0, int64_t first, int64_t last) {
+    const Matrix *m = t->m;
+    for (int64_t j = first; j < last; j++) {
+        float sums[4] = {0};
+        for (int64_t i = 0, step; i < m->k; i++) {
+            const uint8_t *row = row_of(m, i, &step);
+            const float value = (float)value_at(row, step, bytes_of_row(m), bits, j);
+            for (int b = 0; b < batch; b++) sums[b] += value * t->halves[(b0 + b) * t->stride + i];
+        }
+        for (int b = 0; b < batch; b++) put(t, (b0 + b) * m->d_out + j, sums[b] * scale_at(m, m->k + j));
+    }
+}
+
+INLINE void unpack_trellis_with(const Task *t, int bits, int64_t first, int64_t last) {
+    const Matrix *m = t->m;
+    for (int64_t j = first; j < last; j++)
+        for (int64_t i = 0, step; i < m->k; i++) {
+            const uint8_t *row = row_of(m, i, &step);
+            const float value = (float)value_at(row, step, bytes_of_row(m), bits, j) * scale_at(m, i) * scale_at(m, m->k + j);
+            if (t->is_bf16) ((uint16_t *)t->y)[j * t->stride + i] = word_of(value);
+            else ((float *)t->y)[j * t->stride + i] = value;
+        }
+}
+#endif
+
+static void trellis_columns(const Task *t, int64_t first, int64_t last) {
+#define SOME_ROWS(bits, count) trellis_with(t, bits, count, b, first, last); b += count;
+#define BITS(bits) \
+    case bits: \
+        while (b + 4 <= t->batch) { SOME_ROWS(bits, 4) } \
+        while (b + 2 <= t->batch) { SOME_ROWS(bits, 2) } \
+        while (b < t->batch) { SOME_ROWS(bits, 1) } \
+        break;
+    int64_t b = 0;
+    switch (t->m->bits) { BITS(2) BITS(3) BITS(4) }
+#undef BITS
+#undef SOME_ROWS
+}
+
+static void unpack_trellis(const Task *t, int64_t first, int64_t last) {
+    switch (t->m->bits) {
+    case 2: unpack_trellis_with(t, 2, first, last); break;
+    case 3: unpack_trellis_with(t, 3, first, last); break;
+    default: unpack_trellis_with(t, 4, first, last);
+    }
+}
+
 static void columns(const Task *t, int64_t first, int64_t last) {
+    if (t->m->codec == TRELLIS) {
+        const int64_t d_out = t->m->d_out;
+        trellis_columns(t, first * BLOCK, last * BLOCK < d_out ? last * BLOCK : d_out);
+        return;
+    }
 #define CASE(codec, support) case 4 * codec + support: columns_with(t, codec, support, first, last); break;
     switch (4 * t->m->codec + t->m->support) { EVERY_CASE }
 #undef CASE
@@ -835,6 +1115,10 @@ INLINE void unpack_with(const Task *t, int codec, int support, int64_t first, in
 }
 
 static void unpack(const Task *t, int64_t first, int64_t last) {
+    if (t->m->codec == TRELLIS) {
+        unpack_trellis(t, first * BLOCK, last * BLOCK < t->m->d_out ? last * BLOCK : t->m->d_out);
+        return;
+    }
 #define CASE(codec, support) case 4 * codec + support: unpack_with(t, codec, support, first, last); break;
     switch (4 * t->m->codec + t->m->support) { EVERY_CASE }
 #undef CASE
@@ -898,7 +1182,7 @@ static void work(void *argument) {
     int waits = 0;
     for (int64_t i = 0; i < w->n_tasks; i++) {
         const Task *t = w->tasks + i;
-        if (!(t->stages & FIRST)) continue;
+        if (!(t->stages & FIRST) || (t->m->codec == TRELLIS && t->m->dictionary_codec == IDENTITY)) continue;
         if (t->m->dictionary_codec == IDENTITY) copy_rows(t, me, team);
         else project_rows(t, me, team);
         waits |= team > 1;
@@ -913,12 +1197,12 @@ static void work(void *argument) {
     const int64_t first = share(w, me, team), last = share(w, me + 1, team);
     for (int64_t i = 0; stages & LAST && i < w->n_tasks; i++) {
         Task mine = w->tasks[i];
+        mine.halves = mine.shares + me * mine.batch * mine.stride;
+        if (mine.m->codec == TRELLIS) lay_out_z(&mine);
 #ifdef HALVES
-        float *halves = mine.shares + me * mine.batch * mine.stride;
         if (in_halves((int)mine.m->codec, (int)mine.m->support))
             for (int64_t b = 0; b < mine.batch; b++)
-                split_halves(mine.z + b * mine.stride, halves + b * mine.stride, mine.stride);
-        mine.halves = halves;
+                split_halves(mine.z + b * mine.stride, mine.halves + b * mine.stride, mine.stride);
 #endif
         columns(&mine, first, last);
     }

@@ -54,7 +54,7 @@ class Entropy(Codec):
     the states choose between the two kinds: a denser packing of space than rounding each for itself.
     """
 
-    dtype, bits, variable = "U8", 8, True
+    dtype, bits, whole, variable = "U8", 8, True, True
     for_dictionaries = in_dictionaries = for_configs = False
 
     def __init__(self, name: str, *, trellis: bool, scaled: bool = False) -> None:
@@ -119,6 +119,10 @@ class Entropy(Codec):
     def unpack(self, stored: np.ndarray, n: int) -> np.ndarray:
         """Numbers times steps, float32 (n,): column after column, as codes are stored."""
         return _decode(self, _parsed(self, np.ascontiguousarray(stored)), halves=False).ravel()
+
+    def unpack_codes(self, stored: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """Inverse of `pack_codes`: codes (k, d_out), float32, and steps."""
+        return np.ascontiguousarray(self.unpack(stored, 0).reshape(shape[::-1]).T), self.steps(stored)
 
     def steps(self, stored: np.ndarray) -> np.ndarray:
         """Step of every row, float32 (k,)."""

@@ -250,7 +250,7 @@ def _size_faults(spec: Mapping[str, Any], codecs: Mapping[str, Codec]) -> list[s
     faults = []
     if dictionary["codec"] == IDENTITY and k != d_in:
         faults.append(f"{k} atoms in an identity dictionary of {d_in} inputs")
-    if codecs[codes["codec"]].variable and SUPPORTS[codes["support"]].is_stored:
+    if codecs[codes["codec"]].whole and SUPPORTS[codes["support"]].is_stored:
         faults.append(f"codec {codes['codec']!r} is for support 'dense', not {codes['support']!r}")
     return faults + SUPPORTS[codes["support"]].size_faults(spec, codecs[codes["codec"]])
 
@@ -344,7 +344,7 @@ def content_faults(
             if kind == "support":
                 support = SUPPORTS[part["codes"]["support"]]
                 faults += support.content_faults(name, part, read(tensor), codecs[part["codes"]["codec"]])
-            elif codec is not None and codec.variable:
+            elif codec is not None and codec.whole:
                 shape = (part["dictionary"]["n_atoms"], part["shape"][1])
                 faults += [f"{tensor} {fault}" for fault in codec.faults_of(read(tensor), shape)]
             elif codec is None or codec.stream or not codec.scaled:  # other integers are right whatever they are

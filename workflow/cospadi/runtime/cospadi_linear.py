@@ -158,10 +158,10 @@ class Packed(nn.Module):
 
     def unpack(self, dtype: torch.dtype, *, trainable: bool = False) -> None:
         """Keep both factors unpacked beside the packed ones; `unpack_` is for whole models."""
-        if trainable and self.is_stream:
+        if trainable and CODECS[self.spec["codes"]["codec"]].whole:
             raise ValueError(
-                f"codes in the codec {self.spec['codes']['codec']!r} cannot be trained, since their bytes depend "
-                "on their numbers; write the folder dense first (cospadi.checkpoint.densify)"
+                f"codes in the codec {self.spec['codes']['codec']!r} cannot be trained, since they are not stored each "
+                "for itself; write the folder dense first (cospadi.checkpoint.densify)"
             )
         dictionary, codes = self.factors(dtype)
         if dictionary is not None:

@@ -9,6 +9,7 @@ from .cospadi_bf14 import Bf14
 from .cospadi_entropy import Entropy
 from .cospadi_integers import Integers, Shifted
 from .cospadi_supports import Bitmask, Dense, Mixture, Pairs, Support
+from .cospadi_trellis import Trellis
 from .cospadi_values import Bf16, Codec, Float32
 
 CODECS: dict[str, Codec] = {
@@ -22,6 +23,7 @@ CODECS: dict[str, Codec] = {
         Entropy("ectcq", trellis=True),
         Entropy("ec_scaled", trellis=False, scaled=True),
         Entropy("ectcq_scaled", trellis=True, scaled=True),
+        *(Trellis(bits) for bits in (4, 3, 2)),
     )
 }
 

@@ -37,9 +37,12 @@ class Codec:
     shifted : bool
         Whether such a block has a zero point too: the numbers are followed by one more for every scale, and a value is
         ``(number - zero point) * scale``.
+    whole : bool
+        Whether all codes of a matrix are in one tensor with all that belongs to them, scales too: `pack_codes`,
+        `unpack_codes` and `faults_of` take the place of `pack`, `unpack` and `faults`.
     variable : bool
-        Whether codes take as many bytes as they are surprising, all of a matrix in one tensor with all that belongs to
-        them; a spec says how many (`cospadi_entropy`).
+        Whether such codes take as many bytes as they are surprising; a spec says how many, and a loaded model decodes
+        them once (`cospadi_entropy`).
     significant_bits : int
         Of a number without a scale, the hidden one included; 0 where numbers are not of that kind.
     for_dictionaries : bool
@@ -54,7 +57,7 @@ class Codec:
     dtype: str
     bits: int
     stream = False
-    scaled = shifted = variable = False
+    scaled = shifted = whole = variable = False
     low = high = 0
     significant_bits = 0
     for_dictionaries = in_dictionaries = for_configs = True
