@@ -52,7 +52,7 @@ PREFILL_GOALS = {0.2: 0.9, 0.4: 1.0, 0.5: 1.0}
 MATRIX = (4096, 11008)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 PREFILLS = (128, 512)
-MEASURES = ("decode", "prefill", "matrix", "fresh")
+MEASURES = ("decode", "prefill", "matrix", "bits", "fresh")
 HEADERS = ["measure", "threads", "ratio", "kind"]
 HEADERS += [f"{which} {dtype}" for which in ("dense", "packed") for dtype in DTYPES]
 HEADERS += ["speed-up", "limit by bytes", "goal"]
@@ -104,6 +104,8 @@ def main() -> None:
             torch.set_num_threads(threads)
             if {"decode", "prefill"} & set(arguments.measures):
                 rows += [[row[0], threads, *row[1:]] for row in models(folders, arguments.measures, arguments.rounds)]
+            if "bits" in arguments.measures:
+                rows += [[row[0], threads, *row[1:]] for row in few_bits(arguments.rounds)]
             if "matrix" in arguments.measures:
                 rows += [[row[0], threads, *row[1:]] for row in one_matrix(arguments.rounds)]
         if "fresh" in arguments.measures:
@@ -309,6 +311,45 @@ def one_matrix(rounds: int) -> list[list[Any]]:
             + [shown(1e3 * t for t in taken[name, d]) for name in ("dense", "packed") for d in DTYPES.values()]
             + [speedup(best(taken, "dense"), best(taken, "packed")), f"{limit:.2f}", f"{0.8 * limit:.2f}"]
         )
+    return rows
+
+
+def few_bits(rounds: int) -> list[list[Any]]:
+    """One row times the demo's matrices along a trellis, as many in turn as no cache holds."""
+    rows = []
+    draw = np.random.default_rng(0)
+    for d_in, d_out in ((576, 576), (576, 192), (576, 1536), (1536, 576)):
+        count = 2**25 // (d_in * d_out)
+        weights = {dtype: [torch.randn(d_out, d_in).to(dtype) for _ in range(count)] for dtype in DTYPES.values()}
+        steps: dict[Any, Callable[[], object]] = {}
+        for dtype, dense in weights.items():
+            x = torch.randn(1, d_in).to(dtype)
+            steps["dense", dtype] = lambda x=x, dense=dense: [torch.nn.functional.linear(x, weight) for weight in dense]
+        shares = {}
+        for bits in (4, 3, 2):
+            spec = {"shape": [d_in, d_out], "dictionary": {"codec": "identity", "n_atoms": d_in}}
+            layers = [
+                PackedLinear(
+                    {**spec, "codes": {"codec": f"trellis{bits}", "support": "dense", "n_nonzero": d_in * d_out}}
+                )
+                for _ in range(count)
+            ]
+            for layer in layers:  # whose speed does not depend on what they hold
+                layer.values.data.copy_(torch.from_numpy(draw.integers(0, 128, len(layer.values), np.uint8)))
+            shares[bits] = 2 * d_in * d_out / len(layer.values)
+            for dtype in DTYPES.values():
+                x = torch.randn(1, d_in).to(dtype)
+                steps[bits, dtype] = lambda x=x, layers=layers: [layer(x) for layer in layers]
+        taken = interleaved(steps, max(3, rounds // 4))
+        for bits, limit in shares.items():
+            cells = [
+                shown(1e6 * t / count for t in taken[name, d]) for name in ("dense", bits) for d in DTYPES.values()
+            ]
+            speed = speedup(best(taken, "dense"), best(taken, bits))
+            goal = "1.50" if bits > 2 else ""
+            rows.append(
+                [f"{d_in}x{d_out}, one row, us", f"{bits} bits", "trellis", *cells, speed, f"{limit:.2f}", goal]
+            )
     return rows
 
 

@@ -21,7 +21,8 @@ SHIFTED = {f"uint{bits}": bits for bits in (8, 6, 4, 3, 2)}
 INTEGERS = {**WHOLE, **SHIFTED}
 SCALED_STREAMS = ("ec_scaled", "ectcq_scaled")
 STREAMS = ("ec", "ectcq", *SCALED_STREAMS)
-BITS = {"bf16": 16, "bf14": 14, **INTEGERS, **dict.fromkeys(STREAMS, 0)}
+TRELLISES = {f"trellis{bits}": bits for bits in (4, 3, 2)}
+BITS = {"bf16": 16, "bf14": 14, **INTEGERS, **TRELLISES, **dict.fromkeys(STREAMS, 0)}
 
 
 class Refused(Exception):
@@ -120,7 +121,10 @@ def check_spec(spec: Any, is_part: bool = False) -> None:
     need(isinstance(shape, list) and len(shape) == 2 and all(is_whole(n, 1) for n in shape), "shape")
     need(isinstance(dictionary, dict) and isinstance(codes, dict), "sections")
     codec, values = dictionary.get("codec"), codes.get("codec")
-    need(isinstance(codec, str) and codec in (*BITS, "identity") and codec not in (*SHIFTED, *STREAMS), "codec")
+    need(
+        isinstance(codec, str) and codec in (*BITS, "identity") and codec not in (*SHIFTED, *STREAMS, *TRELLISES),
+        "codec",
+    )
     need(isinstance(values, str) and values in BITS, "codec")
     keys = {"codec", "n_atoms"} | ({"tensor"} if codec != "identity" else set())
     need(dictionary.keys() == keys | ({"group_size"} if codec in INTEGERS else set()), "keys")
@@ -132,7 +136,7 @@ def check_spec(spec: Any, is_part: bool = False) -> None:
     need(is_whole(k, 1) and k * max(d_in, d_out) <= 2**48, "n_atoms")
     for number in (n, codes.get("n_scales", 0), codes.get("n_bytes", 0)):
         need(is_whole(number, 0, 2**48), "n_nonzero, n_scales, n_bytes")
-    need(values not in STREAMS or support == "dense", "support of a stream")
+    need(values not in (*STREAMS, *TRELLISES) or support == "dense", "support of a stream")
     for section in (dictionary, codes):
         need(section.get("group_size") is None or is_whole(section["group_size"], 1), "group_size")
     need(codec == "identity" or isinstance(dictionary["tensor"], str), "tensor")
@@ -171,6 +175,11 @@ def read_matrix(tensors: dict[str, np.ndarray], name: str, spec: dict[str, Any],
             scales = read_scales(tensors.get(f"{name}.scales"), (codes["n_scales"],)).reshape(d_out, groups)
             numbers_of_steps = numbers_of_steps * np.repeat(scales, size, axis=1)[:, :k].T
         return dictionary @ numbers_of_steps + sum(more)
+    if codes["codec"] in TRELLISES:
+        stored, bits = tensors.get(f"{name}.values"), TRELLISES[codes["codec"]]
+        need(stored is not None and stored.dtype == np.uint8, "values")
+        need(stored.shape == (k * -(-bits * d_out // 8) + 2 * (k + d_out) + 4,), "values")
+        return dictionary @ read_trellis(stored.tobytes(), k, d_out, bits) + sum(more)
     shape = (n + codes["n_scales"],) if codes["codec"] in SHIFTED else (d_out, k) if support == "dense" else (n,)
     values = finite(numbers(tensors.get(f"{name}.values"), codes["codec"], shape))
     if support == "mixture":
@@ -269,6 +278,26 @@ def read_stream(data: bytes, k: int, d_out: int, trellis: bool) -> np.ndarray:
                     mantissa = round(2 ** (steps[i] % 16 / 16) * 512) / 512
                     codes[i, j] = np.float32(number) * np.float32(mantissa * 2.0 ** (exponent + steps[i] // 16))
         need(word == at and states == [2**16] * 8, "end of a stream")
+    return codes
+
+
+def read_trellis(data: bytes, k: int, d_out: int, bits: int) -> np.ndarray:
+    """Codes of a trellis-coded matrix, float32 (k, d_out)."""
+    need(zlib.crc32(data[:-4]) == int.from_bytes(data[-4:], "little"), "checksum")
+    n_bytes = -(-bits * d_out // 8)
+    scales = finite(np.frombuffer(data, BFLOAT16, k + d_out, k * n_bytes).astype(np.float32))
+    codes = np.empty((k, d_out), np.float32)
+    for i in range(k):
+        first = i // 32 * 32
+        n_rows = min(32, k - first)
+        row = int.from_bytes(data[first * n_bytes : (first + n_rows) * n_bytes][i - first :: n_rows], "little")
+        need(row >> bits * d_out == 0, "bits behind the last number of a row")
+        for j in range(d_out):
+            x = 17232 * ((row << 12) >> bits * (j + 1) & 4095) % 65536
+            x -= 65536 * (x >= 32768)
+            bend = x * x // 65536 - 4012
+            value = (x * ((bend * bend + 16384) // 32768 + 5082) + 16384) // 32768
+            codes[i, j] = np.float32(value) * scales[i] * scales[k + j]
     return codes
 
 

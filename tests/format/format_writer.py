@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,9 @@ def random_matrix(
             spec["codes"] |= {"group_size": group_size, "n_scales": n_scales}
             tensors[f"{name}.scales"] = (0.5 + draw.random(n_scales)).astype(BFLOAT16)
         return tensors, spec
+    if codec.startswith("trellis"):
+        tensors[f"{name}.values"] = random_trellis(draw, k, d_out, bits_of(codec))
+        return tensors, spec
     if codec.startswith("uint"):  # zero points follow
         shape = (int(mask.sum()) + n_scales,)
     tensors[f"{name}.values"] = random_numbers(draw, shape, codec)
@@ -174,6 +178,16 @@ def random_stream(draw: np.random.Generator, k: int, d_out: int, codec: str) -> 
         half = np.rint((wanted[:, j] - (state >> 2)) / 2).astype(int)
         numbers[:, j], state = 2 * half + (state >> 2), follow(state, half)
     return CODECS[codec].pack_codes((numbers * steps[:, None]).astype(np.float32), steps).copy()
+
+
+def random_trellis(draw: np.random.Generator, k: int, d_out: int, bits: int) -> np.ndarray:
+    """Random bits, which are codes around 0.2 large whatever they are, under scales of either sign."""
+    rows = draw.integers(0, 256, (k, -(-bits * d_out // 8)), np.uint8)
+    rows[:, -1] &= 255 >> -bits * d_out % 8
+    scales = np.exp(0.3 * draw.standard_normal(k + d_out)) * draw.choice([-1, 1], k + d_out)
+    scales[:k] *= 5e-5
+    body = b"".join(rows[i : i + 32].T.tobytes() for i in range(0, k, 32)) + scales.astype(BFLOAT16).tobytes()
+    return np.frombuffer(body + zlib.crc32(body).to_bytes(4, "little"), np.uint8).copy()
 
 
 def is_scaled(codec: str) -> bool:

@@ -204,6 +204,7 @@ RULES: dict[str, tuple[Callable[[Folder], None], str]] = {
     "pairs behind the last": (content(f"{OUT}.support", 1, 0x44), f"{OUT}.support has 1 bytes whose pairs"),
     "bits behind the last number": (content(f"{LAST}.values", -1, 0xFF), "has bits set behind its last number"),
     "a byte of a stream": (content(f"{STREAM}.values", -9, 0xFF), f"{STREAM}.values is damaged: its checksum"),
+    "a byte of a trellis": (content(f"{SUMMED}.values", 9, 0x81), f"{SUMMED}.values is damaged: its checksum"),
     "a byte of a checksum": (content(f"{STREAM}.values", 2, 0xFF), f"{STREAM}.values is damaged: its checksum"),
     "NaN in values": (content(f"{Q}.values", 0, 0x7FC0, 2), f"{Q}.values holds 1 values that are NaN or infinite"),
     "infinity in scales": (content(f"{V}.scales", 0, 0xFF80, 2), f"{V}.scales holds 1 values that are NaN"),

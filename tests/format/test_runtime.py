@@ -52,6 +52,7 @@ CODECS = ("bf16", "bf14", "int8", "int4")
 KINDS = [(codec, support, "bf16") for codec, support in itertools.product(CODECS, ("bitmask", "dense", "2:4"))]
 KINDS += [("bf16", "bitmask", dictionary) for dictionary in ("bf14", "int8", "int4", "identity")]
 KINDS += [("int4", "2:4", "identity"), ("int8", "dense", "int8")]
+KINDS += [("trellis4", "dense", "identity"), ("trellis3", "dense", "bf16"), ("trellis2", "dense", "identity")]
 # without a compiled kernel
 OTHERS = [("uint3", "bitmask", "int6"), ("uint8", "2:4", "bf16")]
 OTHERS += [(f"{kind}{bits}", "dense", "identity") for kind in ("int", "uint") for bits in (2, 3, 4, 6)]
@@ -196,13 +197,13 @@ def test_bfloat16_is_multiplied_in_float32_where_the_processor_has_no_instructio
         cospadi_cpu.bfloat16_is_native.cache_clear()
 
 
-@pytest.mark.parametrize("codec", ["int4", "bf16"])
+@pytest.mark.parametrize("codec", ["int4", "bf16", "trellis3"])
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_threads_split_the_work_whatever_their_number(threads, codec):
     kernel = compiled("auto")
     if threads > 1 and not kernel.parallel:
         pytest.skip("torch's OpenMP was not found")
-    layer, weight = make((96, 700, 60), codec=codec)
+    layer, weight = make((96, 700, 60), codec=codec, support="dense" if REGISTERED[codec].whole else "bitmask")
     kernel._threads, threads_of_the_machine = lambda matrix: threads, kernel._threads
     try:
         x = torch.randn(3, 96)
@@ -213,7 +214,7 @@ def test_threads_split_the_work_whatever_their_number(threads, codec):
         codes = layer.factors(torch.float32)[1]
         assert torch.equal(kernel.unpack(matrix, torch.float32), codes)
         z = torch.randn(60, 130)
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16) if matrix.has_zeros else ():
             y = kernel.apply_codes_to_many(BoundSum([matrix]), [z], dtype)
             torch.testing.assert_close(
                 y, (z.T @ codes.T).to(dtype), rtol=1e-2 if y.dtype == torch.bfloat16 else 1e-4, atol=1e-4
@@ -1042,7 +1043,9 @@ def test_the_weight_that_is_not_there_has_a_shape_and_nothing_else():
             use(layer.weight)
 
 
-@pytest.mark.parametrize(("codec", "support", "dictionary"), [*KINDS, *OTHERS])
+@pytest.mark.parametrize(
+    ("codec", "support", "dictionary"), [kind for kind in (*KINDS, *OTHERS) if not REGISTERED[kind[0]].whole]
+)
 def test_storing_unpacked_factors_gives_the_same_bytes(codec, support, dictionary):
     layer, _ = make(codec=codec, support=support, dictionary=dictionary)
     atoms, codes = layer.factors(torch.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import zlib
@@ -21,6 +22,8 @@ from cospadi.formats.factorization import Factorization, unpack
 from cospadi.runtime import cospadi_cpu
 from cospadi.runtime.cospadi_entropy import DamagedStreamError, _parsed, follow, steps_near
 from cospadi.runtime.cospadi_registry import CODECS
+from cospadi.runtime.cospadi_trellis import VALUES
+from cospadi.solvers import trellis
 from cospadi.solvers.entropy import _follow_trellis
 from cospadi.solvers.gptq import quantize
 
@@ -382,3 +385,113 @@ def test_a_scale_for_every_column_comes_to_an_entropy_coded_matrix(trellis):
     packed = again.pack("m")[0]
     assert all(packed[name].tobytes() == tensor.tobytes() for name, tensor in tensors.items())
     np.testing.assert_allclose(again.with_columns_times(1 / kept).codes, found.codes, rtol=2**-7)
+
+
+def random_trellis(seed: int, k: int, d_out: int, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """Codes along random paths, and their scales."""
+    rng = np.random.default_rng(seed)
+    states, state = np.empty((k, d_out), int), np.zeros(k, int)
+    for j in range(d_out):
+        state = rng.integers(0, 2**bits, k) << 12 - bits | state >> bits
+        states[:, j] = state
+    words = np.exp(rng.normal(size=k + d_out)).astype(np.float32).view(np.uint32) & 0xFFFF0000
+    scales = words.view(np.float32) * rng.choice(np.float32([-1, 1]), k + d_out)
+    return VALUES[states].astype(np.float32) * scales[:k, None] * scales[k:], scales
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 70),
+    st.integers(1, 40),
+    st.integers(2, 4),
+    st.integers(0, 2**16),
+    st.data(),
+)
+def test_a_trellis_round_trips_and_damage_is_refused(seed, k, d_out, bits, place, data):
+    codec = CODECS[f"trellis{bits}"]
+    codes, scales = random_trellis(seed, k, d_out, bits)
+    stored = codec.pack_codes(codes, scales)
+    assert stored.shape == codec.shape_of_codes((d_out, k), {})
+    for found, expected in zip(codec.unpack_codes(stored, (k, d_out)), (codes, scales), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(codec.decode(torch.from_numpy(stored.copy()), (d_out, k)).numpy().T, codes)
+    assert not list(codec.faults_of(stored, (k, d_out)))
+    doubled, wider = codec.with_columns_times(codes, scales, np.full(d_out, 2, np.float32))
+    np.testing.assert_array_equal(doubled, 2 * codes)
+    np.testing.assert_array_equal(
+        codec.pack_codes(doubled, wider)[: codec.n_stream_bytes(k, d_out)], stored[: -2 * (k + d_out) - 4]
+    )
+    broken = stored.copy()
+    broken[place % len(broken)] ^= data.draw(st.integers(1, 255))
+    assert list(codec.faults_of(broken, (k, d_out))) == ["is damaged: its checksum is another"]
+    # of what has a checksum that fits, any bits are codes; scales and what lies behind a row have to be right
+    broken = stored.copy()
+    broken[-6:-4] = 0xFF
+    behind = bits * d_out % 8
+    broken[codec.n_stream_bytes(k, d_out) - 1] |= 128 if behind else 0
+    broken[-4:] = np.frombuffer(zlib.crc32(broken[:-4]).to_bytes(4, "little"), np.uint8)
+    faults = list(codec.faults_of(broken, (k, d_out)))
+    assert faults[0] == "holds 1 scales that are NaN or infinite"
+    assert faults[1:] == (["has bits set behind the last number of a row"] if behind else [])
+
+
+def test_what_is_no_path_is_refused():
+    codes, scales = random_trellis(0, 5, 7, 3)
+    for wrong in (codes + scales[:5, None], codes[:, ::-1], 100 * codes):
+        with pytest.raises(ValueError, match="do not follow the trellis"):
+            CODECS["trellis3"].pack_codes(np.ascontiguousarray(wrong), scales)
+    with pytest.raises(ValueError, match="no bfloat16 numbers, or some are 0"):
+        CODECS["trellis3"].pack_codes(codes, scales * np.float32(1.001))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_best_path_is_the_best_of_all(bits):
+    """The C source against the reference in NumPy, and both against all paths of short rows."""
+    rng = np.random.default_rng(bits)
+    compiled, reference = trellis._follower(bits), functools.partial(trellis.follow_with_numpy, bits=bits)
+    assert trellis._library() is not None
+    for n in (1, 3, 60):
+        row = (4000 * rng.normal(size=n)).astype(np.float32)
+        weights = np.exp(rng.normal(size=n)).astype(np.float32)
+        found = [
+            (weights.astype(float) ** 2 * (row - follow(row, np.ones(n, np.float32), weights)) ** 2).sum()
+            for follow in (compiled, reference)
+        ]
+        assert found[0] == pytest.approx(found[1], rel=1e-4)
+        if n == 3:
+            best = math.inf
+            for symbols in itertools.product(range(2**bits), repeat=n):
+                state, cost = 0, 0.0
+                for j, symbol in enumerate(symbols):
+                    state = symbol << 12 - bits | state >> bits
+                    cost += weights[j] ** 2 * (row[j] - VALUES[state]) ** 2
+                best = min(best, cost)
+            assert found[1] == pytest.approx(best, rel=1e-6)
+
+
+def test_a_trellis_takes_the_bits_that_fit_and_beats_rounding_at_fewer_bytes():
+    w, gram = weight(128, 160), inputs(128)
+    beside = (16 * (128 + 160) + 32) / w.size
+    errors = []
+    for bits in (2, 3, 4):
+        found = factorize(w, gram, method="trellis", bits=bits + beside)
+        assert (found.value_codec, 8 * found.nbytes / w.size) == (f"trellis{bits}", pytest.approx(bits + beside))
+        tensors, spec = found.pack("m")
+        np.testing.assert_array_equal(unpack(tensors, spec, "m").codes, found.codes)
+        gptq = factorize(w, gram, method="gptq", bits=bits + 0.25, block_size=64)
+        once = factorize(w, gram, method="trellis", bits=bits + beside, sweeps=0)
+        assert CODECS[gptq.value_codec].bits == bits and found.nbytes < gptq.nbytes
+        errors.append(found.relative_error(w, gram))
+        assert errors[-1] < 0.9 * gptq.relative_error(w, gram) and errors[-1] < once.relative_error(w, gram)
+    # half with every bit, but for the tails of these weights
+    assert errors[2] < 0.75 * errors[1] and errors[1] < 0.75 * errors[0]
+    with pytest.raises(ConfigError, match="2 bits a weight and their scales take"):
+        factorize(w, gram, method="trellis", bits=2)
+
+
+def test_a_trellis_where_an_input_is_never_active():
+    w, gram = weight(), inputs()
+    gram[5], gram[:, 5] = 0, 0
+    found = factorize(w, gram, method="trellis", bits=5)
+    assert np.isfinite(found.codes).all() and not found.codes[5].any()

@@ -23,9 +23,9 @@ from cospadi.formats.values import (
 from cospadi.runtime.cospadi_integers import Integers, Shifted
 from cospadi.runtime.cospadi_registry import CODECS, FACTOR_CODECS, SUPPORTS
 
-# entropy-coded matrices: test_few_bits
-NUMBERS = [name for name, codec in CODECS.items() if not codec.variable]
-PLAIN = [name for name, codec in FACTOR_CODECS.items() if not codec.scaled and not codec.variable]
+# entropy-coded and trellis-coded matrices: test_few_bits
+NUMBERS = [name for name, codec in CODECS.items() if not codec.whole]
+PLAIN = [name for name, codec in FACTOR_CODECS.items() if not codec.scaled and not codec.whole]
 finite = st.floats(-(2.0**99), 2.0**99, width=32, allow_nan=False)
 
 

@@ -18,6 +18,7 @@ VARIANTS = {
     "rtn-3.25": ({"method": "rtn", "bits": 3.25}, "int3"),
     "gptq-3.25": ({"method": "gptq", "bits": 3.25}, "int3"),
     "ectcq-3.25": ({"method": "ectcq", "bits": 3.25}, "ectcq"),
+    "trellis-3.5": ({"method": "trellis", "bits": 3.5}, "trellis3"),
     "scalar-4": ({"method": "ectcq", "bits": 4, "trellis": False}, "ec"),
     "gptq-zeros": ({"method": "gptq", "bits": 2.3, "symmetric": False, "act_order": True}, "uint2"),
 }
@@ -54,7 +55,14 @@ def test_what_was_learned_is_what_is_stored(run):
             for matrix, report in before.items():
                 assert report["relative_error"] == pytest.approx(after[matrix]["relative_error"], rel=1e-6)
         errors[name] = sum(report["squared_error"] for unit in stored for report in unit.values())
-    assert errors["scalar-4"] < errors["ectcq-3.25"] < errors["gptq-3.25"] < errors["rtn-3.25"] < errors["gptq-zeros"]
+    assert (
+        errors["scalar-4"]
+        < errors["ectcq-3.25"]
+        < errors["trellis-3.5"]
+        < errors["gptq-3.25"]
+        < errors["rtn-3.25"]
+        < errors["gptq-zeros"]
+    )
 
 
 def test_a_loaded_model_computes_what_the_dense_folder_does(run):

@@ -102,7 +102,7 @@ def faults(settings: Mapping[str, Any], problems: Problems = ()) -> Iterator[str
 
 METHOD = Method(
     name="trellis",
-    summary="2, 3 or 4 bits a weight along a trellis, the most that the ratio leaves, computed with as they are (ours).",
+    summary="2, 3 or 4 bits a weight along a trellis, the most that the ratio leaves, never unpacked (ours).",
     options=OPTIONS,
     factors="trellis-coded values",
     fit=fit,

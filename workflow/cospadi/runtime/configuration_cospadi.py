@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from .cospadi_mixture import Mixture  # noqa: F401
     from .cospadi_registry import CODECS  # noqa: F401
     from .cospadi_supports import Support  # noqa: F401
+    from .cospadi_trellis import Trellis  # noqa: F401
     from .cospadi_values import Codec  # noqa: F401
     from .modeling_cospadi import CospadiForCausalLM  # noqa: F401
 

@@ -39,7 +39,7 @@ typedef struct {
     int64_t dictionary_codec, dictionary_group;
     int64_t codec, bits, support, group;
     const uint8_t *dictionary, *values, *positions;
-    const uint16_t *dictionary_scales, *scales; /* of a trellis those of the rows, then of the columns, at any address */
+    const uint16_t *dictionary_scales, *scales; /* of a trellis those of rows, then of columns, at any address */
     const int64_t *starts; /* (blocks + 1, 2): first value and first scale of every block of columns */
 } Matrix;
 
@@ -659,8 +659,8 @@ INLINE void columns_with(const Task *t, int codec, int support, int64_t first, i
 
 /* ---- a trellis: codes of a few bits that are read with those before them in their row ----
  *
- * The bytes of 32 rows lie side by side: a *plane* is one byte of each. Two planes are 32 words of 16 bits; a state is 12
- * bits of such a word, or of two, and becomes a value by a few integer operations, 16 at a time (`value_of` of
+ * The bytes of 32 rows lie side by side: a *plane* is one byte of each. Two planes are 32 words of 16 bits; a state is
+ * 12 bits of such a word, or of two, and becomes a value by a few integer operations, 16 at a time (`value_of` of
  * `cospadi_trellis`). Of every column sums of 8 rows are kept until all rows have been there. */
 
 enum { ROWS_ASIDE = 32, TILE = 256 }; /* TILE: columns whose sums stay in the first cache, times rows of x */
@@ -713,7 +713,7 @@ INLINE Words32 shifted(Words32 words, Words32 next, const int at) {
     return words;
 }
 
-/* values of two columns: of words 0 and 1 the states that begin at bit `at`, of words 2 and 3 those from `then`, 0 to 4.
+/* values of two columns: states that begin at bit `at` of the words, and at bit `then` of `more`, 0 to 4.
  * Four at a time, step by step: one after the other they would fill the processor's window with what waits */
 typedef struct { __m256i of[4]; } Pair;
 INLINE Pair values_of(Words32 words, const int at, Words32 more, const int then) {
@@ -903,7 +903,8 @@ INLINE void unpack_trellis_with(const Task *t, int bits, int64_t first, int64_t 
     for (int64_t j = first; j < last; j++)
         for (int64_t i = 0, step; i < m->k; i++) {
             const uint8_t *row = row_of(m, i, &step);
-            const float value = (float)value_at(row, step, bytes_of_row(m), bits, j) * scale_at(m, i) * scale_at(m, m->k + j);
+            const int number = value_at(row, step, bytes_of_row(m), bits, j);
+            const float value = (float)number * scale_at(m, i) * scale_at(m, m->k + j);
             if (t->is_bf16) ((uint16_t *)t->y)[j * t->stride + i] = word_of(value);
             else ((float *)t->y)[j * t->stride + i] = value;
         }

@@ -1,9 +1,9 @@
 """Trellis-coded matrices: so many bits a weight, each read with those of the weights before it in its row.
 
-The last 12 bits of a row are the state, and a state is a value: computed, as the next lines say, so that no table has to
-be stored or looked up. Weights that follow one another share bits of their states, so the values that a row can take lie
-as the paths through a trellis do, and an encoder chooses the best path (`solvers.trellis`). A decoder needs no path: it
-reads any weight for itself. docs/format.md has every byte.
+The last 12 bits of a row are the state, and a state is a value: computed (`value_of`), so that no table is stored or
+looked up. Weights that follow one another share bits of their states, so the values that a row can take lie as the
+paths through a trellis do, and an encoder chooses the best path (`solvers.trellis`). A decoder needs no path: it reads
+any weight for itself. docs/format.md has every byte.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ STATE_BITS = 12
 N_STATES = 1 << STATE_BITS
 # Rows whose bytes lie side by side: a processor's vector reads one of each at a time
 LANES = 32
-# Found by search: of all odd multipliers and two constants those of the least error on Gaussian numbers, at 2, 3, 4 bits
+# Found by search: an odd multiplier and two constants of the least error on Gaussian numbers, at 2, 3 and 4 bits
 _MULTIPLIER, _MIDDLE, _SLOPE = 16 * 1077, 4012, 5082
 
 
@@ -74,7 +74,7 @@ class Trellis(Codec):
         ValueError
             If they are not.
         """
-        k, d_out = codes.shape
+        k = len(codes)
         words = upper_bits(scales, 16, "truncate")
         if not np.array_equal(_floats(words), scales) or not (np.isfinite(scales) & (scales != 0)).all():
             raise ValueError("scales are no bfloat16 numbers, or some are 0")

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .cospadi_integers import Integers  # noqa: F401
     from .cospadi_registry import CODECS  # noqa: F401
     from .cospadi_supports import Support  # noqa: F401
+    from .cospadi_trellis import Trellis  # noqa: F401
     from .cospadi_values import Codec  # noqa: F401
 
 __all__ = ["CospadiForCausalLM", "PackedLinear", "pack_", "packed_layers", "register", "set_kernels", "unpack_"]

@@ -2,7 +2,7 @@
 
 As in `solvers.gptq` an error of one input is made up for by those that come after. An input is rounded as a whole: the
 metric has no terms between outputs, so the numbers of a row are free to follow the path through the trellis that fits
-them best (Viterbi). What is searched is in C; where there is no compiler, NumPy does the same some hundred times slower.
+them best (Viterbi). The search is in C; where there is no compiler, NumPy does the same some hundred times slower.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cospadi.runtime import cospadi_cpu
-from cospadi.runtime.cospadi_trellis import N_STATES, STATE_BITS, VALUES, Trellis
+from cospadi.runtime.cospadi_trellis import N_STATES, VALUES, Trellis
 from cospadi.runtime.cospadi_values import upper_bits
 from cospadi.solvers._threads import one_blas_thread
 from cospadi.solvers.sparsegpt import DAMPING, inverse_factor
@@ -166,9 +166,7 @@ def _again(
         error[first:last] += changes
 
 
-def _error(
-    wanted: np.ndarray, metric: np.ndarray, values: np.ndarray, rows: np.ndarray, columns: np.ndarray
-) -> float:
+def _error(wanted: np.ndarray, metric: np.ndarray, values: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> float:
     error = wanted - values * rows.astype(np.float64)[:, None] * columns
     return float(np.sqrt(max(0.0, (error * (metric @ error)).sum() / (wanted * (metric @ wanted)).sum())))
 
@@ -182,7 +180,7 @@ def _follower(bits: int) -> Callable[..., np.ndarray]:
     if library is None:
         return functools.partial(follow_with_numpy, bits=bits)
     kinds, halves = 1 << bits, N_STATES >> bits
-    # in the order in which the source has states: of state ``new << (12 - bits) | middle << bits | low``, (low, new, middle)
+    # of state ``new << (12 - bits) | middle << bits | low`` at (low, new, middle), as the source has them
     table = np.ascontiguousarray(
         VALUES.astype(np.float32).reshape(kinds, halves >> bits, kinds).transpose(2, 0, 1)
     ).ravel()
@@ -241,10 +239,10 @@ enum { STATES = 4096 };
 
 /* Viterbi over a row of n numbers with weights, from state 0: the states of the path of least weighted squares.
  *
- * A state is new << (12 - bits) | middle << bits | low, and comes from those that are it shifted by `bits`. Its cost lies
- * at (low, new, middle), so that the least over what is shifted out, `low`, runs along memory, and so do the costs of the
- * states that follow. Costs are floats above 0, which compare as whole numbers do; their last bits say `low`, so the least
- * one says where it is. What that takes from them is a millionth. */
+ * A state is new << (12 - bits) | middle << bits | low, and the next one has all but `low` of it. Its cost lies at
+ * (low, new, middle), so that the least over what is shifted out, `low`, runs along memory, and so do the costs of the
+ * states that follow. Costs are floats above 0, which compare as whole numbers do; their last bits say `low`, so the least one
+ * says where it is. What that takes from them is a millionth. */
 static inline __attribute__((always_inline)) void follow_with(const int bits, int64_t n, const float *row,
                                                               const float *weights, const float *table, uint8_t *back,
                                                               int32_t *states) {
