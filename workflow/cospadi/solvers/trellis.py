@@ -240,9 +240,9 @@ enum { STATES = 4096 };
 /* Viterbi over a row of n numbers with weights, from state 0: the states of the path of least weighted squares.
  *
  * A state is new << (12 - bits) | middle << bits | low, and the next one has all but `low` of it. Its cost lies at
- * (low, new, middle), so that the least over what is shifted out, `low`, runs along memory, and so do the costs of the
- * states that follow. Costs are floats above 0, which compare as whole numbers do; their last bits say `low`, so the least one
- * says where it is. What that takes from them is a millionth. */
+ * (low, new, middle), so that the least over what is shifted out, `low`, runs along memory, and so do the costs of
+ * the states that follow. Costs are floats above 0, which compare as whole numbers do; their last bits say `low`, so
+ * the least one says where it is. What that takes from them is a millionth. */
 static inline __attribute__((always_inline)) void follow_with(const int bits, int64_t n, const float *row,
                                                               const float *weights, const float *table, uint8_t *back,
                                                               int32_t *states) {
