@@ -106,3 +106,28 @@ def test_a_stream_whose_checksum_was_made_to_fit_is_refused_when_it_is_decoded(f
     with pytest.raises(ArtifactError, match=f"the codes of {name} are stored in what has a stream"):
         densify(broken, tmp_path / "dense")
     assert json.loads((broken / "config.json").read_text())["model_type"] == "cospadi"
+
+
+def test_a_trellis_stays_as_it_is_stored(tiny_model, tmp_path):
+    base = tiny_model("llama", dtype="float32")
+    write_codes(
+        tmp_path / "all.safetensors", matrices_of(base), codec="trellis3", support="dense", dictionary="identity"
+    )
+    assemble(base, [tmp_path / "all.safetensors"], tmp_path / "packed", variant={"method": "by hand"})
+    densify(tmp_path / "packed", tmp_path / "dense")
+    model = CospadiForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
+    layers, dense = packed_layers(model), ModelFolder(tmp_path / "dense")
+    for name, weight in read_checkpoint(tmp_path / "packed").items():
+        np.testing.assert_array_equal(layers[name].dense().numpy().T, weight)
+        np.testing.assert_array_equal(dense.read_weight(name), weight)
+        assert layers[name].unpacked_codes is None and layers[name].values.dtype == torch.uint8
+    before = logits(model)
+    expected = logits(CospadiForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float64))
+    torch.testing.assert_close(before.double(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    torch.testing.assert_close(logits(unpack_(model)), before, rtol=1e-4, atol=1e-4 * float(before.abs().max()))
+    assert torch.equal(logits(pack_(model)), before)
+    with pytest.raises(ValueError, match="cannot be trained"):
+        unpack_(model, trainable=True)
+    model.save_pretrained(tmp_path / "again")
+    first, second = (safetensors.numpy.load_file(tmp_path / f / "model.safetensors") for f in ("packed", "again"))
+    assert all(second[name].tobytes() == tensor.tobytes() for name, tensor in first.items())

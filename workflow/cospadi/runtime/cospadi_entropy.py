@@ -355,7 +355,11 @@ def _frequencies(tables: list[list[int]], trellis: bool) -> tuple[np.ndarray, np
 def _slots(tables: list[list[int]], trellis: bool) -> np.ndarray:
     """What every slot of every table stands for, as the C source has it: uint32 (n_tables, `_SLOTS`)."""
     frequency, start = _frequencies(tables, trellis)
-    slots = np.zeros((len(tables), _SLOTS), np.uint32)
+    slots = np.empty((len(tables), _SLOTS), np.uint32)
+    coder = _coder()
+    if coder is not None:
+        coder.fill_slots(frequency, start, slots)
+        return slots
     # a table that no number needs: zeros for ever
     slots[:] = (_SLOTS - 1) << _BITS | np.arange(_SLOTS, dtype=np.uint32)
     for index, counts in enumerate(frequency):
@@ -509,6 +513,11 @@ class _Coder:
         self._decode.argtypes = [pointer] * 4 + [integer] * 3 + [pointer] + [integer] * 2
         self._encode.argtypes = [pointer] * 5 + [integer] * 2 + [pointer, integer]
         self._decode.restype = self._encode.restype = integer
+        self._slots = library.entropy_slots
+        self._slots.argtypes, self._slots.restype = [pointer, pointer, integer, pointer], None
+
+    def fill_slots(self, frequency: np.ndarray, start: np.ndarray, slots: np.ndarray) -> None:
+        self._slots(frequency.ctypes.data, start.ctypes.data, len(slots), slots.ctypes.data)
 
     @staticmethod
     def _contexts(codec: Entropy, found: _Levels) -> _Contexts:
