@@ -14,6 +14,7 @@ def main(snakemake, log):
         dense_model=Path(snakemake.input.model),
         units=snakemake.params.units,
         pruned=snakemake.params.pruned,
+        rules=snakemake.params.rules,
         log=log,
     )
 

@@ -62,7 +62,10 @@ def dense_model(results) -> Path:
 def finished(tmp_path_factory) -> Path:
     """A run with its summary; only to be read."""
     results = make_run(tmp_path_factory.mktemp("finished"))
-    summarize(RUN, results, dense_model=results / "dense-model")
+    for name in ("fetch_model", "learn_dictionary/cospadi-20/layer_00"):
+        (results / "benchmarks" / name).parent.mkdir(parents=True, exist_ok=True)
+        (results / "benchmarks" / f"{name}.tsv").write_text("s\th:m:s\n2.5\t0:00:02\n")
+    summarize(RUN, results, dense_model=results / "dense-model", rules=["fetch_model", "learn_dictionary"])
     return results
 
 
@@ -183,7 +186,12 @@ def test_table(finished):
 
 def test_details(finished):
     summary = collect(RUN, finished, dense_model=finished / "dense-model")
-    assert json.loads((finished / "summary.json").read_text()) == summary
+    stored = json.loads((finished / "summary.json").read_text())
+    assert {job["name"]: job["seconds"] for job in stored.pop("jobs")} == {
+        "fetch_model": 2.5,
+        "learn_dictionary/cospadi-20/layer_00": 2.5,
+    }
+    assert stored == summary
     matrix = summary["variants"]["cospadi-20"]["matrices"]["model.layers.0.mlp.down_proj"]
     assert matrix["relative_error"] == 0.3
     assert matrix["relative_error_learned"] == pytest.approx(0.297)
@@ -239,6 +247,7 @@ def test_plots_show_every_variant(finished):
         texts[name] = {"".join(text.itertext()).strip() for text in drawing.iter(f"{SVG}text")}
     assert {"self_attn.q_proj", "mlp.down_proj", "layer", "cospadi-20", "svd_llm-20"} <= texts["errors"]
     assert {"cospadi-20  40", "svd_llm-20  120", "dense  30"} <= texts["pareto"]
+    assert {"fetch_model", "learn_dictionary", "minutes since the first job started"} <= texts["trace"]
     assert {"cospadi-20 (htp)", "learned without iterations: svd_llm-20"} <= texts["convergence"]
 
 
@@ -264,7 +273,8 @@ def test_allocation_is_drawn_for_variants_that_part_bytes_and_for_no_others(tmp_
 
 
 def test_equal_numbers_give_equal_files(finished, tmp_path):
-    summarize(RUN, finished, dense_model=finished / "dense-model", output=tmp_path / "again")
+    rules = ["fetch_model", "learn_dictionary"]
+    summarize(RUN, finished, dense_model=finished / "dense-model", rules=rules, output=tmp_path / "again")
     for path in finished.glob("*.*"):
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
     for path in (finished / "plots").iterdir():

@@ -152,6 +152,8 @@ def check_finished(run: Run, variants: list[str]) -> None:
     with zipfile.ZipFile(run.results / "report.zip") as archive:
         assert any(name.endswith("report.html") for name in archive.namelist())
         assert sum(name.endswith(".svg") for name in archive.namelist()) >= 3
+    jobs = json.loads((run.results / "summary.json").read_text())["jobs"]
+    assert {"inspect_model", "compute_gram", "learn_dictionary", "evaluate_model"} <= {job["rule"] for job in jobs}
     # temporary artifacts are gone
     assert not list(run.results.glob("activations/*.h5"))
 

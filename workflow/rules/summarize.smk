@@ -55,10 +55,18 @@ rule summarize:
             labels={"what": "convergence of learning", "of": "all variants"},
             caption="../report/convergence.rst",
         ),
+        trace=report(
+            "<results>/plots/trace.svg",
+            category="Plots",
+            labels={"what": "jobs over time", "of": "the run"},
+            caption="../report/trace.rst",
+        ),
         summary="<results>/summary.json",
         frontier="<results>/frontier.tsv",
         text="<results>/samples.md",
-        png=expand("<results>/plots/{plot}.png", plot=["errors", "pareto", "accuracy", "allocation", "convergence"]),
+        png=expand(
+            "<results>/plots/{plot}.png", plot=["errors", "pareto", "accuracy", "allocation", "convergence", "trace"]
+        ),
     log:
         "<logs>/summarize.log",
     benchmark:
@@ -73,6 +81,7 @@ rule summarize:
         model=plan.model_digest(WEIGHTS),
         units={variant: plan.units(variant) for variant in plan.variants},
         pruned={name: str(path) for name, path in plan.pruning_files(rules.prune_model.output.report).items()},
+        rules=[stage.rule for stage in plan.stages.values()],
         code=plan.code("summarize"),
     message:
         "Writing the table and the plots"

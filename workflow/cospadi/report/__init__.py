@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from cospadi.report.frontier import write_frontier
 from cospadi.report.plots import plot_accuracy, plot_allocation, plot_convergence, plot_errors, plot_pareto
 from cospadi.report.summary import collect
 from cospadi.report.tables import console_text, write_page, write_samples, write_table
+from cospadi.report.trace import plot_trace, recorded
 from cospadi.stage import choose_device, choose_dtype
 
 PLOTS = {
@@ -19,6 +20,7 @@ PLOTS = {
     "accuracy": plot_accuracy,
     "allocation": plot_allocation,
     "convergence": plot_convergence,
+    "trace": plot_trace,
 }
 
 __all__ = ["closing_message", "collect", "summarize"]
@@ -31,6 +33,7 @@ def summarize(
     dense_model: Path,
     units: Mapping[str, Sequence[str]] | None = None,
     pruned: Mapping[str, str | Path] | None = None,
+    rules: Collection[str] = (),
     output: Path | None = None,
     log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
@@ -38,7 +41,7 @@ def summarize(
 
     Writes into `output`: ``summary.tsv`` (one row a variant), ``summary.json`` (also every matrix), ``summary.html``,
     ``frontier.tsv`` (what is best for how many bytes), ``samples.html``, ``samples.md`` and
-    ``plots/{errors,pareto,accuracy,allocation,convergence}.{png,svg}``.
+    ``plots/{errors,pareto,accuracy,allocation,convergence,trace}.{png,svg}``.
 
     Parameters
     ----------
@@ -54,6 +57,8 @@ def summarize(
         Unit names of each compressed variant; by default those that have a file.
     pruned : mapping, optional
         Variants that lose blocks, to the ``pruned.json`` of that step.
+    rules : collection of str
+        Rules whose jobs are drawn over time, as far as they have a file in ``benchmarks/``.
     output : Path, optional
         Folder; by default `results`.
     log : callable
@@ -70,6 +75,7 @@ def summarize(
         If a file of a variant is missing, damaged, or does not fit the others.
     """
     summary = collect(run, results, dense_model=dense_model, units=units, pruned=pruned)
+    summary["jobs"] = [job.measured() for job in recorded(results, rules)]
     output = output or results
     write_json(output / "summary.json", summary)
     write_table(summary, output / "summary.tsv")
