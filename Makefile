@@ -4,6 +4,9 @@ CONFIG :=
 CORES := all
 RUN := demo
 VARIANT := cospadi-20
+FORMAT := gguf
+TYPE := BF16
+EXPORTED = $(if $(filter gguf,$(FORMAT)),gguf/$(TYPE).gguf,$(filter compressed-tensors,$(FORMAT)))
 MINUTES := 10
 FIRST := 1000000
 PYTHON := python3
@@ -18,14 +21,14 @@ SNAKEMAKE := $(BIN)/snakemake --cores $(CORES)
 RULES := Snakefile workflow/*.smk workflow/rules
 
 .DEFAULT_GOAL := help
-.PHONY: help env new run status frontier densify verify test fuzz slurm-test lint format bench bench-runtime clean clean-activations
+.PHONY: help env new run status frontier densify export verify test fuzz slurm-test lint format bench bench-runtime clean clean-activations
 
 help: ## List the targets e.g. make help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | sed 's/ e\.g\. /\n\t  /' | expand -t 26
 	@echo
 	@echo "  CONFIG=my.yaml   another run; it says what differs from config.yaml (default: the demo)"
 	@echo "  CORES=8          CPU cores to use (default: all)"
-	@echo "  RUN= VARIANT=    of densify and verify (default: $(RUN), $(VARIANT))"
+	@echo "  RUN= VARIANT=    of densify, export and verify (default: $(RUN), $(VARIANT))"
 	@echo "  MINUTES= FIRST=  of fuzz: how long, and the number of the first case (default: $(MINUTES), $(FIRST))"
 	@echo "  PYTHON=python3.11, TORCH=system   for the set-up: another Python; the torch that this Python already has"
 
@@ -46,6 +49,10 @@ frontier: ## Every method at every size (hours); docs/frontier.tsv and its plots
 
 densify: env ## Write results/RUN/VARIANT/dense, an ordinary model folder e.g. make densify RUN=demo VARIANT=ours-40
 	$(SNAKEMAKE) --configfile results/$(RUN)/config.yaml -- results/$(RUN)/$(VARIANT)/dense
+
+export: env ## Write results/RUN/VARIANT as FORMAT=gguf (TYPE=BF16, Q8_0, Q4_0 ...) or FORMAT=compressed-tensors
+	@test -n "$(EXPORTED)" || { echo "FORMAT=$(FORMAT) is not known; say FORMAT=gguf or FORMAT=compressed-tensors"; exit 1; }
+	$(SNAKEMAKE) --configfile results/$(RUN)/config.yaml -- results/$(RUN)/$(VARIANT)/$(EXPORTED)
 
 verify: env ## Compare results/RUN/VARIANT/model, every byte of it, with its checksums e.g. make verify RUN=demo VARIANT=ours-40
 	$(BIN)/python -m cospadi.checkpoint verify results/$(RUN)/$(VARIANT)/model

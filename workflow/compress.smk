@@ -36,6 +36,7 @@ include: "rules/allocate.smk"
 include: "rules/learn.smk"
 include: "rules/quantize.smk"
 include: "rules/assemble.smk"
+include: "rules/export.smk"
 include: "rules/evaluate.smk"
 include: "rules/summarize.smk"
 

@@ -118,6 +118,15 @@ def test_densify_target(finished, tmp_path):
     assert "quantization_config" not in config
 
 
+def test_exports_are_made_when_they_are_asked_for(finished, tmp_path):
+    run = finished.copy(tmp_path / "run")
+    gguf = "results/tiny/cospadi-20/gguf/Q8_0.gguf"
+    run.snakemake(gguf)
+    assert (run.folder / gguf).read_bytes()[:4] == b"GGUF"
+    refused = run.snakemake("results/tiny/cospadi-20/compressed-tensors", succeeds=False)
+    assert "compressed-tensors holds integers alone; export it as gguf" in refused.replace("Export", "export")
+
+
 def test_as_a_module_of_another_workflow_it_reads_and_writes_in_that_ones_folder(finished, tmp_path):
     """Its config is a part of the other's, its files have a prefix, relative paths are the other's own."""
     run = finished.copy(tmp_path / "analysis")

@@ -23,7 +23,7 @@ from cospadi.budget import dense_nbytes
 from cospadi.cards import packed_card
 from cospadi.errors import ArtifactError, CospadiError
 from cospadi.files import BFLOAT16, ModelFolder, TensorFile, data_files, explaining, read_object, replacing, write_json
-from cospadi.formats.factorization import dictionary_names, read_specs, tensor_names, unpack
+from cospadi.formats.factorization import Factorization, dictionary_names, read_specs, tensor_names, unpack
 from cospadi.learning import FORMAT_VERSION as CODES_VERSION
 from cospadi.provenance import CALIBRATION, check_provenance, fingerprint
 from cospadi.runtime.cospadi_checksums import CHECKSUMS, checksum_faults, write_checksums
@@ -199,7 +199,7 @@ def target_bytes(folder: str | Path) -> dict[str, Any]:
         ``nbytes`` and ``dense_nbytes`` (bfloat16) of all matrices, ``ratio`` removed, and ``matrices``: the same for
         each, where a matrix counts its part of a shared dictionary.
     """
-    model, packing = _open_packed(folder)
+    model, packing = open_packed(folder)
     specs = packing["matrices"]
     sharers = Counter(part for spec in specs.values() for part in dictionary_names(spec))
     matrices = {}
@@ -232,8 +232,8 @@ def densify(packed_folder: str | Path, output: str | Path, *, max_shard_bytes: i
     ArtifactError
         If the folder is none that could be loaded.
     """
-    model, packing = _open_packed(packed_folder)
-    _check_loads(model.path)
+    model, packing = open_packed(packed_folder)
+    check_loads(model.path)
     specs = packing["matrices"]
     dtype_name = packing["weight_dtype"]
     packed_into = _placement(specs)
@@ -252,12 +252,7 @@ def densify(packed_folder: str | Path, output: str | Path, *, max_shard_bytes: i
             functools.partial(_dense_weight, model, matrix, specs[matrix], _WEIGHT_DTYPES[dtype_name]),
         )
 
-    config = dict(model.config)
-    config["model_type"] = config.pop("base_model_type")
-    config["architectures"] = config.pop("base_architectures")
-    for key in ("auto_map", "transformers_weights", "quantization_config", "transformers_version"):
-        config.pop(key, None)
-    write_folder(output, config, list(tensors.values()), base=model.path, max_shard_bytes=max_shard_bytes)
+    write_folder(output, dense_config(model), list(tensors.values()), base=model.path, max_shard_bytes=max_shard_bytes)
 
 
 def verify(folder: str | Path) -> dict[str, int]:
@@ -284,7 +279,7 @@ def verify(folder: str | Path) -> dict[str, int]:
     faults = checksum_faults(path)
     if faults:
         raise ArtifactError(path, in_one_line(faults), _FOLDER_REMEDY)
-    model, _ = _open_packed(path)
+    model, _ = open_packed(path)
     return {
         "files": len(set(model.weight_map.values())),
         "tensors": len(model.weight_map),
@@ -387,7 +382,7 @@ def _placement(specs: Mapping[str, Any]) -> dict[str, list[str]]:
     return placement
 
 
-def _open_packed(folder: str | Path) -> tuple[ModelFolder, dict[str, Any]]:
+def open_packed(folder: str | Path) -> tuple[ModelFolder, dict[str, Any]]:
     """A packed folder whose specs and weight files are as docs/format.md says, and its ``quantization_config``."""
     path = Path(folder)
     config = read_object(path / "config.json", _FOLDER_REMEDY)
@@ -404,7 +399,7 @@ def _open_packed(folder: str | Path) -> tuple[ModelFolder, dict[str, Any]]:
     return ModelFolder(path), packing
 
 
-def _check_loads(folder: Path) -> None:
+def check_loads(folder: Path) -> None:
     """Refuse what the loader refuses: tensors of the rest of the model that are missing, or of another shape."""
     # which the rest of this module does without; importing it registers our classes
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
@@ -418,10 +413,24 @@ def _check_loads(folder: Path) -> None:
         raise ArtifactError(folder, str(error).removeprefix(f"{folder}: "), _FOLDER_REMEDY) from error
 
 
-def _dense_weight(model: ModelFolder, matrix: str, spec: Mapping[str, Any], dtype: np.dtype) -> np.ndarray:
+def dense_config(model: ModelFolder) -> dict[str, Any]:
+    """``config.json`` of a packed folder as the base family has it."""
+    config = dict(model.config)
+    config["model_type"] = config.pop("base_model_type")
+    config["architectures"] = config.pop("base_architectures")
+    for key in ("auto_map", "transformers_weights", "quantization_config", "transformers_version"):
+        config.pop(key, None)
+    return config
+
+
+def packed_factors(model: ModelFolder, matrix: str, spec: Mapping[str, Any]) -> Factorization:
+    """Factors of a matrix of a packed folder."""
     parts = {part: model.read(part) for part in tensor_names(matrix, spec)}
-    factors = unpack(parts, spec, matrix, source=model.path, remedy=_FOLDER_REMEDY)
-    return np.ascontiguousarray(factors.reconstruct().T.astype(dtype))
+    return unpack(parts, spec, matrix, source=model.path, remedy=_FOLDER_REMEDY)
+
+
+def _dense_weight(model: ModelFolder, matrix: str, spec: Mapping[str, Any], dtype: np.dtype) -> np.ndarray:
+    return np.ascontiguousarray(packed_factors(model, matrix, spec).reconstruct().T.astype(dtype))
 
 
 def _byte_count(nbytes: float, dense: int) -> dict[str, float]:
