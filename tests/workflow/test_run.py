@@ -124,7 +124,7 @@ def test_exports_are_made_when_they_are_asked_for(finished, tmp_path):
     run.snakemake(gguf)
     assert (run.folder / gguf).read_bytes()[:4] == b"GGUF"
     refused = run.snakemake("results/tiny/cospadi-20/compressed-tensors", succeeds=False)
-    assert "compressed-tensors holds integers alone; export it as gguf" in refused.replace("Export", "export")
+    assert "compressed-tensors holds integers alone" in refused
 
 
 def test_as_a_module_of_another_workflow_it_reads_and_writes_in_that_ones_folder(finished, tmp_path):
