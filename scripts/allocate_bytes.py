@@ -15,7 +15,8 @@ def main(snakemake, log):
         read_structure(snakemake.input.structure),
         snakemake.params.units,
         snakemake.params.variant,
-        Path(snakemake.output[0]),
+        Path(snakemake.output.allocation),
+        table=Path(snakemake.output.table),
         calibration=calibration_of(snakemake.input.windows, snakemake.params.collection),
         log=log,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from cospadi.formats.factorization import tensor_names, unpack
 from cospadi.formats.values import storage_of
 from cospadi.learning import learn_unit
 from cospadi.methods import METHODS
+from cospadi.profiles import allocate, profile_unit, read_allocation
 from cospadi.quantization import quantize_unit
 from cospadi.structure import inspect_model
 
@@ -182,6 +184,48 @@ def learned(made: SimpleNamespace, folder: Path, variant: dict, layers: list[int
         **files,
     )
     return read_json(diagnostics), read_json(folder / "codes.json")
+
+
+@pytest.mark.parametrize("method", [name for name, one in METHODS.items() if one.scope == "problem"])
+def test_a_menu_gives_every_problem_its_bytes_and_says_what_comes_of_it(made, tmp_path, method):
+    few = {"max_iter": 2} if "max_iter" in METHODS[method].options else {}
+    sharing = {"group_size": 1, "share": []} if "share" in METHODS[method].options else {}
+    variant = settings(method, **METHODS[method].defaults() | few | sharing)
+    variant |= {"allocation": "menu", "menu": [0.6, 0.8, 1.0, 1.2]}
+    files, lines = {"gradient_files": [made.gradients[1]], "log": lambda line: None}, []
+    profile_unit(made.model, made.structure, [made.grams[1]], [1], variant, tmp_path / "profile.json", **files)
+    units = {"layer_01": [1]}
+    output, table = tmp_path / "allocation.json", tmp_path / "allocation.tsv"
+    allocate([tmp_path / "profile.json"], made.structure, units, variant, output, table=table, log=lines.append)
+    with open(table) as file:
+        rows = {row["matrices"]: row for row in csv.DictReader(file, delimiter="\t")}
+    measured = {
+        " + ".join(one["matrices"]): one["figures"]["points"]
+        for one in read_json(tmp_path / "profile.json")["problems"]
+    }
+    assert rows.keys() == measured.keys()
+    allotted = read_allocation(output, made.structure, variant)
+    found = learned(made, tmp_path, variant, [1], allotted=allotted)[1]["matrices"]
+    best = uniform = 0.0
+    for (*names,), nbytes in allotted.items():
+        row, points = rows[" + ".join(names)], measured[" + ".join(names)]
+        dense = sum(found[name]["dense_nbytes"] for name in names)
+        rise = sum(found[name]["predicted_rise"] for name in names)
+        if nbytes is None:  # as they are, in bfloat16
+            assert float(row["predicted_rise"]) == 0 and rise < 1e-2 * max(rise for _, rise in points)
+        else:  # what the profile saw is what is learned
+            assert rise == pytest.approx(float(row["predicted_rise"]), rel=1e-5)
+        assert sum(found[name]["nbytes"] for name in names) <= (nbytes or dense)
+        assert row["bytes"] == ("dense" if nbytes is None else str(nbytes))
+        assert nbytes is None or [nbytes, float(row["predicted_rise"])] == pytest.approx(
+            min(points, key=lambda point: abs(point[0] - nbytes)),
+            rel=1e-5,  # six digits
+        )
+        best += float(row["predicted_rise"])
+        uniform += min(rise for size, rise in points if size <= 0.6 * dense)
+    assert sum(found[name]["nbytes"] for name in found) <= 0.6 * sum(one["dense_nbytes"] for one in found.values())
+    assert best <= uniform * (1 + 1e-5)
+    assert any(line.startswith(f"predicted rise {best:.4g} nats a token; with the same ratio") for line in lines)
 
 
 @pytest.mark.parametrize("method", list(METHODS))

@@ -509,6 +509,13 @@ def test_codes_of_a_variant_are_complete_and_of_this_model(unit, tmp_path):
         check_codes(another, files, None)
 
 
+UNITS = {"layer_00": [0], "layer_01": [1]}
+
+
+def table_in(folder):
+    return {"table": folder / "allocation.tsv", "log": lambda line: None}
+
+
 def parted(unit, folder, **settings):
     """A variant, the profiles of both layers and the allocation, from files to files."""
     model, structure, grams = unit
@@ -522,7 +529,7 @@ def parted(unit, folder, **settings):
         output = folder / f"{layer}.json"
         profile_unit(model, structure, [grams[layer]], [layer], variant, output, log=lambda line: None)
     profiles = [folder / "0.json", folder / "1.json"]
-    allocate(profiles, structure, [[0], [1]], variant, folder / "allocation.json", log=lambda line: None)
+    allocate(profiles, structure, UNITS, variant, folder / "allocation.json", **table_in(folder))
     return variant, profiles, folder / "allocation.json"
 
 
@@ -567,9 +574,9 @@ def test_profiles_and_allocations_of_something_else_are_refused(unit, tmp_path):
     with pytest.raises(ArtifactError, match="is of settings"):
         read_allocation(path, unit[1], {**variant, "ratio": 0.4})
     with pytest.raises(ArtifactError, match="is of layers"):
-        allocate(profiles[::-1], unit[1], [[0], [1]], variant, path, log=lambda line: None)
+        allocate(profiles[::-1], unit[1], UNITS, variant, path, **table_in(tmp_path))
     with pytest.raises(ArtifactError, match="is of settings"):
-        allocate(profiles, unit[1], [[0], [1]], {**variant, "eta": 0.1}, path, log=lambda line: None)
+        allocate(profiles, unit[1], UNITS, {**variant, "eta": 0.1}, path, **table_in(tmp_path))
     for wrong in (-5, 2.5, "many"):
         content = read_json(path)
         content["problems"][0]["nbytes"] = wrong

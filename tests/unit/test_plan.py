@@ -593,6 +593,86 @@ def test_windows_longer_than_the_models_positions_are_refused_together():
     make_plan(nested, calibration={"source": "self", "length": 257}, evaluation=evaluation, text=text)
 
 
+def test_a_budget_leaves_what_all_else_does_not_take():
+    """Dense bytes of the targets are 2 x 30 x 3,538,944; embeddings, norms and names come first."""
+    others = 2 * (49152 * 576 + 576 + 30 * (4 * 576 + 2 * 64)) + 30 * 7 * 1000
+    dense = 2 * 30 * (2 * 576 * (576 + 192) + 3 * 576 * 1536)
+    variants = {
+        "whole": {"method": "ectcq", "budget": "96.5 MB"},
+        "few": {"method": "rtn", "budget": "0.2GiB", "targets": ["up_proj", "down_proj"]},
+        "fewer": {"steps": [{"method": "uidl", "blocks": 10}, {"method": "svd_llm", "budget": "150MB"}]},
+    }
+    found = make_plan(variants=variants).config["variants"]
+    assert found["whole"]["ratio"] == pytest.approx(1 - (96_500_000 - others) / dense)
+    some = 2 * 30 * 2 * 576 * 1536
+    assert found["few"]["ratio"] == pytest.approx(1 - (0.2 * 2**30 - others - (dense - some)) / some)
+    fewer = others - 10 * (2 * (4 * 576 + 2 * 64) + 7 * 1000)
+    assert found["fewer"]["steps"][1]["ratio"] == pytest.approx(1 - (150e6 - fewer) / (dense * 2 / 3))
+    plain = make_plan(variants={"a": {"method": "svd_llm", "ratio": 0.4}}).config["variants"]["a"]
+    assert "budget" not in {**plain, **found["whole"]}
+    with pytest.raises(ConfigError) as caught:
+        make_plan(variants={"a": {"method": "rtn", "budget": "56MB"}, "b": {"method": "rtn", "budget": "1GB"}})
+    limits = f"from {(others + 0.05 * dense) / 1e6:.4g}MB to {(others + 0.99 * dense) / 1e6:.4g}MB"
+    assert [fault.partition(", of which")[0] for fault in caught.value.faults] == [
+        f"variants.a.budget: 56MB; {limits}",
+        f"variants.b.budget: 1GB; {limits}",
+    ]
+
+
+LAYER = "model.layers.0"
+TABLE = {f"{LAYER}.self_attn.{name}_proj": 30_000 for name in "qkvo"} | {
+    f"{LAYER}.mlp.gate_proj + {LAYER}.mlp.up_proj": 80_000,
+    f"{LAYER}.mlp.down_proj": "dense",
+}
+
+
+def faults_of_table(folder, lines, **settings) -> list[str]:
+    """What a plan says of a table of the bytes of a model of one layer, 64 wide, 512 in its MLP."""
+    path = folder / "mine.tsv"
+    path.write_text("\n".join(["\t".join(line) for line in lines]) + "\n")
+    asked = {"method": "hybrid", "ratio": 0.2, "share_within": [["gate_proj", "up_proj"]], **settings}
+    model = {**MODEL, "hidden_size": 64, "intermediate_size": 512, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model["num_key_value_heads"] = 1
+    try:
+        make_plan(model, variants={"a": {**asked, "allocation": "file", "allocation_file": str(path)}})
+    except ConfigError as error:
+        prefix = f"variants.a.allocation_file: {path}: "
+        assert all(fault.startswith(prefix) for fault in error.faults), error
+        return [fault.removeprefix(prefix) for fault in error.faults]
+    return []
+
+
+def table_of(changes=(), *, columns=("matrices", "bytes")) -> list[tuple[str, ...]]:
+    rows = {**TABLE, **{f"{LAYER}.self_attn.{name}_proj": 7000 for name in "qkvo"}, **dict(changes)}
+    return [columns, *((names, str(nbytes)) for names, nbytes in rows.items() if nbytes is not None)]
+
+
+def test_a_table_of_bytes_is_checked_before_any_work(tmp_path):
+    q, down = f"{LAYER}.self_attn.q_proj", f"{LAYER}.mlp.down_proj"
+    gate, up = f"{LAYER}.mlp.gate_proj", f"{LAYER}.mlp.up_proj"
+    assert faults_of_table(tmp_path, table_of()) == []
+    columns = "has no column bytes; its columns are matrices, nbytes"
+    assert faults_of_table(tmp_path, table_of(columns=("matrices", "nbytes"))) == [columns]
+    wrong = "line 2: bytes are '7e3'; a whole number from 1 on, or dense"
+    assert faults_of_table(tmp_path, table_of({q: "7e3"})) == [wrong]
+    assert faults_of_table(tmp_path, [*table_of(), (q, "7000")]) == [f"line 8: {q} stands in line 2 too"]
+    (fault,) = faults_of_table(tmp_path, table_of({q: None}))
+    assert fault == f"says nothing of 1 of 6 problems ({q})"
+    # all that is wrong, in one message: bytes in all, of one matrix, too many, too few; names
+    rows = table_of({q: 9000, down: 3, f"{gate} + {up}": None, gate: 100_000, "model.layers.1.mlp.up_proj": 5})
+    found = faults_of_table(tmp_path, rows)
+    assert f"line 2: 9000 bytes for {q}, which takes 8192 as it is; write dense" in found
+    assert any(
+        fault.startswith(f"line 6: {down}: ") and "leaves 3 bytes for a 512x64 matrix" in fault for fault in found
+    )
+    assert f"line 7: {gate} shares its bytes: {gate} + {up}" in found
+    assert "line 8: model.layers.1.mlp.up_proj is no matrix of a" in found
+    assert any(fault.startswith("says nothing of 1 of 6 problems") for fault in found)
+    (fault,) = faults_of_table(tmp_path, table_of({f"{gate} + {up}": 131_000}))
+    # 4 x 7000 + 131,000 + 2 x 512 x 64 of 0.8 x 2 x (4 x 64^2 + 3 x 64 x 512)
+    assert fault == "gives 224536 bytes, 41036 more than the 183500 that ratio 0.2 leaves; ratio 0.0211 leaves as many"
+
+
 # --- resources -------------------------------------------------------------------------------------------------------
 
 

@@ -11,15 +11,17 @@ import torch
 from cospadi.checkpoint import densify
 from cospadi.files import TensorFile, read_json
 
-from .conftest import Run, check_finished
+from .conftest import Run, check_finished, rows
 
+# bytes of the file that are about 4 bits a weight
+BUDGET = 240_000
 # name to what makes it, and the codec that is the most that fits
 VARIANTS = {
     "rtn-3.25": ({"method": "rtn", "bits": 3.25}, "int3"),
     "gptq-3.25": ({"method": "gptq", "bits": 3.25}, "int3"),
     "ectcq-3.25": ({"method": "ectcq", "bits": 3.25}, "ectcq"),
     "trellis-3.5": ({"method": "trellis", "bits": 3.5}, "trellis3"),
-    "scalar-4": ({"method": "ectcq", "bits": 4, "trellis": False}, "ec"),
+    "scalar-4": ({"method": "ectcq", "budget": f"{BUDGET / 1000}KB", "trellis": False}, "ec"),
     "gptq-zeros": ({"method": "gptq", "bits": 2.3, "symmetric": False, "act_order": True}, "uint2"),
 }
 SHAPES = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 192}
@@ -41,9 +43,16 @@ def test_every_one_comes_out_in_its_bits(run):
         table = {row["variant"]: row for row in csv.DictReader(file, delimiter="\t")}
     for name, (given, codec) in VARIANTS.items():
         assert table[name]["class"] == "any-bits"
-        assert float(table[name]["bits"]) <= given["bits"]
+        assert float(table[name]["bits"]) <= given.get("bits", 16)
         for file in sorted((run.results / name / "codes").glob("*.safetensors")):
             assert {spec["codes"]["codec"] for spec in TensorFile(file).metadata["matrices"].values()} == {codec}
+
+
+def test_a_budget_is_of_the_whole_file(run):
+    size = (run.results / "scalar-4/model/model.safetensors").stat().st_size
+    assert float(rows(run.results / "summary.tsv")["scalar-4"]["model_bytes"]) == size
+    # what is kept for names of tensors, 1000 bytes a matrix, is nearly used
+    assert BUDGET - 14 * 1000 < size <= BUDGET
 
 
 def test_what_was_learned_is_what_is_stored(run):

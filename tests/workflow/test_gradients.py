@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable
+from pathlib import Path
 
 import h5py
 import pytest
@@ -14,6 +16,7 @@ from .conftest import Run, check_finished, rows
 SHARED = [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]
 NAMES = ["hybrid", "sparsegpt"]
 STREAM = "ectcq"
+MENU = {"method": "rtn", "ratio": 0.7, "metric": "gradients", "allocation": "menu", "menu": [0.6, 0.8, 1, 1.4]}
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +27,7 @@ def run(new_run: Callable[..., Run]) -> Run:
         "sparsegpt": {"method": "sparsegpt", **priced},
         "hybrid": {"method": "hybrid", **priced, "share_within": SHARED, "atoms": 4, "max_iter": 1},
         STREAM: {"method": "ectcq", **priced, "ratio": 0.7},
+        "rtn": MENU,
     }
     run.config["evaluation"] |= {"generate": None}
     run.config["layers_per_job"] = 3
@@ -32,7 +36,7 @@ def run(new_run: Callable[..., Run]) -> Run:
 
 
 def test_every_one_comes_out_at_its_bytes(run):
-    check_finished(run, [STREAM, *NAMES])
+    check_finished(run, sorted([STREAM, *NAMES, "rtn"]))
     table = rows(run.results / "summary.tsv")
     for name in NAMES:
         assert 0.4 <= float(table[name]["ratio_true"]) < 0.41
@@ -50,6 +54,54 @@ def test_entropy_coded_columns_are_weighted_within_the_bytes(run):
     assert len(matrices) == 21
     assert {spec["codes"]["codec"] for spec in matrices.values()} == {"ectcq_scaled"}
     assert all(spec["codes"]["n_scales"] == spec["shape"][1] for spec in matrices.values())
+
+
+def table_of(path: Path) -> dict[str, dict[str, str]]:
+    with open(path, newline="") as file:
+        return {row["matrices"]: row for row in csv.DictReader(file, delimiter="\t")}
+
+
+def stored(run: Run, name: str) -> dict[str, dict[str, float]]:
+    """What codes/*.json say of every matrix of a variant."""
+    reports = [read_json(file)["matrices"] for file in (run.results / name / "codes").glob("*.json")]
+    return {name: matrix for unit in reports for name, matrix in unit.items()}
+
+
+def test_a_menu_chooses_and_its_table_says_what_came_of_it(run):
+    table, found = table_of(run.results / "rtn/allocation.tsv"), stored(run, "rtn")
+    assert table.keys() == found.keys() and len(table) == 21
+    assert len({row["bits"] for row in table.values()}) > 2
+    for name, row in table.items():
+        assert (row["unit"], row["method"]) == ("layers_00-02", "rtn")
+        assert found[name]["nbytes"] <= int(row["bytes"])
+        assert found[name]["predicted_rise"] == pytest.approx(float(row["predicted_rise"]), rel=1e-5)
+    assert "with the same ratio for all" in (run.results / "logs/allocate_bytes/rtn.log").read_text()
+
+
+def test_a_table_that_is_edited_is_followed(run, tmp_path):
+    run = run.copy(tmp_path / "copy")
+    table = table_of(run.results / "rtn/allocation.tsv")
+    first, last = (f"model.layers.{layer}.self_attn.q_proj" for layer in (0, 2))
+    # of the same shape; more of one, less of the other; columns that nobody needs are left out
+    sizes = sorted({int(row["bytes"]) for name, row in table.items() if name.endswith("q_proj")})
+    given = {name: row["bytes"] for name, row in table.items()} | {first: str(sizes[0]), last: "dense"}
+    given |= {name: str(sizes[0]) for name in given if name.endswith("o_proj")}
+    lines = "".join(f"{nbytes}\t{name}\n" for name, nbytes in given.items())
+    (run.folder / "mine.tsv").write_text(f"bytes\tmatrices\n{lines}")
+    run.config["variants"]["mine"] = {**MENU, "ratio": 0.5, "allocation": "file", "allocation_file": "mine.tsv"}
+    target = "results/tiny/mine/codes/layers_00-02.json"
+    assert run.planned(target) == {"allocate_bytes": 1, "learn_dictionary": 1, "quantize_codes": 1, "total": 3}
+    run.snakemake(target)
+    found = stored(run, "mine")
+    assert found[first]["nbytes"] <= sizes[0] and found[last]["nbytes"] == found[last]["dense_nbytes"]
+    same = [name for name in found if name.rsplit(".", 1)[-1] not in ("q_proj", "o_proj")]
+    assert [found[name]["squared_error"] for name in same] == [
+        stored(run, "rtn")[name]["squared_error"] for name in same
+    ]
+    assert table_of(run.results / "mine/allocation.tsv")[last]["bytes"] == "dense"
+    # the file is an input: what it says now is what is learned next
+    (run.folder / "mine.tsv").write_text(f"bytes\tmatrices\n{lines}".replace(f"dense\t{last}", f"{sizes[0]}\t{last}"))
+    assert run.planned(target)["learn_dictionary"] == 1
 
 
 def test_predicted_rise_is_that_of_what_is_stored(run):

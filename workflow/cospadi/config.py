@@ -26,7 +26,7 @@ from cospadi.budget import ratio_of
 from cospadi.errors import ConfigError
 from cospadi.formats.values import CODEC_OF_BITS, DICTIONARY_BITS, bits_faults
 from cospadi.methods import METHODS, warm_start_faults
-from cospadi.methods.base import sharing_option_faults
+from cospadi.methods.base import ALLOCATION_OPTIONS, FILE, MENU, allocation_faults, sharing_option_faults
 from cospadi.pruning import PRUNERS
 from cospadi.registry import Entry
 from cospadi.sources import MODEL_SOURCES, TEXT_SOURCES
@@ -73,7 +73,10 @@ def schema() -> Schema:
     common = parts.pop("variant")["properties"]
     for key, bits in (("value_bits", CODEC_OF_BITS), ("dictionary_bits", DICTIONARY_BITS)):
         common["codes"]["properties"][key]["enum"] = list(bits)
-    alternatives = [_entry_schema(method, "method", common) for method in METHODS.values()]
+    parting = {**common, **copy.deepcopy(ALLOCATION_OPTIONS)}  # a method with a rule of its own adds a word to it
+    alternatives = [
+        _entry_schema(method, "method", parting if method.scope == "problem" else common) for method in METHODS.values()
+    ]
     alternatives += [_entry_schema(pruner, "method", {"method": _PRUNING}) for pruner in PRUNERS.values()]
     whole["properties"]["variants"]["propertyNames"]["not"] = {"enum": list(RESERVED)}
     parts["steps"]["properties"]["steps"]["items"] = {"oneOf": alternatives}
@@ -194,7 +197,7 @@ def checked(
     if sections is not None:
         result["variants"], wrong = expanded(sections)
         faults += wrong
-        faults += _bits_faults(result["variants"])
+        faults += _size_faults(result["variants"])
     concrete = _resolve(whole, result, (), faults)
     for error in _Validator(concrete).iter_errors(result):
         faults += _describe(error)
@@ -204,7 +207,8 @@ def checked(
         faults += cross_checks(result)
         faults += _file_faults(concrete, result)
         for _, settings in _steps(result.get("variants")):
-            settings.pop("bits", None)
+            for key in _unused(settings):
+                settings.pop(key, None)
         if result.get("model", {}).get("rotate", 0) is None:  # models that were fetched before it came stay as they are
             del result["model"]["rotate"]
     if faults:
@@ -222,16 +226,30 @@ def _steps(variants: Any) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield f"variants.{where}", step
 
 
-def _bits_faults(variants: Any) -> Iterator[str]:
-    """Say what is meant by ``bits`` as the ``ratio`` that all else goes by; what is wrong where both are given."""
+def _size_faults(variants: Any) -> Iterator[str]:
+    """Say what is meant by ``bits`` as the ``ratio`` that all else goes by; what is wrong where several are given.
+
+    What a ``budget`` leaves depends on the model: until a plan knows it (`plan.budgets`), the ratio is any.
+    """
     for where, step in _steps(variants):
-        bits = step.get("bits")
-        if bits is None or step.get("method") not in list(METHODS):
+        first, *others = [key for key in ("ratio", "bits", "budget") if step.get(key) is not None] or [None]
+        if step.get("method") not in list(METHODS):
             continue
-        if "ratio" in step:
-            yield f"{where}.bits: stands beside ratio, which says the same; leave one out"
-        else:  # one that is no number, or out of range, the schema finds
+        yield from (f"{where}.{key}: stands beside {first}, which says the same; leave one out" for key in others)
+        if first in ("bits", "budget") and not others:
+            bits = step[first]  # one that is no number, or out of range, the schema finds
             step["ratio"] = ratio_of(bits) if _finite(None, bits) and 0.8 <= bits <= 15.84 else 0.5
+
+
+def _unused(settings: Mapping[str, Any]) -> set[str]:
+    """Keys of a complete step that decide nothing: factors are the same as before these keys came."""
+    unused = {"bits", *(["budget"] if settings.get("budget") is None else [])}
+    if settings.get("method") not in METHODS:
+        return unused
+    used = {MENU: {"allocation", "menu"}, FILE: {"allocation", "allocation_file"}}.get(
+        settings.get("allocation"), set()
+    )
+    return unused | (ALLOCATION_OPTIONS.keys() - used - METHODS[settings["method"]].options.keys())
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
@@ -576,6 +594,7 @@ def _step_faults(where: str, variant: dict[str, Any]) -> Iterator[str]:
         yield from (f"{where}.{fault}" for fault in sharing_option_faults(variant, entry.defaults()))
         if "codes" in variant:
             yield from (f"{where}.codes.{fault}" for fault in bits_faults(variant["codes"], own_codec=entry.own_codec))
+        yield from (f"{where}.{fault}" for fault in allocation_faults(variant))
         for name, default in (("column_power", 0.5), ("activation_share", 0.0)):
             if variant.get("metric") == "activations" and variant[name] != default:
                 yield f"{where}.{name}: {_show(variant[name])} says how gradients weigh; set metric to gradients"

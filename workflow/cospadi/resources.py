@@ -12,6 +12,7 @@ from cospadi.budget import nbytes_left
 from cospadi.formats.values import storage_of
 from cospadi.methods import METHODS
 from cospadi.methods.base import planned_problems
+from cospadi.methods.menus import allocator_of
 from cospadi.work import (
     FACTOR,
     FORWARD,
@@ -51,6 +52,10 @@ class Shapes:
         self.site_widths = (hidden, queries, hidden, inner)
         self.gram_entries = sum(width**2 for width in self.site_widths)
         self.layer_parameters = sum(d_in * d_out for d_in, d_out in self.matrices.values())
+        # norms and biases of a layer, at most
+        self.small_parameters = 4 * hidden + 2 * head_dim
+        if config.get("attention_bias") or config.get("mlp_bias") or config["architectures"][0].startswith("Qwen2"):
+            self.small_parameters += sum(d_out for _, d_out in self.matrices.values())
         self.embedding_parameters = self.vocabulary * hidden * (1 if config.get("tie_word_embeddings") else 2)
         self.parameters = self.n_layers * self.layer_parameters + self.embedding_parameters
 
@@ -182,7 +187,7 @@ class Estimates:
         method, storage = METHODS[settings["method"]], storage_of(settings.get("codes", {}))
         options = method.complete(settings)
         works = [
-            method.allocator.work(
+            allocator_of(method, settings).work(
                 targets, nbytes_left([target.shape for target in targets], settings["ratio"]), options, storage
             )
             for targets in planned_problems(settings, method, self.shapes.matrices, n_layers)

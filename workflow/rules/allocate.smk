@@ -33,8 +33,10 @@ rule allocate_bytes:
         structure=lambda wildcards: plan.structure_of(plan.base_of(wildcards.variant)),
         windows=rules.prepare_calibration.output[0],
         profiles=lambda wildcards: plan.profiles_of(wildcards.variant),
+        given=lambda wildcards: plan.allocation_file(wildcards.variant),
     output:
-        "<results>/{variant}/allocation.json",
+        allocation="<results>/{variant}/allocation.json",
+        table="<results>/{variant}/allocation.tsv",
     log:
         "<logs>/allocate_bytes/{variant}.log",
     benchmark:
@@ -45,7 +47,7 @@ rule allocate_bytes:
         mem_mb=plan.mem_mb("allocate"),
         runtime=plan.runtime("allocate"),
     params:
-        units=lambda wildcards: [layers_of(unit) for unit in plan.units(wildcards.variant)],
+        units=lambda wildcards: {unit: layers_of(unit) for unit in plan.units(wildcards.variant)},
         variant=lambda wildcards: plan.learning(wildcards.variant),
         collection=plan.collection(),
         code=plan.code("allocate"),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from cospadi.allocation import AS_IS
 from cospadi.budget import nbytes_left
 from cospadi.errors import ConfigError
 from cospadi.formats.factorization import Factorization
@@ -75,16 +76,45 @@ TIME_OPTIONS: dict[str, dict[str, Any]] = {
 UNIFORM = "uniform"
 # One threshold or step for the whole model, by what errors cost the loss
 GLOBAL = "global"
+# Of every method that learns problem by problem: some sizes of each are tried, and one price a byte chooses (`menus`)
+MENU = "menu"
+# A person's table (`allocation.read_table`)
+FILE = "file"
+_COMMON = (
+    f"{MENU}: every problem is learned at the sizes of the option menu, and those of least predicted rise together are "
+    f"taken (metric gradients); {FILE}: what allocation_file says; {UNIFORM}: the same ratio for all."
+)
+# Keys of a variant that say which matrix gets how many bytes, of all methods that learn problem by problem
+ALLOCATION_OPTIONS: dict[str, dict[str, Any]] = {
+    "allocation": choice([UNIFORM, MENU, FILE], f"Which matrix gets how many of the bytes. {_COMMON}", default=UNIFORM),
+    "menu": option(
+        "array",
+        f"With allocation {MENU}: bytes that every problem is learned at, as multiples of what the ratio leaves of it. "
+        "What would be no smaller than the matrices is left out; they can always stay as they are.",
+        items={"type": "number", "minimum": 0.05, "maximum": 20},
+        minItems=1,
+        uniqueItems=True,
+        default=[0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0],
+    ),
+    "allocation_file": option(
+        ["string", "null"],
+        f"With allocation {FILE}: a table as the allocation.tsv of a variant, with tabs between its columns; matrices "
+        f"and bytes are read, {AS_IS} for those that stay as they are.",
+        minLength=1,
+        format="file",
+        default=None,
+    ),
+}
 # What an allocation by formula may remove of a matrix, unless the ratio is higher: its paper's guard is not known to us
 MOST_REMOVED = 0.8
 
 
 def allocation_option(rule: str, description: str, *, default: str | None = None) -> dict[str, dict[str, Any]]:
-    """The option ``allocation`` of a method that has an `Allocator`; by default its own rule."""
+    """The option ``allocation`` of a method that has an `Allocator` of its own; by default its own rule."""
     return {
         "allocation": choice(
-            [UNIFORM, rule],
-            f"Which matrix gets how many of the bytes. {rule}: {description}; {UNIFORM}: the same ratio for all.",
+            [UNIFORM, rule, MENU, FILE],
+            f"Which matrix gets how many of the bytes. {rule}: {description}; {_COMMON}",
             default=default or rule,
         )
     }
@@ -165,7 +195,7 @@ class Method(Entry):
     own_codec : bool
         Whether it stores values in a codec of its own, however many bits ``codes.value_bits`` allows.
     allocator : Allocator, optional
-        Of a method with the option ``allocation`` (`allocation_option`).
+        Its own, of a method with a rule of its own (`allocation_option`).
     scales_columns : bool
         Whether each column of what it gives can be scaled for itself, so that columns can weigh differently while it
         is learned (metric gradients).
@@ -183,7 +213,7 @@ class Method(Entry):
 
     def allocates(self, settings: Mapping[str, Any]) -> bool:
         """Whether complete settings ask for bytes that differ from matrix to matrix."""
-        return self.allocator is not None and settings["allocation"] != UNIFORM
+        return self.scope == "problem" and settings.get("allocation", UNIFORM) != UNIFORM
 
     def complete(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """The method's own options among a variant's settings, defaults filled in."""
@@ -253,6 +283,17 @@ def sharing_faults(problems: Problems) -> Iterator[str]:
         if len(set(widths.values())) > 1:
             found = ", ".join(f"{projection} has {width} inputs" for projection, width in widths.items())
             yield f"share_within: {found}; those that share have the same number"
+
+
+def allocation_faults(settings: Mapping[str, Any]) -> Iterator[str]:
+    """Keys of `ALLOCATION_OPTIONS` that contradict each other, in complete settings."""
+    given, path = settings.get("allocation"), settings.get("allocation_file")
+    if given == MENU and settings["metric"] != GRADIENTS:
+        yield f"allocation: {MENU} compares what errors in different matrices cost; set metric to {GRADIENTS}"
+    if given == FILE and path is None:
+        yield f"allocation: {FILE} needs a table; set allocation_file"
+    if given != FILE and path is not None:
+        yield f"allocation_file: {path} is read with allocation {FILE} alone, here it is {given}"
 
 
 def price_faults(settings: Mapping[str, Any]) -> Iterator[str]:

@@ -105,7 +105,7 @@ class _Problem:
 
 def modules(options: Mapping[str, Any]) -> list[str]:
     """The modules that decide the allocation, where it is not uniform."""
-    return [] if options.get("allocation", UNIFORM) == UNIFORM else [__name__, "cospadi.solvers.saliency"]
+    return [] if options.get("allocation") != GLOBAL else [__name__, "cospadi.solvers.saliency"]
 
 
 def _profiling(targets: Sequence[Target], nbytes: int, options: Mapping[str, Any], storage: Mapping[str, Any]) -> Work:

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cospadi.allocation import Point, Points, Profile, choose
+from cospadi.allocation import AS_IS, Point, Points, Profile, choose
 from cospadi.arrays import on_device, to_numpy
-from cospadi.budget import SparseShape, as_is_nbytes, low_rank, nbytes_left, sparse_shape
+from cospadi.budget import SparseShape, low_rank, nbytes_left, sparse_shape
 from cospadi.errors import ConfigError
 from cospadi.formats.factorization import Factorization
 from cospadi.formats.values import storage_of
@@ -41,7 +41,6 @@ from cospadi.registry import option
 from cospadi.work import PRODUCT, Work
 
 RULE = "knapsack"
-_AS_IS = "as is"
 
 OPTIONS: dict[str, dict[str, Any]] = {
     **allocation_option(RULE, "every matrix one of its candidate_ratios, for the least sum of errors of the weights"),
@@ -218,11 +217,7 @@ def share(profiles: Sequence[Profile], nbytes: int, *, storage: Mapping[str, Any
     ConfigError
         If the fewest bytes of all are more than that.
     """
-    choices = []
-    for one in profiles:
-        points = [Point(size, error) for size, error in one.figures["points"]]
-        whole = as_is_nbytes(one.shapes, storage)
-        choices.append([point for point in points if point.nbytes < whole] + [Point(whole, 0.0, _AS_IS)])
+    choices = [one.points(storage) for one in profiles]
 
     def allowed(cap: float) -> list[list[Point]]:
         return [[point for point in points if point.error <= cap] for points in choices]
@@ -235,7 +230,7 @@ def share(profiles: Sequence[Profile], nbytes: int, *, storage: Mapping[str, Any
     )
     menus = {index: Points(points) for index, points in enumerate(allowed(caps[min(first, len(caps) - 1)]))}
     chosen = choose(menus, nbytes, highest=max(1.0, caps[-1]))
-    return [None if chosen[index].method == _AS_IS else chosen[index].nbytes for index in range(len(profiles))]
+    return [None if chosen[index].method == AS_IS else chosen[index].nbytes for index in range(len(profiles))]
 
 
 def _passes(

@@ -15,13 +15,14 @@ from typing import Any
 from cospadi.digests import code_digest, folder_digest, modules_of
 from cospadi.errors import ConfigError
 from cospadi.outside import edited_digest, model_digest, untimed
+from cospadi.plan.budgets import with_ratios
 from cospadi.plan.faults import local_model_faults, planning_faults
 from cospadi.plan.names import chunk_name, layers_of, one_of
 from cospadi.plan.paths import Paths
 from cospadi.plan.stages import STAGES
 from cospadi.plan.variants import DENSE
 from cospadi.report import closing_message
-from cospadi.resources import Estimates
+from cospadi.resources import Estimates, Shapes
 from cospadi.sources import planning_config, structural
 from cospadi.stages import Staged
 from cospadi.structure import check_supported, n_layers
@@ -60,13 +61,14 @@ class Plan(Paths, Staged):
         reads_folder = model_config is None and config["model"]["source"] == "local"
         model_config = planning_config(config["model"]) if model_config is None else model_config
         check_supported(model_config)
+        shapes = Shapes(model_config)
+        config, faults = with_ratios(config, shapes, model_config)
         Staged.__init__(self, config)
         Paths.__init__(self, config, n_layers(model_config))
         self._model_config = model_config
         self._digests: dict[str, str | None] = {}
         self.estimates = Estimates(config, model_config)
-        shapes = self.estimates.shapes
-        faults = list(planning_faults(self, shapes, model_config))
+        faults += planning_faults(self, shapes, model_config)
         if reads_folder:
             faults += local_model_faults(self.model_folder, shapes)
         if faults:

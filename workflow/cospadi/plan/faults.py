@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from cospadi import methods
-from cospadi.errors import ArtifactError
+from cospadi.allocation import AS_IS, read_table
+from cospadi.budget import as_is_nbytes, nbytes_left
+from cospadi.errors import ArtifactError, ConfigError
 from cospadi.files import ModelFolder, TensorFile, data_files
+from cospadi.formats.values import storage_of
+from cospadi.methods.base import planned_problems
+from cospadi.plan.names import layers_of
 from cospadi.plan.variants import Variants
+from cospadi.problem import Target
 from cospadi.pruning import PRUNERS, removed_count
 from cospadi.resources import Shapes
 from cospadi.structure import FOLDABLE
@@ -34,6 +42,12 @@ def planning_faults(variants: Variants, shapes: Shapes, model_config: Mapping[st
     """
     yield from _pruning_faults(variants, model_config["architectures"][0])
     yield from _method_faults(variants, shapes)
+    for name in variants.factorized:
+        for path in filter(_is_file, variants.allocation_file(name)):
+            where = f"variants.{name}.steps.1" if variants.pruning_step(name) else f"variants.{name}"
+            yield from (
+                f"{where}.allocation_file: {path}: {fault}" for fault in _table_faults(variants, name, path, shapes)
+            )
     yield from _position_faults(variants.config, model_config)
 
 
@@ -62,6 +76,64 @@ def _method_faults(variants: Variants, shapes: Shapes) -> Iterator[str]:
         if n_layers > 0:
             settings = variants.factorizing(name)
             yield from (f"{where}.{fault}" for fault in methods.planning_faults(settings, shapes.matrices, n_layers))
+
+
+def _is_file(path: str) -> bool:
+    return Path(path).is_file()  # that one is missing is told already
+
+
+def _table_faults(variants: Variants, name: str, path: str, shapes: Shapes) -> Iterator[str]:
+    """What is wrong with a person's table of a variant's bytes: every problem once, bytes that its method can do with,
+    and together no more than the ratio leaves.
+    """
+    try:
+        rows = read_table(path)
+    except ConfigError as error:
+        yield from error.faults
+        return
+    settings = variants.factorizing(name)
+    method, storage = methods.METHODS[settings["method"]], storage_of(settings["codes"])
+    problems: dict[tuple[str, ...], list[Target]] = {}
+    for unit in variants.units(name):
+        layers = layers_of(unit)
+        for targets in planned_problems(settings, method, shapes.matrices, len(layers)):
+            problems[tuple(_matrix_name(layers[one.layer], one.projection) for one in targets)] = targets
+    matrices = {matrix: names for names in problems for matrix in names}
+    taken = 0
+    for row in rows:
+        targets, shown = problems.get(row.matrices), " + ".join(row.matrices)
+        if targets is None:
+            known = matrices.get(row.matrices[0])
+            what = f"shares its bytes: {' + '.join(known)}" if known else f"is no matrix of {name}"
+            yield f"line {row.line}: {shown} {what}"
+            continue
+        sizes = [target.shape for target in targets]
+        dense = as_is_nbytes(sizes, storage)
+        taken += dense if row.nbytes is None else row.nbytes
+        if row.nbytes is not None and row.nbytes > dense:
+            yield f"line {row.line}: {row.nbytes} bytes for {shown}, which takes {dense} as it is; write {AS_IS}"
+        elif row.nbytes is not None:
+            ratio = 1 - row.nbytes / nbytes_left(sizes, 0)
+            for fault in method.faults({**settings, "ratio": ratio}, [targets]):
+                if fault.startswith("ratio: "):
+                    yield f"line {row.line}: {shown}: {fault.removeprefix('ratio: ')}"
+    missing = [" + ".join(names) for names in problems.keys() - {row.matrices for row in rows}]
+    if missing:
+        some = ", ".join(sorted(missing)[:_NAMED])
+        yield f"says nothing of {len(missing)} of {len(problems)} problems ({some}{' ...' if missing[_NAMED:] else ''})"
+    every = [target.shape for targets in problems.values() for target in targets]
+    nbytes = nbytes_left(every, settings["ratio"])
+    if taken > nbytes:
+        needed = 1 - taken / nbytes_left(every, 0)
+        yield (
+            f"gives {taken} bytes, {taken - nbytes} more than the {nbytes} that ratio {settings['ratio']:.6g} leaves; "
+            f"ratio {max(0.0, math.floor(1e6 * needed) / 1e6):.6g} leaves as many"
+        )
+
+
+def _matrix_name(layer: int, projection: str) -> str:
+    parent = next(parent for parent, projections in _PARENTS.items() if projection in projections)
+    return f"model.layers.{layer}.{parent}.{projection}"
 
 
 def _position_faults(config: Mapping[str, Any], model_config: Mapping[str, Any]) -> Iterator[str]:
@@ -125,10 +197,10 @@ def _expected(shapes: Shapes) -> dict[str, tuple[int, int]]:
     """Names and shapes of the weights that every supported family has."""
     expected = {"model.embed_tokens.weight": (shapes.vocabulary, shapes.hidden_size)}
     for layer in range(shapes.n_layers):
-        for parent, projections in _PARENTS.items():
+        for projections in _PARENTS.values():
             for projection in projections:
                 d_in, d_out = shapes.matrices[projection]
-                expected[f"model.layers.{layer}.{parent}.{projection}.weight"] = (d_out, d_in)
+                expected[f"{_matrix_name(layer, projection)}.weight"] = (d_out, d_in)
     return expected
 
 

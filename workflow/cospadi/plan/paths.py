@@ -84,7 +84,9 @@ class Paths(Variants):
         return [f"{self.results}/{base}gradients/layers_{chunk_name(chunk)}.h5" for chunk in chunks]
 
     def profiles_of(self, variant: str) -> list[str]:
-        """What bytes are worth to the matrices of every unit."""
+        """What bytes are worth to the matrices of every unit; none where a file says what each gets."""
+        if self.allocation_file(variant):
+            return []
         return [f"{self.results}/{variant}/profile/{unit}.json" for unit in self.units(variant)]
 
     def allocation_of(self, variant: str) -> list[str]:

@@ -110,6 +110,8 @@ def _parting(plan: Plan) -> list[str]:
 def _profile(plan: Plan) -> Iterator[Jobs]:
     for variant in _parting(plan):
         units = plan.units(variant)
+        if plan.allocation_file(variant):
+            continue
         wildcards = SimpleNamespace(variant=variant, unit=units[0])
         yield Jobs(len(units), f"profile_matrices/{variant}/*.tsv", wildcards, variant)
 

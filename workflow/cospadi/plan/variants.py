@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cospadi.methods import METHODS
+from cospadi.methods.base import FILE
 from cospadi.plan.names import parts, unit_name
 from cospadi.problem import GRADIENTS
 from cospadi.pruning import PRUNERS, removed_count
@@ -117,6 +118,11 @@ class Variants:
         """Whether a variant's bytes are parted among its matrices before they are learned."""
         settings = self.factorizing(variant)
         return settings is not None and METHODS[settings["method"]].allocates(settings)
+
+    def allocation_file(self, variant: str) -> list[str]:
+        """The table of a variant whose allocation a person wrote, as a list that is empty for the others."""
+        settings = self.factorizing(variant)
+        return [settings["allocation_file"]] if self.allocates(variant) and settings["allocation"] == FILE else []
 
     def units(self, variant: str) -> list[str]:
         """Units of a variant: what one learning job each handles; none where nothing is learned."""
