@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -41,12 +42,14 @@ def expanded(variants: Any) -> tuple[Any, list[str]]:
         else:
             rest = {key: value for key, value in section.items() if key != SWEEP}
             found = list(_faults(section[SWEEP], rest))
-            faults += [f"variants.{name}.{SWEEP}{fault}" for fault in found]
+            faults += [f"variants.{_shown(name)}.{SWEEP}{fault}" for fault in found]
             made = {name: {**_first(section[SWEEP]), **rest}} if found else _written_out(name, rest, section[SWEEP])
         for variant in made:
             # a plain variant of that name says something else, whichever stands first
             if variant in whole or (variant != name and variant in variants):
-                faults.append(f"variants.{name}.{SWEEP}: makes {variant}, which is a variant already; rename one")
+                faults.append(
+                    f"variants.{_shown(name)}.{SWEEP}: makes {_shown(variant)}, which is a variant already; rename one"
+                )
         whole |= made
     return whole, faults
 
@@ -90,12 +93,17 @@ def _faults(sweep: Any, rest: Mapping[str, Any]) -> list[str]:
     faults = []
     for option, values in sweep.items():
         if not isinstance(values, list) or not values:
-            faults.append(f".{option}: expected a list of at least one value")
+            faults.append(f".{_shown(option)}: expected a list of at least one value")
         elif len({_text(option, value) for value in values}) < len(values):
-            faults.append(f".{option}: names a value twice")
+            faults.append(f".{_shown(option)}: names a value twice")
         if option in rest:
-            faults.append(f".{option}: stands beside the sweep too; leave one out")
+            faults.append(f".{_shown(option)}: stands beside the sweep too; leave one out")
     return faults
+
+
+def _shown(key: Any) -> str:
+    """A key of the file in one line."""
+    return str(key) if str(key).isprintable() else json.dumps(str(key))
 
 
 def _first(sweep: Any) -> dict[str, Any]:

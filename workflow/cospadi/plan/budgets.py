@@ -47,9 +47,10 @@ def with_ratios(
     for name, variant in config["variants"].items():
         steps = variant.get("steps", [variant])
         settings = next((step for step in steps if step["method"] in METHODS), {})
-        budget = settings.pop("budget", None)
+        budget = settings.get("budget")
         if budget is None:
             continue
+        del settings["budget"]
         where = f"variants.{name}.steps.1" if "steps" in variant else f"variants.{name}"
         n_layers = shapes.n_layers - sum(removed_count(step) for step in steps if step["method"] in PRUNERS)
         chosen = settings["targets"] or list(shapes.matrices)
