@@ -380,3 +380,18 @@ def test_a_disk_that_is_too_small_is_noticed_before_the_work(job, tmp_path, monk
 def test_last_chunk_may_leave_out_its_hidden_states(job, tmp_path):
     job(hidden_out=None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["calibration.h5", "layers_all.h5"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_all_finite_is_about_each_value_and_not_their_sum(dtype):
+    import torch
+
+    from cospadi.arrays import all_finite
+
+    largest = torch.finfo(getattr(torch, dtype)).max
+    rows = torch.full((300, 70), largest, dtype=getattr(torch, dtype))
+    assert all_finite(rows) and all_finite(-rows)
+    for strange in ([float("nan")], [float("inf")], [float("-inf")], [float("inf"), float("-inf")]):
+        spoilt = torch.ones_like(rows)
+        spoilt[7, : len(strange)] = torch.tensor(strange)
+        assert not all_finite(spoilt)

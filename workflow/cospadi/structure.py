@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cospadi.arrays import all_finite
 from cospadi.errors import ArtifactError, UnsupportedModelError
 from cospadi.files import BFLOAT16, ModelFolder, explaining, read_json
 from cospadi.provenance import check_provenance, fingerprint
@@ -398,7 +399,7 @@ def read_tensor(folder: ModelFolder, name: str, shape: tuple[int, ...]) -> torch
     tensor = torch.from_numpy(np.array(_bits(array)))  # a copy: the mapping of the file must not outlive this call
     if array.dtype == BFLOAT16:
         tensor = tensor.view(torch.bfloat16)
-    if not torch.isfinite(tensor).all():
+    if not all_finite(tensor):
         raise ArtifactError(folder.file_of(name).path, f"tensor {name} holds NaN or infinity", _REMEDY)
     return tensor
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import h5py
 import numpy as np
 
+from cospadi.arrays import all_finite
 from cospadi.calibration.activations import (
     FORMAT_VERSION,
     HIDDEN,
@@ -251,7 +252,7 @@ class _Site:
         self._n_skipped = 0
 
     def see(self, rows: torch.Tensor, batch: slice) -> None:
-        if rows.isfinite().all():
+        if all_finite(rows):
             self._sink.add(rows, batch)
             return
         self._n_skipped += 1

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import h5py
 import numpy as np
 
+from cospadi.arrays import all_finite
 from cospadi.calibration.activations import (
     FORMAT_VERSION,
     GRADIENT,
@@ -207,7 +208,7 @@ class _Moments:
     def see(self, rows: torch.Tensor, gradients: torch.Tensor, batch: slice) -> None:
         squares = gradients.float().square()
         weights = squares.sum(dim=1, keepdim=True)
-        if not (weights.isfinite().all() and rows.isfinite().all()):
+        if not (all_finite(weights) and all_finite(rows)):
             raise NumericalError(
                 f"{self._group.name[1:]}: its input or the gradient at its output is NaN or infinite (windows "
                 f"{batch.start}-{batch.stop - 1}). Compute in bfloat16 or float32, and check the model's weights"

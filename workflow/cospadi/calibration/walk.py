@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
+from cospadi.arrays import all_finite
 from cospadi.calibration.activations import FORMAT_VERSION, WINDOWS_REMEDY, reading
 from cospadi.errors import ArtifactError, NumericalError
 from cospadi.provenance import check_provenance, tokens_digest
@@ -393,7 +394,7 @@ def _keeping(kept: list[torch.Tensor], place: Place) -> Callable[[torch.Tensor, 
     """Append the rows of a place to a list, unless they are not finite."""
 
     def keep(rows: torch.Tensor, batch: slice) -> None:
-        if not rows.isfinite().all():
+        if not all_finite(rows):
             raise NumericalError(
                 f"block {place.block}: {place.kind} holds NaN or infinity on the calibration windows. Compute in "
                 "bfloat16 or float32 (calibration.dtype), and check the model's weights"
