@@ -12,9 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cospadi.formats.factorization import Factorization
+from cospadi.runtime.cospadi_integers import Integers, Shifted
 from cospadi.runtime.cospadi_registry import CODECS
 
 __all__ = ["Grid", "bits_of", "grid_of"]
+
+INTEGERS = (Integers, Shifted)
 
 
 class Grid(NamedTuple):
@@ -42,7 +45,7 @@ class Grid(NamedTuple):
 def grid_of(factors: Factorization) -> Grid | None:
     """The whole numbers that a matrix is stored as; None where it is something else."""
     codec = CODECS[factors.value_codec]
-    if factors.dictionary is not None or factors.plus or factors.on.is_stored or not codec.scaled:
+    if factors.dictionary is not None or factors.plus or factors.on.is_stored or not isinstance(codec, INTEGERS):
         return None
     d_in, d_out = factors.shape
     size = min(factors.block_size or d_in, d_in)

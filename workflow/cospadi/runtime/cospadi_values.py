@@ -65,7 +65,7 @@ class Codec:
     @property
     def can_be_rounded(self) -> bool:
         """Whether what it holds is evenly spaced or of so many significant bits, so that rounding can be decided."""
-        return (self.scaled and not self.shifted) or self.significant_bits > 0
+        return (self.scaled and not self.shifted and not self.variable) or self.significant_bits > 0
 
     def shape(self, numbers: Sequence[int]) -> tuple[int, ...]:
         """Shape of the stored tensor for numbers of that shape."""
