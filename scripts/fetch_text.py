@@ -8,7 +8,8 @@ from cospadi.stage import script
 def main(snakemake, log):
     from cospadi.sources import fetch_text
 
-    fetch_text(snakemake.params.text, Path(snakemake.output.calibration).parent, log=log)
+    folder = Path(snakemake.output.calibration).parent
+    fetch_text(snakemake.params.text, folder, model=next(iter(snakemake.input.model), None), log=log)
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def test_two_checks_share_no_state(minimal):
         ("model.repo", "gpt2", "model.repo: gpt2 is not allowed; it has to match"),
         ("model.package", "x==1", "model.package: unknown key; known: name, source, repo, revision"),
         ("text", {"name": "t", "source": "jsonl"}, "text.path: missing"),
-        ("text", {"name": "t"}, "text.source: missing; one of file, hub, jsonl, wheel_wikipedia"),
+        ("text", {"name": "t"}, "text.source: missing; one of chat, file, hub, jsonl, mixture, wheel_wikipedia"),
         ("text", {"name": "t", "source": "file", "path": "nowhere.txt"}, "text.path: 'nowhere.txt' does not exist"),
         ("variants", {}, "variants: {} is empty; at least 1 expected"),
         ("variants.dense", {"method": "cospadi", "ratio": 0.2}, "variants: dense is a reserved name"),

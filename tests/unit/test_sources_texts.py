@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import hashlib
 import json
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from cospadi.config import check_config
 from cospadi.errors import ArtifactError, ConfigError
 from cospadi.sources import TEXT_SOURCES, fetch_text, read_documents
-from cospadi.sources.texts import SPLIT_OPTIONS, split_documents
+from cospadi.sources.texts import SPLIT_OPTIONS, read_sources, split_documents
 from cospadi.sources.wikipedia import clean_markup, read_articles
 
 ROOT = Path(__file__).parents[2]
@@ -194,7 +195,7 @@ def test_unreadable_files(tmp_path):
     (tmp_path / "none.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ArtifactError, match="not readable as UTF-8"):
         fetch_text(section, tmp_path / "out", log=quiet)
-    with pytest.raises(ConfigError, match=r"text.source: 'ftp'; allowed: file, hub, jsonl, wheel_wikipedia"):
+    with pytest.raises(ConfigError, match=r"text.source: 'ftp'; allowed: chat, file, hub, jsonl, mixture"):
         fetch_text({"source": "ftp"}, tmp_path / "out")
 
 
@@ -316,3 +317,92 @@ def test_text_of_the_demo(tmp_path):
     texts = [text for _, text in calibration + heldout]
     assert sum(map(len, texts)) == 2_649_870
     assert not any(mark in text for text in texts for mark in ("{{", "[[", "<ref", "|", "\x00", "\x01"))
+
+
+# --- conversations and mixtures -----------------------------------------------------------------------------------
+
+TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}\n{% endfor %}"
+
+
+def chats(path: Path, count: int = 10) -> Path:
+    """A file of conversations; the last two are the same."""
+    lines = [
+        {"messages": [{"role": "user", "content": f"Question {min(n, count - 2)}"}, {"role": "bot", "content": "Yes."}]}
+        for n in range(count)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def talking(tiny_model, tmp_path) -> Path:
+    """A model whose folder has a chat template."""
+    folder = Path(shutil.copytree(tiny_model("llama"), tmp_path / "talking"))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+def test_conversations_become_text_by_the_models_template(talking, tmp_path):
+    section = section_of("chat", path=str(chats(tmp_path / "chats.jsonl")))
+    fetch_text(section, tmp_path / "out", model=talking, log=quiet)
+    calibration, heldout = parts(tmp_path / "out")
+    expected = {f"<s>[user]Question {n}</s>\n[bot]Yes.</s>\n" for n in range(9)}  # this tokenizer adds no <s> by itself
+    assert {text for _, text in calibration} | {text for _, text in heldout} == expected
+    assert len(calibration) + len(heldout) == 9 and len(heldout) == 2
+
+
+def test_what_a_tokenizer_adds_by_itself_does_not_stand_in_a_conversation_twice(talking, tmp_path):
+    import tokenizers
+
+    tokenizer = tokenizers.Tokenizer.from_file(str(talking / "tokenizer.json"))
+    template = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.post_processor = template
+    tokenizer.save(str(talking / "tokenizer.json"))
+    fetch_text(
+        section_of("chat", path=str(chats(tmp_path / "chats.jsonl"))), tmp_path / "out", model=talking, log=quiet
+    )
+    assert all(text.startswith("[user]") for part in parts(tmp_path / "out") for _, text in part)
+
+
+@pytest.mark.parametrize(
+    ("content", "template", "message"),
+    [
+        (None, None, r"talking: the tokenizer has no chat template.*trained to chat.*text.source: jsonl"),
+        (None, "{{ raise_exception('roles must alternate') }}", r"refuses chats 1 \(roles must alternate\)"),
+        ('{"messages": []}', TEMPLATE, "line 1 has no list of messages"),
+        ('{"messages": [{"role": "user"}]}', TEMPLATE, "line 1 has no list of messages"),
+        ('{"text": "a"}', TEMPLATE, "line 1 has no list of messages .*'messages'.*text.field"),
+    ],
+)
+def test_conversations_that_cannot_be_read_are_refused(talking, tmp_path, content, template, message):
+    path = chats(tmp_path / "chats.jsonl")
+    if content is not None:
+        path.write_text(content + "\n")
+    (talking / "chat_template.jinja").unlink()
+    if template is not None:
+        (talking / "chat_template.jinja").write_text(template)
+    with pytest.raises(ArtifactError, match=message):
+        fetch_text(section_of("chat", path=str(path)), tmp_path / "out", model=talking, log=quiet)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mixture_holds_out_of_every_source_and_no_text_is_on_both_sides(talking, tmp_path):
+    (tmp_path / "plain.txt").write_text("\n\n".join(f"Paragraph {n}" for n in range(20)))
+    (tmp_path / "more.jsonl").write_text("".join(json.dumps({"text": f"Paragraph {n}"}) + "\n" for n in range(15, 40)))
+    section = section_of(
+        "mixture",
+        sources=[
+            {"source": "chat", "share": 2, "path": str(chats(tmp_path / "chats.jsonl")), "field": "messages"},
+            {"source": "file", "share": 1, "path": str(tmp_path / "plain.txt")},
+            {"source": "jsonl", "share": 1, "path": str(tmp_path / "more.jsonl"), "field": "text"},
+        ],
+    )
+    fetch_text(section, tmp_path / "out", model=talking, log=quiet)
+    calibration, heldout = (read_sources(tmp_path / "out" / f"{part}.jsonl") for part in ("calibration", "heldout"))
+    assert {number: len(found) for number, found in calibration.items()} == {0: 7, 1: 16, 2: 16}
+    assert {number: len(found) for number, found in heldout.items()} == {0: 2, 1: 4, 2: 4}
+    sides = [{text for found in part.values() for text in found} for part in (calibration, heldout)]
+    assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 9 + 40
+    assert "[user]" in calibration[0][0]
+    origin = (tmp_path / "out" / "ORIGIN.md").read_text()
+    assert "- Source 0, conversations from the file:" in origin and "- Source 2, taken from the file:" in origin

@@ -50,6 +50,63 @@ def copy_of(tiny_model, tmp_path):
     return make
 
 
+def mixture(folder: Path, *texts: str) -> Path:
+    """``calibration.jsonl`` of a mixture, each source one text over and over."""
+    path = folder / "mixture.jsonl"
+    lines = [{"title": "t", "text": text * 700, "source": number} for number, text in enumerate(texts)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("shares", "counts"), [([1, 1, 1], [4, 4, 4]), ([8, 3, 1], [8, 3, 1]), ([100, 1, 1], [10, 1, 1])]
+)
+@pytest.mark.parametrize("packing", ["packed", "single"])
+def test_sources_of_a_mixture_have_their_share_of_the_windows(tiny_model, tmp_path, shares, counts, packing):
+    path, output = mixture(tmp_path, " river", " village", " engine"), tmp_path / "calibration.h5"
+    if packing == "single":
+        path.write_text("".join(f"{line}\n" * 12 for line in path.read_text().splitlines()))
+    prepare_windows(tiny_model("llama"), settings(shares=shares, packing=packing), path, output, log=quiet)
+    input_ids, _, _ = windows(output)
+    tokens = [ids[5] for ids in documents_of(tiny_model("llama"), " river", " village", " engine")]
+    found = [sum(token in row for row in input_ids) for token in tokens]
+    assert found == counts
+    # not one source after the other: the last windows may be held out
+    first = [next(index for index, token in enumerate(tokens) if token in row) for row in input_ids]
+    assert first != sorted(first)
+
+
+def documents_of(model: Path, *texts: str) -> list[list[int]]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    return [tokenizer(text * 10).input_ids for text in texts]
+
+
+def test_fewer_windows_than_sources_are_refused(tiny_model, tmp_path):
+    path = mixture(tmp_path, " river", " village", " engine")
+    with pytest.raises(ConfigError, match=r"calibration.samples: 2; the text has 3 sources"):
+        prepare_windows(tiny_model("llama"), settings(shares=[1, 1, 1], samples=2), path, tmp_path / "c.h5", log=quiet)
+
+
+@pytest.mark.parametrize(("text", "warned"), [(" the old river crosses a village", False), (" ЖЩЪ", True)])
+def test_text_that_the_tokenizer_was_not_made_for_is_told(tiny_model, tmp_path, text, warned):
+    lines: list[str] = []
+    prepare_windows(tiny_model("llama"), settings(), mixture(tmp_path, text), tmp_path / "c.h5", log=lines.append)
+    assert [line for line in lines if line.startswith("warning: only 1.")] == [
+        line for line in lines if line.startswith("warning: ")
+    ]
+    assert any(line.startswith("warning: ") for line in lines) == warned
+
+
+def test_a_conversation_that_ends_itself_is_ended_once(tiny_model, tmp_path):
+    output = tmp_path / "c.h5"
+    prepare_windows(tiny_model("llama"), settings(), mixture(tmp_path, "[user]river</s>\n"), output, log=quiet)
+    input_ids, _, _ = windows(output)
+    doubled = (input_ids[:, 1:] == EOS) & (input_ids[:, :-1] == EOS)
+    assert (input_ids == EOS).any() and not doubled.any()
+
+
 # --- cut from text ------------------------------------------------------------------------------------------------
 
 

@@ -194,6 +194,32 @@ def test_calibration_on_the_models_own_text_needs_no_data(finished, tmp_path):
     assert (run.results / "calibration.h5").stat().st_mtime > (finished.results / "calibration.h5").stat().st_mtime
 
 
+def test_calibration_on_conversations_mixed_with_text(run):
+    """Through the template in the model's folder; another template makes another text."""
+    (run.folder / "chats.jsonl").write_text(
+        "".join(
+            json.dumps({"messages": [{"role": "user", "content": f"Describe river {n} " * 10}]}) + "\n"
+            for n in range(30)
+        )
+    )
+    parts = [
+        {"source": "chat", "path": "chats.jsonl", "share": 3},
+        {"source": "jsonl", "path": "articles.jsonl", "share": 1},
+    ]
+    run.config["text"] = {"name": "mixed", "source": "mixture", "sources": parts}
+    target = "results/tiny/calibration.h5"
+    assert "no chat template" in run.snakemake(target, succeeds=False)
+    template = run.folder / "tiny-model/chat_template.jinja"
+    template.write_text("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}")
+    run.snakemake(target)
+    texts = [json.loads(line) for line in (run.folder / "resources/text/mixed--tiny-model/calibration.jsonl").open()]
+    assert {text["source"]: text["text"][:6] == "[user]" for text in texts} == {0: True, 1: False}
+    template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}")
+    assert rules(run.planned(target)) >= {"fetch_text", "prepare_calibration"}
+    run.config["text"]["sources"][0]["path"] = "nowhere.jsonl"
+    assert "text.sources.0.path: 'nowhere.jsonl' does not exist" in run.snakemake(target, succeeds=False)
+
+
 def test_one_lost_factor_file_is_one_job(run):
     target = "results/tiny/cospadi-20/factors/layer_03.safetensors"
     (run.folder / target).unlink()

@@ -575,6 +575,9 @@ def _file_faults(part: Schema, value: Any, path: tuple[str, ...] = ()) -> Iterat
     if isinstance(value, dict):
         for key, child in part.get("properties", {}).items():
             yield from _file_faults(child, value[key], (*path, str(key)))
+    elif isinstance(value, list):
+        for index, (child, entry) in enumerate(zip(part.get("prefixItems", ()), value, strict=False)):
+            yield from _file_faults(child, entry, (*path, str(index)))
     elif part.get("format") in ("file", "folder") and value is not None:
         where, file = _at(*path), Path(value)
         try:

@@ -61,5 +61,6 @@ def _note(folder: Path) -> Path:
 
 
 def text_files(text: Mapping[str, Any] | None) -> list[str]:
-    """The local file that the config's section ``text`` names, as an input; none for a source that is fetched."""
-    return [untimed(text["path"])] if text and "path" in text else []
+    """The local files that the config's section ``text`` names, as inputs; none for a source that is fetched."""
+    parts = [text, *text.get("sources", ())] if text else []
+    return [untimed(part["path"]) for part in parts if "path" in part]

@@ -38,7 +38,7 @@ _THREAD_VARIABLES = (
 _BFLOAT16_FLAGS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "bf16": "Arm's bfloat16"}
 # what glibc's malloc.h calls its settings
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-# the log file has every line; the console one a job in this many seconds
+# the log file has every line; the console warnings, and one line a job in this many seconds
 _CONSOLE_SECONDS = 2.0
 
 
@@ -244,7 +244,7 @@ def _logger(name: str, file: TextIO) -> Log:
     def log(line: str) -> None:
         nonlocal shown
         print(f"{time.strftime('%H:%M:%S')} {line}", file=file)
-        if time.monotonic() - shown >= _CONSOLE_SECONDS:
+        if time.monotonic() - shown >= _CONSOLE_SECONDS or line.startswith("warning: "):
             shown = time.monotonic()
             say(f"[{name}] {line}")
 

@@ -207,6 +207,14 @@ class Staged:
         """Digest of the code that decides what a job of `stage` makes, a function for Snakemake."""
         return lambda wildcards: self.stages[stage].code_of(self, wildcards)
 
+    def template_model(self) -> list[str]:
+        """The model whose chat template makes text of conversations; none, unless a kind of run has one."""
+        return []
+
+    def template_digest(self) -> list[str | None]:
+        """Digest of what makes text of conversations, where there are any."""
+        return []
+
     def has_written(self, name: str) -> bool:
         """Whether file `name` of the results is newer than this plan; making one layer leaves no new table to show."""
         path = Path(self.results, name)

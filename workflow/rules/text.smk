@@ -5,7 +5,8 @@ from cospadi.outside import text_files
 # It runs where snakemake runs: on a cluster, compute nodes often reach no network.
 rule fetch_text:
     input:
-        text_files(config["text"]),
+        text=text_files(config["text"]),
+        model=plan.template_model(),
     output:
         calibration="<resources>/text/{text}/calibration.jsonl",
         heldout="<resources>/text/{text}/heldout.jsonl",
@@ -22,6 +23,7 @@ rule fetch_text:
         runtime=plan.runtime("text"),
     params:
         text=config["text"],
+        template=plan.template_digest(),
         content=files_digest(text_files(config["text"])),
         code=plan.code("text"),
     message:

@@ -15,12 +15,16 @@ from cospadi.errors import ArtifactError, ConfigError, NumericalError
 from cospadi.files import ModelFolder
 from cospadi.provenance import tokens_digest
 from cospadi.sources.models import embedding_rows
-from cospadi.sources.texts import read_documents
+from cospadi.sources.texts import read_sources
 from cospadi.stage import choose_dtype
 from cospadi.tokenizer import load_tokenizer
 
 _GENERATED_TOGETHER = 16  # windows; part of what a seed means, so it is not a setting
 _LOG_EVERY = 64  # sampled positions
+# How much of the text is looked at to see whether the tokenizer was made for such: characters, of so many documents
+_LOOKED_AT, _LOOKED_AT_DOCUMENTS = 2000, 100
+# A tokenizer takes text that it was not made for byte by byte, or as one unknown token after the other
+_FEW_BYTES, _MANY_UNKNOWN = 1.8, 0.01
 
 Log = Callable[[str], None]
 
@@ -43,7 +47,8 @@ def prepare_windows(
         A Hugging Face folder.
     calibration : mapping
         ``source`` (``text``, or ``self``: sampled from the model), ``samples``, ``length`` (tokens a window), ``seed``,
-        ``packing``; for ``self`` also ``dtype``, which the model computes in (see `stage.choose_dtype`; default
+        ``packing``; for a mixture ``shares``, a number for each source of the text; for ``self`` also ``dtype``, which
+        the model computes in (see `stage.choose_dtype`; default
         ``auto``). With ``packed`` documents are joined in random order and windows are cut at random places of the
         whole stream, never overlapping; with ``single`` a window holds the beginning of one document, padded on
         the right.
@@ -85,10 +90,18 @@ def prepare_windows(
         raise ConfigError(["calibration.source: 'text' needs a text file"])
     else:
         order = np.random.default_rng(seed)
-        documents = [text for _, text in read_documents(text_file)]
-        documents = [documents[index] for index in order.permutation(len(documents))]
         cut = _cut_packed if calibration.get("packing", "packed") == "packed" else _cut_single
-        input_ids, attention_mask, n_documents = cut(documents, tokenizer, samples, length, order, Path(text_file), log)
+        sources = list(read_sources(text_file).values()) or [[]]
+        parts = []
+        for documents, count in zip(sources, _apportioned(samples, calibration.get("shares", [1])), strict=True):
+            documents = [documents[index] for index in order.permutation(len(documents))]
+            _warn_of_far_text(documents, tokenizer, log)
+            parts.append(cut(documents, tokenizer, count, length, order, Path(text_file), log))
+        input_ids, attention_mask = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
+        n_documents = sum(part[2] for part in parts)
+        if len(parts) > 1:  # the last windows may be held out: they are of every source
+            mixed = order.permutation(samples)
+            input_ids, attention_mask = input_ids[mixed], attention_mask[mixed]
 
     rows = embedding_rows(folder)
     if input_ids.max() >= rows:
@@ -129,6 +142,7 @@ class _Tokenizer:
     bos: int | None
     eos: int | None
     special: frozenset[int]
+    unknown: int | None
 
     def encode_documents(self, documents: Sequence[str]) -> list[list[int]]:
         """Token ids of each document, with what parts it from the next one.
@@ -139,7 +153,8 @@ class _Tokenizer:
         ids = self.encode(documents)
         if self.encode([""])[0] or self.eos is None:
             return ids
-        return [[*document, self.eos] for document in ids]
+        # a conversation has its own at the end, perhaps with a line's end behind it
+        return [document if self.eos in document[-2:] else [*document, self.eos] for document in ids]
 
 
 def _load_tokenizer(folder: Path) -> _Tokenizer:
@@ -151,7 +166,41 @@ def _load_tokenizer(folder: Path) -> _Tokenizer:
         bos=tokenizer.bos_token_id,
         eos=tokenizer.eos_token_id,
         special=frozenset(index for index, token in tokenizer.added_tokens_decoder.items() if token.special),
+        unknown=tokenizer.unk_token_id,
     )
+
+
+def _apportioned(samples: int, shares: Sequence[float]) -> list[int]:
+    """Windows of each source: as near to its share as whole windows are, at least one."""
+    exact = [samples * share / sum(shares) for share in shares]
+    counts = [max(1, int(count)) for count in exact]
+    while sum(counts) != samples:
+        step = 1 if sum(counts) < samples else -1
+        able = [index for index, count in enumerate(counts) if count + step >= 1]
+        if not able:
+            raise ConfigError(
+                [f"calibration.samples: {samples}; the text has {len(shares)} sources, each gives a window"]
+            )
+        counts[max(able, key=lambda index: step * (exact[index] - counts[index]))] += step
+    return counts
+
+
+def _warn_of_far_text(documents: Sequence[str], tokenizer: _Tokenizer, log: Log) -> None:
+    """Say so where the tokenizer was not made for such text: what the model computes on it tells little of its use."""
+    seen = [document[:_LOOKED_AT] for document in documents[:_LOOKED_AT_DOCUMENTS]]
+    ids = [index for document in tokenizer.encode(seen) for index in document]
+    nbytes = sum(len(document.encode()) for document in seen)
+    unknown = ids.count(tokenizer.unknown) / max(len(ids), 1) if tokenizer.unknown is not None else 0.0
+    if nbytes < _FEW_BYTES * len(ids):
+        log(
+            f"warning: only {nbytes / len(ids):.1f} bytes of the text are a token (4 to 5 of English are): it is far "
+            "from what the model's tokenizer was made for. Is it the right text, of a language that the model knows?"
+        )
+    if unknown > _MANY_UNKNOWN:
+        log(
+            f"warning: {unknown:.0%} of the text's tokens are unknown to the model's tokenizer. Is it the right text, "
+            "and of a language that the model knows?"
+        )
 
 
 def _cut_packed(

@@ -14,7 +14,7 @@ from typing import Any
 
 from cospadi.digests import code_digest, folder_digest, modules_of
 from cospadi.errors import ConfigError
-from cospadi.outside import edited_digest, model_digest, untimed
+from cospadi.outside import TOKENIZER, edited_digest, model_digest, untimed
 from cospadi.plan.budgets import with_ratios
 from cospadi.plan.faults import local_model_faults, planning_faults
 from cospadi.plan.names import chunk_name, layers_of, one_of
@@ -23,7 +23,7 @@ from cospadi.plan.stages import STAGES
 from cospadi.plan.variants import DENSE
 from cospadi.report import closing_message
 from cospadi.resources import Estimates, Shapes
-from cospadi.sources import planning_config, structural
+from cospadi.sources import needs_template, planning_config, structural
 from cospadi.stages import Staged
 from cospadi.structure import check_supported, n_layers
 
@@ -89,8 +89,10 @@ class Plan(Paths, Staged):
         """Settings that decide which windows are read."""
         keys = ["source", "samples", "length", "seed", "packing"]
         # the model that samples them computes in some dtype
-        keys += ["dtype"] if self.config["calibration"]["source"] == "self" else []
-        return {key: self.config["calibration"][key] for key in keys}
+        calibration, text = self.config["calibration"], self.config["text"]
+        keys += ["dtype"] if calibration["source"] == "self" else []
+        shares = [part["share"] for part in text.get("sources", ())] if text and calibration["source"] == "text" else []
+        return {key: calibration[key] for key in keys} | ({"shares": shares} if shares else {})
 
     def learning(self, variant: str) -> dict[str, Any]:
         """Settings that decide the factors: rounding comes after them, the bits of a value before (the budget)."""
@@ -127,6 +129,14 @@ class Plan(Paths, Staged):
             if part not in self._digests:
                 self._digests[part] = digest(folder, part)
         return [self._digests[part] for part in parts]
+
+    def template_model(self) -> list[str]:
+        """The model whose chat template makes text of conversations, as a list that is empty where there are none."""
+        return [self.model_input()] if needs_template(self.config["text"]) else []
+
+    def template_digest(self) -> list[str | None]:
+        """Digest of what makes text of conversations, where there are any."""
+        return self.model_digest(TOKENIZER) if needs_template(self.config["text"]) else []
 
     def planned_digest(self) -> str:
         """Digest of what the jobs were planned for; a model that is fetched is compared with it."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from cospadi.plan.names import chunk_name, filled, layers_of
 from cospadi.plan.variants import DENSE, Variants
+from cospadi.sources import needs_template
 from cospadi.structure import layer_name
 
 
@@ -42,7 +43,12 @@ class Paths(Variants):
             "heldout": self.config["evaluation"]["perplexity"] is not None
             or "last_word" in self.config["evaluation"]["tasks"],
         }
-        return [f"resources/text/{self.config['text']['name']}/{part}.jsonl"] if needed[part] else []
+        if not needed[part]:
+            return []
+        text = self.config["text"]
+        # conversations are text by a model's template: another model's is another text
+        name = f"{text['name']}--{self.config['model']['name']}" if needs_template(text) else text["name"]
+        return [f"resources/text/{name}/{part}.jsonl"]
 
     def dense_states(self) -> list[str]:
         """What enters the head of the dense model on the held-out text, where variants are compared with it."""

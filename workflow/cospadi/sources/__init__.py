@@ -16,7 +16,7 @@ from cospadi.files import replacing
 from cospadi.sources import models, rotation, texts
 from cospadi.sources.base import Source, called
 from cospadi.sources.models import check_model_folder, embedding_rows, structural
-from cospadi.sources.texts import read_documents
+from cospadi.sources.texts import needs_template, read_documents
 
 __all__ = [
     "MODEL_SOURCES",
@@ -25,6 +25,7 @@ __all__ = [
     "embedding_rows",
     "fetch_model",
     "fetch_text",
+    "needs_template",
     "planning_config",
     "read_documents",
     "structural",
@@ -118,6 +119,7 @@ def fetch_text(
     output: str | Path,
     *,
     root: str | Path = ".",
+    model: str | Path | None = None,
     log: Callable[[str], None] = print,
 ) -> Path:
     """Bring text here and split it: ``calibration.jsonl``, ``heldout.jsonl``, ``ORIGIN.md`` in folder `output`.
@@ -132,6 +134,8 @@ def fetch_text(
         The folder to write.
     root : path-like
         What relative paths in the config are relative to.
+    model : path-like, optional
+        Folder of the model whose chat template makes text of conversations.
     log : callable
 
     Returns
@@ -144,21 +148,23 @@ def fetch_text(
     ConfigError
         If the source is unknown.
     ArtifactError
-        If the text cannot be had, is damaged or too little to be split. `output` is then as before.
+        If the text cannot be had, is damaged or too little to be split, or the model has no chat template. `output` is
+        then as before.
     """
     output = Path(output)
     source = _registered(TEXT_SOURCES, text, "text")
     with _making(output) as temporary:
         documents, origin = called(source.read, text, temporary, Path(root), log)
+        documents = texts.rendered(documents, model)
         try:
             parts = texts.split_documents(documents, text["heldout_fraction"], text["seed"])
         except ValueError as error:
-            remedy = "Give more text: blank lines (file) or lines (jsonl) part documents"
+            remedy = "Give more text: blank lines (file) or lines (jsonl, chat) part documents"
             raise ArtifactError(output, str(error), remedy) from error
         temporary.mkdir()
         for name, part in zip(("calibration", "heldout"), parts, strict=True):
             texts.write_documents(temporary / f"{name}.jsonl", part)
-            log(f"{name}: {len(part)} documents, {sum(len(body) for _, body in part)} characters")
+            log(f"{name}: {len(part)} documents, {sum(len(document[1]) for document in part)} characters")
         models.write_origin(temporary, output.name, origin)
     return output
 

@@ -1,4 +1,6 @@
-"""Where text comes from: a wheel, a text file, a JSONL file, a hub data set; all end as documents with a title."""
+"""Where text comes from: a wheel, a text file, JSONL, conversations, a hub data set, or several of these; all end as
+documents with a title.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +13,22 @@ from typing import Any
 from cospadi.errors import ArtifactError
 from cospadi.files import explaining
 from cospadi.registry import option
-from cospadi.sources.base import Source
+from cospadi.sources.base import Source, called
 from cospadi.sources.hub import REVISION, explaining_hub_errors
 from cospadi.sources.wheel import MEMBER, PACKAGE, SHA256, downloaded_wheel, extract_member, wheel_metadata
 
 Log = Callable[[str], None]
 Document = tuple[str, str]  # title, text
+Mixed = tuple[str, str, int]  # and the number of the source, of a mixture
 Origin = dict[str, str]  # lines of ORIGIN.md
 
 _PATH = option("string", "The file.", minLength=1, format="file")
 _FIELD = {"type": "string", "minLength": 1, "default": "text"}
+
+
+class Chat(str):
+    """Messages as JSON, in place of a text that a model's template makes of them."""
+
 
 # Every text is split, wherever it comes from
 SPLIT_OPTIONS: dict[str, dict[str, Any]] = {
@@ -72,17 +80,97 @@ def from_file(target: Path, root: Path, log: Log, *, path: str) -> tuple[list[Do
 def from_jsonl(target: Path, root: Path, log: Log, *, path: str, field: str) -> tuple[list[Document], Origin]:
     """One JSON object a line, its `field` is a document."""
     file = root / path
-    documents = []
+    documents = [
+        _document(document, field, f"{file.stem} {number}", file, f"line {number}")
+        for number, document in _json_lines(file)
+    ]
+    return documents, {"Taken from the file": str(file), "Field": field}
+
+
+def from_chat(target: Path, root: Path, log: Log, *, path: str, field: str) -> tuple[list[Document], Origin]:
+    """One conversation a line: its `field` is a list of messages ``{"role", "content"}``."""
+    file = root / path
+    documents: list[Document] = []
+    for number, line in _json_lines(file):
+        messages = line.get(field) if isinstance(line, dict) else None
+        good = isinstance(messages, list) and all(
+            isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+            for message in messages
+        )
+        if not good or not messages:
+            problem = f"line {number} has no list of messages {{role, content}} in field {field!r}"
+            raise ArtifactError(file, problem, "Correct text.field, or the file")
+        documents.append((f"{file.stem} {number}", Chat(json.dumps(messages))))
+    return documents, {"Conversations from the file": str(file), "Field": field}
+
+
+def from_mixture(
+    target: Path, root: Path, log: Log, *, sources: Sequence[dict[str, Any]]
+) -> tuple[list[Mixed], Origin]:
+    """Documents of several sources; how many calibration windows each gives is decided when these are cut."""
+    found: list[Mixed] = []
+    origins: Origin = {}
+    for number, section in enumerate(sources):
+        documents, origin = called(_PARTS[section["source"]].read, section, target, root, log)
+        found += [(title, text, number) for title, text in documents]
+        origins |= {f"Source {number}, {key[:1].lower()}{key[1:]}": value for key, value in origin.items()}
+        log(f"source {number} ({section['source']}): {len(documents)} documents, share {section['share']}")
+    return found, origins
+
+
+def rendered(documents: Sequence[Document | Mixed], model: str | Path | None) -> list[Document | Mixed]:
+    """Documents with the text that the model's own template makes of conversations.
+
+    Raises
+    ------
+    ArtifactError
+        If the model's folder has no template, or that refuses a conversation.
+    """
+    if not any(isinstance(document[1], Chat) for document in documents):
+        return list(documents)
+    from cospadi.tokenizer import load_tokenizer
+
+    if model is None:
+        raise ArtifactError(
+            "text", "conversations need a model, whose template makes text of them", "Give text instead"
+        )
+    tokenizer = load_tokenizer(model)
+    if not tokenizer.chat_template:
+        remedy = (
+            "Take the model's version that was trained to chat, put its chat_template.jinja into the folder, or give"
+        )
+        raise ArtifactError(model, "the tokenizer has no chat template", f"{remedy} text (text.source: jsonl)")
+    # what the tokenizer adds by itself to every text would stand there twice
+    adds = tokenizer.bos_token is not None and tokenizer.bos_token_id in tokenizer("").input_ids
+
+    def fill(title: str, chat: str) -> str:
+        try:
+            text = tokenizer.apply_chat_template(json.loads(chat), tokenize=False)
+        except Exception as error:  # templates are programs of their own
+            raise ArtifactError(model, f"its chat template refuses {title} ({error})", "Correct the file") from error
+        return text.removeprefix(tokenizer.bos_token) if adds else text
+
+    return [
+        (title, fill(title, text) if isinstance(text, Chat) else text, *number) for title, text, *number in documents
+    ]
+
+
+def needs_template(text: dict[str, Any] | None) -> bool:
+    """Whether a section ``text`` has conversations in it."""
+    parts = [text, *text.get("sources", ())] if text else []
+    return any(part["source"] == "chat" for part in parts)
+
+
+def _json_lines(file: Path) -> Iterator[tuple[int, Any]]:
+    """Number and content of every line that is not empty."""
     # not splitlines(): JSON may hold other line separators inside its strings
     for number, line in enumerate(_read_text(file).split("\n"), 1):
         if not line.strip():
             continue
         try:
-            document = json.loads(line)
+            yield number, json.loads(line)
         except json.JSONDecodeError as error:
             raise ArtifactError(file, f"line {number} is not JSON ({error})", "Correct the file") from error
-        documents.append(_document(document, field, f"{file.stem} {number}", file, f"line {number}"))
-    return documents, {"Taken from the file": str(file), "Field": field}
 
 
 def from_hub(
@@ -135,6 +223,15 @@ SOURCES = (
         read=from_jsonl,
     ),
     Source(
+        name="chat",
+        summary="A file with one conversation a line, which the model's own chat template makes text of.",
+        options={
+            "path": _PATH,
+            "field": {**_FIELD, "default": "messages", "description": "Key of the messages, `[{role, content}, ...]`."},
+        },
+        read=from_chat,
+    ),
+    Source(
         name="hub",
         summary="A data set of the Hugging Face hub, streamed.",
         options={
@@ -160,6 +257,42 @@ SOURCES = (
         read=from_wheel_wikipedia,
     ),
 )
+_PARTS = {source.name: source for source in SOURCES}
+
+
+def _part(source: Source) -> dict[str, Any]:
+    """Schema of a source in a mixture."""
+    share = option(
+        "number", "Its part of the calibration windows, beside the others' shares.", minimum=0.001, default=1
+    )
+    properties = {"source": {"const": source.name, "description": "Kind of source."}, "share": share, **source.options}
+    return {
+        "title": source.name,
+        "description": source.summary,
+        "type": "object",
+        "additionalProperties": False,
+        "required": [name for name, part in properties.items() if "default" not in part],
+        "properties": properties,
+    }
+
+
+SOURCES += (
+    Source(
+        name="mixture",
+        summary="Several sources, each with a share of the calibration windows.",
+        options={
+            "sources": option(
+                "array",
+                "Sources with their own keys as above, without `name`, and a `share`: "
+                "`[{source: chat, path: chats.jsonl, share: 0.7}, {source: file, path: code.txt, share: 0.3}]`. "
+                "Each is split into calibration and held-out documents; a text that two of them have counts once.",
+                items={"oneOf": [_part(source) for source in SOURCES]},
+                minItems=2,
+            )
+        },
+        read=from_mixture,
+    ),
+)
 
 
 def _read_text(path: Path) -> str:
@@ -180,51 +313,56 @@ def _document(document: Any, field: str, title: str, path: Path, where: str) -> 
 
 
 def split_documents(
-    documents: Sequence[Document], heldout_fraction: float, seed: int
-) -> tuple[list[Document], list[Document]]:
+    documents: Sequence[Document | Mixed], heldout_fraction: float, seed: int
+) -> tuple[list[Document | Mixed], list[Document | Mixed]]:
     """Split documents into calibration and held-out ones, never the same text in both.
 
     Parameters
     ----------
-    documents : sequence of (title, text)
-        Empty ones and exact repeats are dropped.
+    documents : sequence of (title, text) or (title, text, source)
+        Empty ones and exact repeats are dropped; of a mixture each source is split by itself.
     heldout_fraction : float
         Share of the documents held out, in [0, 1); 0 holds none out, otherwise at least one is.
     seed : int
 
     Returns
     -------
-    calibration, heldout : list of (title, text)
-        In the order given; at least one document is for calibration.
+    calibration, heldout : list
+        In the order given; at least one document of every source is for calibration.
 
     Raises
     ------
     ValueError
         If too few different documents are left.
     """
-    first_seen: dict[str, Document] = {}
-    for title, text in documents:
-        if text.strip():
-            first_seen.setdefault(text, (title, text))
-    distinct = list(first_seen.values())
+    first_seen: dict[str, Document | Mixed] = {}
+    for document in documents:
+        if document[1].strip():
+            first_seen.setdefault(document[1], document)
+    numbers = dict.fromkeys(document[2:] for document in documents) or [()]
+    groups = [[document for document in first_seen.values() if document[2:] == number] for number in numbers]
     needed = 2 if heldout_fraction > 0 else 1
-    if len(distinct) < needed:
-        raise ValueError(f"{len(distinct)} different documents with text, at least {needed} needed")
-    order = list(range(len(distinct)))
-    random.Random(seed).shuffle(order)
-    count = min(max(needed - 1, round(heldout_fraction * len(distinct))), len(distinct) - 1)
-    heldout = set(order[:count])
+    heldout: set[str] = set()
+    for number, distinct in zip(numbers, groups, strict=True):
+        if len(distinct) < needed:
+            where = f"source {number[0]}: " if number else ""
+            raise ValueError(f"{where}{len(distinct)} different documents with text, at least {needed} needed")
+        order = list(range(len(distinct)))
+        random.Random(seed).shuffle(order)
+        count = min(max(needed - 1, round(heldout_fraction * len(distinct))), len(distinct) - 1)
+        heldout |= {distinct[index][1] for index in order[:count]}
     return (
-        [document for index, document in enumerate(distinct) if index not in heldout],
-        [document for index, document in enumerate(distinct) if index in heldout],
+        [document for document in first_seen.values() if document[1] not in heldout],
+        [document for document in first_seen.values() if document[1] in heldout],
     )
 
 
-def write_documents(path: Path, documents: Sequence[Document]) -> None:
-    """Write documents as JSONL, ``{"title", "text"}`` a line."""
+def write_documents(path: Path, documents: Sequence[Document | Mixed]) -> None:
+    """Write documents as JSONL, ``{"title", "text"}`` a line; of a mixture also the number of the ``source``."""
     with open(path, "w", encoding="utf-8", newline="\n") as file:
-        for title, text in documents:
-            file.write(json.dumps({"title": title, "text": text}, ensure_ascii=False) + "\n")
+        for document in documents:
+            line = dict(zip(("title", "text", "source"), document, strict=False))
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def read_documents(path: str | Path) -> Iterator[Document]:
@@ -235,14 +373,27 @@ def read_documents(path: str | Path) -> Iterator[Document]:
     ArtifactError
         If the file is missing or a line is not such an object.
     """
+    for title, text, _ in _read_mixed(path):
+        yield title, text
+
+
+def read_sources(path: str | Path) -> dict[int, list[str]]:
+    """Texts of a file that `write_documents` wrote, by the number of their source; all 0 where there is one."""
+    found: dict[int, list[str]] = {}
+    for _, text, number in _read_mixed(path):
+        found.setdefault(number, []).append(text)
+    return dict(sorted(found.items()))
+
+
+def _read_mixed(path: str | Path) -> Iterator[Mixed]:
     remedy = "Delete it and run again"
     try:
         with open(path, encoding="utf-8", newline="\n") as file:
             for number, line in enumerate(file, 1):
                 try:
                     document = json.loads(line)
-                    yield document["title"], document["text"]
-                except (json.JSONDecodeError, KeyError, TypeError) as error:
+                    yield document["title"], document["text"], document.get("source", 0)
+                except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
                     raise ArtifactError(path, f"line {number} is not a document ({error!r})", remedy) from error
     except FileNotFoundError as error:
         raise ArtifactError(path, "the file does not exist", remedy) from error

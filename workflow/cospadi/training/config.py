@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cospadi.config import Schema, document, read_schema, without_references
+from cospadi.sources import needs_template
 
 # each a section of the config and a folder of the results
 EXPERIMENTS = ("language", "vision")
@@ -30,6 +31,8 @@ def cross_checks(config: dict[str, Any]) -> Iterator[str]:
         yield "training: has neither language nor vision; add one"
     if training["language"] is not None and config["text"] is None:
         yield "training.language: needs the section text; add it, or set training.language to null"
+    if needs_template(config["text"]):
+        yield "text.source: chat needs a model's chat template, and models that are trained from scratch have none"
     for experiment in EXPERIMENTS:
         if training[experiment] is not None:
             yield from _experiment_faults(experiment, training[experiment])
