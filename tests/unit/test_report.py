@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -237,6 +238,38 @@ def test_pages_are_self_contained_and_escaped(finished):
         assert "http" not in text and len(text) < 20_000
     markdown = (finished / "samples.md").read_text()
     assert "**cospadi-20**\n\n    cospadi-20\n    | <script>\n" in markdown
+
+
+def test_the_page_to_explore_has_every_matrix_and_asks_no_network(finished):
+    page = (finished / "explore.html").read_text()
+    found = re.search(r'vegaEmbed\("#plots", (\{.*\}), \{actions: false\}\);</script>', page)
+    spec = json.loads(found[1])
+    summary = json.loads((finished / "summary.json").read_text())["variants"]
+    assert [row["variant"] for row in spec["datasets"]["models"]] == list(summary)
+    cospadi = next(row for row in spec["datasets"]["models"] if row["variant"] == "cospadi-20")
+    assert cospadi["MB"] == summary["cospadi-20"]["target_bytes"] / 1e6
+    errors = {
+        (row["variant"], row["layer"], row["projection"]): (row["error"], row["bits"])
+        for row in spec["datasets"]["matrices"]
+    }
+    assert errors == {
+        (name, int(matrix.split(".")[2]), matrix.rpartition(".")[2]): (
+            numbers["relative_error"],
+            16 * numbers["nbytes"] / numbers["dense_nbytes"],
+        )
+        for name, variant in summary.items()
+        for matrix, numbers in variant["matrices"].items()
+    }
+    assert not re.search(r"(src|href)=|https?:", re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL))
+    assert "A &lt;b&gt; &amp; c" in page and "| <script>" not in page
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs a chromium")
+def test_a_browser_draws_the_page_to_explore(finished):
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--dump-dom"]
+    result = subprocess.run([*command, f"file://{finished}/explore.html"], capture_output=True, text=True, timeout=120)
+    plots = result.stdout.split('<div id="plots"')[1].split("<script>vegaEmbed")[0]
+    assert "<canvas" in plots and "matrices of" in plots  # the drawing, and the choice below it
 
 
 def test_plots_show_every_variant(finished):

@@ -49,6 +49,7 @@ RESERVED = (
         "frontier.tsv",
         "samples.html",
         "samples.md",
+        "explore.html",
         "report.zip",
     ),
     *("config.yaml", "training", "training.tsv", "training.html", "training.json"),

@@ -25,6 +25,12 @@ rule summarize:
             labels={"what": "generated texts", "of": "all models"},
             caption="../report/samples.rst",
         ),
+        explore=report(
+            "<results>/explore.html",
+            category="Results",
+            labels={"what": "plots to explore, texts", "of": "all models"},
+            caption="../report/explore.rst",
+        ),
         errors=report(
             "<results>/plots/errors.svg",
             category="Plots",

@@ -188,7 +188,7 @@ def _apportioned(samples: int, shares: Sequence[float]) -> list[int]:
 def _warn_of_far_text(documents: Sequence[str], tokenizer: _Tokenizer, log: Log) -> None:
     """Say so where the tokenizer was not made for such text: what the model computes on it tells little of its use."""
     seen = [document[:_LOOKED_AT] for document in documents[:_LOOKED_AT_DOCUMENTS]]
-    ids = [index for document in tokenizer.encode(seen) for index in document]
+    ids = [index for document in seen for index in tokenizer.encode([document])[0]]
     nbytes = sum(len(document.encode()) for document in seen)
     unknown = ids.count(tokenizer.unknown) / max(len(ids), 1) if tokenizer.unknown is not None else 0.0
     if nbytes < _FEW_BYTES * len(ids):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cospadi.files import read_json, write_json
+from cospadi.report.explore import write_explorer
 from cospadi.report.frontier import write_frontier
 from cospadi.report.plots import plot_accuracy, plot_allocation, plot_convergence, plot_errors, plot_pareto
 from cospadi.report.summary import collect
@@ -40,8 +41,8 @@ def summarize(
     """Gather the artifacts of a run and write everything a reader looks at.
 
     Writes into `output`: ``summary.tsv`` (one row a variant), ``summary.json`` (also every matrix), ``summary.html``,
-    ``frontier.tsv`` (what is best for how many bytes), ``samples.html``, ``samples.md`` and
-    ``plots/{errors,pareto,accuracy,allocation,convergence,trace}.{png,svg}``.
+    ``frontier.tsv`` (what is best for how many bytes), ``samples.html``, ``samples.md``, ``explore.html`` (plots that
+    answer to the pointer) and ``plots/{errors,pareto,accuracy,allocation,convergence,trace}.{png,svg}``.
 
     Parameters
     ----------
@@ -83,6 +84,7 @@ def summarize(
     write_page(summary, output / "summary.html")
     write_samples(summary, output / "samples.html")
     write_samples(summary, output / "samples.md")
+    write_explorer(summary, output / "explore.html")
     for name, plot in PLOTS.items():
         plot(summary, [output / "plots" / f"{name}.{suffix}" for suffix in ("png", "svg")])
         log(f"plotted {name}")
