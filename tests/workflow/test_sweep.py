@@ -222,7 +222,8 @@ def test_every_value_of_every_option_of_a_variant_is_planned_and_one_of_each_dry
     assert number > 250 and len(refused) < 2 * len(METHODS), refused
     # the last of every option's values: the other end, or the last word
     chosen = dict(list(settings.items())[-1] for settings in accepted.values())
-    config = {**base, "variants": {"start": start, **chosen}}
+    # all layers in a job: more jobs of a kind would say no more
+    config = {**base, "layers_per_job": 4, "variants": {"start": start, **chosen}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     result = snakemake(tmp_path)
     assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
