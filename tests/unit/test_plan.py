@@ -261,12 +261,14 @@ def digests(plan, each=("learn",)) -> dict[str, str]:
     """Digests of all stages; of those in `each`, of every variant."""
     first = plan.factorized[0]
     parting = ("profile", "allocate")  # of the variants that have these stages
-    stages = [stage for stage in plan.stages if stage not in (*each, *parting)]
+    stages = [stage for stage in plan.stages if stage not in (*each, *parting, "in_turn")]
     found = {stage: plan.code(stage)(SimpleNamespace(variant=first)) for stage in stages}
     for stage in (*each, *parting):
         for name in filter(plan.allocates, plan.factorized) if stage in parting else plan.factorized:
             key = name if stage == "learn" else f"{stage} {name}"
             found[key] = plan.code(stage)(SimpleNamespace(variant=name))
+    for name in filter(plan.learns_in_turn, plan.factorized):
+        found[name] = plan.code("in_turn")(SimpleNamespace(variant=name))
     return found
 
 
@@ -276,6 +278,7 @@ METHODS_AND_SOLVERS = {
     "exact": {"method": "cospadi", "ratio": 0.2, "group_size": 2, "share": ["q_proj"], "group_metric": "exact"},
     "svd": {"method": "svd_llm", "ratio": 0.2},
     "v2": {"method": "svd_llm_v2", "ratio": 0.2},
+    "turn": {"method": "svd_llm", "ratio": 0.2, "target": "sequential"},
 }
 PARTED = {"v2", "profile v2", "allocate v2"}
 
@@ -314,8 +317,8 @@ def test_a_module_that_is_moved_into_another_place_of_the_file_system_is_the_sam
         ("solvers/htp.py", {"htp", "exact"}),
         ("solvers/ksvd.py", {"ksvd"}),
         ("solvers/multi_metric.py", {"exact"}),
-        ("solvers/svd.py", {"svd"} | PARTED),
-        ("methods/svd_llm.py", {"svd"} | PARTED),
+        ("solvers/svd.py", {"svd", "turn"} | PARTED),
+        ("methods/svd_llm.py", {"svd", "turn"} | PARTED),
         ("methods/svd_llm_v2.py", PARTED),
         # uniform variants read no allocation
         ("profiles.py", PARTED),
@@ -324,9 +327,12 @@ def test_a_module_that_is_moved_into_another_place_of_the_file_system_is_the_sam
         ("solvers/__init__.py", set()),
         ("sources/__init__.py", set()),
         ("pruning/__init__.py", set()),
-        ("calibration/collect.py", {"collect", "gram", "gradients"}),
+        ("sequence.py", {"turn"}),
+        ("refinement.py", {"turn"}),
+        ("quantization.py", {"quantize", "turn"}),
+        ("calibration/collect.py", {"collect", "gram", "gradients", "turn"}),
         ("calibration/gradients.py", {"gradients"}),
-        ("calibration/walk.py", {"collect", "gram", "gradients", "distances", "fit", "drift"}),
+        ("calibration/walk.py", {"collect", "gram", "gradients", "distances", "fit", "drift", "turn"}),
         ("pruning/edit.py", {"fit", "prune"}),
         ("evaluation/scoring.py", {"evaluate_dense", "evaluate"}),
         ("evaluation/task_files/last_word.yaml", {"evaluate_dense", "evaluate"}),

@@ -168,6 +168,8 @@ def test_table(finished):
         "mean_accuracy": "0.45",  # of 0.6 and 0.3; mmlu_anatomy is a part of mmlu
         "mean_relative_error": "0.25",
         "predicted_rise": "",
+        "refinement_gain": "",
+        "seconds_refining": "",
         "seconds_learning": "5",
         "seconds_evaluating": "12.5",
         "piqa": "0.6",

@@ -15,7 +15,7 @@ from .conftest import Run, check_finished, rows
 
 SHARED = [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]
 NAMES = ["hybrid", "sparsegpt"]
-STREAM = "ectcq"
+STREAM, TURN = "ectcq", "turn"  # whose layers are learned in turn
 MENU = {"method": "rtn", "ratio": 0.7, "metric": "gradients", "allocation": "menu", "menu": [0.6, 0.8, 1, 1.4]}
 
 
@@ -26,7 +26,14 @@ def run(new_run: Callable[..., Run]) -> Run:
     run.config["variants"] = {
         "sparsegpt": {"method": "sparsegpt", **priced},
         "hybrid": {"method": "hybrid", **priced, "share_within": SHARED, "atoms": 4, "max_iter": 1},
-        STREAM: {"method": "ectcq", **priced, "ratio": 0.7},
+        STREAM: {"method": "ectcq", **priced, "ratio": 0.7, "refine": {"epochs": 1}},
+        TURN: {
+            "method": "sparsegpt",
+            **priced,
+            "allocation": "uniform",
+            "target": "sequential",
+            "refine": {"samples": 6},
+        },
         "rtn": MENU,
     }
     run.config["evaluation"] |= {"generate": None}
@@ -36,7 +43,7 @@ def run(new_run: Callable[..., Run]) -> Run:
 
 
 def test_every_one_comes_out_at_its_bytes(run):
-    check_finished(run, sorted([STREAM, *NAMES, "rtn"]))
+    check_finished(run, sorted([STREAM, *NAMES, "rtn", TURN]))
     table = rows(run.results / "summary.tsv")
     for name in NAMES:
         assert 0.4 <= float(table[name]["ratio_true"]) < 0.41
@@ -54,6 +61,24 @@ def test_entropy_coded_columns_are_weighted_within_the_bytes(run):
     assert len(matrices) == 21
     assert {spec["codes"]["codec"] for spec in matrices.values()} == {"ectcq_scaled"}
     assert all(spec["codes"]["n_scales"] == spec["shape"][1] for spec in matrices.values())
+
+
+def test_units_learned_in_turn_are_refined_and_leave_no_hidden_states(run):
+    table = rows(run.results / "summary.tsv")
+    for name in (STREAM, TURN):
+        assert 0 <= float(table[name]["refinement_gain"]) < 1
+        assert 0 < float(table[name]["seconds_refining"]) < float(table[name]["seconds_learning"])
+        files = sorted((run.results / name / "factors").glob("*.json"))
+        assert list(read_json(files[0])["refined"]) == ["layer_00", "layer_01", "layer_02"]
+        assert not list((run.results / name / "streams").glob("*.h5"))
+    assert all(table[name]["refinement_gain"] == "" for name in NAMES)
+
+
+def test_a_unit_learned_in_turn_waits_for_those_before_it(run, tmp_path):
+    run = run.copy(tmp_path / "copy")
+    run.config["layers_per_job"] = 1
+    planned = run.planned("results/tiny/turn/factors/layer_01.json")
+    assert planned["learn_in_turn"] == 2 and "learn_dictionary" not in planned
 
 
 def table_of(path: Path) -> dict[str, dict[str, str]]:

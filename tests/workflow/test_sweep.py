@@ -76,6 +76,13 @@ BESIDE: dict[tuple[str, str], dict[str, Any]] = {
         for method in METHODS
         for option in ("allocation", "column_power", "activation_share")
     },
+    # layers that are learned together are not learned in turn
+    **{
+        (method, option): ({"target": "sequential"} if option == "drift_share" else {})
+        | ({"group_size": 1, "share": []} if "group_size" in METHODS[method].options else {})
+        for method in METHODS
+        for option in ("target", "refine", "drift_share")
+    },
 }
 
 
@@ -121,10 +128,11 @@ def variants() -> Iterator[tuple[tuple[str, ...], Any, dict[str, Any]]]:
                 without = {"ratio"} if option in ("bits", "budget") and value is not None else set()
                 given = {name: needed[name] for name in needed.keys() - without}
                 yield place, value, {**given, **BESIDE.get(place, {}), option: value}
-            for name, child in part.get("properties", {}).items():
-                beside = BESIDE.get((option, name), {})
-                for value in values(name, child):
-                    yield (method, option, name), value, {**needed, option: {**beside, name: value}}
+            for alternative in alternatives(part).values():
+                for name, child in alternative["properties"].items():
+                    around, beside = BESIDE.get((method, option), {}), BESIDE.get((option, name), {})
+                    for value in values(name, child):
+                        yield (method, option, name), value, {**needed, **around, option: {**beside, name: value}}
     for pruner in PRUNERS:
         for method in METHODS:
             first, second = {"method": pruner, "blocks": 1}, {"method": method, "ratio": 0.2}
@@ -230,7 +238,11 @@ def test_every_value_of_every_option_of_a_variant_is_planned_and_one_of_each_dry
     found = jobs(result.stdout + result.stderr)
     plan = planned(config)
     assert found["evaluate_model"] == len(chosen) + 1
-    assert found["learn_dictionary"] == sum(len(plan.units(variant)) for variant in plan.factorized)
+    learned = {True: 0, False: 0}
+    for variant in plan.factorized:
+        learned[plan.learns_in_turn(variant)] += len(plan.units(variant))
+    assert learned[True] > 0 and found["learn_in_turn"] == learned[True]
+    assert found["learn_dictionary"] == learned[False]
 
 
 def test_every_value_of_every_other_key_is_planned(base):

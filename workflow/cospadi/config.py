@@ -26,7 +26,15 @@ from cospadi.budget import ratio_of
 from cospadi.errors import ConfigError
 from cospadi.formats.values import CODEC_OF_BITS, DICTIONARY_BITS, bits_faults
 from cospadi.methods import METHODS, warm_start_faults
-from cospadi.methods.base import ALLOCATION_OPTIONS, FILE, MENU, allocation_faults, sharing_option_faults
+from cospadi.methods.base import (
+    ALLOCATION_OPTIONS,
+    FILE,
+    IN_TURN,
+    MENU,
+    allocation_faults,
+    in_turn_faults,
+    sharing_option_faults,
+)
 from cospadi.pruning import PRUNERS
 from cospadi.registry import Entry
 from cospadi.sources import MODEL_SOURCES, TEXT_SOURCES
@@ -75,8 +83,9 @@ def schema() -> Schema:
     for key, bits in (("value_bits", CODEC_OF_BITS), ("dictionary_bits", DICTIONARY_BITS)):
         common["codes"]["properties"][key]["enum"] = list(bits)
     parting = {**common, **copy.deepcopy(ALLOCATION_OPTIONS)}  # a method with a rule of its own adds a word to it
+    alone = {key: part for key, part in common.items() if key not in IN_TURN}
     alternatives = [
-        _entry_schema(method, "method", parting if method.scope == "problem" else common) for method in METHODS.values()
+        _entry_schema(method, "method", parting if method.scope == "problem" else alone) for method in METHODS.values()
     ]
     alternatives += [_entry_schema(pruner, "method", {"method": _PRUNING}) for pruner in PRUNERS.values()]
     whole["properties"]["variants"]["propertyNames"]["not"] = {"enum": list(RESERVED)}
@@ -599,6 +608,8 @@ def _step_faults(where: str, variant: dict[str, Any]) -> Iterator[str]:
         if "codes" in variant:
             yield from (f"{where}.codes.{fault}" for fault in bits_faults(variant["codes"], own_codec=entry.own_codec))
         yield from (f"{where}.{fault}" for fault in allocation_faults(variant))
+        if entry.name in METHODS:
+            yield from (f"{where}.{fault}" for fault in in_turn_faults(variant))
         for name, default in (("column_power", 0.5), ("activation_share", 0.0)):
             if variant.get("metric") == "activations" and variant[name] != default:
                 yield f"{where}.{name}: {_show(variant[name])} says how gradients weigh; set metric to gradients"

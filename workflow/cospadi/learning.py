@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -22,6 +23,10 @@ from cospadi.methods.base import Fit
 from cospadi.problem import Gradients, Matrix, Metric, Problem, in_turn, matrices_of, shared
 from cospadi.provenance import check_provenance, digest_of
 from cospadi.runtime.cospadi_registry import FACTOR_CODECS
+from cospadi.structure import layer_name
+
+if TYPE_CHECKING:
+    from cospadi.sequence import Streams
 
 FORMAT_VERSION = 1
 
@@ -42,6 +47,7 @@ def learn_unit(
     drift: Path | None = None,
     gradient_files: Sequence[Path] = (),
     allotted: Mapping[tuple[str, ...], int | None] | None = None,
+    streams: Streams | None = None,
     device: str = "cpu",
     log: Callable[[str], None] = print,
 ) -> None:
@@ -76,6 +82,8 @@ def learn_unit(
     allotted : mapping, optional
         Bytes of every problem by the names of its matrices, None for those that stay as they are
         (`profiles.read_allocation`); by default what the ratio leaves of each.
+    streams : Streams, optional
+        For a variant whose layers are learned in turn (`problem.learns_in_turn`); they are behind the unit then.
 
     Raises
     ------
@@ -108,8 +116,13 @@ def learn_unit(
     specs: dict[str, Any] = {}
     reports: dict[str, Any] = {}
     kept_dense: dict[str, str] = {}
+    refined: dict[str, Any] = {}
     started = time.perf_counter()
-    for one in _learn(job, [matrices] if whole else shared(matrices, options), n_layers=len(layers)):
+    if streams is not None:
+        found = _learn_in_turn(job, matrices, streams, refined)
+    else:
+        found = _learn(job, [matrices] if whole else shared(matrices, options), n_layers=len(layers))
+    for one in found:
         if one.factors is None:
             kept_dense[one.name] = one.report["reason"]
             log(f"warning: {one.name} stays as it is: {one.report['reason']}")
@@ -135,6 +148,7 @@ def learn_unit(
             "device": device,
             "seconds": time.perf_counter() - started,
             "kept_dense": kept_dense,
+            **({"refined": refined} if refined else {}),
             "matrices": reports,
         },
     )
@@ -239,6 +253,20 @@ def _learn(job: _Job, groups: Sequence[Sequence[Matrix]], *, n_layers: int) -> I
                 yield _Learned(group[i].name, factors, {**report, "seconds": seconds})
         later = {frozenset(matrix.metric for matrix in other) for other in groups[index + 1 :]}
         means = {key: mean for key, mean in means.items() if key in later}
+
+
+def _learn_in_turn(
+    job: _Job, matrices: Sequence[Matrix], streams: Streams, refined: dict[str, Any]
+) -> Iterator[_Learned]:
+    """One layer after the other, on what the compressed ones before it give; `refined` gets what refining did."""
+    for layer, own in itertools.groupby(matrices, lambda matrix: matrix.layer):
+        targets = streams.targets(layer, list(own))
+        learned = list(_learn(job, shared(targets, job.options), n_layers=1))
+        factors = {one.name: one.factors for one in learned if one.factors is not None}
+        factors, report = streams.compressed(layer, factors)
+        if report:
+            refined[layer_name(layer)] = report
+        yield from (one._replace(factors=factors.get(one.name)) for one in learned)
 
 
 def _nbytes(job: _Job, problem: Problem) -> int | None:

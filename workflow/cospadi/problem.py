@@ -32,6 +32,8 @@ from cospadi.gram import (
 _WHITENINGS_HELD = 4
 # What `metric` of a variant may be
 ACTIVATIONS, GRADIENTS = "activations", "gradients"
+# and `target`
+INDEPENDENT, SEQUENTIAL = "independent", "sequential"
 # Outputs without any gradient weigh as if theirs had this share of the mean square
 _LEAST_SQUARE = 1e-6
 
@@ -184,6 +186,11 @@ class Metric:
         """Free what was read and computed; asked for again, it is made again."""
         self._gram = self._heldout = None
         self._whitenings.clear()
+
+
+def learns_in_turn(settings: Mapping[str, Any]) -> bool:
+    """Whether a variant's complete settings ask for layers that are learned one after the other (`sequence`)."""
+    return settings.get("target") == SEQUENTIAL or settings.get("refine") is not None
 
 
 class Outputs:

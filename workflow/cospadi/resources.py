@@ -13,6 +13,7 @@ from cospadi.formats.values import storage_of
 from cospadi.methods import METHODS
 from cospadi.methods.base import planned_problems
 from cospadi.methods.menus import allocator_of
+from cospadi.problem import SEQUENTIAL
 from cospadi.work import (
     FACTOR,
     FORWARD,
@@ -181,6 +182,35 @@ class Estimates:
         core, gpu = sum(work.core for work in works), sum(work.gpu for work in works)
         memory = _NUMPY + factors + grams + max(work.memory for work in works)
         return Work(memory, 1 + factors / READ, core, gpu, factors)
+
+    def learn_in_turn(self, settings: Mapping[str, Any], n_layers: int = 1) -> Work:
+        """Learning a unit, and two streams of hidden states through its blocks, which may be trained besides."""
+        learned, shapes = self.learn(settings, n_layers), self.shapes
+        batch = max(self._calibration["batch_tokens"], self._calibration["length"])
+        weights = 4 * self._width * (shapes.layer_parameters + shapes.embedding_parameters)
+        hidden = 2 * self._width * self._tokens * shapes.hidden_size
+        passes, memory = 6, _TORCH + weights + 2 * hidden + 16 * 4 * batch * max(shapes.site_widths)
+        products = 0.0
+        if settings["target"] == SEQUENTIAL:
+            memory += 8 * 4 * shapes.gram_entries
+            products = 4 * self._tokens * shapes.gram_entries
+        if settings["refine"] is not None:
+            tokens = max(settings["refine"]["batch_tokens"], self._calibration["length"])
+            # values, where they are, their gradients and two moments; what a block keeps for its gradient
+            memory += 6 * 4 * shapes.layer_parameters
+            memory += 4 * tokens * 2 * sum(d_in + 2 * d_out for d_in, d_out in shapes.matrices.values())
+            samples = settings["refine"]["samples"]
+            share = 1.0 if samples is None else min(1.0, samples / self._calibration["samples"])
+            passes += 7 * settings["refine"]["epochs"] * share
+        flops = n_layers * passes * self._tokens * shapes.layer_parameters
+        products *= n_layers
+        return Work(
+            max(memory, learned.memory) + learned.memory,
+            15 + learned.fixed + 2 * hidden / READ,
+            learned.core + flops / FORWARD + products / GRAM,
+            learned.gpu + flops / GPU_FORWARD + products / GPU_PRODUCT,
+            learned.disk + hidden,
+        )
 
     def profile(self, settings: Mapping[str, Any], n_layers: int = 1) -> Work:
         """What the allocation of a unit of `n_layers` layers has to know, problem after problem."""

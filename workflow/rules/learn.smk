@@ -40,6 +40,8 @@ rule learn_dictionary:
         "<logs>/learn_dictionary/{variant}/{unit}.log",
     benchmark:
         "<benchmarks>/learn_dictionary/{variant}/{unit}.tsv"
+    wildcard_constraints:
+        variant=one_of([variant for variant in plan.variants if not plan.learns_in_turn(variant)]),
     group:
         plan.group("learn")
     conda:
@@ -59,5 +61,43 @@ rule learn_dictionary:
         code=plan.code("learn"),
     message:
         "Learning {wildcards.variant}, {wildcards.unit}"
+    script:
+        "../../scripts/learn_dictionary.py"
+
+
+# The same, a unit after the other: each goes on from the hidden states that the one before it left.
+rule learn_in_turn:
+    input:
+        **of_unit,
+        drift=[],
+        allocation=lambda wildcards: plan.allocation_of(wildcards.variant),
+        warm=lambda wildcards: plan.warm_factors_of(wildcards.variant, wildcards.unit),
+        streams=lambda wildcards: plan.streams_before(wildcards.variant, wildcards.unit),
+    output:
+        factors="<results>/{variant}/factors/{unit}.safetensors",
+        diagnostics="<results>/{variant}/factors/{unit}.json",
+        streams=temp("<results>/{variant}/streams/{unit}.h5"),
+    log:
+        "<logs>/learn_in_turn/{variant}/{unit}.log",
+    benchmark:
+        "<benchmarks>/learn_in_turn/{variant}/{unit}.tsv"
+    wildcard_constraints:
+        variant=one_of([variant for variant in plan.variants if plan.learns_in_turn(variant)]),
+    conda:
+        "../../envs/cospadi.yaml"
+    threads: plan.threads("in_turn")
+    resources:
+        mem_mb=plan.mem_mb("in_turn"),
+        runtime=plan.runtime("in_turn"),
+        gpu=plan.gpus("in_turn"),
+    params:
+        layers=lambda wildcards: layers_of(wildcards.unit),
+        variant=lambda wildcards: plan.factorizing(wildcards.variant),
+        collection=plan.collection(),
+        model=lambda wildcards: plan.model_digest(WEIGHTS, base=plan.base_of(wildcards.variant)),
+        device=config["device"],
+        code=plan.code("in_turn"),
+    message:
+        "Learning {wildcards.variant}, {wildcards.unit}, on what is before it"
     script:
         "../../scripts/learn_dictionary.py"

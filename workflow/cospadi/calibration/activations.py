@@ -111,6 +111,12 @@ HIDDEN = Edge(
     "hidden states of shape {}, dtype {}, after layer {}",
     "Delete it and run again to collect the layers up to {} anew",
 )
+COMPRESSED = Edge(
+    "compressed",
+    "last_layer",
+    "hidden states of the compressed model of shape {}, dtype {}, after layer {}",
+    "Delete it and run again to learn the layers up to {} anew",
+)
 GRADIENT = Edge(
     "gradient",
     "first_layer",

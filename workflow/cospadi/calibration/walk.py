@@ -131,7 +131,15 @@ class Chunk:
         """The block that has this number in the model."""
         return self._blocks[number - self.layers.start]
 
-    def run(self, windows: Windows, batch: slice, hidden: torch.Tensor | None, taps: Iterable[Tap]) -> torch.Tensor:
+    def run(
+        self,
+        windows: Windows,
+        batch: slice | np.ndarray,
+        hidden: torch.Tensor | None,
+        taps: Iterable[Tap] = (),
+        *,
+        trained: bool = False,
+    ) -> torch.Tensor:
         """Send a batch of windows through the chunk.
 
         Parameters
@@ -143,6 +151,8 @@ class Chunk:
             What the chunk before gave for them; None: the chunk begins with the token ids.
         taps : iterable of Tap
             All in blocks of the chunk.
+        trained : bool
+            Whether a gradient will go back through it, to parameters that ask for one.
 
         Returns
         -------
@@ -162,7 +172,7 @@ class Chunk:
             for tap in taps:
                 module = self.block(tap.block).get_submodule(tap.module)
                 _hook(hooks, module, tap.side, lambda tensor, see=tap.see: see(tensor[mask.bool()], batch))
-            with torch.inference_mode():
+            with torch.enable_grad() if trained else torch.inference_mode():
                 self._model(**entrance, attention_mask=mask, use_cache=False)
         return last[0]
 

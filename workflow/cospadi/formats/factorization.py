@@ -12,7 +12,7 @@ import numpy as np
 from cospadi.arrays import to_numpy
 from cospadi.errors import ArtifactError
 from cospadi.files import BFLOAT16, SAFETENSORS_DTYPES, TensorFile
-from cospadi.formats.codes import multiples_of_steps, unpack_codes
+from cospadi.formats.codes import unpack_codes
 from cospadi.formats.dictionaries import unpack_dictionary
 from cospadi.formats.product import Product
 from cospadi.formats.values import BLOCK_SIZE, blocks_of_columns
@@ -27,7 +27,7 @@ from cospadi.runtime.cospadi_format import (
     spec_faults,
     stored_tensors,
 )
-from cospadi.runtime.cospadi_registry import CODECS, FACTOR_CODECS
+from cospadi.runtime.cospadi_registry import FACTOR_CODECS
 from cospadi.runtime.cospadi_values import Codec
 
 
@@ -108,38 +108,51 @@ class Factorization(Product):
         if self.scales is None:
             return replace(self, codes=to_numpy(self.codes) * weights, plus=plus)
         if FACTOR_CODECS[self.value_codec].variable:
-            return self._with_columns_of_a_stream_times(weights)
+            return replace(self._with_scales_of_columns(), plus=plus).with_scales_times(weights)
         if FACTOR_CODECS[self.value_codec].whole:
             codec = FACTOR_CODECS[self.value_codec]
             codes, scales = codec.with_columns_times(to_numpy(self.codes), to_numpy(self.scales), weights)
             return replace(self, codes=codes, scales=scales, plus=plus)
-        codes, counts = to_numpy(self.codes), self._counts()
-        blocks = blocks_of_columns(counts, self.block_size)
+        blocks, counts = self._blocks(), self._counts()
         columns = np.zeros(int(blocks.max(initial=-1)) + 1, np.int64)
         columns[blocks] = np.repeat(np.arange(len(counts)), counts)
-        scales = np.array(to_numpy(self.scales))
-        own = scales[0] if CODECS[self.value_codec].shifted else scales.reshape(-1)
-        before = own.astype(np.float32)
-        own[:] = (before * weights[columns]).astype(BFLOAT16)
-        values = self.on.values(codes, self._mask())
-        values = values * (own.astype(np.float32) / before)[blocks].reshape(values.shape)
-        codes = self.on.codes(values, self._mask(), *codes.shape)
-        return replace(self, codes=codes, scales=scales, plus=plus)
+        return replace(self, plus=plus).with_scales_times(weights[columns])
 
-    def _with_columns_of_a_stream_times(self, weights: np.ndarray) -> Factorization:
-        """Entropy-coded numbers and steps are the same; a scale for every column comes to them."""
+    def with_scales_times(self, factors: np.ndarray) -> Factorization:
+        """A copy with the scales of this product's codes times `factors` (n_scales,), float32, rounded to bfloat16; the
+        codes are the same whole numbers of them.
+        """
         codec, codes = FACTOR_CODECS[self.value_codec], to_numpy(self.codes)
-        steps, before = np.split(to_numpy(self.scales), [len(codes)])
+        scales = np.array(to_numpy(self.scales))
+        steps = len(codes) if codec.variable else 0  # they come first
+        own = scales[0] if codec.shifted else scales.reshape(-1)[steps:]
+        before = own.astype(np.float32)
+        own[:] = (before * factors).astype(BFLOAT16)
+        codes = codes * (own.astype(np.float32) / before)[self.scale_of_codes()]
+        return replace(self, codes=codes, scales=scales)
+
+    def scale_of_codes(self) -> np.ndarray:
+        """Which of its scales each code of this product has, int64 (k, d_out); 0 where none is stored."""
+        codes, blocks = to_numpy(self.codes), self._blocks()
+        values = self.on.values(codes, self._mask())
+        # through the codes' own order; whole numbers as far as float32 has them
+        return self.on.codes(blocks.reshape(values.shape), self._mask(), *codes.shape).astype(np.int64)
+
+    def stored(self) -> np.ndarray | None:
+        """Codes of this product that are stored, bool (k, d_out); None where all are."""
+        return self._mask()
+
+    def _blocks(self) -> np.ndarray:
+        """Block of every stored value, of those under one scale."""
+        return blocks_of_columns(self._counts(), self.block_size)
+
+    def _with_scales_of_columns(self) -> Factorization:
+        """Entropy-coded codes with a scale for every column, 1 where there was none."""
+        codec, codes = FACTOR_CODECS[self.value_codec], to_numpy(self.codes)
         if codec.scaled:
-            codes = multiples_of_steps(codes, steps, before, self.block_size)
-        scales = (weights * (before if codec.scaled else 1)).astype(BFLOAT16).astype(np.float32)
-        return replace(
-            self,
-            codes=codes * scales,
-            scales=np.concatenate([steps, scales]),
-            value_codec=codec.with_scales,
-            block_size=None,
-        )
+            return self
+        scales = np.concatenate([to_numpy(self.scales), np.ones(codes.shape[1], np.float32)])
+        return replace(self, scales=scales, value_codec=codec.with_scales, block_size=None)
 
     def stored_under(self, name: str) -> Factorization:
         """A copy whose dictionaries, of all parts, are the tensors of matrix `name`, which others share with it."""

@@ -11,7 +11,7 @@ from cospadi.allocation import AS_IS
 from cospadi.budget import nbytes_left
 from cospadi.errors import ConfigError
 from cospadi.formats.factorization import Factorization
-from cospadi.problem import GRADIENTS, Target, shared, side_by_side
+from cospadi.problem import GRADIENTS, INDEPENDENT, SEQUENTIAL, Target, learns_in_turn, shared, side_by_side
 from cospadi.registry import Entry, choice, option
 from cospadi.structure import PROJECTIONS
 from cospadi.work import FACTOR, GPU_PRODUCT, PRODUCT, THREAD_EXPONENT, Work
@@ -294,6 +294,23 @@ def allocation_faults(settings: Mapping[str, Any]) -> Iterator[str]:
         yield f"allocation: {FILE} needs a table; set allocation_file"
     if given != FILE and path is not None:
         yield f"allocation_file: {path} is read with allocation {FILE} alone, here it is {given}"
+
+
+# Options of layers that are learned in turn, which methods that learn the whole model at once do not have
+IN_TURN = ("target", "drift_share", "refine")
+
+
+def in_turn_faults(settings: Mapping[str, Any]) -> Iterator[str]:
+    """Options of layers that are learned in turn where it cannot be, or where they say nothing."""
+    if settings.get("target") == INDEPENDENT and settings["drift_share"] != 0.5:
+        yield f"drift_share: {settings['drift_share']} is of target {SEQUENTIAL}; set target to it"
+    if not learns_in_turn(settings):
+        return
+    key = "target" if settings["target"] == SEQUENTIAL else "refine"
+    if settings.get("group_size", 1) > 1:
+        yield f"{key}: layers are learned in turn, and here several are learned together ({settings['method']})"
+    if settings["codes"]["rounding"] == "optimal":
+        yield f"{key}: codes.rounding {settings['codes']['rounding']} goes back to the weight as it is; take nearest"
 
 
 def price_faults(settings: Mapping[str, Any]) -> Iterator[str]:

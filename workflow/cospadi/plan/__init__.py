@@ -176,7 +176,9 @@ class Plan(Paths, Staged):
             return f"chunk_{wildcards.base.replace('/', '_')}{chunk_name(chunk)}"
 
         def unit(wildcards: Any) -> str | None:
-            return "unit" if self.work("learn", wildcards).wall() < SMALL_SECONDS else None
+            # units that wait for one another are jobs of their own, and so is what packs them
+            small = not self.learns_in_turn(wildcards.variant) and self.work("learn", wildcards).wall() < SMALL_SECONDS
+            return "unit" if small else None
 
         return chunk if stage in ("collect", "gram") else unit
 

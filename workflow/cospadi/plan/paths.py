@@ -89,6 +89,12 @@ class Paths(Variants):
         chunks = [self.chunk_with(layer, base) for layer in layers_of(unit)]
         return [f"{self.results}/{base}gradients/layers_{chunk_name(chunk)}.h5" for chunk in chunks]
 
+    def streams_before(self, variant: str, unit: str) -> list[str]:
+        """Hidden states that learning a unit in turn goes on from; none for the first unit."""
+        units = self.units(variant)
+        before = units[: units.index(unit)][-1:]
+        return [f"{self.results}/{variant}/streams/{one}.h5" for one in before]
+
     def profiles_of(self, variant: str) -> list[str]:
         """What bytes are worth to the matrices of every unit; none where a file says what each gets."""
         if self.allocation_file(variant):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -93,9 +94,11 @@ def _gram(plan: Plan) -> Iterator[Jobs]:
         yield Jobs(plan.n_layers_of(base), f"{base}compute_gram/*.tsv", wildcards, base)
 
 
-def _units(rule: str) -> Callable[[Plan], Iterator[Jobs]]:
+def _units(rule: str, chosen: Callable[[Plan, str], bool] = lambda plan, variant: True) -> Any:
+    """Jobs of a stage that has one for each unit of the variants `chosen`."""
+
     def jobs(plan: Plan) -> Iterator[Jobs]:
-        for variant in plan.factorized:
+        for variant in filter(partial(chosen, plan), plan.factorized):
             units = plan.units(variant)
             wildcards = SimpleNamespace(variant=variant, unit=units[0])
             yield Jobs(len(units), f"{rule}/{variant}/*.tsv", wildcards, variant)
@@ -145,12 +148,12 @@ def _learn(plan: Plan, wildcards: Any) -> Work:
     return plan.estimates.learn(plan.factorizing(wildcards.variant), len(layers_of(wildcards.unit)))
 
 
-def _learning_code(plan: Plan, wildcards: Any) -> str:
+def _learning_code(plan: Plan, wildcards: Any, *more: str) -> str:
     """Of a variant its method and solver, and not those of other variants; who reads its allocation, if it has one."""
     settings = plan.factorizing(wildcards.variant)
     modules = METHODS[settings["method"]].modules(settings)
     reader = ["cospadi.profiles"] * plan.allocates(wildcards.variant)
-    return code_digest("cospadi.learning", *reader, *modules, *formats_of(settings))
+    return code_digest("cospadi.learning", *more, *reader, *modules, *formats_of(settings))
 
 
 def _of_variant(*modules: str) -> Callable[[Plan, Any], str]:
@@ -308,17 +311,32 @@ STAGES = table_of(
         rule="learn_dictionary",
         result="factors of a unit of layers",
         after=("fetch", "prune", "inspect", "prepare", "gram", "gradients", "drift", "allocate"),
-        jobs=_units("learn_dictionary"),
+        jobs=_units("learn_dictionary", lambda plan, variant: not plan.learns_in_turn(variant)),
         work=_learn,
         code=_learning_code,
         threads="learn",
         uses_gpu=True,
     ),
     Stage(
+        name="in_turn",
+        rule="learn_in_turn",
+        result="factors of a unit, fitted to what those before it give, or refined",
+        only="layers in turn",
+        # a unit after the one before
+        after=("fetch", "prune", "inspect", "prepare", "gram", "gradients", "allocate", "in_turn"),
+        jobs=_units("learn_in_turn", lambda plan, variant: plan.learns_in_turn(variant)),
+        work=lambda plan, wildcards: plan.estimates.learn_in_turn(
+            plan.factorizing(wildcards.variant), len(layers_of(wildcards.unit))
+        ),
+        code=lambda plan, wildcards: _learning_code(plan, wildcards, "cospadi.sequence"),
+        threads="collect",
+        uses_gpu=True,
+    ),
+    Stage(
         name="quantize",
         rule="quantize_codes",
         result="the packed tensors of the checkpoint",
-        after=("fetch", "prune", "inspect", "prepare", "gram", "gradients", "learn"),
+        after=("fetch", "prune", "inspect", "prepare", "gram", "gradients", "learn", "in_turn"),
         jobs=_units("quantize_codes"),
         work=lambda plan, wildcards: plan.estimates.quantize(
             plan.factorizing(wildcards.variant), len(layers_of(wildcards.unit))
@@ -404,7 +422,7 @@ STAGES = table_of(
         name="summarize",
         rule="summarize",
         result="table, plots, generated texts side by side",
-        after=("fetch", "prune", "learn", "quantize", "assemble", "evaluate_dense", "evaluate"),
+        after=("fetch", "prune", "learn", "in_turn", "quantize", "assemble", "evaluate_dense", "evaluate"),
         code=("cospadi.report",),
     ),
     report("summarize", "plot_distances"),

@@ -9,7 +9,7 @@ from typing import Any
 from cospadi.methods import METHODS
 from cospadi.methods.base import FILE
 from cospadi.plan.names import parts, unit_name
-from cospadi.problem import GRADIENTS
+from cospadi.problem import GRADIENTS, learns_in_turn
 from cospadi.pruning import PRUNERS, removed_count
 
 DENSE = "dense"  # the model as it is, evaluated beside the variants
@@ -113,6 +113,11 @@ class Variants:
     def gradient_bases(self) -> list[str]:
         """Bases whose gradients something is learned with."""
         return list(dict.fromkeys(self.base_of(name) for name in self.factorized if self.weighs_by_gradients(name)))
+
+    def learns_in_turn(self, variant: str) -> bool:
+        """Whether a variant's units are learned one after the other, each on what those before it give."""
+        settings = self.factorizing(variant)
+        return settings is not None and learns_in_turn(settings)
 
     def allocates(self, variant: str) -> bool:
         """Whether a variant's bytes are parted among its matrices before they are learned."""

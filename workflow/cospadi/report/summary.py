@@ -57,6 +57,8 @@ def collect(
         "ratio_of_all": None,
         "mean_relative_error": 0.0,
         "predicted_rise": None,
+        "refinement_gain": None,
+        "seconds_refining": None,
         "seconds_learning": 0.0,
         "model": str(dense_model),
         "config": {},
@@ -88,13 +90,15 @@ def _read_variant(
             "ratio_of_all": None,
             "mean_relative_error": None,
             "predicted_rise": None,
+            "refinement_gain": None,
+            "seconds_refining": None,
             "seconds_learning": pruning["seconds"],
             "model": str(folder / "model"),
             "config": config,
             "matrices": {},
             **columns,
         }
-    matrices, seconds, all_nbytes = _read_units(name, folder, units)
+    matrices, refined, seconds, all_nbytes = _read_units(name, folder, units)
     # matrices that share a dictionary count a fraction of it each
     target_bytes = round(sum(matrix["nbytes"] for matrix in matrices.values()))
     rises = [matrix["predicted_rise"] for matrix in matrices.values() if "predicted_rise" in matrix]
@@ -117,6 +121,8 @@ def _read_variant(
         "ratio_of_all": ratio_of_all,
         "mean_relative_error": sum(matrix["relative_error"] for matrix in matrices.values()) / len(matrices),
         "predicted_rise": sum(rises) if rises else None,
+        "refinement_gain": _mean([1 - block["error"] / block["error_before"] for block in refined]),
+        "seconds_refining": sum(block["seconds"] for block in refined) if refined else None,
         "seconds_learning": seconds,
         "model": str(folder / "model"),
         "config": config,
@@ -125,14 +131,23 @@ def _read_variant(
     }
 
 
-def _read_units(name: str, folder: Path, units: Sequence[str] | None) -> tuple[dict[str, dict[str, Any]], float, int]:
-    """Every matrix of a variant, the seconds of learning, and the dense bytes of all matrices of its layers."""
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _read_units(
+    name: str, folder: Path, units: Sequence[str] | None
+) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]], float, int]:
+    """Every matrix of a variant, what was refined, the seconds of learning, and the dense bytes of all matrices of its
+    layers.
+    """
     if units is None:
         units = sorted({path.stem for stage in ("factors", "codes") for path in (folder / stage).glob("*.json")})
     if not units:
         raise ArtifactError(folder / "codes", f"holds no unit of variant {name}", _REMEDY)
     matrices: dict[str, dict[str, Any]] = {}
     unit_of: dict[str, str] = {}
+    refined: list[dict[str, Any]] = []
     seconds, all_nbytes = 0.0, 0
     for unit in units:
         learned = read_json(folder / "factors" / f"{unit}.json", _REMEDY)
@@ -145,6 +160,7 @@ def _read_units(name: str, folder: Path, units: Sequence[str] | None) -> tuple[d
                 "Delete it and run again",
             )
         seconds += learned["seconds"]
+        refined += learned.get("refined", {}).values()
         all_nbytes += stored["dense_nbytes_all"]
         for matrix, numbers in stored["matrices"].items():
             if matrix in matrices:
@@ -159,7 +175,7 @@ def _read_units(name: str, folder: Path, units: Sequence[str] | None) -> tuple[d
             history = diagnostics.get("history", [])
             diagnostics["history"] = {key: [entry[key] for entry in history] for key in ("iteration", "relative_error")}
             matrices[matrix] = {**diagnostics, **numbers}
-    return matrices, seconds, all_nbytes
+    return matrices, refined, seconds, all_nbytes
 
 
 def _pruned_columns(pruning: Mapping[str, Any] | None) -> dict[str, Any]:

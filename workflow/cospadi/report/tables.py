@@ -69,6 +69,13 @@ COLUMNS = (
         "{:.3f}".format,
         "nats a token that the loss rises by the errors of all matrices, with metric gradients",
     ),
+    Column(
+        "refinement_gain",
+        "refined by",
+        "{:.3f}".format,
+        "share of a block's squared error, on windows kept out, that training took away; mean over blocks",
+    ),
+    Column("seconds_refining", "refining s", "{:.0f}".format, "seconds of that, which are part of those of learning"),
     Column("seconds_learning", "learning s", "{:.0f}".format, "seconds of all learning jobs, added up"),
     Column("seconds_evaluating", "eval s", "{:.0f}".format, "seconds of the evaluation job"),
 )
