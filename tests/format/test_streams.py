@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import zlib
@@ -80,6 +81,36 @@ def test_memory_holds_the_rows_in_the_dtype_of_the_model_and_saving_gives_the_sa
     packed = [name for name in first if name.endswith("_proj.values")]
     assert packed and all(first[name].tobytes() == second[name].tobytes() for name in packed)
     assert first.keys() == second.keys()
+
+
+def test_steps_of_8_bits_are_as_exact_and_take_half_the_memory(folder, tmp_path):
+    dense = CospadiForCausalLM.from_pretrained(folder / "packed", dtype=torch.float32)
+    model = CospadiForCausalLM.from_pretrained(folder / "packed", dtype=torch.float32, streams="int8")
+    expected = logits(dense)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    for name, layer in packed_layers(model).items():
+        digits = layer.in_steps.digits
+        assert layer.unpacked_codes is None and digits.values.dtype == torch.int8
+        # some numbers take more than 8 bits
+        assert layer.in_features < digits.in_features <= layer.in_features + 3 and layer.in_steps.rows is not None
+        weight, x = torch.from_numpy(read_checkpoint_once(folder)[name]).double(), torch.randn(3, layer.in_features)
+        size = x.double().abs() @ weight.abs()
+        assert ((layer(x).double() - x.double() @ weight).abs() / size).max() < 1e-6
+    model.bfloat16().float().save_pretrained(tmp_path / "again")
+    first, second = (
+        safetensors.numpy.load_file(f / "model.safetensors") for f in (folder / "packed", tmp_path / "again")
+    )
+    assert first.keys() == second.keys()
+    assert all(first[name].tobytes() == second[name].tobytes() for name in first if name.endswith("_proj.values"))
+    unpack_(model)
+    assert all(layer.in_steps is None or layer.unpacked_weight is not None for layer in packed_layers(model).values())
+    with pytest.raises(ValueError, match="streams is 'int4'; allowed: dense, int8"):
+        CospadiForCausalLM.from_pretrained(folder / "packed", streams="int4")
+
+
+@functools.cache
+def read_checkpoint_once(folder: Path) -> dict[str, np.ndarray]:
+    return read_checkpoint(folder / "packed")
 
 
 def test_unpacking_and_packing_leave_it_decoded(folder):

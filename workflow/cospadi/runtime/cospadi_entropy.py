@@ -14,7 +14,7 @@ import logging
 import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -135,6 +135,15 @@ class Entropy(Codec):
         found = _parsed(self, np.ascontiguousarray(stored.detach().cpu().numpy()))
         decoded = torch.from_numpy(_decode(self, found, halves=halves).view(np.int16 if halves else np.float32))
         return (decoded.view(torch.bfloat16) if halves else decoded).view(*shape).to(stored.device)
+
+    def numbers(self, stored: Any) -> tuple[Any, Any]:
+        """Of a torch tensor the whole numbers, float32 (d_out, k), and the step of every row, float32 (k,)."""
+        import torch
+
+        found = _parsed(self, np.ascontiguousarray(stored.detach().cpu().numpy()))
+        ones = replace(found, steps=np.ones_like(found.steps))
+        numbers = torch.from_numpy(_decode(self, ones, halves=False)).to(stored.device)
+        return numbers, torch.from_numpy(found.steps).to(stored.device)
 
     def faults_of(self, stored: np.ndarray, shape: tuple[int, int]) -> Iterator[str]:
         """What is wrong inside the stored tensor of codes (k, d_out); its streams are looked at as they are decoded."""

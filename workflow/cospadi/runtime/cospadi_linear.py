@@ -78,6 +78,7 @@ class Packed(nn.Module):
         self.unpacked_dictionary: nn.Parameter | None = None
         self.unpacked_codes: nn.Parameter | None = None
         self.unpacked_weight: nn.Parameter | None = None
+        self.in_steps: Steps | None = None  # filled by `unpack_steps`, never saved
         # set where other layers have the same dictionary
         self.projection: SharedProjection | None = None
         self._spec_text = json.dumps(spec)
@@ -103,6 +104,8 @@ class Packed(nn.Module):
         terms, summands, bias = [self], self.summands(), self._parameters["bias"]
         if self.unpacked_codes is not None:
             y, bias = F.linear(self._unpacked_projection(x), self.unpacked_codes, bias), None
+        elif self.in_steps is not None:
+            y = self.in_steps(x if self.dictionary is None else x @ self.factors(x.dtype)[0])
         elif _is_watched(x):
             y = self._shown(x)
         else:
@@ -134,6 +137,11 @@ class Packed(nn.Module):
         """Whether codes are a stream that is decoded once, when a model is loaded, and not in every product."""
         return CODECS[self.spec["codes"]["codec"]].variable
 
+    @property
+    def has_steps_alone(self) -> bool:
+        """Whether a stream's numbers have no scales besides their steps, but for one a column."""
+        return self.is_stream and (self.scales is None or len(self.scales) == self.out_features)
+
     def parts(self) -> list[nn.Parameter | None]:
         """The packed tensors in the order of `PARTS`; None for those that this matrix does not have."""
         return [self._parameters[part] for part in PARTS]
@@ -163,6 +171,7 @@ class Packed(nn.Module):
                 f"codes in the codec {self.spec['codes']['codec']!r} cannot be trained, since they are not stored each "
                 "for itself; write the folder dense first (cospadi.checkpoint.densify)"
             )
+        self.in_steps = None
         dictionary, codes = self.factors(dtype)
         if dictionary is not None:
             self.unpacked_dictionary = nn.Parameter(dictionary.clone(), requires_grad=trainable)
@@ -170,6 +179,10 @@ class Packed(nn.Module):
         if trainable and self.support is not None:
             mask = decode_support(self.spec, self.support)
             self.unpacked_codes.register_hook(lambda gradient: gradient * mask)
+
+    def unpack_steps(self) -> None:
+        """Keep the numbers of a stream in 8 bits, and its steps: exact, and half of what `unpack` takes in bfloat16."""
+        self.in_steps = Steps(*CODECS[self.spec["codes"]["codec"]].numbers(self.values), self.scales)
 
     def store(self) -> None:
         """Write trained unpacked factors into the packed tensors, rounded to their codecs; scales stay as they are."""
@@ -307,6 +320,71 @@ class PackedLinear(Packed, nn.Linear):
     Adapters take it for the `nn.Linear` it stands for; its ``weight`` has a shape and no numbers, so nothing can be
     merged into it.
     """
+
+
+class _Digits(PackedLinear):
+    """Whole numbers of 8 bits that `Steps` multiplies with; made from a stream, which is what is saved."""
+
+    def _save_to_state_dict(self, *arguments: Any) -> None:
+        pass
+
+
+def _lowest_digit(numbers: torch.Tensor) -> torch.Tensor:
+    """What the lowest 8 bits of whole numbers in two's complement stand for."""
+    return (numbers + 128).remainder(256) - 128
+
+
+class Steps(nn.Module):
+    """A product with whole numbers times a step for every input: steps go into the input, and 8 bits hold a number.
+
+    An input whose numbers are larger is there once more for their next 8 bits, under a step 256 times as long.
+
+    Parameters
+    ----------
+    numbers : Tensor (d_out, k), float32
+        Whole ones.
+    steps : Tensor (k,), float32
+    scales : Tensor (d_out,), bfloat16, optional
+        Of the columns; default: 1.
+    """
+
+    def __init__(self, numbers: torch.Tensor, steps: torch.Tensor, scales: torch.Tensor | None) -> None:
+        super().__init__()
+        wide = ((numbers.amax(0) > 127) | (numbers.amin(0) < -128)).nonzero().flatten()
+        rows, step, number = wide, steps[wide], numbers[:, wide]
+        first = numbers.to(torch.int8)
+        first[:, wide] = _lowest_digit(number).to(torch.int8)
+        parts = [(torch.arange(len(steps), device=steps.device), steps, first)]
+        while len(rows):
+            step, number = 256 * step, (number - _lowest_digit(number)) / 256
+            left = number.any(0)
+            rows, step, number = rows[left], step[left], number[:, left]
+            parts.append((rows, step, _lowest_digit(number).to(torch.int8)))
+        rows, steps, digits = (torch.cat(part, -1) for part in zip(*parts, strict=True))
+        # as whole numbers, which casting leaves as they are
+        self.register_buffer("bits_of_steps", steps.view(torch.int32), persistent=False)
+        self.register_buffer("rows", rows if len(wide) else None, persistent=False)
+        d_out, k = digits.shape
+        self.digits = _Digits(
+            {
+                "shape": [k, d_out],
+                "dictionary": {"codec": IDENTITY, "n_atoms": k},
+                "codes": {
+                    **{"codec": "int8", "support": "dense", "n_nonzero": k * d_out},
+                    **{"group_size": None, "n_scales": d_out},
+                },
+            },
+            device=digits.device,
+        )
+        self.digits.values.data = digits
+        self.digits.scales.data = torch.ones_like(self.digits.scales) if scales is None else scales.detach()
+        self.digits.freeze_packed()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Inputs (..., k) to outputs (..., d_out), computed in float32."""
+        z = x.to(torch.promote_types(x.dtype, torch.float32))
+        z = (z if self.rows is None else z[..., self.rows]) * self.bits_of_steps.view(torch.float32)
+        return self.digits(z).to(x.dtype)
 
 
 class DenseLinear(nn.Linear):
@@ -663,7 +741,7 @@ def unpack_(model: nn.Module, dtype: torch.dtype | None = None, *, trainable: bo
     """
     if dtype is None:
         dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-    layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    layers = [layer for layer in packed_layers(model).values() if isinstance(layer, PackedLinear)]
     sharers = Counter(part.dictionary for layer in layers for part in layer.summands())
     shared: dict[nn.Parameter, nn.Parameter] = {}
     for layer in layers:
@@ -717,4 +795,8 @@ def pack_(model: nn.Module) -> nn.Module:
 
 def packed_layers(model: nn.Module) -> dict[str, Packed]:
     """Name and module of every packed layer of `model`, parts of sums included."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Packed)}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, Packed) and not isinstance(module, _Digits)
+    }
