@@ -224,6 +224,20 @@ def test_threads_split_the_work_whatever_their_number(threads, codec):
         kernel._threads = threads_of_the_machine
 
 
+@pytest.mark.parametrize("codec", ["ec", "ectcq_scaled"])
+def test_steps_of_8_bits_give_what_the_stream_does(machine, codec):
+    layer, weight = make((33, 17, 9), codec=codec, support="dense", group_size=None, bias=True)
+    layer.unpack_steps()
+    for rows in (1, FEW + 1):
+        x = torch.randn(rows, 33)
+        size = x.double().abs() @ weight.double().abs() + 1
+        error = (layer(x).double() - x.double() @ weight.double() - layer.bias.double()).abs()
+        assert (error / size).max() < 1e-5
+        with_gradient = x.clone().requires_grad_()
+        layer(with_gradient).sum().backward()
+        torch.testing.assert_close(with_gradient.grad, weight.sum(1).expand(rows, -1), rtol=1e-3, atol=1e-3)
+
+
 def before_a_wall(tensor: torch.Tensor) -> torch.Tensor:
     """A copy that ends where the process may read no further."""
     pages = -(-tensor.nbytes // mmap.PAGESIZE)

@@ -89,6 +89,9 @@ def test_steps_of_8_bits_are_as_exact_and_take_half_the_memory(folder, tmp_path)
     expected = logits(dense)
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     for name, layer in packed_layers(model).items():
+        if not layer.has_steps_alone:  # several scales a column leave nothing but rows
+            assert len(layer.scales) > layer.out_features and layer.unpacked_codes is not None
+            continue
         digits = layer.in_steps.digits
         assert layer.unpacked_codes is None and digits.values.dtype == torch.int8
         # some numbers take more than 8 bits
@@ -103,7 +106,7 @@ def test_steps_of_8_bits_are_as_exact_and_take_half_the_memory(folder, tmp_path)
     assert first.keys() == second.keys()
     assert all(first[name].tobytes() == second[name].tobytes() for name in first if name.endswith("_proj.values"))
     unpack_(model)
-    assert all(layer.in_steps is None or layer.unpacked_weight is not None for layer in packed_layers(model).values())
+    assert not any(layer.in_steps and layer.unpacked_codes is not None for layer in packed_layers(model).values())
     with pytest.raises(ValueError, match="streams is 'int4'; allowed: dense, int8"):
         CospadiForCausalLM.from_pretrained(folder / "packed", streams="int4")
 
