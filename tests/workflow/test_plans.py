@@ -228,7 +228,10 @@ def test_the_tables_of_stages_have_the_arrows_that_snakemake_finds(folder):
             "steps": [{"method": "replaceme", "blocks": 2}, {"method": "svd_llm", "ratio": 0.2, "metric": "gradients"}]
         },
     }
-    found = rulegraph(folder, {"run": "graph", "variants": variants}, "all", "results/graph/plain/dense")
+    turn = {"method": "svd_llm_v2", "ratio": 0.2, "metric": "gradients", "target": "sequential"}
+    variants |= {"turn": turn, "cut_turn": {"steps": [{"method": "replaceme", "blocks": 2}, turn]}}
+    asked = [f"results/graph/plain/{name}" for name in ("dense", "gguf/Q8_0.gguf", "compressed-tensors")]
+    found = rulegraph(folder, {"run": "graph", "variants": variants}, "all", *asked)
     found |= rulegraph(folder, {"run": "graph", "variants": {"masa": {"method": "masa", "ratio": 0.2}}}, "all")
     assert found == arrows(STAGES)
     config = yaml.safe_load((PROJECT / "config/masa-train.yaml").read_text())
