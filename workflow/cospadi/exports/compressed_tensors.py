@@ -64,8 +64,9 @@ def _is_linear(model: Any, name: str) -> bool:
 def _checked(folder: Path, name: str, spec: dict[str, Any], grid: Grid | None) -> Grid:
     remedy = "Export it as gguf, or write it dense (make densify), which takes 16 bits a weight"
     if grid is None:
-        stored = f"{spec['codes']['codec']} codes on a {spec['dictionary']['codec']} dictionary"
-        problem = f"{name} has {stored}{' and more' if 'plus' in spec else ''}; compressed-tensors holds integers alone"
+        codes = f"codes ({spec['codes']['codec']}, {spec['codes']['support']})"
+        stored = f"{codes} over a dictionary ({spec['dictionary']['codec']}){' and more' if 'plus' in spec else ''}"
+        problem = f"{name} has {stored}; compressed-tensors holds integers alone"
         raise ArtifactError(folder, problem, remedy)
     if spec["shape"][0] % grid.block_size:
         problem = f"{name} has {spec['shape'][0]} inputs in blocks of {grid.block_size}; expected whole blocks"
