@@ -35,6 +35,7 @@ of_unit = {
 include: "rules/allocate.smk"
 include: "rules/learn.smk"
 include: "rules/quantize.smk"
+include: "rules/choose.smk"
 include: "rules/assemble.smk"
 include: "rules/export.smk"
 include: "rules/evaluate.smk"

@@ -665,3 +665,50 @@ def test_the_frontiers_compare_every_method_that_factorizes_all_matrices():
         plain = [variant for variant in config["variants"].values() if "value_bits" not in variant.get("codes", {})]
         compared = {variant["method"] for variant in plain}
         assert compared == {name for name, method in known.items() if method.own_codec == own_codec}
+
+
+def test_variants_that_do_not_compare_are_not_chosen_from(minimal):
+    priced = {"metric": "gradients", "ratio": 0.4}
+    minimal["variants"] = {
+        "plain": {"method": "svd_llm", "ratio": 0.4},
+        "a": {"method": "svd_llm", **priced},
+        "b": {"method": "rtn", **priced, "ratio": 0.6, "column_power": 0.25},
+        "c": {"method": "svd_llm", **priced, "group_size": 2, "share": ["q_proj"]},
+        "d": {"method": "masa", **priced},
+        "e": {"method": "rtn", **priced, "ratio": 0.6, "targets": ["q_proj"]},
+        "cut": {"steps": [{"method": "uidl", "blocks": 1}, {"method": "svd_llm", **priced}]},
+    }
+    minimal["variants"]["mix"] = {
+        "method": "choose",
+        "bits": 4,
+        "choose_from": ["a", "plain", "b", "c", "d", "e", "cut", "x"],
+    }
+    where, known = (
+        "variants.mix.choose_from:",
+        "is no variant that learns matrix by matrix, in one step; one of plain, a, b, c, e",
+    )
+    assert sorted(faults(minimal)) == [
+        f"{where} b has column_power 0.25, a has 0.5; they have to be alike",
+        f"{where} c has group_size 2, a has 1; they have to be alike",
+        *(f"{where} {name} {known}" for name in ("cut", "d")),
+        f"{where} e has targets ['q_proj'], a has None; they have to be alike",
+        f"{where} plain does not say what its errors cost; set its metric to gradients",
+        f"{where} x {known}",
+    ]
+    minimal["variants"] = {name: minimal["variants"][name] for name in ("a", "mix")}
+    minimal["variants"]["mix"] |= {"choose_from": ["a", "a"], "max_perplexity_increase": 1.05}
+    assert faults(minimal) == [
+        "variants.mix.choose_from: [a, a] names something twice",
+        "variants.mix.max_perplexity_increase: stands beside bits, which says the same; leave one out",
+    ]
+    del minimal["variants"]["mix"]["bits"]
+    minimal["variants"] |= {"b": {"method": "rtn", **priced, "ratio": 0.6}}
+    minimal["variants"]["mix"]["choose_from"] = ["a", "b"]
+    (fault,) = faults(minimal)
+    assert fault.startswith(
+        "variants.mix.max_perplexity_increase: is measured on calibration windows that are kept out"
+    )
+    minimal["calibration"]["heldout_fraction"] = 0.1
+    assert check_config(minimal)["variants"]["mix"] == {
+        **{"method": "choose", "choose_from": ["a", "b"], "max_perplexity_increase": 1.05}
+    }

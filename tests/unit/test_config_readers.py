@@ -144,7 +144,9 @@ def variant_keys(alternative: dict[str, Any]) -> Iterator[tuple[str, str, set[st
         # an option of one pruner may be read for it alone, and by another function of the same file
         yield from keys(alternative, reads("workflow/cospadi/pruning/*.py", *PLAN), f"variants: {name}")
     else:
-        yield from keys(alternative, reads(*READERS["steps"]), "variants: steps")
+        yield from keys(
+            alternative, reads(*READERS["steps"], *RULES, "scripts/choose_variants.py"), f"variants: {name}"
+        )
 
 
 def unread(kind: Kind, whole: dict[str, Any]) -> list[str]:

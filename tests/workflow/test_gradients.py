@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import csv
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import h5py
+import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
-from cospadi.files import read_json
+from cospadi.files import ModelFolder, TensorFile, read_json
+from cospadi.formats.factorization import tensor_names
 
 from .conftest import Run, check_finished, rows
 
 SHARED = [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]
 NAMES = ["hybrid", "sparsegpt"]
 STREAM, TURN = "ectcq", "turn"  # whose layers are learned in turn
+CHOICES = ["hybrid", STREAM, "rtn"]
+INCREASE = 1.005
 MENU = {"method": "rtn", "ratio": 0.7, "metric": "gradients", "allocation": "menu", "menu": [0.6, 0.8, 1, 1.4]}
 
 
@@ -35,15 +43,18 @@ def run(new_run: Callable[..., Run]) -> Run:
             "refine": {"samples": 6},
         },
         "rtn": MENU,
+        "mix": {"method": "choose", "ratio": 0.6, "choose_from": CHOICES},
+        "close": {"method": "choose", "max_perplexity_increase": INCREASE, "choose_from": CHOICES},
     }
     run.config["evaluation"] |= {"generate": None}
     run.config["layers_per_job"] = 3
+    run.config["calibration"]["heldout_fraction"] = 0.25
     run.snakemake()
     return run
 
 
 def test_every_one_comes_out_at_its_bytes(run):
-    check_finished(run, sorted([STREAM, *NAMES, "rtn", TURN]))
+    check_finished(run, sorted([STREAM, *NAMES, "close", "mix", "rtn", TURN]))
     table = rows(run.results / "summary.tsv")
     for name in NAMES:
         assert 0.4 <= float(table[name]["ratio_true"]) < 0.41
@@ -101,6 +112,58 @@ def test_a_menu_chooses_and_its_table_says_what_came_of_it(run):
         assert found[name]["nbytes"] <= int(row["bytes"])
         assert found[name]["predicted_rise"] == pytest.approx(float(row["predicted_rise"]), rel=1e-5)
     assert "with the same ratio for all" in (run.results / "logs/allocate_bytes/rtn.log").read_text()
+
+
+def test_parts_of_finished_variants_make_a_better_one(run):
+    table, found = table_of(run.results / "mix/allocation.tsv"), stored(run, "mix")
+    chosen = read_json(run.results / "mix/choice.json")["matrices"]
+    assert len(chosen) == 21 and len(set(chosen.values())) > 1
+    files = {name: TensorFile(run.results / name / "codes/layers_00-02.safetensors") for name in [*CHOICES, "mix"]}
+    for matrix, name in chosen.items():
+        specs = files["mix"].metadata["matrices"]
+        if name is None:
+            weight = ModelFolder(run.folder / run.config["model"]["path"]).read_weight(matrix)
+            stored_weight = files["mix"].read(f"{matrix}.values").astype(np.float32).reshape(weight.T.shape)
+            np.testing.assert_array_equal(stored_weight.T, weight)
+            assert found[matrix]["nbytes"] == found[matrix]["dense_nbytes"] and found[matrix]["predicted_rise"] == 0
+            continue
+        assert specs[matrix] == files[name].metadata["matrices"][matrix] and found[matrix] == stored(run, name)[matrix]
+        for tensor in tensor_names(matrix, specs[matrix]):
+            np.testing.assert_array_equal(files["mix"].read(tensor), files[name].read(tensor))
+    # gate and up have one dictionary in one of them
+    assert all(len({chosen[name] for name in row.split(" + ")}) == 1 for row in table)
+    assert any(row.endswith("up_proj") and row.count(" + ") == 1 for row in table)
+    numbers = rows(run.results / "summary.tsv")
+    rises = {name: float(numbers[name]["predicted_rise"]) for name in [*CHOICES, "mix"]}
+    assert rises["mix"] == pytest.approx(sum(float(row["predicted_rise"]) for row in table.values()), rel=1e-4)
+    # of those that are as small
+    assert rises["mix"] < min(rises[STREAM], rises["rtn"])
+    with open(run.results / "frontier.tsv") as file:
+        (row,) = (row for row in csv.DictReader(file, delimiter="\t") if row["variant"] == "mix")
+    assert (row["class"], row["method"]) == ("any-bits", "choose")
+
+
+def test_the_fewest_bytes_within_an_increase_of_perplexity_are_searched_for(run):
+    log = (run.results / "logs/choose_variants/close.log").read_text()
+    found = [
+        (int(nbytes), float(times)) for nbytes, times in re.findall(r"(\d+) bytes: perplexity times ([\d.]+)", log)
+    ]
+    assert len(found) == 6
+    (chosen,) = map(int, re.findall(r"chosen: (\d+) bytes", log))
+    within = {nbytes: times for nbytes, times in found if times <= INCREASE}
+    assert chosen == min(within) and any(nbytes < chosen for nbytes, times in found if times > INCREASE)
+    assert float(rows(run.results / "summary.tsv")["close"]["target_bytes"]) <= chosen
+    # what was measured is the perplexity of the model that came out, on the windows that were kept out
+    with h5py.File(run.results / "calibration.h5") as windows:
+        ids = torch.from_numpy(windows["input_ids"][-2:].astype(np.int64))
+    losses = {}
+    for folder in (run.folder / run.config["model"]["path"], run.results / "close/model"):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        logits = model(ids).logits[:, :-1].flatten(0, 1)
+        losses[folder.name] = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten()).item()
+    times = math.exp(losses["model"] - losses["tiny-model"])
+    # packed values are bfloat16, also of what stays as it is, which was measured in its own
+    assert times == pytest.approx(within[chosen], abs=2e-4)
 
 
 def test_a_table_that_is_edited_is_followed(run, tmp_path):

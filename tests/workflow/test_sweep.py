@@ -117,7 +117,7 @@ def alternatives(part: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 def variants() -> Iterator[tuple[tuple[str, ...], Any, dict[str, Any]]]:
     """Place, value and settings of variants that between them have every value of every option of method and pruner."""
     parts = alternatives(schema()["properties"]["variants"]["additionalProperties"])
-    assert set(parts) == {*METHODS, *PRUNERS, "steps"}
+    assert set(parts) == {*METHODS, *PRUNERS, "choose", "steps"}
     for method in (*METHODS, *PRUNERS):
         needed = {"method": method, **({"ratio": 0.2} if method in METHODS else {"blocks": 1})}
         for option, part in parts[method]["properties"].items():

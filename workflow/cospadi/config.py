@@ -35,6 +35,7 @@ from cospadi.methods.base import (
     in_turn_faults,
     sharing_option_faults,
 )
+from cospadi.methods.choose import CHOOSE, INCREASE, choice_faults
 from cospadi.pruning import PRUNERS
 from cospadi.registry import Entry
 from cospadi.sources import MODEL_SOURCES, TEXT_SOURCES
@@ -62,6 +63,8 @@ RESERVED = (
     ),
     *("config.yaml", "training", "training.tsv", "training.html", "training.json"),
 )
+# Keys that say how large a variant is
+SIZES = ("ratio", "bits", "budget")
 # Where no maximum is named; larger ones are no longer exact as floating-point numbers
 LARGEST = 2**53
 # No config comes near; one that contains itself gets there
@@ -87,6 +90,7 @@ def schema() -> Schema:
     alternatives = [
         _entry_schema(method, "method", parting if method.scope == "problem" else alone) for method in METHODS.values()
     ]
+    alternatives.append(_entry_schema(CHOOSE, "method", {key: common[key] for key in ("method", *SIZES)}))
     alternatives += [_entry_schema(pruner, "method", {"method": _PRUNING}) for pruner in PRUNERS.values()]
     whole["properties"]["variants"]["propertyNames"]["not"] = {"enum": list(RESERVED)}
     parts["steps"]["properties"]["steps"]["items"] = {"oneOf": alternatives}
@@ -242,18 +246,19 @@ def _size_faults(variants: Any) -> Iterator[str]:
     What a ``budget`` leaves depends on the model: until a plan knows it (`plan.budgets`), the ratio is any.
     """
     for where, step in _steps(variants):
-        first, *others = [key for key in ("ratio", "bits", "budget") if step.get(key) is not None] or [None]
-        if step.get("method") not in list(METHODS):
+        first, *others = [key for key in (*SIZES, INCREASE) if step.get(key) is not None] or [None]
+        if step.get("method") not in [*METHODS, CHOOSE.name]:
             continue
         yield from (f"{where}.{key}: stands beside {first}, which says the same; leave one out" for key in others)
-        if first in ("bits", "budget") and not others:
-            bits = step[first]  # one that is no number, or out of range, the schema finds
+        if first is not None and "ratio" not in step:
+            bits = step[first] if first == "bits" else None  # one that is no number, or out of range, the schema finds
             step["ratio"] = ratio_of(bits) if _finite(None, bits) and 0.8 <= bits <= 15.84 else 0.5
 
 
 def _unused(settings: Mapping[str, Any]) -> set[str]:
     """Keys of a complete step that decide nothing: factors are the same as before these keys came."""
-    unused = {"bits", *(["budget"] if settings.get("budget") is None else [])}
+    unused = {"bits", *(key for key in ("budget", INCREASE) if settings.get(key) is None)}
+    unused |= {"ratio"} if INCREASE not in unused else set()
     if settings.get("method") not in METHODS:
         return unused
     used = {MENU: {"allocation", "menu"}, FILE: {"allocation", "allocation_file"}}.get(
@@ -578,6 +583,7 @@ def cross_checks(config: dict[str, Any]) -> Iterator[str]:
     for name, variant in config["variants"].items():
         yield from _step_faults(f"variants.{name}", variant)
     yield from _warm_start_faults(config["variants"])
+    yield from choice_faults(config["variants"], config["calibration"]["heldout_fraction"])
 
 
 def _file_faults(part: Schema, value: Any, path: tuple[str, ...] = ()) -> Iterator[str]:
@@ -602,7 +608,7 @@ def _file_faults(part: Schema, value: Any, path: tuple[str, ...] = ()) -> Iterat
 def _step_faults(where: str, variant: dict[str, Any]) -> Iterator[str]:
     steps = variant.get("steps")
     if steps is None:
-        entry = (PRUNERS | METHODS)[variant["method"]]
+        entry = (PRUNERS | METHODS | {CHOOSE.name: CHOOSE})[variant["method"]]
         yield from (f"{where}.{fault}" for fault in entry.faults(variant))
         yield from (f"{where}.{fault}" for fault in sharing_option_faults(variant, entry.defaults()))
         if "codes" in variant:

@@ -19,7 +19,7 @@ rule assemble_model:
     benchmark:
         "<benchmarks>/assemble_model/{variant}.tsv"
     wildcard_constraints:
-        variant=one_of(plan.factorized),
+        variant=one_of(plan.factorized + plan.choosing),
     conda:
         "../../envs/cospadi.yaml"
     threads: plan.threads("assemble")
@@ -28,7 +28,7 @@ rule assemble_model:
         runtime=plan.runtime("assemble"),
     params:
         variant=lambda wildcards: config["variants"][wildcards.variant],
-        targets=lambda wildcards: plan.factorizing(wildcards.variant)["targets"],
+        targets=lambda wildcards: plan.packed(wildcards.variant)[0]["targets"],
         collection=plan.collection(),
         model=lambda wildcards: plan.model_digest(ALL, base=plan.base_of(wildcards.variant)),
         code=plan.code("assemble"),
@@ -48,7 +48,7 @@ rule densify:
     benchmark:
         "<benchmarks>/densify/{variant}.tsv"
     wildcard_constraints:
-        variant=one_of(plan.factorized),
+        variant=one_of(plan.factorized + plan.choosing),
     conda:
         "../../envs/cospadi.yaml"
     threads: plan.threads("densify")

@@ -41,7 +41,7 @@ rule learn_dictionary:
     benchmark:
         "<benchmarks>/learn_dictionary/{variant}/{unit}.tsv"
     wildcard_constraints:
-        variant=one_of([variant for variant in plan.variants if not plan.learns_in_turn(variant)]),
+        variant=one_of([variant for variant in plan.factorized if not plan.learns_in_turn(variant)]),
     group:
         plan.group("learn")
     conda:

@@ -9,6 +9,8 @@ rule quantize_codes:
         "<logs>/quantize_codes/{variant}/{unit}.log",
     benchmark:
         "<benchmarks>/quantize_codes/{variant}/{unit}.tsv"
+    wildcard_constraints:
+        variant=one_of(plan.factorized),
     group:
         plan.group("quantize")
     conda:

@@ -15,6 +15,7 @@ from typing import Any
 from cospadi.budget import nbytes_left
 from cospadi.config import read_schema
 from cospadi.methods import METHODS
+from cospadi.methods.choose import CHOOSE
 from cospadi.pruning import PRUNERS, removed_count
 from cospadi.resources import Shapes
 
@@ -46,14 +47,15 @@ def with_ratios(
     limits = allowed["minimum"], allowed["maximum"]
     for name, variant in config["variants"].items():
         steps = variant.get("steps", [variant])
-        settings = next((step for step in steps if step["method"] in METHODS), {})
+        settings = next((step for step in steps if step["method"] in [*METHODS, CHOOSE.name]), {})
         budget = settings.get("budget")
         if budget is None:
             continue
         del settings["budget"]
         where = f"variants.{name}.steps.1" if "steps" in variant else f"variants.{name}"
         n_layers = shapes.n_layers - sum(removed_count(step) for step in steps if step["method"] in PRUNERS)
-        chosen = settings["targets"] or list(shapes.matrices)
+        of = config["variants"][settings["choose_from"][0]] if "choose_from" in settings else settings
+        chosen = of["targets"] or list(shapes.matrices)
         targets = [shapes.matrices[projection] for projection in chosen] * max(n_layers, 1)
         others = _others(shapes, model_config, n_layers, chosen)
         left, dense = in_bytes(budget) - others, nbytes_left(targets, 0)

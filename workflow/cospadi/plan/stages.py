@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cospadi.digests import code_digest, modules_of
 from cospadi.formats.values import modules_of as formats_of
 from cospadi.methods import METHODS
+from cospadi.methods.choose import INCREASE
 from cospadi.plan.names import layers_of
 from cospadi.resources import Estimates
 from cospadi.stages import Jobs, Stage, fetch_text, report, table_of
@@ -125,8 +126,31 @@ def _allocate(plan: Plan) -> Iterator[Jobs]:
 
 
 def _assemble(plan: Plan) -> Iterator[Jobs]:
-    if plan.factorized:
-        yield Jobs(len(plan.factorized), "assemble_model/*.tsv")
+    if packed := plan.factorized + plan.choosing:
+        yield Jobs(len(packed), "assemble_model/*.tsv")
+
+
+def _choose(plan: Plan) -> Iterator[Jobs]:
+    for variant in plan.choosing:
+        yield Jobs(1, f"choose_variants/{variant}.tsv", SimpleNamespace(variant=variant), variant)
+
+
+def _choosing(plan: Plan, wildcards: Any) -> Work:
+    """Numbers are compared; where perplexity is the target, the model is walked too."""
+    settings = plan.config["variants"][wildcards.variant]
+    return plan.estimates.evaluate() if INCREASE in settings else Work(300 * MEBI, 30)
+
+
+def _choosing_code(plan: Plan, wildcards: Any) -> str:
+    measured = INCREASE in plan.config["variants"][wildcards.variant]
+    return code_digest("cospadi.choosing", *(["cospadi.evaluation.parts"] if measured else []))
+
+
+def _take(plan: Plan) -> Iterator[Jobs]:
+    for variant in plan.choosing:
+        units = plan.units(variant)
+        wildcards = SimpleNamespace(variant=variant, unit=units[0])
+        yield Jobs(len(units), f"take_unit/{variant}/*.tsv", wildcards, variant)
 
 
 def _evaluate(plan: Plan) -> Iterator[Jobs]:
@@ -158,7 +182,12 @@ def _learning_code(plan: Plan, wildcards: Any, *more: str) -> str:
 
 def _of_variant(*modules: str) -> Callable[[Plan, Any], str]:
     """The code of a stage that packs a variant or writes it: other codecs and supports than its own do not count."""
-    return lambda plan, wildcards: code_digest(*modules, *formats_of(plan.factorizing(wildcards.variant)))
+
+    def code(plan: Plan, wildcards: Any) -> str:
+        formats = [module for settings in plan.packed(wildcards.variant) for module in formats_of(settings)]
+        return code_digest(*modules, *dict.fromkeys(formats))
+
+    return code
 
 
 STAGES = table_of(
@@ -345,10 +374,32 @@ STAGES = table_of(
         threads="quantize",
     ),
     Stage(
+        name="choose",
+        rule="choose_variants",
+        result="the variant that each matrix is taken from",
+        only="parts of variants",
+        after=("fetch", "prepare", "learn", "in_turn", "quantize"),
+        jobs=_choose,
+        work=_choosing,
+        code=_choosing_code,
+        threads="evaluate",
+        uses_gpu=True,
+    ),
+    Stage(
+        name="take",
+        rule="take_unit",
+        result="the same tensors, in the place of its own",
+        only="parts of variants",
+        after=("fetch", "learn", "in_turn", "quantize", "choose"),
+        jobs=_take,
+        work=Work(1000 * MEBI, 30),
+        code=_of_variant("cospadi.choosing"),
+    ),
+    Stage(
         name="assemble",
         rule="assemble_model",
         result="a packed Hugging Face folder",
-        after=("fetch", "prune", "prepare", "quantize"),
+        after=("fetch", "prune", "prepare", "quantize", "take"),
         jobs=_assemble,
         work=_estimated(Estimates.assemble),
         # all of the runtime travels in the folder
@@ -422,7 +473,7 @@ STAGES = table_of(
         name="summarize",
         rule="summarize",
         result="table, plots, generated texts side by side",
-        after=("fetch", "prune", "learn", "in_turn", "quantize", "assemble", "evaluate_dense", "evaluate"),
+        after=("fetch", "prune", "learn", "in_turn", "quantize", "take", "assemble", "evaluate_dense", "evaluate"),
         code=("cospadi.report",),
     ),
     report("summarize", "plot_distances"),

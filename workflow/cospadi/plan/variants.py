@@ -8,6 +8,7 @@ from typing import Any
 
 from cospadi.methods import METHODS
 from cospadi.methods.base import FILE
+from cospadi.methods.choose import CHOOSE
 from cospadi.plan.names import parts, unit_name
 from cospadi.problem import GRADIENTS, learns_in_turn
 from cospadi.pruning import PRUNERS, removed_count
@@ -26,8 +27,8 @@ class Variants:
     ----------
     variants : list of str
         Names of the compressed models, in the order of the config.
-    factorized, pruned : list of str
-        Variants with matrices to learn; variants that only lose blocks.
+    factorized, choosing, pruned : list of str
+        Variants with matrices to learn; those that take parts of others; those that only lose blocks.
     pruned_bases : dict
         Base to the settings of the pruning step that makes it.
     chunks : list of range
@@ -39,7 +40,8 @@ class Variants:
         self.n_layers = n_layers
         self.variants = list(config["variants"])
         self.factorized = [name for name in self.variants if self.factorizing(name)]
-        self.pruned = [name for name in self.variants if not self.factorizing(name)]
+        self.choosing = [name for name in self.variants if self.sources_of(name)]
+        self.pruned = [name for name in self.variants if name not in self.factorized + self.choosing]
         self._base_of, self.pruned_bases = self._find_bases()
 
     @property
@@ -55,6 +57,15 @@ class Variants:
     def factorizing(self, variant: str) -> dict[str, Any] | None:
         """Settings of the step that factorizes, if there is one."""
         return next((step for step in self.steps(variant) if step["method"] in METHODS), None)
+
+    def sources_of(self, variant: str) -> list[str]:
+        """Variants that a variant chooses from; none for those that learn, or only lose blocks."""
+        settings = self.config["variants"][variant]
+        return settings["choose_from"] if settings.get("method") == CHOOSE.name else []
+
+    def packed(self, variant: str) -> list[dict[str, Any]]:
+        """Settings by which the matrices of a variant are stored: its own, or of those that it chooses from."""
+        return [self.factorizing(name) for name in self.sources_of(variant) or [variant]]
 
     def pruning_step(self, variant: str) -> dict[str, Any] | None:
         """Settings of the step that removes blocks, if there is one."""
@@ -77,7 +88,7 @@ class Variants:
         """Base of every variant, and the step that makes each; equal steps are made once."""
         made: dict[str, str] = {}
         bases: dict[str, str] = {}
-        for name in [*self.pruned, *self.factorized]:
+        for name in [*self.pruned, *self.factorized, *self.choosing]:
             step = self.pruning_step(name)
             if step is None:
                 bases[name] = ""
@@ -131,6 +142,8 @@ class Variants:
 
     def units(self, variant: str) -> list[str]:
         """Units of a variant: what one learning job each handles; none where nothing is learned."""
+        if sources := self.sources_of(variant):
+            return self.units(sources[0])
         settings = self.factorizing(variant)
         if settings is None:
             return []

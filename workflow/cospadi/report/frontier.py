@@ -31,7 +31,7 @@ def rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     weights = variants["dense"]["target_bytes"] / 2
     found = [
         {
-            "class": _class(variant["config"]),
+            "class": _class(variant["config"], variants),
             "method": variant["method"] if name != "dense" else "dense",
             "variant": name,
             "bits": 8 * variant["target_bytes"] / weights if weights else None,
@@ -47,7 +47,9 @@ def rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     return sorted(found, key=lambda row: (row["variant"] != "dense", row["class"], -row["bytes"]))
 
 
-def _class(config: Mapping[str, Any]) -> str:
+def _class(config: Mapping[str, Any], variants: Mapping[str, Any]) -> str:
+    if sources := config.get("choose_from"):
+        return max((_class(variants[name]["config"], variants) for name in sources), key=lambda of: of != "16-bit")
     learned = [step for step in config.get("steps", [config]) if "codes" in step]
     codes = [step["codes"] for step in learned]
     of_16 = all(part["value_bits"] == part["dictionary_bits"] == 16 for part in codes)

@@ -1,0 +1,76 @@
+"""Choose: no method that learns, but a variant that is made of the parts of others (`cospadi.choosing`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from cospadi.methods import METHODS
+from cospadi.problem import GRADIENTS
+from cospadi.registry import Entry, option
+
+# What the losses of variants are measured by, and what parts the model into units: alike in all of them
+_ALIKE = ("metric", "column_power", "activation_share", "targets", "group_size")
+
+INCREASE = "max_perplexity_increase"
+
+CHOOSE = Entry(
+    name="choose",
+    summary="Each matrix from the finished variant where its bytes are worth most; nothing is learned again.",
+    options={
+        "choose_from": option(
+            "array",
+            "Variants of the same run, of any methods, with metric gradients. Matrices that share a dictionary in one "
+            "of them are taken together; any may stay as it is.",
+            items={"type": "string"},
+            minItems=2,
+            uniqueItems=True,
+        ),
+        INCREASE: option(
+            ["number", "null"],
+            "In place of a ratio: perplexity over that of the dense model, at most. The fewest bytes that keep to it "
+            "are searched for, by six choices whose perplexity is measured on the calibration windows that are kept "
+            "out (calibration.heldout_fraction); on other text it may be more.",
+            minimum=1.0001,
+            maximum=1000,
+            default=None,
+        ),
+    },
+)
+
+
+def choice_faults(variants: Mapping[str, Any], heldout_fraction: float) -> Iterator[str]:
+    """What is wrong with variants that choose from others: names that are none, and variants that do not compare."""
+    learned = {name: one for name, one in variants.items() if one.get("method") in METHODS}
+    comparable = {name: one for name, one in learned.items() if METHODS[one["method"]].scope == "problem"}
+    for name, settings in variants.items():
+        first = None
+        if settings.get(INCREASE) is not None and heldout_fraction == 0:
+            yield (
+                f"variants.{name}.{INCREASE}: is measured on calibration windows that are kept out; set "
+                "calibration.heldout_fraction, to 0.1 say"
+            )
+        for source in settings.get("choose_from", ()) if settings.get("method") == CHOOSE.name else ():
+            where = f"variants.{name}.choose_from: {source}"
+            if source not in comparable:
+                yield f"{where} is no variant that learns matrix by matrix, in one step; one of {', '.join(comparable)}"
+            elif comparable[source]["metric"] != GRADIENTS:
+                yield f"{where} does not say what its errors cost; set its metric to {GRADIENTS}"
+            else:
+                first = first or source
+                for key, here, there in _differing(learned[first], learned[source]):
+                    yield f"{where} has {key} {there}, {first} has {here}; they have to be alike"
+
+
+def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    for key in _ALIKE:
+        here, there = (_of(settings, key) for settings in (one, other))
+        if here != there:
+            yield key, here, there
+
+
+def _of(settings: Mapping[str, Any], key: str) -> Any:
+    """A setting as the variant's method takes it."""
+    if key == "column_power" and not METHODS[settings["method"]].scales_columns:
+        return 0.0
+    return settings.get(key, 1 if key == "group_size" else None)
