@@ -7,43 +7,32 @@ from cospadi.stage import choose_device, say, script
 
 def main(snakemake, log):
     from cospadi.calibration.activations import calibration_of
-    from cospadi.learning import learn_unit
+    from cospadi.learning import handed_on, learn_unit
     from cospadi.profiles import read_allocation
     from cospadi.progress import progress
     from cospadi.structure import chosen, read_structure
 
-    job, variant, collection = snakemake.input, snakemake.params.variant, snakemake.params.collection
-    structure = chosen(read_structure(job.structure), variant["targets"])
+    job, made, unit = snakemake.input, snakemake.output, (snakemake.params.layers, snakemake.params.variant)
+    structure = chosen(read_structure(job.structure), unit[1]["targets"])
+    collection = snakemake.params.collection
     calibration = calibration_of(job.windows, collection)
-    allocations = [read_allocation(Path(file), structure, variant, calibration) for file in job.allocation]
-    device = choose_device(snakemake.params.device)
-    streams = None
-    if hasattr(snakemake.output, "streams"):
-        from cospadi.sequence import Streams
-
-        how = {"dtype": collection["dtype"], "batch_tokens": collection["batch_tokens"], "device": device, "log": log}
-        before = next(map(Path, job.streams), None)
-        streams = Streams(job.model, structure, job.windows, snakemake.params.layers, variant, hidden_in=before, **how)
-    learn_unit(
-        Path(job.model),
-        structure,
-        [Path(file) for file in job.gram],
-        snakemake.params.layers,
-        variant,
-        calibration=calibration,
-        gradient_files=[Path(file) for file in job.gradients],
-        output=Path(snakemake.output.factors),
-        diagnostics=Path(snakemake.output.diagnostics),
-        warm_factors=next(map(Path, job.warm), None),
-        drift=next(map(Path, job.drift), None),
-        allotted=next(iter(allocations), None),
-        streams=streams,
-        device=device,
-        log=log,
-    )
-    if streams is not None:
-        streams.write(snakemake.output.streams)
-    say(f"{snakemake.wildcards.variant}: {progress(snakemake.output.diagnostics, len(structure['layers']))}")
+    allocations = [read_allocation(Path(file), structure, unit[1], calibration) for file in job.allocation]
+    where = {"device": choose_device(snakemake.params.device), "log": log}
+    edges = {"hidden_in": next(iter(job.get("streams", ())), None), "hidden_out": made.get("streams")}
+    with handed_on(job.model, structure, job.windows, *unit, collection=collection, **edges, **where) as streams:
+        learn_unit(
+            *(Path(job.model), structure, [Path(file) for file in job.gram], *unit),
+            calibration=calibration,
+            gradient_files=[Path(file) for file in job.gradients],
+            output=Path(made.factors),
+            diagnostics=Path(made.diagnostics),
+            warm_factors=next(map(Path, job.warm), None),
+            drift=next(map(Path, job.drift), None),
+            allotted=next(iter(allocations), None),
+            streams=streams,
+            **where,
+        )
+    say(f"{snakemake.wildcards.variant}: {progress(made.diagnostics, len(structure['layers']))}")
 
 
 if __name__ == "__main__":

@@ -60,6 +60,7 @@ TOLD: dict[str, list[Any]] = {
     "task_path": [None, "model"],
 }
 TOLD_OF_TEXT = {**TOLD, "path": ["texts.jsonl"], "config": [None, "de"]}
+TOLD_OF_TEXT["sources"] = [[{"source": "jsonl", "path": "texts.jsonl", "share": share} for share in (0.3, 0.7)]]
 # What an option needs beside it to mean something
 BESIDE: dict[tuple[str, str], dict[str, Any]] = {
     ("cospadi", "atom_update"): {"solver": "ksvd"},
