@@ -7,15 +7,15 @@ from cospadi.stage import choose_device, say, script
 
 def main(snakemake, log):
     from cospadi.calibration.activations import calibration_of
-    from cospadi.learning import handed_on, learn_unit
+    from cospadi.handing import handed_on
+    from cospadi.learning import learn_unit
     from cospadi.profiles import read_allocation
     from cospadi.progress import progress
     from cospadi.structure import chosen, read_structure
 
     job, made, unit = snakemake.input, snakemake.output, (snakemake.params.layers, snakemake.params.variant)
     structure = chosen(read_structure(job.structure), unit[1]["targets"])
-    collection = snakemake.params.collection
-    calibration = calibration_of(job.windows, collection)
+    calibration = calibration_of(job.windows, collection := snakemake.params.collection)
     allocations = [read_allocation(Path(file), structure, unit[1], calibration) for file in job.allocation]
     where = {"device": choose_device(snakemake.params.device), "log": log}
     edges = {"hidden_in": next(iter(job.get("streams", ())), None), "hidden_out": made.get("streams")}

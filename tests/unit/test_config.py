@@ -128,7 +128,7 @@ def test_two_checks_share_no_state(minimal):
         ("calibration.heldout_fraction", float("inf"), "calibration.heldout_fraction: .inf is not allowed; expected a"),
         ("variants", None, "variants: null is not allowed; expected a mapping"),
         ("variants", [], "variants: [] is not allowed; expected a mapping"),
-        ("variants.a.method", [], "variants.a.method: [] is not known; one of alps, basis_sharing, compot"),
+        ("variants.a.method", [], "variants.a.method: [] is not known; one of alps, basis_sharing, choose"),
         ("variants.a.ratio", -0.0, "variants.a.ratio: -0.0 is not allowed; from 0.01 to 0.95"),
         (
             "variants.a.share",

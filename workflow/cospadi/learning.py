@@ -6,7 +6,6 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -254,29 +253,6 @@ def _learn(job: _Job, groups: Sequence[Sequence[Matrix]], *, n_layers: int) -> I
                 yield _Learned(group[i].name, factors, {**report, "seconds": seconds})
         later = {frozenset(matrix.metric for matrix in other) for other in groups[index + 1 :]}
         means = {key: mean for key, mean in means.items() if key in later}
-
-
-@contextmanager
-def handed_on(
-    *unit: Any, collection: Mapping[str, Any], hidden_out: str | Path | None, **how: Any
-) -> Iterator[Streams | None]:
-    """`sequence.Streams` of a unit that is learned on what is before it, written to `hidden_out` behind it.
-
-    Parameters
-    ----------
-    *unit, **how
-        As of `Streams`; None, and nothing is computed, where `hidden_out` is None.
-    collection : mapping
-        Says ``dtype`` and ``batch_tokens``.
-    """
-    if hidden_out is None:
-        yield None
-        return
-    from cospadi.sequence import Streams  # torch, and the walk
-
-    streams = Streams(*unit, dtype=collection["dtype"], batch_tokens=collection["batch_tokens"], **how)
-    yield streams
-    streams.write(hidden_out)
 
 
 def _learn_in_turn(

@@ -357,7 +357,7 @@ STAGES = table_of(
         work=lambda plan, wildcards: plan.estimates.learn_in_turn(
             plan.factorizing(wildcards.variant), len(layers_of(wildcards.unit))
         ),
-        code=lambda plan, wildcards: _learning_code(plan, wildcards, "cospadi.sequence"),
+        code=lambda plan, wildcards: _learning_code(plan, wildcards, "cospadi.handing"),
         threads="collect",
         uses_gpu=True,
     ),
