@@ -37,7 +37,7 @@ from cospadi.methods.base import (
 )
 from cospadi.methods.choose import CHOOSE, INCREASE, choice_faults
 from cospadi.pruning import PRUNERS
-from cospadi.registry import Entry
+from cospadi.registry import entry_schema
 from cospadi.sources import MODEL_SOURCES, TEXT_SOURCES
 from cospadi.sources.rotation import OPTIONS as ROTATION
 from cospadi.sources.texts import SPLIT_OPTIONS
@@ -88,10 +88,10 @@ def schema() -> Schema:
     parting = {**common, **copy.deepcopy(ALLOCATION_OPTIONS)}  # a method with a rule of its own adds a word to it
     alone = {key: part for key, part in common.items() if key not in IN_TURN}
     alternatives = [
-        _entry_schema(method, "method", parting if method.scope == "problem" else alone) for method in METHODS.values()
+        entry_schema(method, "method", parting if method.scope == "problem" else alone) for method in METHODS.values()
     ]
-    alternatives.append(_entry_schema(CHOOSE, "method", {key: common[key] for key in ("method", *SIZES)}))
-    alternatives += [_entry_schema(pruner, "method", {"method": _PRUNING}) for pruner in PRUNERS.values()]
+    alternatives.append(entry_schema(CHOOSE, "method", {key: common[key] for key in ("method", *SIZES)}))
+    alternatives += [entry_schema(pruner, "method", {"method": _PRUNING}) for pruner in PRUNERS.values()]
     whole["properties"]["variants"]["propertyNames"]["not"] = {"enum": list(RESERVED)}
     parts["steps"]["properties"]["steps"]["items"] = {"oneOf": alternatives}
     parts["variant"] = {"oneOf": [*alternatives, parts.pop("steps")]}
@@ -107,7 +107,7 @@ def read_schema(name: str) -> Schema:
     for section, sources, after in (("model", MODEL_SOURCES, ROTATION), ("text", TEXT_SOURCES, SPLIT_OPTIONS)):
         if section in whole["$defs"]:
             common = whole["$defs"].pop(section)["properties"]
-            alternatives = [_entry_schema(source, "source", common, after) for source in sources.values()]
+            alternatives = [entry_schema(source, "source", common, after) for source in sources.values()]
             whole["properties"][section]["oneOf"] += alternatives
     return whole
 
@@ -136,20 +136,6 @@ def without_references(whole: Schema) -> Schema:
 
 
 _PRUNING = {"description": "How blocks are removed."}
-
-
-def _entry_schema(entry: Entry, word: str, common: Mapping[str, Schema], after: Mapping[str, Schema] = {}) -> Schema:
-    """Schema of a section that means `entry` by key `word`: common options, the entry's own, common ones again."""
-    properties = copy.deepcopy({**common, **entry.options, **after})
-    properties[word] = {"const": entry.name, "description": common[word]["description"]}
-    return {
-        "title": entry.name,
-        "description": entry.summary,
-        "type": "object",
-        "additionalProperties": False,
-        "required": [name for name, part in properties.items() if "default" not in part],
-        "properties": properties,
-    }
 
 
 def check_config(

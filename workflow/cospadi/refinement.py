@@ -270,7 +270,7 @@ class _Part(torch.nn.Module):
         elif self._fixed:
             self.register_buffer("codes", codes)
         else:
-            mask = part.stored()
+            mask = part.stored_mask() if part.on.is_stored else None
             self.register_buffer("mask", None if mask is None else torch.from_numpy(mask))
             self.values = torch.nn.Parameter(codes)
 
@@ -293,4 +293,5 @@ class _Part(torch.nn.Module):
             return part.with_scales_times(self.values.detach().cpu().numpy())
         if self._fixed:
             return part
-        return replace(part, codes=self._codes().detach().cpu().numpy(), mask=part.stored())
+        mask = None if self.mask is None else self.mask.cpu().numpy()
+        return replace(part, codes=self._codes().detach().cpu().numpy(), mask=mask)

@@ -6,8 +6,10 @@ This module is light: the config and the plan read it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 
@@ -50,3 +52,22 @@ def choice(words: list[Any], description: str, **schema: Any) -> dict[str, Any]:
 def with_defaults(options: Mapping[str, Mapping[str, Any]], defaults: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Options, some with other defaults."""
     return {name: {**schema, "default": defaults.get(name, schema["default"])} for name, schema in options.items()}
+
+
+def entry_schema(
+    entry: Entry,
+    word: str,
+    common: Mapping[str, Mapping[str, Any]],
+    after: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """Schema of a section that means `entry` by key `word`: common options, the entry's own, common ones again."""
+    properties = copy.deepcopy({**common, **entry.options, **after})
+    properties[word] = {"const": entry.name, "description": common[word]["description"]}
+    return {
+        "title": entry.name,
+        "description": entry.summary,
+        "type": "object",
+        "additionalProperties": False,
+        "required": [name for name, part in properties.items() if "default" not in part],
+        "properties": properties,
+    }

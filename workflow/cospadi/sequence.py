@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cospadi.arrays import all_finite
 from cospadi.calibration.activations import COMPRESSED, FORMAT_VERSION, HIDDEN, STORED_AS, to_stored, writing
 from cospadi.calibration.collect import chosen_dtype
 from cospadi.calibration.walk import Chunk, Tap, Windows, read_windows
@@ -149,7 +150,7 @@ class Streams:
             for name, one in factors.items():
                 self._block.set_weight(name, rounded(name, one))
         self._compressed, self._dense = self._block.through(self._compressed), self._next
-        if not self._compressed.isfinite().all():
+        if not all_finite(self._compressed):
             raise NumericalError(f"layer {layer}: what the compressed block gives is NaN or infinite")
         self._block, self._last = None, layer
         return factors, report

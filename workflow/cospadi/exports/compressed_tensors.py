@@ -7,7 +7,7 @@ filled up to words of 32 bits; zero points are packed alike, down the outputs. S
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +35,18 @@ def export(packed_folder: str | Path, output: str | Path, *, log: Callable[[str]
     specs = packing["matrices"]
     schemes: dict[tuple[int, int | None, bool], list[str]] = {}
     tensors: list[StoredTensor] = []
+
+    @lru_cache(maxsize=1)  # the parts of a matrix are written one after the other
+    def packed(name: str) -> dict[str, np.ndarray]:
+        return packed_tensors(grid_of(packed_factors(model, name, specs[name])))
+
     for name, spec in specs.items():
         grid = _checked(model.path, name, spec, grid_of(packed_factors(model, name, spec)))
         d_in = spec["shape"][0]
         size = None if grid.block_size == d_in else grid.block_size
         schemes.setdefault((grid.bits, size, grid.zeros is None), []).append(name)
         for part, array in packed_tensors(grid).items():
-            read = partial(
-                lambda name, spec, part: packed_tensors(grid_of(packed_factors(model, name, spec)))[part],
-                name,
-                spec,
-                part,
-            )
+            read = partial(lambda name, part: packed(name)[part], name, part)
             tensors.append(StoredTensor(f"{name}.{part}", array.nbytes, read))
     inside = tuple(f"{name}." for name in specs)
     others = [name for name in model.weight_map if not name.startswith(inside) or name.endswith(".bias")]

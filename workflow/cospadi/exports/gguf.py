@@ -89,7 +89,9 @@ def export(
                 continue
             array = np.asarray(model.read(name)).astype(np.float32)
             wanted = (
-                "F32" if array.ndim == 1 else _possible(kind if module.endswith("_proj") else _embedded(kind), array)
+                "F32"
+                if array.ndim == 1
+                else _possible(kind if module.endswith("_proj") else _embedded(kind), array.shape[-1])
             )
             add(
                 name,
@@ -100,7 +102,7 @@ def export(
             factors = packed_factors(model, name, spec)
             blocks = _blocks(grid_of(factors), kind)
             kept += blocks is not None
-            wanted = kind if blocks is not None else _possible(kind, np.empty((1, spec["shape"][0])))
+            wanted = kind if blocks is not None else _possible(kind, spec["shape"][0])
             if blocks is None:
                 dense = np.ascontiguousarray(factors.reconstruct().T)
                 blocks = gguf.quants.quantize(dense, gguf.GGMLQuantizationType[wanted])
@@ -129,9 +131,9 @@ def _what_is_lost(model: ModelFolder, specs: Mapping[str, Any], kind: str, kept:
     )
 
 
-def _possible(kind: str, array: np.ndarray) -> str:
-    """A type for rows that may be no whole blocks."""
-    return kind if kind in ("F32", "F16", "BF16") or array.shape[-1] % _BLOCK == 0 else "F16"
+def _possible(kind: str, width: int) -> str:
+    """A type for rows of so many numbers, which may be no whole blocks."""
+    return kind if kind in ("F32", "F16", "BF16") or width % _BLOCK == 0 else "F16"
 
 
 def _embedded(kind: str) -> str:

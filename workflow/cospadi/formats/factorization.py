@@ -138,10 +138,6 @@ class Factorization(Product):
         # through the codes' own order; whole numbers as far as float32 has them
         return self.on.codes(blocks.reshape(values.shape), self._mask(), *codes.shape).astype(np.int64)
 
-    def stored(self) -> np.ndarray | None:
-        """Codes of this product that are stored, bool (k, d_out); None where all are."""
-        return self._mask()
-
     def _blocks(self) -> np.ndarray:
         """Block of every stored value, of those under one scale."""
         return blocks_of_columns(self._counts(), self.block_size)

@@ -116,13 +116,13 @@ class Paths(Variants):
 
     def source_folders(self, variant: str) -> dict[str, str]:
         """Folders of the variants that a variant chooses from."""
-        return {name: f"{self.results}/{name}" for name in self.sources_of(variant)}
+        return {name: self.place(f"{self.results}/{name}") for name in self.sources_of(variant)}
 
     def of_sources(self, pattern: str, variant: str, unit: str | None = None) -> list[str]:
         """`pattern` with ``{variant}`` and ``{unit}`` filled in, for the variants that one chooses from; all units."""
         units = self.units(variant) if unit is None else [unit]
         names = self.sources_of(variant)
-        return [pattern.replace("{variant}", name).replace("{unit}", part) for name in names for part in units]
+        return [filled(pattern, variant=name, unit=part) for name in names for part in units]
 
     def of_all_units(self, pattern: str) -> list[str]:
         """`pattern` with ``{variant}`` and ``{unit}`` filled in, for every unit of every variant."""

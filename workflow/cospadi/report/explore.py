@@ -12,7 +12,8 @@ from typing import Any
 import jinja2
 
 from cospadi.files import replacing
-from cospadi.report.plots import COLOURS, _place
+from cospadi.report.figures import COLOURS
+from cospadi.report.plots import place_of
 
 # Snakemake carries these for its own reports
 _SCRIPTS = ("vega/vega.js", "vega-lite/vega-lite.js", "vega-embed/vega-embed.js")
@@ -93,7 +94,7 @@ def specification(summary: Mapping[str, Any]) -> dict[str, Any]:
         }
         for name, variant in variants.items()
         for matrix, numbers in variant["matrices"].items()
-        for layer, projection in [_place(matrix)]
+        for layer, projection in [place_of(matrix)]
     ]
     quality = {
         "word_perplexity": _sizes("word_perplexity", "word perplexity, lower is better", "log"),

@@ -33,7 +33,7 @@ def plot_errors(summary: Mapping[str, Any], paths: Sequence[Path]) -> None:
     panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for name, variant in variants.items():
         for matrix, numbers in variant["matrices"].items():
-            layer, projection = _place(matrix)
+            layer, projection = place_of(matrix)
             panels.setdefault(projection, {}).setdefault(name, []).append((layer, numbers["relative_error"]))
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
@@ -246,7 +246,7 @@ def _factorized(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: variant for name, variant in summary["variants"].items() if variant["matrices"]}
 
 
-def _place(matrix: str) -> tuple[int, str]:
+def place_of(matrix: str) -> tuple[int, str]:
     """Layer and projection of a matrix: ``model.layers.3.self_attn.q_proj`` is (3, "self_attn.q_proj")."""
     _, layer, projection = re.split(r"\.(\d+)\.", matrix, maxsplit=1)
     return int(layer), projection
@@ -254,7 +254,7 @@ def _place(matrix: str) -> tuple[int, str]:
 
 def _bits_by_place(matrices: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[int], np.ndarray] | None:
     """Projections, layers and bits a weight of each (NaN where a layer has none); None if all are alike."""
-    bits = {_place(matrix): 16 * numbers["nbytes"] / numbers["dense_nbytes"] for matrix, numbers in matrices.items()}
+    bits = {place_of(matrix): 16 * numbers["nbytes"] / numbers["dense_nbytes"] for matrix, numbers in matrices.items()}
     # whole atoms and whole weights: shares that are meant to be equal differ a little
     if max(bits.values()) - min(bits.values()) < 0.03 * max(bits.values()):
         return None

@@ -12,7 +12,7 @@ from typing import Any
 
 from cospadi.errors import ArtifactError
 from cospadi.files import explaining
-from cospadi.registry import option
+from cospadi.registry import entry_schema, option
 from cospadi.sources.base import Source, called
 from cospadi.sources.hub import REVISION, explaining_hub_errors
 from cospadi.sources.wheel import MEMBER, PACKAGE, SHA256, downloaded_wheel, extract_member, wheel_metadata
@@ -260,21 +260,13 @@ SOURCES = (
 _PARTS = {source.name: source for source in SOURCES}
 
 
-def _part(source: Source) -> dict[str, Any]:
-    """Schema of a source in a mixture."""
-    share = option(
+# What every source of a mixture has besides its own options
+_IN_A_MIXTURE = {
+    "source": {"description": "Kind of source."},
+    "share": option(
         "number", "Its part of the calibration windows, beside the others' shares.", minimum=0.001, default=1
-    )
-    properties = {"source": {"const": source.name, "description": "Kind of source."}, "share": share, **source.options}
-    return {
-        "title": source.name,
-        "description": source.summary,
-        "type": "object",
-        "additionalProperties": False,
-        "required": [name for name, part in properties.items() if "default" not in part],
-        "properties": properties,
-    }
-
+    ),
+}
 
 SOURCES += (
     Source(
@@ -286,7 +278,7 @@ SOURCES += (
                 "Sources with their own keys as above, without `name`, and a `share`: "
                 "`[{source: chat, path: chats.jsonl, share: 0.7}, {source: file, path: code.txt, share: 0.3}]`. "
                 "Each is split into calibration and held-out documents; a text that two of them have counts once.",
-                items={"oneOf": [_part(source) for source in SOURCES]},
+                items={"oneOf": [entry_schema(source, "source", _IN_A_MIXTURE) for source in SOURCES]},
                 minItems=2,
             )
         },
