@@ -157,6 +157,18 @@ use rule * from cospadi as cospadi_*
     assert {path.name for path in tmp_path.iterdir()} == {
         *(".snakemake", "Snakefile", "outer.yaml", "analysis", "tiny-model", "articles.jsonl"),
     }
+    # variants that read those of others, and units that read those before them, are planned there too
+    run.config["variants"] = {
+        "weighed": {"method": "svd_llm_v2", "ratio": 0.2, "metric": "gradients"},
+        "rounded": {"method": "rtn", "ratio": 0.6, "metric": "gradients"},
+        "mixed": {"method": "choose", "ratio": 0.4, "choose_from": ["weighed", "rounded"]},
+        "turn": {"method": "wanda", "ratio": 0.2, "target": "sequential"},
+    }
+    (tmp_path / "outer.yaml").write_text(yaml.safe_dump({"compression": run.config}))
+    result = subprocess.run([*command, "-n"], env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for rule in ("choose_variants", "take_unit", "learn_in_turn"):
+        assert f"cospadi_{rule} " in result.stdout + result.stderr
 
 
 def test_a_deleted_model_is_made_again(finished, tmp_path):
