@@ -13,15 +13,15 @@ def main(snakemake, log):
     from cospadi.progress import progress
     from cospadi.structure import chosen, read_structure
 
-    job, made, unit = snakemake.input, snakemake.output, (snakemake.params.layers, snakemake.params.variant)
-    structure = chosen(read_structure(job.structure), unit[1]["targets"])
-    calibration = calibration_of(job.windows, collection := snakemake.params.collection)
-    allocations = [read_allocation(Path(file), structure, unit[1], calibration) for file in job.allocation]
-    where = {"device": choose_device(snakemake.params.device), "log": log}
-    edges = {"hidden_in": next(iter(job.get("streams", ())), None), "hidden_out": made.get("streams")}
-    with handed_on(job.model, structure, job.windows, *unit, collection=collection, **edges, **where) as streams:
+    job, made, params = snakemake.input, snakemake.output, snakemake.params
+    structure, variant = chosen(read_structure(job.structure), params.variant["targets"]), params.variant
+    calibration = calibration_of(job.windows, params.collection)
+    allocations = [read_allocation(Path(file), structure, variant, calibration) for file in job.allocation]
+    how = {"device": choose_device(params.device), "log": log}
+    unit = job.model, structure, job.windows, params.layers, variant
+    with handed_on(unit, params.collection, job.get("streams", ()), made.get("streams"), **how) as streams:
         learn_unit(
-            *(Path(job.model), structure, [Path(file) for file in job.gram], *unit),
+            *(Path(job.model), structure, [Path(file) for file in job.gram], params.layers, variant),
             calibration=calibration,
             gradient_files=[Path(file) for file in job.gradients],
             output=Path(made.factors),
@@ -30,7 +30,7 @@ def main(snakemake, log):
             drift=next(map(Path, job.drift), None),
             allotted=next(iter(allocations), None),
             streams=streams,
-            **where,
+            **how,
         )
     say(f"{snakemake.wildcards.variant}: {progress(made.diagnostics, len(structure['layers']))}")
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,22 +12,29 @@ if TYPE_CHECKING:
 
 @contextmanager
 def handed_on(
-    *unit: Any, collection: Mapping[str, Any], hidden_out: str | Path | None, **how: Any
+    unit: Sequence[Any], collection: Mapping[str, Any], before: Sequence[str], after: str | None, **how: Any
 ) -> Iterator[Streams | None]:
-    """`sequence.Streams` of a unit that is learned on what is before it, written to `hidden_out` behind it.
+    """`sequence.Streams` of a unit that is learned on what is before it; None for one that is not.
 
     Parameters
     ----------
-    *unit, **how
-        As of `Streams`; None, and nothing is computed, where `hidden_out` is None.
+    unit : sequence
+        Model folder, structure, windows, layers and settings, as of `Streams`.
     collection : mapping
         Says ``dtype`` and ``batch_tokens``.
+    before : sequence of str
+        The file of the unit before, if there is one.
+    after : str or None
+        The file for the unit behind, written once this one has been learned; None: nothing is handed on.
+    **how
+        ``device`` and ``log``.
     """
-    if hidden_out is None:
+    if after is None:
         yield None
         return
     from cospadi.sequence import Streams
 
-    streams = Streams(*unit, dtype=collection["dtype"], batch_tokens=collection["batch_tokens"], **how)
+    computed = {"dtype": collection["dtype"], "batch_tokens": collection["batch_tokens"]}
+    streams = Streams(*unit, hidden_in=next(iter(before), None), **computed, **how)
     yield streams
-    streams.write(hidden_out)
+    streams.write(after)

@@ -16,6 +16,7 @@ from cospadi.budget import nbytes_left
 from cospadi.config import read_schema
 from cospadi.methods import METHODS
 from cospadi.methods.choose import CHOOSE
+from cospadi.plan.names import at_step
 from cospadi.pruning import PRUNERS, removed_count
 from cospadi.resources import Shapes
 
@@ -52,7 +53,7 @@ def with_ratios(
         if budget is None:
             continue
         del settings["budget"]
-        where = f"variants.{name}.steps.1" if "steps" in variant else f"variants.{name}"
+        where = at_step(name, variant, 1)
         n_layers = shapes.n_layers - sum(removed_count(step) for step in steps if step["method"] in PRUNERS)
         of = config["variants"][settings["choose_from"][0]] if "choose_from" in settings else settings
         chosen = of["targets"] or list(shapes.matrices)

@@ -14,7 +14,7 @@ from cospadi.errors import ArtifactError, ConfigError
 from cospadi.files import ModelFolder, TensorFile, data_files
 from cospadi.formats.values import storage_of
 from cospadi.methods.base import planned_problems
-from cospadi.plan.names import layers_of
+from cospadi.plan.names import at_step, layers_of
 from cospadi.plan.variants import Variants
 from cospadi.problem import Target
 from cospadi.pruning import PRUNERS, removed_count
@@ -44,7 +44,7 @@ def planning_faults(variants: Variants, shapes: Shapes, model_config: Mapping[st
     yield from _method_faults(variants, shapes)
     for name in variants.factorized:
         for path in filter(_is_file, variants.allocation_file(name)):
-            where = f"variants.{name}.steps.1" if variants.pruning_step(name) else f"variants.{name}"
+            where = at_step(name, variants.config["variants"][name], 1)
             yield from (
                 f"{where}.allocation_file: {path}: {fault}" for fault in _table_faults(variants, name, path, shapes)
             )
@@ -56,7 +56,7 @@ def _pruning_faults(variants: Variants, architecture: str) -> Iterator[str]:
         step = variants.pruning_step(name)
         if step is None:
             continue
-        where = f"variants.{name}.steps.0" if variants.factorizing(name) else f"variants.{name}"
+        where = at_step(name, variants.config["variants"][name], 0)
         highest = max(step["blocks"]) if isinstance(step["blocks"], list) else -1
         if removed_count(step) >= variants.n_layers or highest >= variants.n_layers:
             yield f"{where}.blocks: {step['blocks']}; the model has {variants.n_layers} blocks"
@@ -71,7 +71,7 @@ def _pruning_faults(variants: Variants, architecture: str) -> Iterator[str]:
 def _method_faults(variants: Variants, shapes: Shapes) -> Iterator[str]:
     """What methods cannot do with matrices of these shapes."""
     for name in variants.factorized:
-        where = f"variants.{name}.steps.1" if variants.pruning_step(name) else f"variants.{name}"
+        where = at_step(name, variants.config["variants"][name], 1)
         n_layers = variants.n_layers_of(variants.base_of(name))
         if n_layers > 0:
             settings = variants.factorizing(name)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from cospadi.structure import layer_name
 
@@ -33,6 +34,11 @@ def one_of(names: Iterable[str]) -> str:
     """A regular expression for exactly these names; for none of them, one that nothing matches."""
     # never an empty expression: Snakemake takes that for "anything"
     return f"(?:{'|'.join(map(re.escape, names))})" if names else "(?!)"
+
+
+def at_step(variant: str, settings: Mapping[str, Any], step: int) -> str:
+    """Place in the config of a step of a variant; of the variant itself where it has no others."""
+    return f"variants.{variant}.steps.{step}" if "steps" in settings else f"variants.{variant}"
 
 
 def filled(pattern: str, **wildcards: str) -> str:

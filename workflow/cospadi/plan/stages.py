@@ -418,16 +418,6 @@ STAGES = table_of(
         threads="assemble",
     ),
     Stage(
-        name="evaluate_dense",
-        rule="evaluate_dense",
-        result="perplexity, tasks, generated text of the model as fetched",
-        after=("fetch", "text"),
-        work=_estimated(Estimates.evaluate),
-        code=_evaluation_code,
-        threads="evaluate",
-        uses_gpu=True,
-    ),
-    Stage(
         name="gguf",
         rule="export_gguf",
         result="one GGUF file",
@@ -448,6 +438,16 @@ STAGES = table_of(
         work=_estimated(Estimates.assemble),
         code=_of_variant("cospadi.exports.compressed_tensors"),
         threads="assemble",
+    ),
+    Stage(
+        name="evaluate_dense",
+        rule="evaluate_dense",
+        result="perplexity, tasks, generated text of the model as fetched",
+        after=("fetch", "text"),
+        work=_estimated(Estimates.evaluate),
+        code=_evaluation_code,
+        threads="evaluate",
+        uses_gpu=True,
     ),
     Stage(
         name="evaluate",

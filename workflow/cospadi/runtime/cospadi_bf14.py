@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .cospadi_values import Codec, decode_words, encode_words, pack_words, unpack_words, upper_bits
+from .cospadi_values import Codec, decode_words, encode_words, from_upper_bits, pack_words, unpack_words, upper_bits
 
 
 class Bf14(Codec):
@@ -21,7 +21,7 @@ class Bf14(Codec):
         return pack_words(upper_bits(numbers, 14, rounding), 14)
 
     def unpack(self, stored: np.ndarray, n: int) -> np.ndarray:
-        return (unpack_words(stored, 14, n).astype(np.uint32) << np.uint32(18)).view(np.float32)
+        return from_upper_bits(unpack_words(stored, 14, n), 14)
 
     def encode(self, numbers: Any) -> Any:
         import torch

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .cospadi_values import Codec, upper_bits
+from .cospadi_values import Codec, from_upper_bits, upper_bits
 
 STATE_BITS = 12
 N_STATES = 1 << STATE_BITS
@@ -76,7 +76,7 @@ class Trellis(Codec):
         """
         k = len(codes)
         words = upper_bits(scales, 16, "truncate")
-        if not np.array_equal(_floats(words), scales) or not (np.isfinite(scales) & (scales != 0)).all():
+        if not np.array_equal(from_upper_bits(words, 16), scales) or not (np.isfinite(scales) & (scales != 0)).all():
             raise ValueError("scales are no bfloat16 numbers, or some are 0")
         units = scales[:k, None].astype(np.float64) * scales[k:]
         values = np.rint(codes / units).clip(_LEAST, -_LEAST).astype(np.int32)
@@ -123,7 +123,7 @@ class Trellis(Codec):
         """Codes and scales of the same path, each column times its weight (d_out,) as near as bfloat16 has it."""
         k = len(codes)
         units = scales[:k, None].astype(np.float64) * scales[k:]
-        scales = np.concatenate([scales[:k], _floats(upper_bits(scales[k:] * weights, 16, "nearest"))])
+        scales = np.concatenate([scales[:k], from_upper_bits(upper_bits(scales[k:] * weights, 16, "nearest"), 16)])
         return _codes(np.rint(codes / units), scales), scales
 
     def faults_of(self, stored: np.ndarray, shape: tuple[int, int]) -> Iterator[str]:
@@ -153,13 +153,9 @@ class Trellis(Codec):
 
     def _scales(self, stored: np.ndarray, k: int, d_out: int) -> np.ndarray:
         at = self.n_stream_bytes(k, d_out)
-        return _floats(stored[at : at + 2 * (k + d_out)].view("<u2"))
+        return from_upper_bits(stored[at : at + 2 * (k + d_out)].view("<u2"), 16)
 
 
 def _codes(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
     k = len(values)
     return values.astype(np.float32) * scales[:k, None] * scales[k:]
-
-
-def _floats(words: np.ndarray) -> np.ndarray:
-    return (words.astype(np.uint32) << np.uint32(16)).view(np.float32)

@@ -142,7 +142,7 @@ class Bf16(Codec):
 
     def unpack(self, stored: np.ndarray, n: int) -> np.ndarray:
         words = np.ascontiguousarray(stored).view(np.uint16).reshape(n)
-        return (words.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        return from_upper_bits(words, 16)
 
     def encode(self, numbers: Any) -> Any:
         import torch
@@ -165,6 +165,11 @@ def upper_bits(numbers: np.ndarray, bits: int, rounding: str) -> np.ndarray:
         # ties to even, as the hardware does; NaN and infinity never get here (checked when codes are made)
         words = words + ((np.uint32(1) << (shift - np.uint32(1))) - np.uint32(1)) + ((words >> shift) & np.uint32(1))
     return (words >> shift).astype(np.uint16)
+
+
+def from_upper_bits(words: np.ndarray, bits: int) -> np.ndarray:
+    """Inverse of `upper_bits`: float32 numbers whose other bits are 0."""
+    return (words.astype(np.uint32) << np.uint32(32 - bits)).view(np.float32)
 
 
 def pack_words(words: np.ndarray, bits: int) -> np.ndarray:

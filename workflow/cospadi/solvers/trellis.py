@@ -18,7 +18,7 @@ import numpy as np
 
 from cospadi.runtime import cospadi_cpu
 from cospadi.runtime.cospadi_trellis import N_STATES, VALUES, Trellis
-from cospadi.runtime.cospadi_values import upper_bits
+from cospadi.runtime.cospadi_values import from_upper_bits, upper_bits
 from cospadi.solvers._threads import one_blas_thread
 from cospadi.solvers.sparsegpt import DAMPING, inverse_factor
 
@@ -98,7 +98,7 @@ def _spread(weight: np.ndarray) -> np.ndarray:
 def _scales(sizes: np.ndarray) -> np.ndarray:
     """The bfloat16 numbers next to those (n,), none of them zero."""
     sizes = np.maximum(sizes, _SMALLEST * sizes.max() or 1.0).astype(np.float32)
-    return (upper_bits(sizes, 16, "nearest").astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return from_upper_bits(upper_bits(sizes, 16, "nearest"), 16)
 
 
 def _fed_forward(
