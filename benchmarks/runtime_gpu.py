@@ -34,6 +34,7 @@ KINDS = [
     (codec, support, "bf16") for codec in ("bf16", "bf14", "int8", "int4") for support in ("bitmask", "2:4", "dense")
 ]
 KINDS += [("bf16", "bitmask", dictionary) for dictionary in ("bf14", "int8", "int4", "identity")]
+KINDS += [("trellis4", "dense", "bf16"), *((f"trellis{bits}", "dense", "identity") for bits in (4, 3, 2))]
 
 
 def main() -> int:
@@ -107,6 +108,8 @@ def random_layer(spec: dict[str, Any], *, ragged: bool = False, seed: int = 0) -
         if dtype == torch.bfloat16:
             scale = {"dictionary": d_in**-0.5, "values": k**-0.5}.get(name, 2**-7)
             stored[name] = (torch.randn(shape, generator=generator, device="cuda") * scale).to(dtype)
+        elif name == "values" and codes["codec"].startswith("trellis"):
+            stored[name] = random_trellis(shape[0], d_out, k, generator)
         elif "bf14" in (codes["codec"] if name == "values" else spec["dictionary"]["codec"]):
             stored[name] = random_bf14(shape[0], generator)
         else:
@@ -129,6 +132,15 @@ def random_bf14(nbytes: int, generator: torch.Generator) -> torch.Tensor:
     return (bits << torch.arange(8, device="cuda")).sum(1).to(torch.uint8)
 
 
+def random_trellis(nbytes: int, d_out: int, k: int, generator: torch.Generator) -> torch.Tensor:
+    """Random bits, which are codes of a trellis whatever they are, under scales of either sign; no checksum."""
+    stored = torch.randint(0, 256, (nbytes,), generator=generator, device="cuda", dtype=torch.uint8)
+    scales = torch.randn(k + d_out, generator=generator, device="cuda")
+    scales[:k] *= 4e-4 * k**-0.5  # a value is around 2500 large
+    stored[-4 - 2 * len(scales) : -4] = scales.bfloat16().view(torch.uint8)
+    return stored
+
+
 def exact_weight(layer: PackedLinear) -> torch.Tensor:
     """The weight (d_in, d_out) in float64, by the plain operations."""
     atoms, codes = layer.factors(torch.float32)
@@ -140,8 +152,12 @@ def check() -> list[dict[str, Any]]:
     worst: dict[str, float] = {}
     cases = [(kind, (576, 1536, 491), rows) for kind in KINDS for rows in (1, 3, 64)]
     cases += [
-        (kind, shape, rows) for kind in KINDS[:2] for shape in ((48, 40, 27), (1000, 264, 516)) for rows in (1, 2, 8, 9)
+        (kind, shape, rows)
+        for kind in (*KINDS[:2], ("trellis3", "dense", "bf16"))
+        for shape in ((48, 40, 27), (1000, 264, 516))
+        for rows in (1, 2, 8, 9)
     ]
+    cases += [(kind, (2048, 268, 2048), rows) for kind in KINDS if kind[0][:-1] == "trellis" for rows in (1, 4, 8, 9)]
     for (codec, support, dictionary), (d_in, d_out, k), rows in cases:
         k = k // 4 * 4 if support == "2:4" else k
         k = d_in if dictionary == "identity" else k
@@ -238,6 +254,11 @@ def cases_of(d_in: int, d_out: int) -> Iterator[tuple[dict[str, Any], dict[str, 
         spec, nbytes = sized(d_in, d_out, ratio, support)
         n_atoms = spec["dictionary"]["n_atoms"]
         yield {"shape": [d_in, d_out], "ratio": ratio, "support": support, "n_atoms": n_atoms}, spec, nbytes
+    for codec in ("trellis4", "trellis3"):
+        spec = random_spec(d_in, d_out, d_in, d_in, codec, "dense", "identity")
+        (nbytes,) = tensor_shapes(spec)["values"][0]
+        ratio = 1 - nbytes / dense_nbytes(d_in, d_out)
+        yield {"shape": [d_in, d_out], "ratio": ratio, "support": codec, "n_atoms": d_in}, spec, nbytes
 
 
 def step_times(layers: list[PackedLinear], x: torch.Tensor, dense: float) -> dict[str, float]:
@@ -246,7 +267,7 @@ def step_times(layers: list[PackedLinear], x: torch.Tensor, dense: float) -> dic
     return {
         "dense_us": dense,
         "packed_us": packed,
-        "first_us": graph_time(first_products(layers, x)),
+        "first_us": 0.0 if layers[0].dictionary is None else graph_time(first_products(layers, x)),
         "second_us": graph_time(second_products(layers, x)),
         "speedup": dense / packed,
     }
@@ -281,19 +302,21 @@ def crossover() -> list[dict[str, Any]]:
     """Both paths by the rows of the input: where `KERNEL_ROWS` comes from."""
     records = []
     kept = cospadi_cuda.KERNEL_ROWS
-    for d_in, d_out in ((4096, 4096), (4096, 14336)):
+    for (d_in, d_out), codec in itertools.product(((4096, 4096), (4096, 14336)), ("bf16", "trellis4")):
         spec, nbytes = sized(d_in, d_out, 0.4, "bitmask")
+        if codec == "trellis4":
+            spec = random_spec(d_in, d_out, d_in, d_in, codec, "dense", "identity")
         layers = copies(random_layer(spec), ROTATED // nbytes)
         for rows in (1, 2, 4, 8, 16):
             x = torch.randn(rows, d_in, device="cuda").bfloat16()
-            record = {"measure": "crossover", "shape": [d_in, d_out], "rows": rows}
+            record = {"measure": "crossover", "shape": [d_in, d_out], "codec": codec, "rows": rows}
             for name, few in (("kernel_us", 16), ("unpacked_us", 0)):
                 cospadi_cuda.KERNEL_ROWS = few
                 record[name] = graph_time(products(layers, x))
             record["dense_us"] = graph_time(dense_products(d_in, d_out, ROTATED // dense_nbytes(d_in, d_out), x))
             records.append(record)
     cospadi_cuda.KERNEL_ROWS = kept
-    show(records, ("shape", "rows", "kernel_us", "unpacked_us", "dense_us"))
+    show(records, ("shape", "codec", "rows", "kernel_us", "unpacked_us", "dense_us"))
     return records
 
 

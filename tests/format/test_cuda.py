@@ -22,15 +22,17 @@ from cospadi.runtime.cospadi_cuda import (
     Kernels,
     apply_codes,
     gpu_kernels,
+    has_kernels,
     kernels_agree,
     project,
     unpack,
 )
-from cospadi.runtime.cospadi_linear import PackedLinear
+from cospadi.runtime.cospadi_linear import PackedLinear, compiled_for
 
 MODULE = "cospadi.runtime.cospadi_cuda_kernels"
 # plain torch computes with the others
 KINDS = [kind for kind in EVERY_KIND if kind[0] in cospadi_cuda.CODECS]
+TRELLISES = [kind for kind in KINDS if kind[0].startswith("trellis")]
 # Triton reads it when it is imported: the interpreter has a process of its own
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -67,9 +69,10 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     """Device whose kernels compute: the interpreter's tensors are on the CPU."""
     if request.param == "cuda":
         return "cuda"
-    from cospadi.runtime.cospadi_cuda_kernels import code_products, row_products, unpack_codes
+    from cospadi.runtime import cospadi_cuda_kernels
 
-    monkeypatch.setattr(cospadi_cuda, "gpu_kernels", lambda: Kernels(row_products, code_products, unpack_codes))
+    kernels = Kernels(*(getattr(cospadi_cuda_kernels, name) for name in Kernels._fields))
+    monkeypatch.setattr(cospadi_cuda, "gpu_kernels", lambda: kernels)
     monkeypatch.setattr(cospadi_cuda, "_on", lambda device: contextlib.nullcontext())
     return "cpu"
 
@@ -114,7 +117,9 @@ def test_product_is_that_of_the_reader(device, codec, support, dictionary):
         assert torch.equal(y, product(layer, x)), "equal calls give equal bits"
 
 
-@pytest.mark.parametrize(("codec", "support"), [("bf16", "bitmask"), ("int4", "bitmask"), ("bf16", "2:4")])
+@pytest.mark.parametrize(
+    ("codec", "support"), [("bf16", "bitmask"), ("int4", "bitmask"), ("bf16", "2:4"), ("trellis3", "dense")]
+)
 def test_bfloat16_error_is_within_twice_that_of_the_dense_product(device, codec, support):
     layer, weight = make((64, 48, 60), codec=codec, support=support)
     layer = arrange(layer).to(device)
@@ -126,13 +131,34 @@ def test_bfloat16_error_is_within_twice_that_of_the_dense_product(device, codec,
         assert error <= 2 * dense
 
 
-@pytest.mark.parametrize(("codec", "support", "dictionary"), [kind for kind in KINDS if kind[1] != "dense"])
-def test_codes_unpack_bit_for_bit(device, codec, support, dictionary):
-    layer, _ = make((20, 6, 268), codec=codec, support=support, dictionary=dictionary)
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_a_trellis_of_several_tiles_is_that_of_the_reader(device, bits):
+    # whole groups of 32 rows, in several tiles of which the last is ragged; the last program has three columns
+    d_in = 672 if device == "cpu" else 1504  # the interpreter is slow
+    layer, weight = make((d_in, 19, 0), codec=f"trellis{bits}", support="dense", dictionary="identity")
     layer = layer.to(device)
-    # the interpreter rounds to bfloat16 in a way of its own, which numbers with a scale show
-    for dtype in (torch.float32,) if device == "cpu" and layer.scales is not None else (torch.float32, torch.bfloat16):
-        assert torch.equal(unpack(layer.spec, layer.parts(), dtype)[:, : layer.n_atoms], layer.factors(dtype)[1])
+    for rows in (1, 2, 4, KERNEL_ROWS) if device == "cuda" else (1, KERNEL_ROWS):
+        x = torch.randn(rows, d_in, generator=torch.Generator().manual_seed(rows)).to(device)
+        y = product(layer, x)
+        size = x.cpu().double().abs() @ weight.double().abs() + 1
+        assert ((y.cpu().double() - x.cpu().double() @ weight.double()).abs() / size).max() < 1e-6
+        assert torch.equal(y, product(layer, x)), "equal calls give equal bits"
+
+
+@pytest.mark.parametrize(
+    ("codec", "support", "dictionary"), [*(kind for kind in KINDS if kind[1] != "dense"), *TRELLISES]
+)
+def test_codes_unpack_bit_for_bit(device, codec, support, dictionary):
+    scaled = (codec, support, dictionary) in TRELLISES
+    for shape in ((20, 6, 268), (64, 21, 64)) if scaled else ((20, 6, 268),):
+        layer, _ = make(shape, codec=codec, support=support, dictionary=dictionary)
+        layer = layer.to(device)
+        # the interpreter rounds to bfloat16 in a way of its own, which numbers with a scale show
+        exact = device == "cpu" and (scaled or layer.scales is not None)
+        for dtype in (torch.float32,) if exact else (torch.float32, torch.bfloat16):
+            unpacked = unpack(layer.spec, layer.parts(), dtype)
+            assert torch.equal(unpacked[:, : layer.n_atoms], layer.factors(dtype)[1])
+            assert not unpacked[:, layer.n_atoms :].any()
 
 
 def test_empty_and_full_columns(device):
@@ -217,17 +243,32 @@ def test_kernels_that_fail_or_are_wrong_on_a_gpu_are_not_used(monkeypatch, caplo
     monkeypatch.setattr(
         cospadi_cuda, "unpack", lambda spec, parts, dtype: cospadi_cuda.decode_codes(spec, *parts[2:], dtype)
     )
-    for apply, agrees, text in (
+    cases = (
         (plain, True, None),
         (lambda *arguments: 1.5 * plain(*arguments), False, "the kernels are wrong on a GPU: relative error 0."),
         (refuse, False, "the kernels do not run on a GPU: RuntimeError: no such instruction"),
-    ):
+    )
+    for codec, (apply, agrees, text) in itertools.product(("bf16", "trellis3"), cases):
         monkeypatch.setattr(cospadi_cuda, "apply_codes", apply)
         kernels_agree.cache_clear()
         caplog.clear()
-        assert kernels_agree(device) is kernels_agree(device) is agrees
+        assert has_kernels(device, codec) is has_kernels(device, codec) is agrees
         assert [text in record.getMessage() for record in caplog.records] == [True] * (not agrees)
     kernels_agree.cache_clear()
+
+
+def built_for_hopper(kernel, pointers: dict[str, str], constants: dict[str, object]) -> dict[str, str]:
+    """What Triton and NVIDIA's assembler make of a kernel."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.compiler import compile as build
+
+    fixed = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    signature = {name: "constexpr" if name in fixed else pointers.get(name, "i32") for name in kernel.arg_names}
+    at = {(kernel.arg_names.index(name),): value for name, value in fixed.items()}
+    built = build(ASTSource(kernel, signature, at), target=GPUTarget("cuda", 90, 32))
+    assert built.asm["cubin"]
+    return built.asm
 
 
 POINTERS = {"bf16": "*bf16", "bf14": "*u8", "int8": "*i8", "int4": "*u8"}
@@ -237,10 +278,6 @@ POINTERS = {"bf16": "*bf16", "bf14": "*u8", "int8": "*i8", "int4": "*u8"}
 @compiler
 @pytest.mark.parametrize(("codec", "support", "early"), [("bf16", "bitmask", True), ("int4", "2:4", False)])
 def test_kernels_compile_for_a_gpu_that_need_not_be_there(codec, support, early):
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    from triton.compiler import compile as build
-
     from cospadi.runtime.cospadi_cuda_kernels import code_products, row_products, unpack_codes
 
     scaled = codec == "int4"
@@ -253,23 +290,32 @@ def test_kernels_compile_for_a_gpu_that_need_not_be_there(codec, support, early)
         scales = {"scales": "*bf16", "scale_starts": "*i32"} if scaled else {}
         pointers = given | scales | {"z": z, "out": out}
         absent = {} if scaled else {"scales": None, "scale_starts": None}
-        constants = {name: value for name, value in (fixed | absent).items() if name in kernel.arg_names}
-        signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
-        at = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-        compiled = build(ASTSource(kernel, signature, at), target=GPUTarget("cuda", 90, 32))
-        assert ("griddepcontrol" in compiled.asm["ptx"]) == (early and "EARLY" in constants)
-        assert compiled.asm["cubin"]
+        built = built_for_hopper(kernel, pointers, fixed | absent)
+        assert ("griddepcontrol" in built["ptx"]) == (early and "EARLY" in kernel.arg_names)
+
+
+@triton
+@compiler
+@pytest.mark.parametrize(("bits", "ragged"), [(4, False), (3, False), (2, True)])
+def test_kernels_of_a_trellis_compile_for_a_gpu_that_need_not_be_there(bits, ragged):
+    from cospadi.runtime.cospadi_cuda_kernels import trellis_products, unpack_trellis
+
+    pointers = {"z": "*bf16", "stored": "*u8", "scales": "*bf16", "out": "*bf16"}
+    fixed = {"ROWS": 2, "BITS": bits, "RAGGED": ragged, "ASM": True, "EARLY": True, "BLOCK_IN": 256}
+    assert "griddepcontrol" in built_for_hopper(trellis_products, pointers, fixed)["ptx"]
+    built_for_hopper(unpack_trellis, pointers, fixed)
 
 
 @gpu
 @triton
 @compiler
 def test_layer_on_a_gpu_survives_what_a_module_must():
-    for (codec, support, dictionary), bias in itertools.product(KINDS[:4], (False, True)):
+    for (codec, support, dictionary), bias in itertools.product([*KINDS[:4], *TRELLISES], (False, True)):
         layer, weight = make((96, 112, 60), codec=codec, support=support, dictionary=dictionary, bias=bias)
         before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
         layer = layer.to("cuda")
-        assert layer.dictionary.stride() == (1, 96)
+        assert layer.dictionary is None or layer.dictionary.stride() == (1, 96)
+        assert compiled_for(torch.empty(1, device="cuda"), layer.spec) is gpu_kernels()
         for rows in (1, KERNEL_ROWS, KERNEL_ROWS + 1, 64):
             x = torch.randn(2, rows, 96, device="cuda")
             expected = x.cpu().double() @ weight.double() + (layer.bias.cpu().double() if bias else 0)

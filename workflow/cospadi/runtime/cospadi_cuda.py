@@ -15,14 +15,17 @@ import torch.nn.functional as F
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .cospadi_codecs import decode_codes, decode_dictionary
+from .cospadi_registry import CODECS as ALL_CODECS
 from .cospadi_supports import unpack_bits
+from .cospadi_trellis import LANES
 
 logger = logging.getLogger("cospadi.runtime")
 
 # Rows of x up to which reading the packed form is faster than unpacking S for a matrix product (docs/runtime.md)
 KERNEL_ROWS = 8
 
-CODECS = {"bf16": 16, "bf14": 14, "int8": 8, "int4": 4}  # bits a value
+# bits a value
+CODECS = {name: ALL_CODECS[name].bits for name in ("bf16", "bf14", "int8", "int4", "trellis4", "trellis3", "trellis2")}
 SUPPORTS = ("dense", "bitmask", "2:4")
 _SCALED = ("int8", "int4")
 
@@ -43,6 +46,8 @@ class Kernels(NamedTuple):
     row_products: Any
     code_products: Any
     unpack_codes: Any
+    trellis_products: Any
+    unpack_trellis: Any
 
 
 @functools.cache
@@ -57,38 +62,58 @@ def gpu_kernels() -> Kernels | None:
         )
         return None
     try:
-        from .cospadi_cuda_kernels import code_products, row_products, unpack_codes
+        from .cospadi_cuda_kernels import (
+            code_products,
+            row_products,
+            trellis_products,
+            unpack_codes,
+            unpack_trellis,
+        )
     except ImportError as error:
         logger.warning("packed products on a GPU: plain torch operations, which are slower, because %s", error)
         return None
     logger.info("packed products on a GPU: Triton kernels on %s", torch.cuda.get_device_name())
-    return Kernels(row_products, code_products, unpack_codes)
+    return Kernels(row_products, code_products, unpack_codes, trellis_products, unpack_trellis)
 
 
-def has_kernels(device: torch.device) -> bool:
-    """Whether products on `device` are those of the Triton kernels: they were chosen, are there, and right."""
-    return _choice == "auto" and kernels_agree(device)
+def has_kernels(device: torch.device, codec: str = "bf16") -> bool:
+    """Whether products with codes in `codec` on `device` are those of the Triton kernels: they were chosen, are there,
+    and right.
+    """
+    return _choice == "auto" and kernels_agree(device, ALL_CODECS[codec].whole)
 
 
 @functools.cache
-def kernels_agree(device: torch.device) -> bool:
+def kernels_agree(device: torch.device, trellis: bool = False) -> bool:
     """Whether there are kernels and their product of a small matrix on `device` is that of plain torch operations.
 
-    Tried once a device, before the first product: a compiler that does not know the GPU, or code it makes wrong, costs
-    speed and a log line, and never a wrong number.
+    Tried once a device and kind of kernel, before the first product: a compiler that does not know the GPU, or code it
+    makes wrong, costs speed and a log line, and never a wrong number.
     """
     if gpu_kernels() is None:
         return False
-    d_in, k, d_out = 96, 40, 24
+    d_in, k, d_out = 96, 512 if trellis else 40, 24
     generator = torch.Generator().manual_seed(0)
-    x, atoms = (torch.randn(shape, generator=generator).to(device, torch.bfloat16) for shape in ((2, d_in), (d_in, k)))
-    support = torch.randint(0, 256, (d_out, k // 8), generator=generator, dtype=torch.uint8).to(device)
-    mask = unpack_bits(support, k)
-    values = torch.randn(int(mask.sum()), generator=generator).to(device, torch.bfloat16)
+
+    def bytes_of(*shape: int) -> torch.Tensor:
+        return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(device)
+
+    def numbers_of(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(device, torch.bfloat16)
+
+    x, atoms = numbers_of(2, d_in), numbers_of(d_in, k)
+    codec, support, n_nonzero = "trellis4", None, k * d_out
+    if trellis:
+        stream, scales = bytes_of(ALL_CODECS[codec].n_stream_bytes(k, d_out)), numbers_of(k + d_out)
+        values = torch.cat([stream, scales.view(torch.uint8), bytes_of(4)])
+    else:
+        codec, support = "bf16", bytes_of(d_out, k // 8)
+        n_nonzero = int(unpack_bits(support, k).sum())
+        values = numbers_of(n_nonzero)
     spec = {
         "shape": [d_in, d_out],
         "dictionary": {"codec": "bf16", "n_atoms": k},
-        "codes": {"codec": "bf16", "support": "bitmask", "n_nonzero": len(values)},
+        "codes": {"codec": codec, "support": "dense" if trellis else "bitmask", "n_nonzero": n_nonzero},
     }
     parts = [atoms, None, values, None, support]
     try:
@@ -143,6 +168,8 @@ def apply_codes(
     rows, (_, d_out), k, codes = z.shape[0], spec["shape"], spec["dictionary"]["n_atoms"], spec["codes"]
     if not _few(z):
         return F.linear(z, _widened(unpack(spec, parts, dtype), z.shape[1]))
+    if ALL_CODECS[codes["codec"]].whole:
+        return _trellis_products(spec, values, z.contiguous(), dtype)
     if support is None:
         group = codes.get("group_size") or k
         return _row_products(
@@ -199,10 +226,12 @@ def unpack(spec: dict[str, Any], parts: list[torch.Tensor | None], dtype: torch.
     """Codes transposed with their zeros, in `dtype`: (d_out, k), or with zeros up to a multiple of 16 atoms."""
     _, _, values, scales, support = parts
     (_, d_out), k, codes = spec["shape"], spec["dictionary"]["n_atoms"], spec["codes"]
+    stride = _aligned(k)
+    if ALL_CODECS[codes["codec"]].whole:
+        return _unpack_trellis(spec, values, stride, dtype)
     if support is None:
         return decode_codes(spec, values, scales, support, dtype)
     found = _index_of(spec, support)
-    stride = _aligned(k)
     unpacked = torch.empty(d_out, stride, dtype=dtype, device=values.device)
     block, warps = UNPACK_TILE
     with _on(values.device):
@@ -293,6 +322,76 @@ def _row_products(
             **({"launch_pdl": True} if early else {}),
         )
     return out[0] if n_parts == 1 else out.sum(0).to(out_dtype)
+
+
+# Of a trellis: inputs that a program holds at once, and the instructions of its loop for each code, of one row
+_TRELLIS_TILES = {512: 13, 256: 15, 128: 20}
+
+
+def trellis_tile(k: int, rows: int) -> tuple[int, int]:
+    """Inputs that a program of a trellis holds at once, and its warps."""
+    # sums of eight columns, for each input of a thread and each row, have to fit in its registers
+    most = 512 if rows <= 2 else 256 if rows <= 4 else 128
+    fitting = (block for block in _TRELLIS_TILES if block <= most)
+    return min(fitting, key=lambda block: -(-k // block) * block * _TRELLIS_TILES[block]), 4
+
+
+def _trellis_products(spec: dict[str, Any], values: torch.Tensor, z: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``y = z S`` for a few rows z (n, k) and S in a trellis."""
+    rows, k, d_out = len(z), spec["dictionary"]["n_atoms"], spec["shape"][1]
+    y = torch.empty(rows, d_out, dtype=dtype, device=z.device)
+    block, warps = trellis_tile(k, rows)
+    early = _early(z.device)
+    with _on(z.device):
+        gpu_kernels().trellis_products[(-(-d_out // 8),)](
+            z,
+            values,
+            _trellis_scales(spec, values),
+            y,
+            d_out,
+            k,
+            -(-CODECS[spec["codes"]["codec"]] * d_out // 8),
+            z.shape[1],
+            ROWS=rows,
+            BITS=CODECS[spec["codes"]["codec"]],
+            RAGGED=k % LANES != 0,
+            ASM=_nvidia(z.device),
+            EARLY=early,
+            BLOCK_IN=block,
+            num_warps=warps,
+            **({"launch_pdl": True} if early else {}),
+        )
+    return y
+
+
+def _unpack_trellis(spec: dict[str, Any], values: torch.Tensor, stride: int, dtype: torch.dtype) -> torch.Tensor:
+    """S of a trellis transposed, (d_out, stride), with zeros from k on."""
+    k, d_out = spec["dictionary"]["n_atoms"], spec["shape"][1]
+    unpacked = torch.empty(d_out, stride, dtype=dtype, device=values.device)
+    block, warps = trellis_tile(stride, 1)
+    with _on(values.device):
+        gpu_kernels().unpack_trellis[(-(-d_out // 8), -(-stride // block))](
+            values,
+            _trellis_scales(spec, values),
+            unpacked,
+            d_out,
+            k,
+            -(-CODECS[spec["codes"]["codec"]] * d_out // 8),
+            stride,
+            BITS=CODECS[spec["codes"]["codec"]],
+            RAGGED=k % LANES != 0,
+            ASM=_nvidia(values.device),
+            BLOCK_IN=block,
+            num_warps=warps,
+        )
+    return unpacked
+
+
+def _trellis_scales(spec: dict[str, Any], values: torch.Tensor) -> torch.Tensor:
+    """Scales of the rows and columns of a trellis, bfloat16 (k + d_out,): in place, or a copy at an even address."""
+    k, d_out = spec["dictionary"]["n_atoms"], spec["shape"][1]
+    scales = values[ALL_CODECS[spec["codes"]["codec"]].n_stream_bytes(k, d_out) : -4]
+    return (scales.clone() if scales.storage_offset() % 2 else scales).view(torch.bfloat16)
 
 
 class _Index:

@@ -3,6 +3,7 @@
 Everything is summed in float32, in an order that the sizes alone decide: equal calls give equal bits. Atoms come in
 *chunks* of 256: a lane of a warp takes one byte of the support, eight atoms. Between the two launches of a product z is
 in the *lanes' order*: by chunk, then bit of the byte, then byte, so that neighbouring lanes read neighbouring numbers.
+A trellis has no support: its kernels take eight columns, which are whole bytes of every row, and z as it is.
 """
 
 # ruff: noqa: RUF005 (Triton's language has no unpacking)
@@ -15,12 +16,18 @@ try:  # a loader that looks for imports skips those in `try`: this module is imp
 except ImportError as error:
     raise ImportError(f"Triton is not installed, or too old ({error})") from error
 
+from .cospadi_trellis import MIDDLE, MULTIPLIER, SLOPE
+
 CHUNK = 256  # atoms
 
 _BYTES = tl.constexpr(32)  # of the support, in a chunk
 _BF16 = tl.constexpr("bf16")
 _BF14 = tl.constexpr("bf14")
 _INT4 = tl.constexpr("int4")
+
+_MULTIPLIER = tl.constexpr(MULTIPLIER << 16)
+_MIDDLE = tl.constexpr(MIDDLE)
+_SLOPE = tl.constexpr(SLOPE)
 
 
 @triton.jit
@@ -219,6 +226,14 @@ def _starts(offsets, scale_starts, column, real, k, n_chunks, SCALED: tl.constex
 
 
 @triton.jit
+def _joined(eight):
+    """Eight tensors as one with three more axes of two: the bits of each one's number, the lowest last."""
+    even = tl.join(tl.join(eight[0], eight[4]), tl.join(eight[2], eight[6]))
+    odd = tl.join(tl.join(eight[1], eight[5]), tl.join(eight[3], eight[7]))
+    return tl.join(even, odd)
+
+
+@triton.jit
 def _placed(first, second, a, b, PLACE: tl.constexpr):
     """Code at a place among four, of which two are stored."""
     return tl.where((first & 3) == PLACE, a, tl.where((second & 3) == PLACE, b, 0.0))
@@ -342,10 +357,150 @@ def unpack_codes(
     else:
         rank = _first_rank(byte, offsets, column, real, chunk, n_chunks)
         codes = _expanded(values, scales, scale_start, start, rank, byte, CODEC, SCALED, group, ASM)
-    # join adds a last axis of two: the bits of an atom's number, the lowest last
-    even = tl.join(tl.join(codes[0], codes[4]), tl.join(codes[2], codes[6]))
-    odd = tl.join(tl.join(codes[1], codes[5]), tl.join(codes[3], codes[7]))
-    eight = tl.reshape(tl.permute(tl.join(even, odd), (1, 0, 2, 3, 4)), [BLOCK_OUT, 256])
+    eight = tl.reshape(tl.permute(_joined(codes), (1, 0, 2, 3, 4)), [BLOCK_OUT, 256])
     to = chunk * 256 + tl.arange(0, 256)
     given = real[:, None] & (to < out_stride)[None, :]
     tl.store(out + column[:, None] * out_stride + to[None, :], eight.to(out.dtype.element_ty), mask=given)
+
+
+@triton.jit
+def _planes(stored, row, inside, byte, k, row_bytes, BITS: tl.constexpr, RAGGED: tl.constexpr):
+    """Bytes of rows of a trellis: those of eight columns, which begin at `byte`, after the two before them.
+
+    32 rows lie side by side; RAGGED: the last ones may be fewer. What is not there is 0.
+    """
+    group = row // 32
+    step = 32
+    if RAGGED:
+        step = tl.minimum(k - group * 32, 32)
+    here = stored + group * 32 * row_bytes + row % 32 + byte * step
+    place = tl.zeros_like(row) + byte  # Triton's interpreter takes no scalars for masks
+    planes = ()
+    for at in tl.static_range(-2, BITS):
+        known = inside & (place + at >= 0) & (place + at < row_bytes)
+        planes = planes + (tl.load(here + at * step, mask=known, other=0),)
+    return planes
+
+
+@triton.jit
+def _words(low, high, ASM: tl.constexpr):
+    """Words of two bytes, int32; with ASM the upper half is the same once more."""
+    if ASM:  # of four rows at once, by an instruction each
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $4, $5, 0x4040; prmt.b32 $1, $4, $5, 0x5151; "
+            "prmt.b32 $2, $4, $5, 0x6262; prmt.b32 $3, $4, $5, 0x7373;",
+            "=r,=r,=r,=r,r,r",
+            [low, high],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        return low.to(tl.int32) | (high.to(tl.int32) << 8)
+
+
+@triton.jit
+def _values(words, BITS: tl.constexpr, COLUMN: tl.constexpr):
+    """Values of one of eight columns, float32 whole numbers: `value_of` of `cospadi_trellis`.
+
+    `words` are those of two bytes that begin at each plane. What is added before a shift there is added together with
+    what is added after it.
+    """
+    first: tl.constexpr = 16 + BITS * (COLUMN + 1) - 12  # bit of the planes at which the state begins
+    bit: tl.constexpr = first % 8
+    word = words[first // 8]
+    if bit > 4:
+        word = (word & 0xFF) | (words[first // 8 + 1] << 8)
+    if bit > 0:
+        word = word & (0xFFF << bit)
+    # what is above the state leaves by the multiplication, which has it in the upper 12 bits
+    flat = (word * (_MULTIPLIER >> bit)) >> 16
+    bend = (flat * flat - (_MIDDLE << 16)) >> 16
+    bend = (bend * bend + (0x4000 + (_SLOPE << 15))) >> 15
+    value = flat * bend + (0x4000 + (16384 << 15))  # above 0, and its bits from 15 on are the last ones of a float32
+    return ((value.to(tl.uint32) >> 15) + 0x4B000000).to(tl.float32, bitcast=True) - (8388608 + 16384)
+
+
+@triton.jit(do_not_specialize=["d_out", "row_bytes"])
+def trellis_products(
+    z,  # (n_rows, z_stride)
+    stored,
+    scales,  # of the k rows, and then of the columns
+    out,  # (n_rows, d_out)
+    d_out,
+    k,
+    row_bytes,
+    z_stride,
+    ROWS: tl.constexpr,
+    BITS: tl.constexpr,
+    RAGGED: tl.constexpr,
+    ASM: tl.constexpr,
+    EARLY: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+):
+    """``y = z S`` for S in a trellis: eight columns a program."""
+    byte = tl.program_id(0) * BITS
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    totals = ()
+    for _ in tl.static_range(8 * ROWS):
+        totals = totals + (tl.zeros([BLOCK_IN], tl.float32),)
+    for start in range(0, k, BLOCK_IN):
+        row = start + tl.arange(0, BLOCK_IN)
+        inside = row < k
+        planes = _planes(stored, row, inside, byte, k, row_bytes, BITS, RAGGED)
+        words = ()
+        for at in tl.static_range(BITS + 1):
+            words = words + (_words(planes[at], planes[at + 1], ASM),)
+        unit = tl.load(scales + row, mask=inside, other=0).to(tl.float32)
+        inputs = ()
+        for index in tl.static_range(ROWS):
+            some = tl.load(z + index * z_stride + row, mask=inside, other=0).to(tl.float32)
+            inputs = inputs + (some * unit,)
+        sums = ()
+        for column in tl.static_range(8):
+            values = _values(words, BITS, column)
+            for index in tl.static_range(ROWS):
+                sums = sums + (totals[column * ROWS + index] + inputs[index] * values,)
+        totals = sums
+    to = tl.program_id(0) * 8 + tl.arange(0, 8)
+    real = to < d_out
+    unit = tl.load(scales + k + to, mask=real, other=0).to(tl.float32)
+    for index in tl.static_range(ROWS):
+        eight = ()
+        for column in tl.static_range(8):
+            eight = eight + (totals[column * ROWS + index],)
+        total = tl.sum(tl.reshape(_joined(eight), [BLOCK_IN, 8]), 0)
+        tl.store(out + index * d_out + to, total * unit, mask=real)
+
+
+@triton.jit(do_not_specialize=["d_out", "row_bytes"])
+def unpack_trellis(
+    stored,
+    scales,
+    out,  # (d_out, out_stride), zero from k on
+    d_out,
+    k,
+    row_bytes,
+    out_stride,
+    BITS: tl.constexpr,
+    RAGGED: tl.constexpr,
+    ASM: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+):
+    """S transposed."""
+    byte = tl.program_id(0) * BITS
+    row = tl.program_id(1) * BLOCK_IN + tl.arange(0, BLOCK_IN)
+    inside = row < k
+    planes = _planes(stored, row, inside, byte, k, row_bytes, BITS, RAGGED)
+    words = ()
+    for at in tl.static_range(BITS + 1):
+        words = words + (_words(planes[at], planes[at + 1], ASM),)
+    unit = tl.load(scales + row, mask=inside, other=0).to(tl.float32)
+    for column in tl.static_range(8):
+        to = tl.program_id(0) * 8 + column
+        number = _values(words, BITS, column) * unit
+        number *= tl.load(scales + k + to, mask=to < d_out, other=0).to(tl.float32)
+        given = (row < out_stride) & (tl.zeros_like(row) + to < d_out)
+        tl.store(out + to * out_stride + row, number.to(out.dtype.element_ty), mask=given)

@@ -550,7 +550,7 @@ def compiled_for(x: torch.Tensor, spec: dict[str, Any]) -> Kernel | Kernels | No
     if x.is_cpu:
         return kernel() if x.dtype in DTYPES else None
     on_gpu = x.device.type == "cuda" and x.dtype in (*DTYPES, torch.float16)
-    return gpu_kernels() if on_gpu and has_kernels(x.device) else None
+    return gpu_kernels() if on_gpu and has_kernels(x.device, codes["codec"]) else None
 
 
 def _is_one_call(compiled: Any, summands: list[Packed], x: torch.Tensor) -> bool:

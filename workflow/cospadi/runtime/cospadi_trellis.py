@@ -21,7 +21,7 @@ N_STATES = 1 << STATE_BITS
 # Rows whose bytes lie side by side: a processor's vector reads one of each at a time
 LANES = 32
 # Found by search: an odd multiplier and two constants of the least error on Gaussian numbers, at 2, 3 and 4 bits
-_MULTIPLIER, _MIDDLE, _SLOPE = 16 * 1077, 4012, 5082
+MULTIPLIER, MIDDLE, SLOPE = 16 * 1077, 4012, 5082
 
 
 def value_of(state: Any) -> Any:
@@ -30,10 +30,10 @@ def value_of(state: Any) -> Any:
     The multiplier throws the older bits of a state over the whole range; the newest ones stay evenly spaced in it, so
     that from every state the next value may be small or large. The polynomial bends that range towards a Gaussian.
     """
-    flat = state * _MULTIPLIER & 0xFFFF
+    flat = state * MULTIPLIER & 0xFFFF
     flat = flat - ((flat & 0x8000) << 1)
-    bend = (flat * flat >> 16) - _MIDDLE
-    return flat * ((bend * bend + 0x4000 >> 15) + _SLOPE) + 0x4000 >> 15
+    bend = (flat * flat >> 16) - MIDDLE
+    return flat * ((bend * bend + 0x4000 >> 15) + SLOPE) + 0x4000 >> 15
 
 
 # of every state; and of every value, from the least on, its state
