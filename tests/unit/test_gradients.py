@@ -114,7 +114,13 @@ def of_whole_model(paths: SimpleNamespace) -> dict[str, dict[str, np.ndarray]]:
     for name, (rows, output) in seen.items():
         rows, gradients = rows[mask.bool()].numpy(), output.grad[mask.bool()].numpy()
         gram = (rows * np.square(gradients).sum(1, keepdims=True)).T @ rows
-        found[name] = {"gram": gram, "squares": np.square(gradients).sum(0), "n_tokens": len(rows)}
+        tokens = np.square(gradients).sum(1)
+        found[name] = {
+            "gram": gram,
+            "squares": np.square(gradients).sum(0),
+            "n_tokens": len(rows),
+            "token_weights": tokens,
+        }
     return found
 
 
@@ -126,7 +132,7 @@ def test_chunk_by_chunk_is_autograd_of_the_whole_model(tiny_model, tmp_path, fam
     assert found.keys() == expected.keys() and len(found) == 4 * 7
     for name, one in found.items():
         assert one["n_tokens"] == expected[name]["n_tokens"] == SAMPLES * LENGTH - 9 - 5
-        for key in ("gram", "squares"):
+        for key in ("gram", "squares", "token_weights"):
             # float32 rounds at 1e-7; some fifty operations in a row, and squares, are within a thousand of that
             np.testing.assert_allclose(one[key], expected[name][key], rtol=1e-4, atol=1e-4 * expected[name][key].max())
 

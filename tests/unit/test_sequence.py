@@ -7,12 +7,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
 
 from cospadi.calibration import windows
 from cospadi.calibration.collect import collect
+from cospadi.calibration.gradients import collect_gradients
 from cospadi.calibration.walk import read_windows
 from cospadi.config import check_config
 from cospadi.errors import ArtifactError, ConfigError
@@ -53,14 +55,20 @@ def made(request, tiny_model: Callable[..., Path], tmp_path_factory: pytest.Temp
     windows.write_windows(folder / "calibration.h5", ids, mask, seed=42)
     found = SimpleNamespace(model=model, structure=inspect_model(model), windows=folder / "calibration.h5")
     rows = {"rows_out": folder / "rows.h5", "hidden_in": None, "hidden_out": None, "mode": "stream"}
-    collect(model, found.structure, found.windows, range(3), dtype="float32", batch_tokens=2 * LENGTH, **rows, **SILENT)
+    how = {"dtype": "float32", "batch_tokens": 2 * LENGTH, "heldout_fraction": 0.25, **SILENT}
+    collect(model, found.structure, found.windows, range(3), **rows, **how)
     found.grams = [folder / f"gram_{layer}.h5" for layer in range(3)]
     for layer, path in enumerate(found.grams):
-        compute_gram(rows["rows_out"], layer, path, structure=found.structure)
+        compute_gram(rows["rows_out"], layer, path, structure=found.structure, heldout_fraction=0.25)
+    found.gradients = folder / "gradients.h5"
+    back = {"hidden_in": None, "gradient_in": None, "gradient_out": folder / "back.h5", "moments_out": found.gradients}
+    collect_gradients(model, found.structure, found.windows, range(found.structure["n_layers"]), **back, **how)
     return found
 
 
-def learned(made: SimpleNamespace, folder: Path, units: list[list[int]], **given: Any) -> SimpleNamespace:
+def learned(
+    made: SimpleNamespace, folder: Path, units: list[list[int]], *, heldout_fraction: float = 0.0, **given: Any
+) -> SimpleNamespace:
     """Units of a variant learned in turn and packed: matrices as the file has them, bytes, diagnostics."""
     variant = complete(**given)
     folder.mkdir(exist_ok=True)
@@ -70,7 +78,7 @@ def learned(made: SimpleNamespace, folder: Path, units: list[list[int]], **given
         grams = [made.grams[layer] for layer in unit]
         name = f"{unit[0]}-{unit[-1]}"
         factors, codes = folder / f"factors_{name}.safetensors", folder / f"codes_{name}.safetensors"
-        how = {"dtype": "auto", "batch_tokens": 2 * LENGTH, **SILENT}
+        how = {"dtype": "auto", "batch_tokens": 2 * LENGTH, "heldout_fraction": heldout_fraction, **SILENT}
         streams = Streams(made.model, made.structure, made.windows, unit, variant, hidden_in=before, **how)
         taken = streams.targets
 
@@ -82,10 +90,11 @@ def learned(made: SimpleNamespace, folder: Path, units: list[list[int]], **given
         streams.targets = targets
         arguments = made.model, made.structure, grams
         diagnostics = folder / f"factors_{name}.json"
-        learn_unit(*arguments, unit, variant, streams=streams, output=factors, diagnostics=diagnostics, **SILENT)
+        of_unit = {"gradient_files": [made.gradients] * len(unit), **SILENT}
+        learn_unit(*arguments, unit, variant, streams=streams, output=factors, diagnostics=diagnostics, **of_unit)
         streams.write(before := folder / f"streams_{name}.h5")
         report = folder / f"codes_{name}.json"
-        quantize_unit(*arguments, factors, unit, variant, output=codes, diagnostics=report, **SILENT)
+        quantize_unit(*arguments, factors, unit, variant, output=codes, diagnostics=report, **of_unit)
         found.refined |= read_json(diagnostics).get("refined", {})
         found.nbytes += sum(matrix["nbytes"] for matrix in read_json(report)["matrices"].values())
         file = TensorFile(codes)
@@ -95,13 +104,17 @@ def learned(made: SimpleNamespace, folder: Path, units: list[list[int]], **given
     return found
 
 
-def inputs(made: SimpleNamespace, weights: dict[str, np.ndarray], names: list[str]) -> tuple[dict, torch.Tensor]:
-    """What enters the matrices `names` in a model with these weights, pads left out, and its last hidden states."""
+def inputs(
+    made: SimpleNamespace, weights: dict[str, np.ndarray], names: list[str], *, heldout: int = 0
+) -> tuple[dict, torch.Tensor]:
+    """What enters the modules `names` in a model with these weights, pads left out, and its last hidden states; of all
+    windows but the last `heldout`.
+    """
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(made.model, dtype=torch.float32).eval()
     read = read_windows(made.windows, made.structure["vocab_size"])
-    ids, mask = torch.from_numpy(read.input_ids), torch.from_numpy(read.attention_mask)
+    ids, mask = (torch.from_numpy(part[: SAMPLES - heldout]) for part in read[:2])
     for name, weight in weights.items():
         model.get_submodule(name).weight.data.copy_(torch.from_numpy(weight.T.copy()))
     seen: dict[str, np.ndarray] = {}
@@ -113,25 +126,64 @@ def inputs(made: SimpleNamespace, weights: dict[str, np.ndarray], names: list[st
     return seen, last[mask.bool()]
 
 
-@pytest.mark.parametrize("made", ["qwen2", "gemma3_text"], indirect=True)
-def test_a_sequential_target_is_the_least_squares_of_the_outputs_on_what_the_compressed_layers_give(made, tmp_path):
-    found = learned(made, tmp_path, [[0], [1, 2]], method="sparsegpt", target="sequential", drift_share=0.75)
+SITES = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1, "gate_proj": 2, "up_proj": 2, "down_proj": 3}
+REPAID = {"o_proj": "", "down_proj": ".post_attention_layernorm"}  # what their outputs are added to
+
+
+@pytest.mark.parametrize(
+    ("made", "given"),
+    [
+        ("qwen2", {"residual_share": 0.5}),
+        ("qwen2", {"residual_share": 0.25, "metric": "gradients", "activation_share": 0.3}),
+        ("gemma3_text", {}),
+    ],
+    indirect=["made"],
+)
+def test_a_sequential_target_is_the_least_squares_of_the_outputs_on_what_the_compressed_layers_give(
+    made, tmp_path, given
+):
+    settings = {"method": "sparsegpt", "target": "sequential", "drift_share": 0.75, **given}
+    found = learned(made, tmp_path, [[0], [1, 2]], **settings, heldout_fraction=0.25)
     names = [name for name in found.weights if ".layers.2." in name]
-    before = {name: weight for name, weight in found.weights.items() if ".layers.2." not in name}
-    assert len(names) == 7 and len(before) == 14
-    dense, compressed = (inputs(made, weights, names)[0] for weights in ({}, before))
+    assert len(names) == 7 and len(found.weights) == 21
+    places = {name: f"{name.rsplit('.', 2)[0]}{REPAID[part]}" for name in names if (part := last(name)) in REPAID}
+    dense = inputs(made, {}, [*names, *places.values()], heldout=12)[0]
     for name in names:
+        place = 2, SITES[last(name)]
+        # those of its own layer that come before it, too
+        before = {other: one for other, one in found.weights.items() if (layer_of(other), SITES[last(other)]) < place}
+        compressed = inputs(made, before, [name, *places.values()], heldout=12)[0]
         x, own, weight = dense[name], compressed[name], ModelFolder(made.model).read_weight(name).astype(np.float64)
-        gram = own.T @ own
+        tokens = np.ones((len(x), 1))
+        if "metric" in given:
+            with h5py.File(made.gradients) as file:
+                squares = file["layer_02"][name]["token_weights"][: len(x)].astype(np.float64)[:, None]
+            tokens = 0.7 * squares / squares.sum() + 0.3 / len(x)
+        gram = own.T @ (tokens * own)
         ridge = DAMPING * np.diagonal(gram).mean() * np.eye(len(gram))
-        expected = weight + 0.75 * np.linalg.solve(gram + ridge, own.T @ (x - own) @ weight)
-        np.testing.assert_allclose(found.targets[name].weight(), expected, rtol=1e-3, atol=2e-4)
+        missing = 0.75 * own.T @ (tokens * (x - own)) @ weight
+        target = x @ weight
+        if name in places and given.get("residual_share"):
+            lacking = dense[places[name]] - compressed[places[name]]
+            missing += given["residual_share"] * own.T @ (tokens * lacking)
+            target = target + given["residual_share"] * lacking
+        expected = weight + np.linalg.solve(gram + ridge, missing)
+        np.testing.assert_allclose(found.targets[name].weight(), expected, rtol=1e-3, atol=3e-4)
         np.testing.assert_allclose(found.targets[name].metric.gram, gram, rtol=1e-3, atol=1e-3 * gram.max())
         # the outputs that it is to have are nearer to those of the dense model
-        assert np.linalg.norm(own @ expected - x @ weight) < np.linalg.norm(own @ weight - x @ weight)
-    first = [name for name in found.weights if ".layers.0." in name]
+        after, before = (np.sum(tokens * np.square(own @ one - target)) for one in (expected, weight))
+        assert after < before
+    first = [name for name in found.weights if ".layers.0." in name and SITES[last(name)] == 0]
     for name in first:  # nothing has gone wrong before it
         np.testing.assert_array_equal(found.targets[name].weight(), ModelFolder(made.model).read_weight(name))
+
+
+def last(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
+
+
+def layer_of(name: str) -> int:
+    return int(name.split(".")[2])
 
 
 METHODS = {
@@ -198,3 +250,6 @@ def test_what_cannot_be_learned_in_turn_is_refused():
         complete(method="cospadi", codes={"rounding": "optimal"}, target="sequential")
     with pytest.raises(ConfigError, match=r"variants.v.drift_share: 0.25 is of target sequential"):
         complete(method="cospadi", drift_share=0.25)
+    with pytest.raises(ConfigError, match=r"variants.v.residual_share: 0.5 is of target sequential"):
+        complete(method="cospadi", residual_share=0.5)
+    assert "residual_share" not in complete(method="wanda")

@@ -40,6 +40,7 @@ def run(new_run: Callable[..., Run]) -> Run:
             **priced,
             "allocation": "uniform",
             "target": "sequential",
+            "residual_share": 0.5,
             "refine": {"samples": 6},
         },
         "rtn": MENU,

@@ -79,10 +79,10 @@ BESIDE: dict[tuple[str, str], dict[str, Any]] = {
     },
     # layers that are learned together are not learned in turn
     **{
-        (method, option): ({"target": "sequential"} if option == "drift_share" else {})
+        (method, option): ({"target": "sequential"} if option.endswith("_share") else {})
         | ({"group_size": 1, "share": []} if "group_size" in METHODS[method].options else {})
         for method in METHODS
-        for option in ("target", "refine", "drift_share")
+        for option in ("target", "refine", "drift_share", "residual_share")
     },
 }
 

@@ -36,6 +36,7 @@ from cospadi.methods.base import (
     sharing_option_faults,
 )
 from cospadi.methods.choose import CHOOSE, INCREASE, choice_faults
+from cospadi.problem import SEQUENTIAL
 from cospadi.pruning import PRUNERS
 from cospadi.registry import entry_schema
 from cospadi.sources import MODEL_SOURCES, TEXT_SOURCES
@@ -247,6 +248,7 @@ def _unused(settings: Mapping[str, Any]) -> set[str]:
     unused |= {"ratio"} if INCREASE not in unused else set()
     if settings.get("method") not in METHODS:
         return unused
+    unused |= {"residual_share"} if settings.get("target") != SEQUENTIAL else set()
     used = {MENU: {"allocation", "menu"}, FILE: {"allocation", "allocation_file"}}.get(
         settings.get("allocation"), set()
     )

@@ -220,6 +220,22 @@ def gradient_tokens(path: str | Path, layer: int, matrix: str) -> tuple[int, int
         return int(says["n_tokens"]), int(says["n_heldout"])
 
 
+def read_token_weights(path: str | Path, layer: int, matrix: str) -> np.ndarray:
+    """Squared gradient at a matrix's outputs, of every token of all windows, pads left out: float64 (n_tokens,).
+
+    Divided by the sum of those that are not held out, as `read_weighted_gram` is.
+
+    Raises
+    ------
+    ArtifactError
+        If the file is missing or damaged.
+    """
+    with reading(path, _GRADIENTS_REMEDY) as file:
+        group = file[layer_name(layer)][matrix]
+        weights, total = group["token_weights"][:].astype(np.float64), float(group.attrs["weight"])
+    return weights / total if total > 0 else weights
+
+
 def read_weighted_gram(path: str | Path, layer: int, matrix: str, *, heldout: bool = False) -> np.ndarray | None:
     """Gram of a matrix's inputs, each weighted by the squared gradient at its outputs: float64 (d_in, d_in).
 

@@ -21,7 +21,7 @@ def handed_on(
     unit : sequence
         Model folder, structure, windows, layers and settings, as of `Streams`.
     collection : mapping
-        Says ``dtype`` and ``batch_tokens``.
+        Says ``dtype``, ``batch_tokens`` and ``heldout_fraction``.
     before : sequence of str
         The file of the unit before, if there is one.
     after : str or None
@@ -34,7 +34,7 @@ def handed_on(
         return
     from cospadi.sequence import Streams
 
-    computed = {"dtype": collection["dtype"], "batch_tokens": collection["batch_tokens"]}
+    computed = {key: collection[key] for key in ("dtype", "batch_tokens", "heldout_fraction")}
     streams = Streams(*unit, hidden_in=next(iter(before), None), **computed, **how)
     yield streams
     streams.write(after)

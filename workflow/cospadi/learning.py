@@ -261,7 +261,11 @@ def _learn_in_turn(
     """One layer after the other, on what the compressed ones before it give; `refined` gets what refining did."""
     for layer, own in itertools.groupby(matrices, lambda matrix: matrix.layer):
         targets = streams.targets(layer, list(own))
-        learned = list(_learn(job, shared(targets, job.options), n_layers=1))
+        learned = []
+        for one in _learn(job, shared(targets, job.options), n_layers=1):
+            if one.factors is not None:
+                streams.put(one.name, one.factors)
+            learned.append(one)
         factors = {one.name: one.factors for one in learned if one.factors is not None}
         factors, report = streams.compressed(layer, factors)
         if report:

@@ -22,6 +22,7 @@ from cospadi.gram import (
     gradient_tokens,
     read_gradients,
     read_gram,
+    read_token_weights,
     read_weighted_gram,
     sites,
     squared_norm,
@@ -53,6 +54,8 @@ class Metric:
         Reads the Gram, float64 (d_in, d_in).
     read_heldout : callable, optional
         Reads that of the inputs that were kept out; gives None where there are none.
+    read_tokens : callable, optional
+        Reads what every token counts in it (all windows, those that were kept out too); gives None where each counts 1.
     where : str
         What an error message calls it.
     keep_gram : bool
@@ -65,12 +68,14 @@ class Metric:
         read: Callable[[], np.ndarray],
         *,
         read_heldout: Callable[[], np.ndarray | None] = lambda: None,
+        read_tokens: Callable[[], np.ndarray | None] = lambda: None,
         where: str = "Gram",
         keep_gram: bool = True,
     ) -> None:
         self.d_in = d_in
         self._read = read
         self._read_heldout = read_heldout
+        self._read_tokens = read_tokens
         self._where = where
         self._keep_gram = keep_gram
         self._gram: np.ndarray | None = None
@@ -124,10 +129,17 @@ class Metric:
             n_tokens = gradient_tokens(path, layer, matrix)[heldout]
             return (1 - share) * gram + share / n_tokens * alike
 
+        def tokens() -> np.ndarray:
+            weights = read_token_weights(path, layer, matrix)
+            if share == 0 or not weights.any():
+                return weights
+            return (1 - share) * weights + share / gradient_tokens(path, layer, matrix)[0]
+
         return cls(
             plain.d_in,
             lambda: mixed(False),
             read_heldout=lambda: mixed(True),
+            read_tokens=tokens,
             where=f"{path}: {matrix}/gram",
             keep_gram=keep_gram,
         )
@@ -166,6 +178,10 @@ class Metric:
         if self._keep_gram:
             self._heldout = heldout
         return heldout
+
+    def tokens(self) -> np.ndarray | None:
+        """What every token of the calibration windows counts, pads left out, float64 (n_tokens,); None: each 1."""
+        return self._read_tokens()
 
     def whitening(self, *, whiten: bool = True, eta: float = 0.0) -> Whitening:
         """Factor of the Gram with ridge `eta`; without `whiten`, of the identity, for which nothing is read."""

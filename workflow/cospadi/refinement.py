@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from cospadi.arrays import to_numpy
-from cospadi.calibration.walk import Chunk, Windows
+from cospadi.calibration.walk import Chunk, Tap, Windows
 from cospadi.errors import NumericalError
 from cospadi.formats.factorization import Factorization
 from cospadi.runtime.cospadi_registry import FACTOR_CODECS
@@ -68,15 +68,28 @@ class Block:
         """What the block gives for these windows, from what it gets; None: the model's first, from the tokens."""
         return self.chunk.run(self.windows, batch, None if hidden is None else hidden[batch], **how)
 
+    def rows(
+        self, batch: slice, hidden: torch.Tensor | None, places: Sequence[tuple[str, str]]
+    ) -> dict[tuple[str, str], torch.Tensor]:
+        """What is at these places, a module of the block and a side of it, for these windows, pads left out.
+
+        What is behind them is not computed.
+        """
+        found: dict[tuple[str, str], torch.Tensor] = {}
+        number = self.chunk.layers.start
+        taps = [Tap(number, *place, lambda rows, _, place=place: found.update({place: rows})) for place in places]
+        self.run(batch, hidden, taps=taps, seen_is_enough=True)
+        return found
+
     def through(self, hidden: torch.Tensor | None) -> torch.Tensor:
         """What the block gives for all windows (samples, length, hidden_size), on the CPU."""
         parts = [self.run(batch, hidden).cpu() for batch in self.batches()]
         return torch.cat(parts).clone()  # a tensor that may take part in training
 
-    def batches(self, first: int = 0) -> Iterator[slice]:
-        """The windows from `first` on in batches."""
-        count = len(self.windows.input_ids)
-        for start in range(first, count, self.step):
+    def batches(self, stop: int | None = None) -> Iterator[slice]:
+        """The windows before `stop` in batches; None: all."""
+        count = len(self.windows.input_ids) if stop is None else stop
+        for start in range(0, count, self.step):
             yield slice(start, min(start + self.step, count))
 
     @contextlib.contextmanager

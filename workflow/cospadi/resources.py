@@ -13,7 +13,7 @@ from cospadi.formats.values import storage_of
 from cospadi.methods import METHODS
 from cospadi.methods.base import planned_problems
 from cospadi.methods.menus import allocator_of
-from cospadi.problem import SEQUENTIAL
+from cospadi.problem import GRADIENTS, SEQUENTIAL
 from cospadi.work import (
     FACTOR,
     FORWARD,
@@ -187,13 +187,19 @@ class Estimates:
         """Learning a unit, and two streams of hidden states through its blocks, which may be trained besides."""
         learned, shapes = self.learn(settings, n_layers), self.shapes
         batch = max(self._calibration["batch_tokens"], self._calibration["length"])
+        # two blocks, as it is and compressed, each beside the pages of the mapped file
         weights = 4 * self._width * (shapes.layer_parameters + shapes.embedding_parameters)
         hidden = 2 * self._width * self._tokens * shapes.hidden_size
         passes, memory = 6, _TORCH + weights + 2 * hidden + 16 * 4 * batch * max(shapes.site_widths)
         products = 0.0
         if settings["target"] == SEQUENTIAL:
-            memory += 8 * 4 * shapes.gram_entries
-            products = 4 * self._tokens * shapes.gram_entries
+            # up to every site, once in each model; a metric of gradients is of a matrix and not of a site
+            passes += 4
+            entries = shapes.gram_entries
+            if settings["metric"] == GRADIENTS:
+                entries = sum(d_in**2 for d_in, _ in shapes.matrices.values())
+            memory += 8 * 3 * entries
+            products = 4 * self._tokens * entries
         if settings["refine"] is not None:
             tokens = max(settings["refine"]["batch_tokens"], self._calibration["length"])
             # values, where they are, their gradients and two moments; what a block keeps for its gradient

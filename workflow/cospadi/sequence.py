@@ -8,6 +8,7 @@ has gone wrong before (`target: sequential`), and a block can be refined (`refin
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +17,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cospadi.arrays import all_finite
-from cospadi.calibration.activations import COMPRESSED, FORMAT_VERSION, HIDDEN, STORED_AS, to_stored, writing
+from cospadi.calibration.activations import (
+    COMPRESSED,
+    FORMAT_VERSION,
+    HIDDEN,
+    STORED_AS,
+    first_heldout,
+    to_stored,
+    writing,
+)
 from cospadi.calibration.collect import chosen_dtype
-from cospadi.calibration.walk import Chunk, Tap, Windows, read_windows
+from cospadi.calibration.walk import ADDED_TO, Chunk, Windows, read_windows
 from cospadi.errors import NumericalError
 from cospadi.formats.factorization import Factorization
-from cospadi.problem import GRADIENTS, SEQUENTIAL, Matrix, Metric
+from cospadi.problem import SEQUENTIAL, Matrix, Metric
 from cospadi.provenance import digest_of
 from cospadi.quantization import round_factors
 from cospadi.refinement import Block, refine
@@ -50,6 +59,8 @@ class Streams:
         What `write` left of the unit before; None for the first.
     dtype, batch_tokens, device
         As of `calibration.collect.collect`.
+    heldout_fraction : float
+        Of the windows, the last ones, that nothing is fitted to.
     log : callable
     """
 
@@ -64,16 +75,19 @@ class Streams:
         hidden_in: str | Path | None,
         dtype: str,
         batch_tokens: int,
+        heldout_fraction: float = 0.0,
         device: str = "cpu",
         log: Callable[[str], None] = print,
     ) -> None:
         self._folder, self._structure, self._variant = Path(model_folder), structure, variant
         self._windows: Windows = read_windows(windows, structure["vocab_size"])
+        self._counted = first_heldout(len(self._windows.input_ids), heldout_fraction)
         self._dtype, reason = chosen_dtype(dtype, device, hidden_in, layers[0] - 1)
         self._batch_tokens, self._device, self._log = batch_tokens, device, log
         self._dense: torch.Tensor | None = None
         self._compressed: torch.Tensor | None = None
         self._block: Block | None = None
+        self._as_is: Block | None = None
         self._last = layers[0] - 1
         log(f"computing in {self._dtype}: {reason}")
         if hidden_in is not None:
@@ -85,30 +99,36 @@ class Streams:
             self._compressed = COMPRESSED.read(hidden_in, self._last, everything, self._dtype)
 
     def targets(self, layer: int, matrices: Sequence[Matrix]) -> list[Matrix]:
-        """The matrices of the next layer as they are to be learned.
+        """The matrices of the next layer as they are to be learned, in the order of the model.
 
-        With `target: sequential` their weight is ``W + share (G^ + ridge)^-1 (C - G^) W``, where ``G^ = X^^T X^`` and
-        ``C = X^^T X`` of what enters them in the model compressed so far, X^, and in the model as it is, X. Share 1 is
-        the least squares of ``X W`` on X^. G^ is the metric, unless gradients make one; then every token's inputs count
-        over their norm.
+        With `target: sequential` weight and metric are of the model as compressed so far: until the first matrix of a
+        site is read, with whatever `put` has put before. With X what enters a matrix in the model as it is, X^ in the
+        compressed one, and R and R^ what its outputs are added to (o_proj and down_proj), the weight is
+
+            ``W + (G^ + ridge)^-1 (drift_share (X^^T X - G^) W + residual_share X^^T (R - R^))``,  ``G^ = X^^T X``
+
+        with every token weighted as in the metric. Shares of 1 are the least squares of ``R + X W - R^`` on X^.
         """
-        chunk = Chunk(self._folder, range(layer, layer + 1), dtype=self._dtype, device=self._device)
-        self._block = Block(chunk, self._structure["layers"][layer]["prefix"], self._windows, self._batch_tokens)
-        if self._variant["target"] != SEQUENTIAL or self._compressed is None:
+        self._block = self._load(layer)
+        if self._variant["target"] != SEQUENTIAL:
             self._next = self._block.through(self._dense)
             return list(matrices)
-        moments = self._moments(layer)
+        self._as_is = self._load(layer)
+        self._next = self._as_is.through(self._dense)
         found = []
-        for matrix in matrices:
-            gram, change, metric = moments[matrix.site]
-            found.append(
-                replace(
-                    matrix,
-                    read=_repaying(matrix, gram, change, self._variant["drift_share"]),
-                    metric=matrix.metric if matrix.outputs is not None else metric,
-                )
-            )
+        for _, own in itertools.groupby(matrices, lambda matrix: matrix.site):
+            own = list(own)
+            moments = functools.cache(functools.partial(self._moments, own))
+            metrics = {
+                one: Metric(one.d_in, lambda one=one, moments=moments: moments()[one].gram)
+                for one in dict.fromkeys(matrix.metric for matrix in own)
+            }
+            found += [self._fitted(matrix, moments, metrics[matrix.metric]) for matrix in own]
         return found
+
+    def put(self, name: str, factors: Factorization) -> None:
+        """Have matrix `name` of the layer that `targets` was asked for last be what the checkpoint will have."""
+        self._block.set_weight(name, self._rounded(name, factors))
 
     def compressed(
         self, layer: int, learned: Mapping[str, Factorization]
@@ -120,7 +140,7 @@ class Streams:
         layer : int
             That `targets` was asked for last.
         learned : mapping
-            Name of a matrix to its factors; those that are not there stay as they are.
+            Name of a matrix to its factors, which were `put`; those that are not there stay as they are.
 
         Returns
         -------
@@ -128,31 +148,24 @@ class Streams:
         report : dict
             For the diagnostics; empty where nothing is refined.
         """
-
-        def rounded(name: str, factors: Factorization) -> np.ndarray:
-            (held,) = round_factors([], [factors], self._variant["codes"])
-            return held.quantized().reconstruct()
-
         factors, report = dict(learned), {}
         if self._variant["refine"] is not None and factors:
+            options = self._variant["refine"]
             refined = refine(
                 self._block,
                 factors,
                 self._compressed,
                 self._next,
-                rounded,
-                **self._variant["refine"],
+                self._rounded,
+                **{**options, "samples": min(options["samples"] or self._counted, self._counted)},
                 seed=self._windows.seed % 2**63 + layer,
                 log=lambda line: self._log(f"layer {layer}: {line}"),
             )
             factors, report = refined.factors, refined.report
-        else:
-            for name, one in factors.items():
-                self._block.set_weight(name, rounded(name, one))
         self._compressed, self._dense = self._block.through(self._compressed), self._next
         if not all_finite(self._compressed):
             raise NumericalError(f"layer {layer}: what the compressed block gives is NaN or infinite")
-        self._block, self._last = None, layer
+        self._block, self._as_is, self._last = None, None, layer
         return factors, report
 
     def write(self, path: str | Path) -> None:
@@ -174,62 +187,80 @@ class Streams:
             "settings": digest_of(dict(self._variant)),
         }
 
-    def _moments(self, layer: int) -> dict[str, tuple[np.ndarray, np.ndarray, Metric]]:
-        """G^, C - G^ and the metric of G^, of every site of a layer whose own matrices are as they are; its output."""
+    def _load(self, layer: int) -> Block:
+        chunk = Chunk(self._folder, range(layer, layer + 1), dtype=self._dtype, device=self._device)
+        return Block(chunk, self._structure["layers"][layer]["prefix"], self._windows, self._batch_tokens)
+
+    def _rounded(self, name: str, factors: Factorization) -> np.ndarray:
+        (held,) = round_factors([], [factors], self._variant["codes"])
+        return held.quantized().reconstruct()
+
+    def _fitted(self, matrix: Matrix, moments: Callable[[], Mapping[Metric, _Moments]], metric: Metric) -> Matrix:
+        """A matrix as its inputs in the compressed model want it."""
+        drift, residual = self._variant["drift_share"], self._variant["residual_share"]
+
+        @functools.cache
+        def read() -> np.ndarray:
+            import scipy.linalg
+
+            weight, one = matrix.weight().astype(np.float64), moments()[matrix.metric]
+            missing = drift * one.change @ weight
+            if one.owed is not None:
+                missing += residual * one.owed
+            ridge = DAMPING * np.diagonal(one.gram).mean() or 1.0
+            factor = scipy.linalg.cho_factor(one.gram + ridge * np.eye(len(one.gram)))
+            return (weight + scipy.linalg.cho_solve(factor, missing)).astype(np.float32)
+
+        return replace(matrix, read=read, metric=metric)
+
+    def _moments(self, matrices: Sequence[Matrix]) -> dict[Metric, _Moments]:
+        """Second moments of what enters matrices of one site, for each of their metrics."""
+        site = (matrices[0].site, "input")
+        added_to = ADDED_TO.get(matrices[0].projection) if self._variant["residual_share"] > 0 else None
+        sums = {matrix.metric: _Moments(matrix.metric.tokens()) for matrix in matrices}
+        lengths = self._windows.attention_mask.sum(axis=1)
+        for batch in self._block.batches(self._counted):
+            as_is, own = (
+                block.rows(batch, hidden, [site] if added_to is None else [added_to, site])
+                for block, hidden in ((self._as_is, self._dense), (self._block, self._compressed))
+            )
+            owed = None if added_to is None else as_is[added_to] - own[added_to]
+            tokens = slice(int(lengths[: batch.start].sum()), int(lengths[: batch.stop].sum()))
+            for one in sums.values():
+                one.add(own[site], as_is[site], owed, tokens)
+        for one in sums.values():
+            if not one.finish():
+                raise NumericalError(f"{matrices[0].name}: its input is NaN or infinite in the compressed model")
+        return sums
+
+
+class _Moments:
+    """Sums over the tokens, each with its weight (None: 1), of what enters a matrix in the compressed model, X^, with
+    itself (`gram`), with what it lacks of what enters in the model as it is (`change`), and with what the outputs are
+    added to lacks (`owed`, None where it does not matter).
+    """
+
+    def __init__(self, weights: np.ndarray | None) -> None:
+        self._weights = weights
+        self._sums: dict[str, torch.Tensor] = {}
+        self.gram: np.ndarray | None = None
+        self.change: np.ndarray | None = None
+        self.owed: np.ndarray | None = None
+
+    def add(self, own: torch.Tensor, as_is: torch.Tensor, owed: torch.Tensor | None, tokens: slice) -> None:
         import torch
 
-        sites = [site["name"] for site in self._structure["layers"][layer]["sites"]]
-        sums: dict[str, list[torch.Tensor]] = {}
-        seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        outputs = []
-        # tokens with massive activations rule a plain Gram and have hardly any gradient
-        alike = self._variant["metric"] == GRADIENTS
+        own = own.float()
+        left = own if self._weights is None else own * torch.from_numpy(self._weights[tokens]).to(own)[:, None]
+        for name, right in (("gram", own), ("change", as_is.float() - own), ("owed", owed)):
+            if right is not None:
+                product = (left.T @ right.float()).double()
+                self._sums[name] = product if name not in self._sums else self._sums[name] + product
 
-        def keep(site: str) -> Callable[[torch.Tensor, slice], None]:
-            def see(rows: torch.Tensor, batch: slice) -> None:
-                rows = rows.float()
-                size = rows.square().mean(1, keepdim=True).sqrt() if alike else torch.ones_like(rows[:, :1])
-                size = size.clamp(min=1e-12)
-                seen[site] = rows / size, size
-
-            return see
-
-        def add(site: str) -> Callable[[torch.Tensor, slice], None]:
-            def see(rows: torch.Tensor, batch: slice) -> None:
-                as_is, size = seen.pop(site)
-                rows = rows.float() / size
-                if site not in sums:
-                    width = rows.shape[1]
-                    sums[site] = [torch.zeros(width, width, dtype=torch.float64, device=rows.device) for _ in range(2)]
-                sums[site][0] += rows.T @ rows
-                sums[site][1] += rows.T @ (as_is - rows)
-
-            return see
-
-        for batch in self._block.batches():
-            taps = [Tap(layer, site, "input", keep(site)) for site in sites]
-            outputs.append(self._block.run(batch, self._dense, taps=taps).cpu())
-            self._block.run(batch, self._compressed, taps=[Tap(layer, site, "input", add(site)) for site in sites])
-        self._next = torch.cat(outputs).clone()
-        found = {}
-        for site, (gram, change) in sums.items():
-            gram, change = ((gram + gram.T) / 2).cpu().numpy(), change.cpu().numpy()
-            if not (np.isfinite(gram).all() and np.isfinite(change).all()):
-                raise NumericalError(f"layer {layer}, {site}: its input is NaN or infinite in the compressed model")
-            found[site] = gram, change, Metric.of(gram)
-        return found
-
-
-def _repaying(matrix: Matrix, gram: np.ndarray, change: np.ndarray, share: float) -> Callable[[], np.ndarray]:
-    """Reads a matrix as its inputs in the compressed model want it."""
-
-    @functools.cache
-    def read() -> np.ndarray:
-        import scipy.linalg
-
-        weight = matrix.weight().astype(np.float64)
-        ridge = DAMPING * np.diagonal(gram).mean() or 1.0
-        factor = scipy.linalg.cho_factor(gram + ridge * np.eye(len(gram)))
-        return (weight + share * scipy.linalg.cho_solve(factor, change @ weight)).astype(np.float32)
-
-    return read
+    def finish(self) -> bool:
+        """Whether all of it is finite."""
+        for name, total in self._sums.items():
+            setattr(self, name, total.cpu().numpy())
+        self._sums.clear()
+        self.gram = (self.gram + self.gram.T) / 2
+        return all(part is None or np.isfinite(part).all() for part in (self.gram, self.change, self.owed))

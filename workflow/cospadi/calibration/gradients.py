@@ -70,7 +70,8 @@ def collect_gradients(
         the windows were drawn with.
     moments_out : path-like
         Written: a group ``layer_03/<matrix>`` for each matrix, with ``gram (d_in, d_in)``, the sum of ``|d|^2 x x^T``
-        over the tokens, ``squares (d_out,)`` float64, the sum of d's squares, and, with `heldout_fraction`,
+        over the tokens, ``squares (d_out,)`` float64, the sum of d's squares, ``token_weights``
+        float32, the ``|d|^2`` of every token of all windows, pads left out, and, with `heldout_fraction`,
         ``gram_heldout``. Attributes: ``n_tokens``, ``n_heldout``, and ``weight``, ``weight_heldout``, the sums of
         ``|d|^2``.
     gradient_out : path-like
@@ -204,6 +205,7 @@ class _Moments:
         self._heldout_from = heldout_from
         self._heldout_weight = 0.0
         self._squares = torch.zeros(shape[1], dtype=torch.float64, device=device)
+        self._weights: list[np.ndarray] = []
 
     def see(self, rows: torch.Tensor, gradients: torch.Tensor, batch: slice) -> None:
         squares = gradients.float().square()
@@ -216,11 +218,13 @@ class _Moments:
         counted = int(self._lengths[batch.start : min(batch.stop, self._heldout_from)].sum())
         self._squares += squares[:counted].sum(dim=0)
         self._heldout_weight += float(weights[counted:].sum())
+        self._weights.append(weights[:, 0].cpu().numpy())
         self._gram.add(rows.float() * weights.sqrt(), batch)
 
     def finish(self) -> None:
         n_tokens, n_heldout = self._gram.finish()
         self._group.create_dataset("squares", data=self._squares.cpu().numpy(), fletcher32=True)
+        self._group.create_dataset("token_weights", data=np.concatenate(self._weights), fletcher32=True)
         weight = float(self._squares.sum())
         self._group.attrs.update(
             n_tokens=n_tokens, n_heldout=n_heldout, weight=weight, weight_heldout=self._heldout_weight

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
@@ -109,6 +109,10 @@ class GradientTap(NamedTuple):
     see: Callable[[torch.Tensor, torch.Tensor, slice], None]
 
 
+class _SeenEnough(Exception):
+    """Ends a forward pass that nobody needs the rest of."""
+
+
 class Chunk:
     """Consecutive blocks of a model in memory.
 
@@ -139,7 +143,8 @@ class Chunk:
         taps: Iterable[Tap] = (),
         *,
         trained: bool = False,
-    ) -> torch.Tensor:
+        seen_is_enough: bool = False,
+    ) -> torch.Tensor | None:
         """Send a batch of windows through the chunk.
 
         Parameters
@@ -153,11 +158,13 @@ class Chunk:
             All in blocks of the chunk.
         trained : bool
             Whether a gradient will go back through it, to parameters that ask for one.
+        seen_is_enough : bool
+            Whether to stop where all taps have seen something.
 
         Returns
         -------
-        tensor (n_windows, length, hidden_size)
-            What the last block gives, before any final norm.
+        tensor (n_windows, length, hidden_size) or None
+            What the last block gives, before any final norm; None where it stopped.
         """
         import torch
 
@@ -167,14 +174,22 @@ class Chunk:
         else:
             entrance = {"inputs_embeds": hidden.to(self.device)}
         last: list[torch.Tensor] = []
-        with contextlib.ExitStack() as hooks:
+        waiting = list(taps)
+
+        def look(tap: Tap, tensor: torch.Tensor) -> None:
+            tap.see(tensor[mask.bool()], batch)
+            waiting.remove(tap)
+            if seen_is_enough and not waiting:
+                raise _SeenEnough
+
+        with contextlib.ExitStack() as hooks, contextlib.suppress(_SeenEnough):
             _hook(hooks, self._blocks[-1], "output", last.append)
-            for tap in taps:
+            for tap in waiting:
                 module = self.block(tap.block).get_submodule(tap.module)
-                _hook(hooks, module, tap.side, lambda tensor, see=tap.see: see(tensor[mask.bool()], batch))
+                _hook(hooks, module, tap.side, partial(look, tap))
             with torch.enable_grad() if trained else torch.inference_mode():
                 self._model(**entrance, attention_mask=mask, use_cache=False)
-        return last[0]
+        return last[0] if last else None
 
     def run_back(
         self,
@@ -251,6 +266,8 @@ class Edit(Protocol):
 
 # where a kind of place is: module in the block, and side of it
 _MODULES = {"output": ("", "output"), "mlp": ("mlp", "output"), "residual": ("post_attention_layernorm", "input")}
+# and where what the outputs of a matrix are added to is, in the families of `structure.FOLDABLE`
+ADDED_TO = {"o_proj": ("", "input"), "down_proj": _MODULES["residual"]}
 
 
 class Place(NamedTuple):
@@ -268,12 +285,7 @@ class Place(NamedTuple):
         """The place for a `Chunk`."""
         if self.block == -1:
             return Tap(0, "", "input", see)
-        modules = {
-            "output": ("", "output"),
-            "mlp": ("mlp", "output"),
-            "residual": ("post_attention_layernorm", "input"),
-        }
-        return Tap(self.block, *modules[self.kind], see)
+        return Tap(self.block, *_MODULES[self.kind], see)
 
 
 class Group(NamedTuple):

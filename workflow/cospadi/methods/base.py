@@ -297,13 +297,14 @@ def allocation_faults(settings: Mapping[str, Any]) -> Iterator[str]:
 
 
 # Options of layers that are learned in turn, which methods that learn the whole model at once do not have
-IN_TURN = ("target", "drift_share", "refine")
+IN_TURN = ("target", "drift_share", "residual_share", "refine")
 
 
 def in_turn_faults(settings: Mapping[str, Any]) -> Iterator[str]:
     """Options of layers that are learned in turn where it cannot be, or where they say nothing."""
-    if settings.get("target") == INDEPENDENT and settings["drift_share"] != 0.5:
-        yield f"drift_share: {settings['drift_share']} is of target {SEQUENTIAL}; set target to it"
+    for key, default in (("drift_share", 0.5), ("residual_share", 0.0)):
+        if settings.get("target") == INDEPENDENT and settings[key] != default:
+            yield f"{key}: {settings[key]} is of target {SEQUENTIAL}; set target to it"
     if not learns_in_turn(settings):
         return
     key = "target" if settings["target"] == SEQUENTIAL else "refine"

@@ -42,6 +42,7 @@ def planning_faults(variants: Variants, shapes: Shapes, model_config: Mapping[st
     """
     yield from _pruning_faults(variants, model_config["architectures"][0])
     yield from _method_faults(variants, shapes)
+    yield from _residual_faults(variants, model_config["architectures"][0])
     for name in variants.factorized:
         for path in filter(_is_file, variants.allocation_file(name)):
             where = at_step(name, variants.config["variants"][name], 1)
@@ -76,6 +77,17 @@ def _method_faults(variants: Variants, shapes: Shapes) -> Iterator[str]:
         if n_layers > 0:
             settings = variants.factorizing(name)
             yield from (f"{where}.{fault}" for fault in methods.planning_faults(settings, shapes.matrices, n_layers))
+
+
+def _residual_faults(variants: Variants, architecture: str) -> Iterator[str]:
+    for name in variants.factorized:
+        share = variants.factorizing(name).get("residual_share", 0)
+        if share > 0 and architecture not in FOLDABLE:
+            where = at_step(name, variants.config["variants"][name], 1)
+            yield (
+                f"{where}.residual_share: {share}; {architecture} has a norm between what its matrices "
+                f"give and the residual stream; set it to 0. It works with {', '.join(FOLDABLE)}"
+            )
 
 
 def _is_file(path: str) -> bool:
