@@ -10,16 +10,25 @@ def main(snakemake, log):
     from cospadi.profiles import profile_unit
     from cospadi.structure import chosen, read_structure
 
+    job, params, variant = snakemake.input, snakemake.params, snakemake.params.variant
+    structure, device, measure = read_structure(job.structure), choose_device(params.device), None
+    if variant["allocation"] == "measured":
+        from cospadi.calibration.alone import Alone
+
+        how = {"n_windows": variant["measured_windows"], "device": device, "log": log}
+        batch_tokens = params.collection["batch_tokens"]
+        measure = Alone(job.model, structure, job.windows, params.layers[0], batch_tokens=batch_tokens, **how)
     profile_unit(
-        Path(snakemake.input.model),
-        chosen(read_structure(snakemake.input.structure), snakemake.params.variant["targets"]),
-        [Path(file) for file in snakemake.input.gram],
-        snakemake.params.layers,
-        snakemake.params.variant,
+        Path(job.model),
+        chosen(structure, variant["targets"]),
+        [Path(file) for file in job.gram],
+        params.layers,
+        variant,
         Path(snakemake.output[0]),
-        calibration=calibration_of(snakemake.input.windows, snakemake.params.collection),
-        gradient_files=[Path(file) for file in snakemake.input.gradients],
-        device=choose_device(snakemake.params.device),
+        calibration=calibration_of(job.windows, params.collection),
+        gradient_files=[Path(file) for file in job.gradients],
+        measure=measure,
+        device=device,
         log=log,
     )
 

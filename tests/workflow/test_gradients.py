@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from cospadi.files import ModelFolder, TensorFile, read_json
-from cospadi.formats.factorization import tensor_names
+from cospadi.formats.factorization import tensor_names, unpack
 
 from .conftest import Run, check_finished, rows
 
@@ -24,6 +24,8 @@ NAMES = ["hybrid", "sparsegpt"]
 STREAM, TURN = "ectcq", "turn"  # whose layers are learned in turn
 CHOICES = ["hybrid", STREAM, "rtn"]
 INCREASE = 1.005
+PARTS = ["self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"]
+ALONE = {"method": "rtn", "ratio": 0.7, "allocation": "measured", "menu": [0.6, 1, 1.4], "measured_windows": 2}
 MENU = {"method": "rtn", "ratio": 0.7, "metric": "gradients", "allocation": "menu", "menu": [0.6, 0.8, 1, 1.4]}
 
 
@@ -44,6 +46,7 @@ def run(new_run: Callable[..., Run]) -> Run:
             "refine": {"samples": 6},
         },
         "rtn": MENU,
+        "alone": ALONE,
         "mix": {"method": "choose", "ratio": 0.6, "choose_from": CHOICES},
         "close": {"method": "choose", "max_perplexity_increase": INCREASE, "choose_from": CHOICES},
     }
@@ -55,7 +58,7 @@ def run(new_run: Callable[..., Run]) -> Run:
 
 
 def test_every_one_comes_out_at_its_bytes(run):
-    check_finished(run, sorted([STREAM, *NAMES, "close", "mix", "rtn", TURN]))
+    check_finished(run, sorted([STREAM, *NAMES, "alone", "close", "mix", "rtn", TURN]))
     table = rows(run.results / "summary.tsv")
     for name in NAMES:
         assert 0.4 <= float(table[name]["ratio_true"]) < 0.41
@@ -113,6 +116,30 @@ def test_a_menu_chooses_and_its_table_says_what_came_of_it(run):
         assert found[name]["nbytes"] <= int(row["bytes"])
         assert found[name]["predicted_rise"] == pytest.approx(float(row["predicted_rise"]), rel=1e-5)
     assert "with the same ratio for all" in (run.results / "logs/allocate_bytes/rtn.log").read_text()
+
+
+def test_a_measured_allocation_says_what_each_matrix_alone_does_to_the_predictions(run):
+    table, path = table_of(run.results / "alone/allocation.tsv"), run.folder / run.config["model"]["path"]
+    assert len({row["bits"] for row in table.values()}) > 1
+    with h5py.File(run.results / "calibration.h5") as windows:
+        ids = torch.from_numpy(windows["input_ids"][-2:].astype(np.int64))
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    codes = TensorFile(run.results / "alone/codes/layers_00-02.safetensors")
+    with torch.inference_mode():
+        log_p = model(ids).logits.log_softmax(-1)
+        for name in [f"model.layers.{layer}.{part}" for layer, part in enumerate(PARTS)]:
+            weight, spec = model.get_parameter(f"{name}.weight"), codes.metadata["matrices"][name]
+            own = weight.clone()
+            tensors = {tensor: codes.read(tensor) for tensor in tensor_names(name, spec)}
+            weight.copy_(torch.from_numpy(unpack(tensors, spec, name).reconstruct().T.copy()))
+            log_q = model(ids).logits.log_softmax(-1)
+            weight.copy_(own)
+            divergence = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+            # float32 has 1e-7 of logits that are some units large, at each of some hundred words
+            assert float(table[name]["predicted_rise"]) == pytest.approx(divergence, rel=1e-3, abs=1e-7)
+    problems = read_json(run.results / "alone/profile/layers_00-02.json")["problems"]
+    for points in (one["figures"]["points"] for one in problems):
+        assert len(points) == 3 and points[0][1] > points[-1][1] > 0
 
 
 def test_parts_of_finished_variants_make_a_better_one(run):

@@ -30,6 +30,7 @@ from cospadi.methods.base import (
     ALLOCATION_OPTIONS,
     FILE,
     IN_TURN,
+    MEASURED,
     MENU,
     allocation_faults,
     in_turn_faults,
@@ -249,9 +250,11 @@ def _unused(settings: Mapping[str, Any]) -> set[str]:
     if settings.get("method") not in METHODS:
         return unused
     unused |= {"residual_share"} if settings.get("target") != SEQUENTIAL else set()
-    used = {MENU: {"allocation", "menu"}, FILE: {"allocation", "allocation_file"}}.get(
-        settings.get("allocation"), set()
-    )
+    used = {
+        MENU: {"allocation", "menu"},
+        MEASURED: {"allocation", "menu", "measured_windows"},
+        FILE: {"allocation", "allocation_file"},
+    }.get(settings.get("allocation"), set())
     return unused | (ALLOCATION_OPTIONS.keys() - used - METHODS[settings["method"]].options.keys())
 
 

@@ -18,7 +18,7 @@ from cospadi.formats.values import storage_of
 from cospadi.gram import check_grams
 from cospadi.learning import gradients_of, provenance
 from cospadi.methods import METHODS, menus
-from cospadi.methods.base import FILE, MENU
+from cospadi.methods.base import FILE, MEASURED, MENU
 from cospadi.problem import Problem, in_turn, matrices_of, shared
 from cospadi.provenance import CALIBRATION, check_provenance
 
@@ -35,6 +35,7 @@ def profile_unit(
     *,
     calibration: Mapping[str, Any] | None = None,
     gradient_files: Sequence[Path] = (),
+    measure: menus.Measure | None = None,
     device: str = "cpu",
     log: Callable[[str], None] = print,
 ) -> None:
@@ -59,6 +60,8 @@ def profile_unit(
         What the Grams have to be of (`activations.calibration_of`); without it, all of the same.
     gradient_files : sequence of Path
         As of `learning.learn_unit`.
+    measure : callable, optional
+        What matrices cost the model that alone are exchanged (`calibration.alone`), where the allocation asks for it.
 
     Raises
     ------
@@ -67,7 +70,7 @@ def profile_unit(
     """
     calibration = check_grams(gram_files, structure, layers, calibration)
     method, storage = METHODS[variant["method"]], storage_of(variant["codes"])
-    options, allocator = _options(variant), menus.allocator_of(method, variant)
+    options, allocator = _options(variant), menus.allocator_of(method, variant, measure)
     problems = []
     gradients = gradients_of(variant, gradient_files, structure, layers, calibration)
     folder = ModelFolder(model_folder)
@@ -187,7 +190,7 @@ def _of_profiles(
     allocator = menus.allocator_of(METHODS[variant["method"]], variant)
     shares = allocator.share(profiles, nbytes, storage=storage, **_options(variant))
     rises: Sequence[float | None] = [None] * len(profiles)
-    if variant["allocation"] == MENU:
+    if variant["allocation"] in (MENU, MEASURED):
         rises = menus.rises(profiles, shares)
         alike = menus.rises(profiles, [nbytes_left(profile.shapes, ratio) for profile in profiles])
         compared = "" if None in alike else f"; with the same ratio for all {sum(alike):.4g}"

@@ -11,7 +11,7 @@ from typing import Any
 from cospadi.budget import nbytes_left
 from cospadi.formats.values import storage_of
 from cospadi.methods import METHODS
-from cospadi.methods.base import planned_problems
+from cospadi.methods.base import MEASURED, planned_problems
 from cospadi.methods.menus import allocator_of
 from cospadi.problem import GRADIENTS, SEQUENTIAL
 from cospadi.work import (
@@ -229,7 +229,19 @@ class Estimates:
             for targets in planned_problems(settings, method, self.shapes.matrices, n_layers)
         ]
         core, gpu = sum(work.core for work in works), sum(work.gpu for work in works)
-        return Work(_NUMPY + max(work.memory for work in works), 1, core, gpu)
+        memory = max(work.memory for work in works)
+        if settings["allocation"] != MEASURED:
+            return Work(_NUMPY + memory, 1, core, gpu)
+        # the model in float32 beside the pages of its file, and the head twice, once for each size of every problem
+        shapes, length = self.shapes, self._calibration["length"]
+        tokens = min(settings["measured_windows"], self._calibration["samples"]) * length
+        head = shapes.vocabulary * shapes.hidden_size
+        flops = 2 * tokens * (shapes.n_layers * shapes.layer_parameters + 2 * head) * len(settings["menu"]) * len(works)
+        weights = 4 * 2 * (shapes.parameters + head) + 8 * tokens * shapes.hidden_size
+        forward = 16 * 4 * max(self._calibration["batch_tokens"], length) * max(shapes.site_widths)
+        logits = 4 * 6 * 256 * shapes.vocabulary
+        memory += _TORCH + weights + forward + logits
+        return Work(memory, 15, core + flops / FORWARD, gpu + flops / GPU_FORWARD)
 
     def quantize(self, settings: Mapping[str, Any], n_layers: int = 1) -> Work:
         """Packing a unit, matrix after matrix, with the error of what is stored (float64)."""

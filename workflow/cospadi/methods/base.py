@@ -78,23 +78,35 @@ UNIFORM = "uniform"
 GLOBAL = "global"
 # Of every method that learns problem by problem: some sizes of each are tried, and one price a byte chooses (`menus`)
 MENU = "menu"
+# The same sizes, by what each alone does to the predictions of the whole model (`calibration.alone`)
+MEASURED = "measured"
 # A person's table (`allocation.read_table`)
 FILE = "file"
 _COMMON = (
     f"{MENU}: every problem is learned at the sizes of the option menu, and those of least predicted rise together are "
-    f"taken (metric gradients); {FILE}: what allocation_file says; {UNIFORM}: the same ratio for all."
+    f"taken (metric gradients); {MEASURED}: the same, but what every size of every problem alone does to the model's "
+    f"predictions is measured; {FILE}: what allocation_file says; {UNIFORM}: the same ratio for all."
 )
 # Keys of a variant that say which matrix gets how many bytes, of all methods that learn problem by problem
 ALLOCATION_OPTIONS: dict[str, dict[str, Any]] = {
-    "allocation": choice([UNIFORM, MENU, FILE], f"Which matrix gets how many of the bytes. {_COMMON}", default=UNIFORM),
+    "allocation": choice(
+        [UNIFORM, MENU, MEASURED, FILE], f"Which matrix gets how many of the bytes. {_COMMON}", default=UNIFORM
+    ),
     "menu": option(
         "array",
-        f"With allocation {MENU}: bytes that every problem is learned at, as multiples of what the ratio leaves of it. "
-        "What would be no smaller than the matrices is left out; they can always stay as they are.",
+        f"With allocation {MENU} or {MEASURED}: bytes that every problem is learned at, as multiples of what the ratio "
+        "leaves of it. What would be no smaller than the matrices is left out; they can always stay as they are.",
         items={"type": "number", "minimum": 0.05, "maximum": 20},
         minItems=1,
         uniqueItems=True,
         default=[0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0],
+    ),
+    "measured_windows": option(
+        "integer",
+        f"With allocation {MEASURED}: calibration windows that the model reads for every size of every problem; the "
+        "last ones, which nothing else is fitted to where calibration.heldout_fraction keeps them out.",
+        minimum=1,
+        default=4,
     ),
     "allocation_file": option(
         ["string", "null"],
@@ -113,7 +125,7 @@ def allocation_option(rule: str, description: str, *, default: str | None = None
     """The option ``allocation`` of a method that has an `Allocator` of its own; by default its own rule."""
     return {
         "allocation": choice(
-            [UNIFORM, rule, MENU, FILE],
+            [UNIFORM, rule, MENU, MEASURED, FILE],
             f"Which matrix gets how many of the bytes. {rule}: {description}; {_COMMON}",
             default=default or rule,
         )

@@ -1,14 +1,15 @@
 """Menus: what every problem of a model could be, for methods without one threshold or step for all of it.
 
 A problem is learned at several sizes; each gives its bytes in the file and the nats a token that its error costs, by
-the metric of gradients. One price a byte for the whole model then chooses among the points of all problems. To stay as
-it is, at its own bytes and no error, is one point of every problem.
+the metric of gradients, or as measured in the model where it alone is exchanged. One price a byte for the whole model
+then chooses among the points of all problems. To stay as it is, at its own bytes and no error, is one point of every
+problem.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,25 +19,32 @@ from cospadi.allocation import AS_IS, Points, Profile, choose, filled
 from cospadi.budget import nbytes_left
 from cospadi.errors import ConfigError
 from cospadi.formats.factorization import Factorization, unpack
-from cospadi.methods.base import MENU, Allocator, Fit, Method
+from cospadi.methods.base import MEASURED, MENU, Allocator, Fit, Method
 from cospadi.problem import Problem, Target
 from cospadi.work import Work
+
+# Matrices by name, as stored, to the nats a token that they cost the model when they alone are exchanged
+Measure = Callable[[Mapping[str, np.ndarray]], float]
 
 # A size of which less is used is only asked for as far as it is; of more the very same is learned again
 _USED = 0.95
 
 
-def allocator_of(method: Method, settings: Mapping[str, Any]) -> Allocator:
-    """How a variant with complete settings that ask for it parts its bytes: by the method's own rule, or by a menu."""
-    if settings["allocation"] != MENU:
+def allocator_of(method: Method, settings: Mapping[str, Any], measure: Measure | None = None) -> Allocator:
+    """How a variant with complete settings that ask for it parts its bytes: by the method's own rule, or by a menu.
+
+    `measure` says what the sizes cost; without it the metric does.
+    """
+    if settings["allocation"] not in (MENU, MEASURED):
         return method.allocator
     sizes = settings["menu"]
-    return Allocator(profile=partial(profile, method, sizes), share=share, work=partial(_work, method, sizes))
+    return Allocator(profile=partial(profile, method, sizes, measure), share=share, work=partial(_work, method, sizes))
 
 
 def profile(
     method: Method,
     sizes: Sequence[float],
+    measure: Measure | None,
     problem: Problem,
     nbytes: int,
     *,
@@ -44,7 +52,7 @@ def profile(
     device: str = "cpu",
     **options: Any,
 ) -> dict[str, Any]:
-    """``points``: bytes in the file and predicted rise in nats a token at each size that the method can do, once."""
+    """``points``: bytes in the file and what they cost in nats a token at each size that the method can do, once."""
     if options.get("max_seconds") is not None:
         options["max_seconds"] /= len(sizes)
     found: dict[int, float] = {}
@@ -53,7 +61,7 @@ def profile(
             factors = method.fit(problem, size, Fit(storage=storage, device=device), **options)
         except ConfigError:  # too few bytes for this matrix are none of its choices
             continue
-        taken, rise = _stored(problem, factors)
+        taken, rise = _stored(problem, factors, measure)
         size = size if taken > _USED * size else taken
         found[size] = min(rise, found.get(size, rise))
     return {"points": sorted(found.items())}
@@ -64,16 +72,25 @@ def _bytes_of(sizes: Sequence[float], nbytes: int, shapes: Sequence[tuple[int, i
     return [int(size * nbytes) for size in sorted(sizes) if size * nbytes < dense]
 
 
-def _stored(problem: Problem, factors: Sequence[Factorization]) -> tuple[int, float]:
+def _stored(problem: Problem, factors: Sequence[Factorization], measure: Measure | None) -> tuple[int, float]:
     """Bytes of a problem's factors in the file, and the nats a token that their error costs."""
     tensors: dict[str, np.ndarray] = {}
-    rise = 0.0
-    for matrix, price, one in zip(problem.matrices, problem.prices, factors, strict=True):
+    stored: dict[str, np.ndarray] = {}
+    for matrix, one in zip(problem.matrices, factors, strict=True):
         packed, spec = matrix.restored(one).pack(matrix.name)
-        stored = unpack(packed, spec, matrix.name).reconstruct().astype(np.float64)
-        rise += price * matrix.squared_norm(matrix.weight() - stored)
+        stored[matrix.name] = unpack(packed, spec, matrix.name).reconstruct()
         tensors |= packed  # a dictionary that they share is there once
-    return sum(tensor.nbytes for tensor in tensors.values()), float(rise)
+    return sum(tensor.nbytes for tensor in tensors.values()), (measure or _predicted(problem))(stored)
+
+
+def _predicted(problem: Problem) -> Measure:
+    """What errors of a problem's matrices cost by its metric."""
+
+    def measure(stored: Mapping[str, np.ndarray]) -> float:
+        errors = [one.squared_norm(one.weight() - stored[one.name].astype(np.float64)) for one in problem.matrices]
+        return float(sum(price * error for price, error in zip(problem.prices, errors, strict=True)))
+
+    return measure
 
 
 def share(profiles: Sequence[Profile], nbytes: int, *, storage: Mapping[str, Any], **options: Any) -> list[int | None]:
@@ -96,7 +113,7 @@ def share(profiles: Sequence[Profile], nbytes: int, *, storage: Mapping[str, Any
 
 
 def rises(profiles: Sequence[Profile], shares: Sequence[int | None]) -> list[float | None]:
-    """Predicted rise of each problem at its bytes: the least of its points that are no larger; None without one."""
+    """What each problem costs at its bytes: the least of its points that are no larger; None without one."""
     found = []
     for one, nbytes in zip(profiles, shares, strict=True):
         within = [rise for size, rise in one.figures["points"] if nbytes is not None and size <= nbytes]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cospadi.digests import code_digest, modules_of
 from cospadi.formats.values import modules_of as formats_of
 from cospadi.methods import METHODS
+from cospadi.methods.base import MEASURED
 from cospadi.methods.choose import INCREASE
 from cospadi.plan.names import layers_of
 from cospadi.resources import Estimates
@@ -180,6 +181,11 @@ def _learning_code(plan: Plan, wildcards: Any, *more: str) -> str:
     return code_digest("cospadi.learning", *more, *reader, *modules, *formats_of(settings))
 
 
+def _profiling_code(plan: Plan, wildcards: Any) -> str:
+    measured = plan.factorizing(wildcards.variant)["allocation"] == MEASURED
+    return _learning_code(plan, wildcards, *["cospadi.calibration.alone"] * measured)
+
+
 def _of_variant(*modules: str) -> Callable[[Plan, Any], str]:
     """The code of a stage that packs a variant or writes it: other codecs and supports than its own do not count."""
 
@@ -321,7 +327,7 @@ STAGES = table_of(
         work=lambda plan, wildcards: plan.estimates.profile(
             plan.factorizing(wildcards.variant), len(layers_of(wildcards.unit))
         ),
-        code=_learning_code,
+        code=_profiling_code,
         threads="learn",
         uses_gpu=True,
     ),
