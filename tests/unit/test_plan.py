@@ -11,17 +11,20 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import yaml
 
 from cospadi import digests as digests_module
 from cospadi.config import check_config
 from cospadi.digests import code_digest, files_digest
 from cospadi.errors import ConfigError, UnsupportedModelError
-from cospadi.files import TensorFile, write_json, write_tensors
+from cospadi.files import TensorFile, read_json, write_json, write_tensors
 from cospadi.formats.values import modules_of
 from cospadi.outside import ALL, TOKENIZER, WEIGHTS, remember_fetched
 from cospadi.plan import Plan, layers_of, one_of
+from cospadi.runs import plan_of
 
 PACKAGE = digests_module.PACKAGE
+PROJECT = PACKAGE.parents[1]
 
 MODEL = {
     "architectures": ["LlamaForCausalLM"],
@@ -701,3 +704,29 @@ def test_more_threads_take_less_time():
     wildcards = SimpleNamespace(variant="a", unit="layer_03")
     runtime = make_plan({**MODEL, "hidden_size": 8192, "intermediate_size": 28672}).runtime("learn")
     assert runtime(wildcards, attempt=1, threads=8) < runtime(wildcards, attempt=1, threads=1) / 4
+
+
+QWEN3_8B = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.mark.parametrize(
+    "file", ["config.yaml", *sorted(str(p.relative_to(PROJECT)) for p in PROJECT.glob("config/*.yaml"))]
+)
+def test_the_configs_that_come_with_the_project_fit_the_shapes_of_their_models(file, monkeypatch):
+    """Sizes that a matrix of the model is too small for, say, are found when planning."""
+    monkeypatch.chdir(PROJECT)
+    base, config = (yaml.safe_load((PROJECT / name).read_text()) for name in ("config.yaml", file))
+    name = {**base, **config}["model"]["name"]
+    shapes = {path.stem: read_json(path) for path in PROJECT.glob("config/models/*.json")} | {"Qwen3-8B-Base": QWEN3_8B}
+    plan = plan_of(file, {"device": "cpu"}, shapes[name.removesuffix("-rotated")])
+    assert plan.results == f"results/{config['run']}"
