@@ -19,9 +19,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cospadi import factorize
 from cospadi.checkpoint import assemble, densify
 from cospadi.errors import ArtifactError, ConfigError, CospadiError, NumericalError
+from cospadi.evaluation import HELDOUT_TASKS
 from cospadi.evaluation.evaluate import evaluate
 from cospadi.evaluation.generation import generate
-from cospadi.evaluation.heldout import TASK_FILES, heldout_pieces, last_word_passages
+from cospadi.evaluation.heldout import (
+    TASK_FILES,
+    heldout_pieces,
+    last_word_passages,
+    next_sentence_questions,
+    sentence_order_questions,
+)
 from cospadi.files import ModelFolder, write_tensors
 from cospadi.provenance import fingerprint
 
@@ -301,6 +308,24 @@ def test_chat_template_is_used(llama):
     assert (sample["chat"], sample["text"]) == (True, plain[0]["text"])
 
 
+def direct_accuracies(folder: Path, questions: list[dict]) -> dict[str, float]:
+    """Share of questions whose right choice is likeliest, as it is and over its number of characters."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    correct = {"acc": 0, "acc_norm": 0}
+    for question in questions:
+        sums = []
+        for choice in question["choices"]:
+            context = tokenizer.encode(question["query"])
+            ids = tokenizer.encode(f"{question['query']} {choice}")
+            logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            sums.append(sum(logits[i - 1, ids[i]].item() for i in range(len(context), len(ids))))
+        lengths = [len(choice) for choice in question["choices"]]
+        correct["acc"] += int(np.argmax(sums)) == question["gold"]
+        correct["acc_norm"] += int(np.argmax(np.divide(sums, lengths))) == question["gold"]
+    return {name: count / len(questions) for name, count in correct.items()}
+
+
 def test_local_multiple_choice_task(llama, tmp_path):
     questions = [
         {"query": "The old river", "choices": ["crosses the village", "7 7 7 7"], "gold": 0},
@@ -326,21 +351,8 @@ metric_list:
     result = evaluate(
         llama, EXACT | {"tasks": ["tiny_questions"], "task_path": str(folder)}, output=tmp_path / "eval.json"
     )
-    model = AutoModelForCausalLM.from_pretrained(llama)
-    tokenizer = AutoTokenizer.from_pretrained(llama)
-    correct = {"acc": 0, "acc_norm": 0}
-    for question in questions:
-        sums = []
-        for choice in question["choices"]:
-            context = tokenizer.encode(question["query"])
-            ids = tokenizer.encode(f"{question['query']} {choice}")
-            logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-            sums.append(sum(logits[i - 1, ids[i]].item() for i in range(len(context), len(ids))))
-        lengths = [len(choice) for choice in question["choices"]]
-        correct["acc"] += int(np.argmax(sums)) == question["gold"]
-        correct["acc_norm"] += int(np.argmax(np.divide(sums, lengths))) == question["gold"]
     scores = result["tasks"]["tiny_questions"]
-    assert scores["metrics"] == pytest.approx({name: count / 3 for name, count in correct.items()})
+    assert scores["metrics"] == pytest.approx(direct_accuracies(llama, questions))
     assert (scores["primary"], scores["documents"], scores["num_fewshot"]) == ("acc_norm", 3, 0)
     limited = evaluate(
         llama,
@@ -386,12 +398,82 @@ def test_last_words_stand_in_the_passage_before_them():
     assert passages[-1].startswith("Sentence 4 ") and len(passages) == 16
 
 
-def test_last_words_need_text(llama, tiny_text, tmp_path):
-    with pytest.raises(ConfigError, match="last_word needs a held-out text"):
-        evaluate(llama, {"tasks": ["last_word"]}, output=tmp_path / "eval.json")
+def test_questions_of_the_heldout_text_equal_a_direct_computation(llama, tiny_text, tmp_path):
+    made = {"next_sentence": next_sentence_questions, "sentence_order": sentence_order_questions}
+    result = evaluate(
+        llama,
+        EXACT | {"tasks": list(made), "limit": 12},
+        heldout=tiny_text / "heldout.jsonl",
+        output=tmp_path / "eval.json",
+    )
+    for name, questions in made.items():
+        scores = result["tasks"][name]
+        assert (scores["primary"], scores["documents"]) == ("acc_norm", 12)
+        assert scores["metrics"] == pytest.approx(direct_accuracies(llama, questions(read_articles(tiny_text))[:12]))
+
+
+@pytest.mark.parametrize(
+    ("make", "length", "n_choices"), [(next_sentence_questions, 2, 4), (sentence_order_questions, 3, 2)]
+)
+def test_questions_of_the_heldout_text(make, length, n_choices, tiny_text):
+    articles = read_articles(tiny_text)
+    questions = make(articles)
+    assert questions == make(articles)
+    # 40 sentences an article, none of which is asked for twice
+    assert len(questions) == 6 * (40 // length)
+    # an answer by place is right as often as chance, at any limit
+    for limit in (12, len(questions)):
+        counts = np.bincount([question["gold"] for question in questions[:limit]], minlength=n_choices)
+        assert counts.max() - counts.min() <= 1
+    seen = set()
+    calibration = (tiny_text / "calibration.jsonl").read_text()
+    for number, question in enumerate(questions):
+        assert len(set(question["choices"])) == n_choices
+        article = articles[number % 6]  # of all articles in turn
+        right = question["choices"][question["gold"]]
+        for choice in question["choices"]:
+            assert (f"{question['query']} {choice}" in article) == (choice == right)
+        if n_choices == 2:
+            assert len({len(choice) for choice in question["choices"]}) == 1
+        assert f"{question['query']} {right}" not in calibration
+        seen.add(f"{question['query']} {right}")
+    assert len(seen) == len(questions)
+
+
+def test_wrong_sentences_are_far_away_and_of_like_length():
+    words = ["alpha", "beta", "gamma", "delta", "epsilon", "lambda", "sigma"]
+    article = " ".join(f"Sentence {i} has {' '.join(words[: 3 + i % 5])}." for i in range(40))
+    short = "He said so. " * 3
+    questions = next_sentence_questions([short + article, f"Dr. {article[:200]}"])
+    assert len(questions) == 20  # nothing of the second article has three sentences that are eight away
+    for question in questions:
+        right = question["choices"][question["gold"]]
+        place = int(right.split()[1])
+        assert question["query"].startswith(f"Sentence {place - 1} ")
+        for choice in question["choices"]:
+            assert choice == right or abs(int(choice.split()[1]) - place) >= 8
+            assert abs(len(choice.split()) - len(right.split())) <= 1
+
+
+def test_questions_have_whole_sentences_of_one_paragraph():
+    whole = [f"The year {i} was of some importance." for i in range(4)]
+    assert len(sentence_order_questions([" ".join(whole)])) == 1
+    for broken in (
+        [whole[0], "It was Mr.", whole[1], whole[2]],
+        [whole[0], f"{whole[1]}\n{whole[2]}", whole[3]],
+        [whole[0], "Too short here.", whole[2], whole[3]],
+        [whole[0], whole[1], whole[1]],
+    ):
+        assert sentence_order_questions([" ".join(broken)]) == []
+
+
+@pytest.mark.parametrize("task", HELDOUT_TASKS)
+def test_tasks_of_the_heldout_text_need_it(task, llama, tmp_path):
+    with pytest.raises(ConfigError, match=f"{task} needs a held-out text"):
+        evaluate(llama, {"tasks": [task]}, output=tmp_path / "eval.json")
     (tmp_path / "short.jsonl").write_text(json.dumps({"title": "", "text": "Too short. For that."}) + "\n")
-    with pytest.raises(ArtifactError, match="no passage for the task last_word"):
-        evaluate(llama, {"tasks": ["last_word"]}, heldout=tmp_path / "short.jsonl", output=tmp_path / "eval.json")
+    with pytest.raises(ArtifactError, match=f"no passage for the task {task}"):
+        evaluate(llama, {"tasks": [task]}, heldout=tmp_path / "short.jsonl", output=tmp_path / "eval.json")
 
 
 def test_pieces_are_spread_over_all_articles():

@@ -51,7 +51,7 @@ TOLD: dict[str, list[Any]] = {
     "sha256": ["0" * 64],
     "blocks": [1, 2, [1], [1, 2]],
     "cuts": [1, 2],
-    "tasks": [[], ["last_word"], ["piqa", "last_word"]],
+    "tasks": [[], ["last_word"], ["piqa", "next_sentence", "sentence_order"]],
     "prompts": [["The"], ["The", "A"]],
     "share_within": [[], [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]],
     "pattern": ["matrix", "column", "row", "2:4", "3:8"],

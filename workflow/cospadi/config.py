@@ -24,6 +24,7 @@ from jsonschema import Draft202012Validator, ValidationError, validators
 
 from cospadi.budget import ratio_of
 from cospadi.errors import ConfigError
+from cospadi.evaluation import HELDOUT_TASKS
 from cospadi.formats.values import CODEC_OF_BITS, DICTIONARY_BITS, bits_faults
 from cospadi.methods import METHODS, warm_start_faults
 from cospadi.methods.base import (
@@ -567,8 +568,9 @@ def cross_checks(config: dict[str, Any]) -> Iterator[str]:
             yield "calibration.source: 'text' needs the section text; add it, or set calibration.source to self"
         if config["evaluation"]["perplexity"] is not None:
             yield "evaluation.perplexity: needs the section text; add it, or set evaluation.perplexity to null"
-        if "last_word" in config["evaluation"]["tasks"]:
-            yield "evaluation.tasks: last_word needs the section text; add it, or leave the task out"
+        for task in HELDOUT_TASKS:
+            if task in config["evaluation"]["tasks"]:
+                yield f"evaluation.tasks: {task} needs the section text; add it, or leave the task out"
     if config["model"]["rotate"] is not None and MODEL_SOURCES[config["model"]["source"]].read is None:
         yield f"model.rotate: {config['model']['rotate']} is for models that are fetched; a local one stays as it is"
     for name, variant in config["variants"].items():

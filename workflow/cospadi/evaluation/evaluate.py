@@ -60,13 +60,14 @@ def evaluate(
 
         - ``perplexity``: ``max_tokens`` (about how many are scored; None: all) and ``window`` (tokens of context);
         - ``tasks``: names of lm-eval tasks, its own or those of YAML files under ``task_path``, with ``num_fewshot``
-          (0), ``limit`` (documents a task) and ``task_path``; ``last_word`` is made of the held-out text;
+          (0), ``limit`` (documents a task) and ``task_path``; `HELDOUT_TASKS` are made of the held-out text;
         - ``generate``: ``prompts``, ``max_new_tokens`` (40) and ``chat`` (false): greedy text, through the chat
           template of the tokenizer where there is one;
         - ``batch_size`` (1): windows, or documents of a task, that go through the model together;
         - ``dtype`` (``auto``): what the model computes in, see `stage.choose_dtype`.
     heldout : Path, optional
-        JSONL file, one article ``{"title", "text"}`` a line; needed for ``perplexity`` and the task ``last_word``.
+        JSONL file, one article ``{"title", "text"}`` a line; needed for ``perplexity`` and the tasks
+        `HELDOUT_TASKS`.
     output : Path
         JSON file to write.
     states : Path, optional

@@ -1,15 +1,17 @@
-"""The held-out text, and what is made of it: pieces for the perplexity, passages for the task ``last_word``.
+"""The held-out text, and what is made of it: pieces for the perplexity, documents of the tasks `HELDOUT_TASKS`.
 
-Both are local tasks of lm-eval (`TASK_FILES`). Their documents are chosen by bytes and words, never by a model's
-tokenizer, so every model of a run is scored on the same text.
+All are local tasks of lm-eval (`TASK_FILES`). Their documents are chosen by bytes and words, never by a model's
+tokenizer, so every model of a run is scored on the same text. None of it is in the calibration text, which has other
+articles.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,12 @@ PIECE_BYTES_PER_TOKEN = 3.5
 # passages of the task last_word: long enough to tell what its last word is
 _PASSAGE_CONTEXT = 4  # sentences before the last
 _PASSAGE_WORDS = (30, 150)
+
+# questions of the other tasks: words a sentence; choices of next_sentence, and how many sentences the wrong ones are
+# away from the right one
+_SENTENCE_WORDS = (6, 24)
+_CHOICES = 4
+_AWAY = 8
 
 
 def heldout_pieces(articles: Sequence[str], *, max_tokens: int | None, window: int) -> list[str]:
@@ -84,28 +92,139 @@ def last_word_passages(articles: Sequence[str]) -> list[str]:
     list of str
         Every passage is ``"context word"``; the order is by rank in the article, so that a limit takes from all.
     """
-    found: list[tuple[int, str]] = []
-    for article in articles:
-        rank = 0
-        for paragraph in article.split("\n"):
-            sentences = re.split(r"(?<=[.!?])\s+(?=[A-Z])", paragraph.strip())
-            for last in range(1, len(sentences)):
-                together = sentences[max(0, last - _PASSAGE_CONTEXT) : last + 1]
-                passage = " ".join(" ".join(together).split()).rstrip(".!?")
-                context, _, word = passage.rpartition(" ")
-                fits = _PASSAGE_WORDS[0] <= len(passage.split()) <= _PASSAGE_WORDS[1]
-                if fits and re.fullmatch(r"[A-Za-z]{4,}", word) and re.search(rf"\b{word}\b", context):
-                    found.append((rank, passage))
-                    rank += 1
-    return [passage for _, passage in sorted(found, key=lambda entry: entry[0])]
+    return _in_turn(map(_passages, articles))
+
+
+def _passages(article: str) -> list[str]:
+    found = []
+    for sentences in _paragraphs(article):
+        for last in range(1, len(sentences)):
+            together = sentences[max(0, last - _PASSAGE_CONTEXT) : last + 1]
+            passage = " ".join(together).rstrip(".!?")
+            context, _, word = passage.rpartition(" ")
+            fits = _PASSAGE_WORDS[0] <= len(passage.split()) <= _PASSAGE_WORDS[1]
+            if fits and re.fullmatch(r"[A-Za-z]{4,}", word) and re.search(rf"\b{word}\b", context):
+                found.append(passage)
+    return found
+
+
+def next_sentence_questions(articles: Sequence[str]) -> list[dict[str, Any]]:
+    """A sentence, and four of the article of which one comes next, as in HellaSwag.
+
+    The wrong ones are those of nearest length that are at least eight sentences away, so that neither length nor the
+    topic tells. Every sentence is whole and of 6 to 24 words, and no answer is part of another question.
+
+    Parameters
+    ----------
+    articles : sequence of str
+
+    Returns
+    -------
+    list of dict
+        ``query``, ``choices`` (four) and ``gold``, the place of the right one, which goes round; the order is by rank
+        in the article, so that a limit takes from all.
+    """
+
+    def of_article(article: str) -> list[list[str]]:
+        everywhere = [sentence for sentences in _paragraphs(article) for sentence in sentences]
+        found = []
+        for start, (query, right) in _runs(article, 2):
+            place = start + 1
+            near = {*everywhere[max(0, place - _AWAY + 1) : place + _AWAY]}
+            others = [other for other in dict.fromkeys(everywhere) if _is_whole(other) and other not in near]
+            others.sort(key=lambda other: abs(len(other) - len(right)))
+            if len(others) >= _CHOICES - 1:
+                found.append([query, right, *others[: _CHOICES - 1]])
+        return found
+
+    return _questions(articles, of_article)
+
+
+def sentence_order_questions(articles: Sequence[str]) -> list[dict[str, Any]]:
+    """A sentence, and the two after it in their order and in the other: the same words, so that only their order tells.
+
+    Parameters
+    ----------
+    articles : sequence of str
+
+    Returns
+    -------
+    list of dict
+        As of `next_sentence_questions`, with two choices.
+    """
+
+    def of_article(article: str) -> list[list[str]]:
+        runs = [run for _, run in _runs(article, 3)]
+        return [[query, f"{one} {other}", f"{other} {one}"] for query, one, other in runs if one != other]
+
+    return _questions(articles, of_article)
+
+
+def _questions(articles: Sequence[str], of_article: Callable[[str], list[list[str]]]) -> list[dict[str, Any]]:
+    """Of every article's ``[query, right, wrong ...]``; the right one moves a place on from question to question."""
+    found = []
+    for number, (query, right, *wrong) in enumerate(_in_turn(map(of_article, articles))):
+        gold = number % (1 + len(wrong))
+        found.append({"query": query, "choices": [*wrong[:gold], right, *wrong[gold:]], "gold": gold})
+    return found
+
+
+def _in_turn(found: Iterable[Sequence[Any]]) -> list[Any]:
+    """What was found in the articles: the first of each, then the second of each, and so on."""
+    return [one for rank in itertools.zip_longest(*found) for one in rank if one is not None]
+
+
+def _paragraphs(article: str) -> list[list[str]]:
+    """Sentences of every paragraph."""
+    return [
+        [" ".join(sentence.split()) for sentence in re.split(r"(?<=[.!?])\s+(?=[A-Z])", paragraph.strip())]
+        for paragraph in article.split("\n")
+    ]
+
+
+def _runs(article: str, length: int) -> list[tuple[int, list[str]]]:
+    """Whole sentences that follow each other in a paragraph, so many at a time, none twice; and where they start."""
+    found, start = [], 0
+    for sentences in _paragraphs(article):
+        first = 0
+        while first + length <= len(sentences):
+            run = sentences[first : first + length]
+            fits = all(map(_is_whole, run))
+            if fits:
+                found.append((start + first, run))
+            first += length if fits else 1
+        start += len(sentences)
+    return found
+
+
+def _is_whole(sentence: str) -> bool:
+    """Whether it ends like a sentence, and not with an abbreviation or an initial; and has the right length."""
+    least, most = _SENTENCE_WORDS
+    return least <= len(sentence.split()) <= most and bool(re.search(r"([a-z]{4}|\d\d)[.!?]$", sentence))
 
 
 def last_word_dataset(heldout: str, **_: Any) -> dict[str, datasets.Dataset]:
     """The documents of the lm-eval task ``last_word``, made from the task manager's metadata."""
-    passages = last_word_passages(_read_articles(Path(heldout)))
-    if not passages:
-        raise ArtifactError(heldout, "holds no passage for the task last_word", "Give more text, or leave the task out")
-    return {"test": datasets.Dataset.from_dict({"text": passages})}
+    return _dataset(heldout, "last_word", lambda articles: [{"text": text} for text in last_word_passages(articles)])
+
+
+def next_sentence_dataset(heldout: str, **_: Any) -> dict[str, datasets.Dataset]:
+    """Those of ``next_sentence``."""
+    return _dataset(heldout, "next_sentence", next_sentence_questions)
+
+
+def sentence_order_dataset(heldout: str, **_: Any) -> dict[str, datasets.Dataset]:
+    """Those of ``sentence_order``."""
+    return _dataset(heldout, "sentence_order", sentence_order_questions)
+
+
+def _dataset(
+    heldout: str, task: str, make: Callable[[Sequence[str]], list[dict[str, Any]]]
+) -> dict[str, datasets.Dataset]:
+    documents = make(_read_articles(Path(heldout)))
+    if not documents:
+        raise ArtifactError(heldout, f"holds no passage for the task {task}", "Give more text, or leave the task out")
+    return {"test": datasets.Dataset.from_list(documents)}
 
 
 def read_pieces(heldout: Path | None, options: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Zero-shot tasks: those of lm-eval, the user's own, and ``last_word``, which is made of the held-out text."""
+"""Zero-shot tasks: those of lm-eval, the user's own, and those that are made of the held-out text."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ import lm_eval
 from lm_eval.tasks import TaskManager
 
 from cospadi.errors import ConfigError
+from cospadi.evaluation import HELDOUT_TASKS
 from cospadi.evaluation.heldout import TASK_FILES
 from cospadi.evaluation.scoring import ScoringLM, offline, run_lm_eval
-
-_LAST_WORD = "last_word"
 
 # what is reported of a task that has several of these
 _PRIMARY_METRICS = ("acc_norm", "acc", "exact_match", "word_perplexity", "perplexity")
@@ -28,16 +27,17 @@ def score_tasks(lm: ScoringLM, evaluation: Mapping[str, Any], heldout: Path | No
     if folder is not None:
         managers.append(TaskManager(include_path=str(folder), include_defaults=False))
     known = set(managers[0].all_tasks) if managers else set()
-    local, public = [name for name in names if name in known], [name for name in names if name not in known]
+    local = [name for name in names if name in known]
+    made = [name for name in names if name in HELDOUT_TASKS and name not in known]
+    public = [name for name in names if name not in known and name not in HELDOUT_TASKS]
     scores: dict[str, Any] = {}
-    if _LAST_WORD in public:
+    if made:
         if heldout is None:
-            raise ConfigError([f"evaluation.tasks: {_LAST_WORD} needs a held-out text"])
-        public.remove(_LAST_WORD)
+            raise ConfigError([f"evaluation.tasks: {', '.join(made)} needs a held-out text"])
         with offline():
             metadata = {"heldout": str(heldout)}
             manager = TaskManager(include_path=str(TASK_FILES), include_defaults=False, metadata=metadata)
-            scores |= _run_tasks(lm, manager, [_LAST_WORD], evaluation)
+            scores |= _run_tasks(lm, manager, made, evaluation)
     if public:
         manager = TaskManager()
         unknown = [name for name in public if name not in manager.all_tasks]

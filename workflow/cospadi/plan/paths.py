@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from cospadi.evaluation import HELDOUT_TASKS
 from cospadi.plan.names import chunk_name, filled, layers_of
 from cospadi.plan.variants import DENSE, Variants
 from cospadi.sources import needs_template
@@ -41,7 +42,7 @@ class Paths(Variants):
         needed = {
             "calibration": self.config["calibration"]["source"] == "text",
             "heldout": self.config["evaluation"]["perplexity"] is not None
-            or "last_word" in self.config["evaluation"]["tasks"],
+            or not {*HELDOUT_TASKS}.isdisjoint(self.config["evaluation"]["tasks"]),
         }
         if not needed[part]:
             return []
