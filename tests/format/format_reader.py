@@ -22,6 +22,7 @@ INTEGERS = {**WHOLE, **SHIFTED}
 SCALED_STREAMS = ("ec_scaled", "ectcq_scaled")
 STREAMS = ("ec", "ectcq", *SCALED_STREAMS)
 TRELLISES = {f"trellis{bits}": bits for bits in (4, 3, 2)}
+SQUARE = ("identity", "diagonal")
 BITS = {"bf16": 16, "bf14": 14, **INTEGERS, **TRELLISES, **dict.fromkeys(STREAMS, 0)}
 
 
@@ -122,7 +123,7 @@ def check_spec(spec: Any, is_part: bool = False) -> None:
     need(isinstance(dictionary, dict) and isinstance(codes, dict), "sections")
     codec, values = dictionary.get("codec"), codes.get("codec")
     need(
-        isinstance(codec, str) and codec in (*BITS, "identity") and codec not in (*SHIFTED, *STREAMS, *TRELLISES),
+        isinstance(codec, str) and codec in (*BITS, *SQUARE) and codec not in (*SHIFTED, *STREAMS, *TRELLISES),
         "codec",
     )
     need(isinstance(values, str) and values in BITS, "codec")
@@ -141,9 +142,9 @@ def check_spec(spec: Any, is_part: bool = False) -> None:
         need(section.get("group_size") is None or is_whole(section["group_size"], 1), "group_size")
     need(codec == "identity" or isinstance(dictionary["tensor"], str), "tensor")
     need(codec == "identity" or dictionary["tensor"].endswith(".dictionary"), "tensor")
-    need(codec != "identity" or k == d_in, "identity")
+    need(codec not in SQUARE or k == d_in, "identity or diagonal")
     if support == "mixture":
-        need(values == "bf16" and codec != "identity" and k == n * d_out, "mixture")
+        need(values == "bf16" and codec not in SQUARE and k == n * d_out, "mixture")
     elif support == "2:4":
         need(k % 4 == 0 and 2 * n == k * d_out, "2:4")
     elif support == "dense":
@@ -307,6 +308,8 @@ def read_dictionary(
     """Dictionary, float32 (d_in, n_atoms)."""
     if codec == "identity":
         return np.eye(d_in, dtype=np.float32)
+    if codec == "diagonal":
+        return np.diag(finite(numbers(tensors.get(tensor), "bf16", d_in)))
     dictionary = finite(numbers(tensors.get(tensor), codec, (d_in, n_atoms))).reshape(d_in, n_atoms)
     if codec in INTEGERS:
         size = min(group_size or d_in, d_in)

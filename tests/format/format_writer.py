@@ -95,7 +95,7 @@ def random_matrix(
     """
     tensors: dict[str, np.ndarray] = {}
     n_mixed = k
-    k = d_in if dictionary == "identity" else k * d_out if support == "mixture" else k
+    k = d_in if dictionary in ("identity", "diagonal") else k * d_out if support == "mixture" else k
     spec: dict[str, Any] = {"shape": [d_in, d_out], "dictionary": {"codec": dictionary, "n_atoms": k}}
     if dictionary != "identity":
         tensor = f"{owner or name}.dictionary"
@@ -103,7 +103,7 @@ def random_matrix(
         if is_scaled(dictionary):
             spec["dictionary"]["group_size"] = group_size
         if owner in (None, name):
-            tensors[tensor] = random_numbers(draw, (d_in, k), dictionary)
+            tensors[tensor] = random_numbers(draw, (d_in,) if dictionary == "diagonal" else (d_in, k), dictionary)
             if is_scaled(dictionary):
                 n_groups = -(-d_in // (group_size or d_in))
                 tensors[f"{tensor}_scales"] = random_scales(draw, (n_groups, k), dictionary)

@@ -53,7 +53,7 @@ KINDS = {
     "0.mlp.down_proj": ("bf14", "2:4", "identity", 0, None, None),
     "1.self_attn.q_proj": ("bf16", "mixture", "int8", 2, 16, None),
     "1.self_attn.k_proj": ("trellis3", "dense", "identity", 0, None, None),  # with a mixture added
-    "1.self_attn.v_proj": ("uint3", "dense", "identity", 0, 9, None),
+    "1.self_attn.v_proj": ("uint3", "dense", "diagonal", 0, 9, None),
     "1.self_attn.o_proj": ("bf16", "bitmask", "identity", 0, None, None),
     "1.mlp.gate_proj": ("bf16", "dense", "bf14", 7, None, None),
     "1.mlp.up_proj": ("int4", "bitmask", "int8", 18, 3, None),
@@ -172,6 +172,7 @@ HOSTILE += [
     "",
     "bf16",
     "identity",
+    "diagonal",
     "mixture",
     "dense",
     "2:4",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -30,16 +31,17 @@ TOKENS = torch.arange(3, 60)[None]
 def integers(tiny_model, tmp_path_factory):
     """Factory ``integers(family, codecs, block_size) -> packed folder``: matrices rounded to these codecs in turn."""
 
-    def make(family: str, codecs: list[str], block_size: int | None) -> Path:
+    def make(family: str, codecs: list[str], block_size: int | None, scaled: bool = False) -> Path:
         base = ModelFolder(tiny_model(family, hidden_size=64, intermediate_size=96, head_dim=16))
         root = tmp_path_factory.mktemp(family)
         tensors, specs = {}, {}
         names = sorted({name.rpartition(".")[0] for name in base.weight_map if name.split(".")[-2] in PROJECTIONS})
         for index, name in enumerate(names[1:]):  # one stays as it is
             codec = codecs[index % len(codecs)]
-            exact = Factorization(
-                None, base.read_weight(name), support="dense", value_codec=codec, block_size=block_size
-            )
+            weight = base.read_weight(name)
+            exact = Factorization(None, weight, support="dense", value_codec=codec, block_size=block_size)
+            if scaled:
+                exact = replace(exact, dictionary=np.full(len(weight), 2, np.float32), dictionary_codec="diagonal")
             packed, specs[name] = exact.pack(name)
             tensors |= packed
         header = {"cospadi": json.dumps({"format_version": 1, "matrices": specs})}
@@ -92,6 +94,9 @@ def test_what_compressed_tensors_cannot_hold_is_refused(packed_model, integers, 
         compressed_tensors.export(packed_model("llama").packed, tmp_path / "out")
     with pytest.raises(ArtifactError, match="64 inputs in blocks of 48; expected whole blocks"):
         compressed_tensors.export(integers("llama", ["int4"], 48), tmp_path / "out")
+    scaled = r"codes \(int4, dense\) over a dictionary \(diagonal\); compressed-tensors holds integers alone"
+    with pytest.raises(ArtifactError, match=scaled):
+        compressed_tensors.export(integers("llama", ["int4"], 32, scaled=True), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -24,6 +24,7 @@ LAYERS = "model.layers"
 Q, K, V, OUT = (f"{LAYERS}.0.self_attn.{name}_proj" for name in "qkvo")
 GATE, UP, DOWN = (f"{LAYERS}.0.mlp.{name}_proj" for name in ("gate", "up", "down"))
 MIXED, SUMMED = f"{LAYERS}.1.self_attn.q_proj", f"{LAYERS}.1.self_attn.k_proj"
+SCALED = f"{LAYERS}.1.self_attn.v_proj"
 STREAM = f"{LAYERS}.1.mlp.down_proj"
 SHARED, LAST = f"{LAYERS}.1.mlp.gate_proj", f"{LAYERS}.1.mlp.up_proj"
 
@@ -151,6 +152,10 @@ RULES: dict[str, tuple[Callable[[Folder], None], str]] = {
         spec(Q, "dictionary", codec="uint4"),
         f"{Q}: codec 'uint4' is one of codes, not",
     ),
+    "codec of dictionaries in codes": (
+        spec(Q, "codes", codec="diagonal"),
+        f"{Q}: codec 'diagonal' is one of dictionaries, not of codes",
+    ),
     "codec": (spec(Q, "codes", codec="float32"), f"{Q}: codec 'float32' is not known"),
     "codec of another type": (spec(Q, "codes", codec=["bf16"]), rf"{Q}: codec \['bf16'\] is not known"),
     "support": (spec(Q, "codes", support="1:4"), f"{Q}: support '1:4' is not known"),
@@ -160,6 +165,15 @@ RULES: dict[str, tuple[Callable[[Folder], None], str]] = {
         f"{Q}: support '2:4' needs a multiple of 4 atoms, not 13",
     ),
     "identity": (spec(DOWN, "dictionary", n_atoms=24), f"{DOWN}: 24 atoms in an identity dictionary of 28"),
+    "diagonal": (spec(SCALED, "dictionary", n_atoms=24), f"{SCALED}: 24 atoms in a diagonal dictionary of 36"),
+    "diagonal to mix": (
+        spec(MIXED, "dictionary", codec="diagonal", group_size=...),
+        f"{MIXED}: 64 atoms to mix in a diagonal dictionary of 36",
+    ),
+    "shape of a diagonal": (
+        header(f"{SCALED}.dictionary", shape=[36, 1]),
+        rf"{SCALED}.dictionary has shape \(36, 1\), expected \(36,\)",
+    ),
     "mixture": (spec(MIXED, "codes", n_nonzero=3), f"{MIXED}: 3 coefficients do not fit"),
     "sum of nothing": (spec(SUMMED, None, plus=[]), rf"{SUMMED}: plus is \[\]"),
     "sum of a sum": (
@@ -213,6 +227,7 @@ RULES: dict[str, tuple[Callable[[Folder], None], str]] = {
         f"{V}.dictionary_scales holds 1",
     ),
     "NaN in a dictionary": (content(f"{Q}.dictionary", 5, 0x7FC0, 2), f"{Q}.dictionary holds 1 values"),
+    "NaN in a diagonal": (content(f"{SCALED}.dictionary", 5, 0x7FC0, 2), f"{SCALED}.dictionary holds 1 values"),
     "NaN in 14 bits": (content(f"{GATE}.values", slice(0, 7), 0xFF), f"{GATE}.values holds 4 values that are NaN"),
     "NaN in the last of 14 bits": (
         content(f"{SHARED}.dictionary", slice(-9, None), 0xFF),

@@ -51,11 +51,16 @@ CODECS = ("bf16", "bf14", "int8", "int4")
 # every codec of the codes with every support, every codec of the dictionary
 KINDS = [(codec, support, "bf16") for codec, support in itertools.product(CODECS, ("bitmask", "dense", "2:4"))]
 KINDS += [("bf16", "bitmask", dictionary) for dictionary in ("bf14", "int8", "int4", "identity")]
-KINDS += [("int4", "2:4", "identity"), ("int8", "dense", "int8")]
+KINDS += [("int4", "2:4", "identity"), ("int8", "dense", "int8"), ("int4", "dense", "diagonal")]
+KINDS += [("bf14", "bitmask", "diagonal")]
 KINDS += [("trellis4", "dense", "identity"), ("trellis3", "dense", "bf16"), ("trellis2", "dense", "identity")]
 # without a compiled kernel
 OTHERS = [("uint3", "bitmask", "int6"), ("uint8", "2:4", "bf16")]
-OTHERS += [(f"{kind}{bits}", "dense", "identity") for kind in ("int", "uint") for bits in (2, 3, 4, 6)]
+OTHERS += [
+    (f"{kind}{bits}", "dense", "diagonal" if bits == 3 else "identity")
+    for kind in ("int", "uint")
+    for bits in (2, 3, 4, 6)
+]
 
 
 def make(shape=(48, 40, 27), *, codec="bf16", support="bitmask", dictionary="bf16", bias=False, seed=0, group_size=16):
@@ -63,7 +68,7 @@ def make(shape=(48, 40, 27), *, codec="bf16", support="bitmask", dictionary="bf1
     d_in, d_out, k = shape
     if support == "2:4":
         k = -(-k // 4) * 4
-        d_in = -(-d_in // 4) * 4 if dictionary == "identity" else d_in
+        d_in = -(-d_in // 4) * 4 if dictionary in ("identity", "diagonal") else d_in
     tensors, spec = random_matrix(
         np.random.default_rng(seed), d_in, d_out, k, codec, support, dictionary, group_size=group_size
     )
@@ -819,6 +824,26 @@ def test_parts_of_a_sum_are_computed_alone_where_that_is_seen():
     layer.plus[0].unpack(torch.float32)
     layer.plus[0].unpacked_codes.data.zero_()
     torch.testing.assert_close(layer(x), x @ weight - x @ atoms @ codes.T / 2, rtol=1e-4, atol=1e-4)
+
+
+def test_inputs_are_scaled_in_sums_and_where_a_layer_is_a_function(machine):
+    scaled = ("int4", "dense", "diagonal")
+    for layer, weight in (
+        make_sum([scaled, SUM[1]]),
+        make_sum([SUM[1], scaled, SUM[0]]),
+        make(codec="int4", support="dense", dictionary="diagonal"),
+    ):
+        for rows in (1, 2, FEW + 1):
+            for _ in range(3):  # from the second on by a function in C
+                x = torch.randn(rows, len(weight))
+                size = x.abs() @ weight.abs() + 1
+                assert ((layer(x) - x @ weight).abs() / size).max() < 1e-5
+    with pytest.raises((ValueError, RuntimeError), match="48"):
+        layer(torch.randn(2, 1))
+    seen = []
+    layer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    layer(x)
+    assert seen[0] is x, "hooks see an input as it is"
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from cospadi.runtime import cospadi_cpu
 from cospadi.runtime.cospadi_entropy import DamagedStreamError, _parsed, follow, steps_near
 from cospadi.runtime.cospadi_registry import CODECS
 from cospadi.runtime.cospadi_trellis import VALUES
-from cospadi.solvers import trellis
+from cospadi.solvers import float8, trellis
 from cospadi.solvers.entropy import _follow_trellis
 from cospadi.solvers.gptq import quantize
 
@@ -495,3 +495,113 @@ def test_a_trellis_where_an_input_is_never_active():
     gram[5], gram[:, 5] = 0, 0
     found = factorize(w, gram, method="trellis", bits=5)
     assert np.isfinite(found.codes).all() and not found.codes[5].any()
+
+
+# --- scaled inputs ----------------------------------------------------------------------------------------------------
+
+
+def heavy(d_in: int = D_IN) -> np.ndarray:
+    """A Gram of which a few inputs carry most."""
+    scales = np.ones(d_in)
+    scales[[7, 20, 50]] = 30
+    return inputs(d_in) * scales[:, None] * scales
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_where_all_inputs_are_as_active_they_are_not_scaled(method, symmetric):
+    w, gram = weight(), inputs()
+    activity = np.sqrt(np.diagonal(gram))
+    gram = gram / activity[:, None] / activity
+    np.fill_diagonal(gram, 1)
+    options = {"method": method, "bits": 5.75, "value_bits": 4, "block_size": 16, "symmetric": symmetric}
+    plain = factorize(w, gram, **options)
+    found = factorize(w, gram, scale_inputs=True, **options)
+    assert found.dictionary is None and found.diagnostics["power"] == 0
+    np.testing.assert_array_equal(found.codes, plain.codes)
+    np.testing.assert_array_equal(found.scales, plain.scales)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("codec", ["int3", "int4", "uint3"])
+def test_scaled_inputs_serve_those_that_carry_all(method, codec):
+    w, gram = weight(d_out=64), heavy()
+    asked = bits_of(codec, 16) + 16 / 64
+    options = {"method": method, "block_size": 16, "symmetric": codec.startswith("int")}
+    plain = factorize(w, gram, bits=bits_of(codec, 16), **options)
+    found = factorize(w, gram, bits=asked, scale_inputs=True, **options)
+    assert found.value_codec == plain.value_codec == codec
+    assert found.relative_error(w, gram) < (0.5 if method == "rtn" else 0.9) * plain.relative_error(w, gram)
+    # the file has them, and they are counted
+    assert 8 * found.nbytes / w.size == asked
+    tensors, spec = found.pack("m")
+    assert tensors["m.dictionary"].shape == (D_IN,) and spec["dictionary"]["codec"] == "diagonal"
+    assert sum(tensor.nbytes for tensor in tensors.values()) == found.nbytes
+    stored = unpack(tensors, spec, "m")
+    np.testing.assert_array_equal(stored.reconstruct(), found.reconstruct())
+    x = np.random.default_rng(0).normal(size=(3, D_IN)).astype(np.float32)
+    np.testing.assert_allclose(stored(x), x @ stored.reconstruct(), rtol=1e-4, atol=1e-4)
+    again, _ = stored.pack("m")
+    assert all(again[name].tobytes() == tensors[name].tobytes() for name in tensors)
+    # a byte less, and they cost a bit of every weight
+    less = factorize(w, gram, bits=asked - 8 / w.size, scale_inputs=True, **options)
+    assert CODECS[less.value_codec].bits < CODECS[codec].bits
+
+
+def test_an_input_that_is_never_active_is_scaled_and_costs_nothing():
+    w, gram = weight(), heavy()
+    gram[5], gram[:, 5] = 0, 0
+    for method in ("rtn", "gptq"):
+        found = factorize(w, gram, method=method, bits=5, block_size=16, scale_inputs=True)
+        assert np.isfinite(found.reconstruct()).all() and found.relative_error(w, gram) < 0.1
+    assert factorize(w, 0 * gram, method="rtn", bits=5, block_size=16, scale_inputs=True).dictionary is None
+
+
+def test_scaled_inputs_are_found_on_torch_as_in_numpy():
+    w, gram = weight(), heavy()
+    options = {"method": "gptq", "bits": 5, "block_size": 16, "scale_inputs": True}
+    here = factorize(w, gram, **options)
+    there = factorize(torch.from_numpy(w), torch.from_numpy(gram), **options)
+    np.testing.assert_array_equal(there.dictionary, here.dictionary)
+    assert there.relative_error(w, gram) == pytest.approx(here.relative_error(w, gram), rel=0.02)
+
+
+# --- float8, entropy-coded --------------------------------------------------------------------------------------------
+
+
+def test_float8_is_that_of_torch():
+    rng = np.random.default_rng(0)
+    numbers = (rng.normal(size=5000) * np.exp2(rng.integers(-12, 10, 5000))).astype(np.float32)
+    numbers = np.concatenate([numbers, np.float32([0, 1e9, -1e9, 448, 464, 2**-9, 2**-10, 3 * 2**-10, 17 * 2**-9])])
+    expected = torch.from_numpy(numbers.clip(-448, 448)).to(torch.float8_e4m3fn).float().numpy()
+    np.testing.assert_array_equal(float8.to_float8(numbers * np.float32(512)) / 512, expected)
+
+
+@pytest.mark.parametrize("bits", [2, 3.25, 4.25])
+def test_float8_takes_the_bits_that_were_asked_for(bits):
+    for d_in, d_out in ((64, 48), (96, 200)):
+        w = weight(d_in, d_out)
+        found = factorize(w, method="entquant", bits=bits)
+        tensors, spec = found.pack("m")
+        assert sum(tensor.nbytes for tensor in tensors.values()) == found.nbytes
+        # a step of one of the columns is the least that can be changed
+        assert bits - 0.01 - 64 / w.size - 1 / d_out <= 8 * found.nbytes / w.size <= bits
+        np.testing.assert_array_equal(unpack(tensors, spec, "m").codes, found.codes)
+        steps = np.asarray(found.scales)[d_in:]
+        numbers = torch.from_numpy(found.codes / steps / 512)
+        assert torch.equal(numbers.to(torch.float8_e4m3fn).float(), numbers)
+        # without data
+        np.testing.assert_array_equal(factorize(w, inputs(d_in), method="entquant", bits=bits).codes, found.codes)
+    with pytest.raises(ConfigError, match="is the least"):
+        factorize(w, method="entquant", bits=0.5)
+
+
+def test_float8_beats_blocks_of_integers_where_there_are_no_data():
+    w = weight(192, 400)
+    bits = bits_of("int3", 64)
+    found, rounded = (factorize(w, method=method, bits=bits, block_size=64) for method in ("entquant", "rtn"))
+    assert found.relative_error(w) < 0.8 * rounded.relative_error(w)
+    # and never takes more than its numbers are worth
+    most = factorize(w, method="entquant", bits=12)
+    assert 8 * most.nbytes / w.size < 8 and most.relative_error(w) < 2**-4 / 3**0.5
+    assert not factorize(np.where(np.arange(400) == 3, 0, w), method="entquant", bits=3).codes[:, 3].any()

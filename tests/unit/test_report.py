@@ -167,6 +167,7 @@ def test_table(finished):
         "recovery": "0.75",  # 30 / 40
         "mean_accuracy": "0.45",  # of 0.6 and 0.3; mmlu_anatomy is a part of mmlu
         "mean_relative_error": "0.25",
+        "worst_matrices": "1.down 0.4, 0.down 0.3, 1.q 0.2",
         "predicted_rise": "",
         "refinement_gain": "",
         "seconds_refining": "",
@@ -176,6 +177,7 @@ def test_table(finished):
         "mmlu": "0.3",
     }
     assert table["svd_llm-20"]["target_bytes"] == "638"
+    assert table["svd_llm-20"]["worst_matrices"] == "1.down 0.5, 0.down 0.4, 1.q 0.3"
     assert table["svd_llm-20"]["ratio_true"] == "0.2025"
     assert table["svd_llm-20"]["recovery"] == "0.25"
     dense = table["dense"]

@@ -122,8 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _table_of(options: argparse.Namespace) -> str:
     changes = {"device": options.device} if options.device else {}
     model_config = read_json(options.model, "Give a model's config.json") if options.model else None
-    plan = plan_of(options.configfile, changes, model_config)
-    return "\n".join([table(needs(plan), options.results), *plan.told])
+    return table(needs(plan_of(options.configfile, changes, model_config)), options.results)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from cospadi.arrays import to_numpy
 from cospadi.calibration.walk import Chunk, Tap, Windows
 from cospadi.errors import NumericalError
 from cospadi.formats.factorization import Factorization
+from cospadi.runtime.cospadi_diagonal import times
 from cospadi.runtime.cospadi_registry import FACTOR_CODECS
 
 # Share of the windows, the last ones, that tell which epoch is the best; of the steps, in which the rate grows; of the
@@ -295,7 +296,7 @@ class _Part(torch.nn.Module):
         return self.values if self.mask is None else self.values * self.mask
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        through = x if self.dictionary is None else x @ self.dictionary.to(x.dtype)
+        through = x if self.dictionary is None else times(x, self.dictionary.to(x.dtype))
         return through @ self._codes().to(x.dtype)
 
     def factors(self) -> Factorization:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,13 +19,14 @@ def dictionary_nbytes(d_in: int, k: int, codec: str, block_size: int | None) -> 
     """Bytes of a dictionary (d_in, k) with its scales; `codec` is `IDENTITY` or one of numbers."""
     if codec == IDENTITY:
         return 0
-    return numbers_nbytes(codec, d_in * k, -(-d_in // (block_size or d_in)) * k)
+    n = math.prod(FACTOR_CODECS[codec].numbers_of_dictionary(d_in, k))
+    return numbers_nbytes(codec, n, -(-d_in // (block_size or d_in)) * k)
 
 
 def pack_dictionary(
     dictionary: np.ndarray | None, k: int, tensor: str, *, codec: str, block_size: int | None, scales: Any | None
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Tensors, by their names, and spec of a dictionary (d_in, k); None is the identity.
+    """Tensors, by their names, and spec of a dictionary (d_in, k), or its diagonal (d_in,); None is the identity.
 
     Parameters
     ----------
@@ -55,4 +57,5 @@ def unpack_dictionary(
     tensor, k = spec["tensor"], spec["n_atoms"]
     scales = np.asarray(tensors[f"{tensor}_scales"]) if FACTOR_CODECS[spec["codec"]].scaled else None
     blocks = lambda: blocks_of_atoms(d_in, k, spec["group_size"])  # noqa: E731
-    return restore(tensors[tensor], spec["codec"], blocks, (d_in, k), scales=scales)
+    shape = FACTOR_CODECS[spec["codec"]].numbers_of_dictionary(d_in, k)
+    return restore(tensors[tensor], spec["codec"], blocks, shape, scales=scales)

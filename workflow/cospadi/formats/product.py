@@ -12,6 +12,7 @@ from cospadi.errors import NumericalError
 from cospadi.formats.codes import codes_nbytes, n_blocks, pack_codes
 from cospadi.formats.dictionaries import IDENTITY, dictionary_nbytes, pack_dictionary
 from cospadi.formats.values import BLOCK_SIZE
+from cospadi.runtime.cospadi_diagonal import times
 from cospadi.runtime.cospadi_registry import FACTOR_CODECS, SUPPORTS
 from cospadi.runtime.cospadi_supports import Support
 
@@ -23,7 +24,7 @@ class Product:
     Attributes
     ----------
     dictionary : array (d_in, k), float32, or None
-        None is the identity (k = d_in), which takes no bytes.
+        None is the identity (k = d_in), which takes no bytes. (d_in,): a diagonal, of the codec of that name.
     codes : array (k, d_out), float32
         With explicit zeros unless `support` is ``"dense"``. Of a mixture: (n_matrix_atoms,).
     support : str
@@ -91,11 +92,15 @@ class Product:
 
     def reconstruct(self) -> Any:
         """D S, (d_in, d_out)."""
-        return self.codes if self.dictionary is None else self.on.product(self.dictionary, self.codes)
+        if self.dictionary is None:
+            return self.codes
+        if self.dictionary.ndim == 1:
+            return self.dictionary[:, None] * self.codes
+        return self.on.product(self.dictionary, self.codes)
 
     def __call__(self, x: Any) -> Any:
         """``(x D) S``: inputs (n, d_in) to outputs (n, d_out) through the factors."""
-        return self.on.product(x if self.dictionary is None else x @ self.dictionary, self.codes)
+        return self.on.product(times(x, self.dictionary), self.codes)
 
     def pack(self, name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Tensors and spec as they go into the file (docs/format.md), of the matrix or part `name`.

@@ -15,6 +15,7 @@ from cospadi.methods import (
     compot,
     cospadi,
     ectcq,
+    entquant,
     geopair,
     gptq,
     hybrid,
@@ -52,6 +53,7 @@ _MODULES = (
     gptq,
     ectcq,
     trellis,
+    entquant,
 )
 METHODS: dict[str, Method] = {module.METHOD.name: module.METHOD for module in _MODULES}
 

@@ -180,6 +180,5 @@ METHOD = Method(
     ],
     faults=faults,
     own_codec=True,
-    decoded=True,
     allocator=Allocator(profile=profile, share=share, work=_profiling),
 )

@@ -1,28 +1,49 @@
 """What the methods have in common that keep every weight in a few bits: ``W ~ S``, all codes stored.
 
-The dictionary is the identity and takes no bytes. A method decides codec and scales itself, so its factors are settled:
-nothing is rounded later.
+The dictionary is the identity and takes no bytes, or scales the inputs (`scaled`). A method decides codec and scales
+itself, so its factors are settled: nothing is rounded later.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
+from cospadi.arrays import on_device, to_numpy
 from cospadi.budget import factors_nbytes
 from cospadi.errors import ConfigError
+from cospadi.files import BFLOAT16
 from cospadi.formats.dictionaries import IDENTITY
+from cospadi.formats.factorization import Factorization
 from cospadi.formats.values import storage_of
+from cospadi.methods import single_weights
 from cospadi.methods.base import Problems, budget_faults
+from cospadi.problem import Problem
+from cospadi.registry import option
+from cospadi.runtime.cospadi_diagonal import Diagonal
 from cospadi.runtime.cospadi_registry import CODECS
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "symmetric": {
-        "type": "boolean",
-        "default": True,
-        "description": "false: every block has a zero point beside its scale, of as many bits as a weight.",
-    },
+    "symmetric": option(
+        "boolean",
+        "false: every block has a zero point beside its scale, of as many bits as a weight.",
+        default=True,
+    ),
+    "scale_inputs": option(
+        "boolean",
+        "Multiply the weights of active inputs by a power of how active they are before they are rounded, and divide "
+        "those inputs by it in the model (AWQ, MLSys 2024): the power of ten that errs least, 16 bits an input.",
+        default=False,
+    ),
 }
+
+# Powers of the activity that are tried
+POWERS = tuple(i / 10 for i in range(10))
+# Inputs that are less active than the most active one by more than this are scaled as if they were not
+_RANGE = 1e-4
 
 
 def grid(
@@ -30,11 +51,12 @@ def grid(
     nbytes: int,
     *,
     symmetric: bool,
+    scale_inputs: bool,
     value_codec: str,
     block_size: int | None,
     dictionary_codec: str = IDENTITY,
 ) -> str:
-    """Codec of the most bits a weight, at most those of `value_codec`, that fits in `nbytes`, scales counted.
+    """Codec of the most bits a weight, at most those of `value_codec`, that fits in `nbytes`, all scales counted.
 
     Raises
     ------
@@ -45,7 +67,7 @@ def grid(
     grids = [codec for codec in CODECS.values() if codec.scaled and not codec.variable]
     grids = [codec for codec in grids if codec.shifted != symmetric and codec.bits <= most]
     for codec in sorted(grids, key=lambda codec: -codec.bits):
-        taken = stored_nbytes(shape, codec.name, block_size)
+        taken = stored_nbytes(shape, codec.name, block_size, Diagonal.name if scale_inputs else IDENTITY)
         if taken <= nbytes:
             return codec.name
     raise ConfigError(
@@ -56,7 +78,7 @@ def grid(
     )
 
 
-def stored_nbytes(shape: tuple[int, int], codec: str, block_size: int | None) -> int:
+def stored_nbytes(shape: tuple[int, int], codec: str, block_size: int | None, dictionary_codec: str = IDENTITY) -> int:
     """Bytes of a weight of which every entry is an integer of a codec."""
     d_in, d_out = shape
     return factors_nbytes(
@@ -66,14 +88,60 @@ def stored_nbytes(shape: tuple[int, int], codec: str, block_size: int | None) ->
         d_in * d_out,
         support="dense",
         value_codec=codec,
-        dictionary_codec=IDENTITY,
+        dictionary_codec=dictionary_codec,
         block_size=block_size,
     )
+
+
+def scaled(problem: Problem, device: str, rounded: Callable[[Any, Any], Factorization]) -> Factorization:
+    """``W ~ diag(d) Q(W / d)``, with d the power of the inputs' activity at which that errs least on the calibration.
+
+    How active an input is says the diagonal of the Gram, the mean of its square; AWQ takes the mean of its size.
+
+    Parameters
+    ----------
+    rounded : callable
+        ``rounded(weight, gram) -> Factorization`` with an identity dictionary, of arrays on the device.
+    """
+    weight, gram = single_weights.inputs_of(problem, device)
+    activity = np.sqrt(np.diagonal(to_numpy(gram)))
+    best, least = None, np.inf
+    for power in POWERS:
+        scales = input_scales(activity, power)
+        if (scales == 1).all():
+            found = rounded(weight, gram)
+        else:
+            here = on_device(scales, device)
+            found = rounded(weight / here[:, None], gram * here[:, None] * here)
+            found = replace(found, dictionary=scales, dictionary_codec=Diagonal.name)
+        error = problem.metric.squared_norm(problem.weight - found.reconstruct())
+        if error < least:
+            best, least = replace(found, diagnostics={**found.diagnostics, "power": power}), error
+    return best
+
+
+def input_scales(activity: np.ndarray, power: float) -> np.ndarray:
+    """What inputs are multiplied by, float32 (d_in,) that bfloat16 holds: activity to a negative power, around 1."""
+    most = activity.max(initial=0.0)
+    if most == 0:
+        return np.ones(len(activity), np.float32)
+    scales = np.maximum(activity / most, _RANGE) ** -power
+    return (scales / np.sqrt(scales.max() * scales.min())).astype(BFLOAT16).astype(np.float32)
+
+
+def tries(options: Mapping[str, Any]) -> int:
+    """How often a weight is rounded."""
+    return len(POWERS) if options["scale_inputs"] else 1
+
+
+def modules(options: Mapping[str, Any]) -> list[str]:
+    """The modules of all such methods whose code decides the result."""
+    more = ["cospadi.runtime.cospadi_diagonal"] if options["scale_inputs"] else []
+    return [__name__, "cospadi.runtime.cospadi_integers", *more]
 
 
 def faults(settings: Mapping[str, Any], problems: Problems = ()) -> Iterator[str]:
     """Ratios that leave less than the fewest bits take."""
     storage = storage_of(settings.get("codes", {}))
-    yield from budget_faults(
-        settings, problems, lambda shape, nbytes: grid(shape, nbytes, symmetric=settings["symmetric"], **storage)
-    )
+    chosen = {name: settings[name] for name in OPTIONS}
+    yield from budget_faults(settings, problems, lambda shape, nbytes: grid(shape, nbytes, **chosen, **storage))

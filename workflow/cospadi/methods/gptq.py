@@ -30,28 +30,31 @@ def fit(
     how: Fit,
     *,
     symmetric: bool = True,
+    scale_inputs: bool = False,
     act_order: bool = False,
     damping: float = OPTIONS["damping"]["default"],
 ) -> list[Factorization]:
     """The most bits that fit, rounded with error feedback (`solvers.gptq`), in float64."""
     from cospadi.solvers import gptq
 
-    codec = few_bits.grid(problem.shape, nbytes, symmetric=symmetric, **how.storage)
-    weight, gram = single_weights.inputs_of(problem, how.device)
-    rounded, scales = gptq.quantize(
-        weight, gram, codec=codec, block_size=how.storage["block_size"], damping=damping, act_order=act_order
-    )
-    return [
-        Factorization(
+    codec = few_bits.grid(problem.shape, nbytes, symmetric=symmetric, scale_inputs=scale_inputs, **how.storage)
+    options = {"codec": codec, "block_size": how.storage["block_size"], "damping": damping, "act_order": act_order}
+
+    def rounded(weight: Any, gram: Any) -> Factorization:
+        codes, scales = gptq.quantize(weight, gram, **options)
+        return Factorization(
             None,
-            np.ascontiguousarray(to_numpy(rounded), np.float32),
+            np.ascontiguousarray(to_numpy(codes), np.float32),
             support="dense",
             **{**how.storage, "value_codec": codec},
             scales=scales,
             settled=True,
             diagnostics={"solver": "gptq", "codec": codec},
         )
-    ]
+
+    if scale_inputs:
+        return [few_bits.scaled(problem, how.device, rounded)]
+    return [rounded(*single_weights.inputs_of(problem, how.device))]
 
 
 METHOD = Method(
@@ -60,11 +63,13 @@ METHOD = Method(
     options=OPTIONS,
     factors="integers",
     fit=fit,
-    work=lambda targets, nbytes, options, storage: single_weights.work(targets, products=2, inversions=2),
+    work=lambda targets, nbytes, options, storage: single_weights.work(
+        targets, products=3 * few_bits.tries(options) - 1, inversions=2 * few_bits.tries(options)
+    ),
     modules=lambda options: [
         __name__,
-        few_bits.__name__,
-        *("cospadi.solvers.gptq", "cospadi.solvers.sparsegpt", "cospadi.runtime.cospadi_integers"),
+        *few_bits.modules(options),
+        *("cospadi.solvers.gptq", "cospadi.solvers.sparsegpt"),
     ],
     faults=few_bits.faults,
     own_codec=True,

@@ -13,7 +13,7 @@ import jinja2
 
 from cospadi.files import replacing
 from cospadi.report.figures import COLOURS
-from cospadi.report.plots import place_of
+from cospadi.report.summary import place_of
 
 # Snakemake carries these for its own reports
 _SCRIPTS = ("vega/vega.js", "vega-lite/vega-lite.js", "vega-embed/vega-embed.js")

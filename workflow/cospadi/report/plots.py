@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from cospadi.report.figures import COLOURS, Style, draw_legend, draw_line, new_figure, style
 from cospadi.report.figures import save as _save
 from cospadi.report.frontier import family, front
+from cospadi.report.summary import place_of
 
 # With more variants than that, names beside the points hide the points, and a legend of groups stands below
 LABELLED = 14
@@ -244,12 +244,6 @@ def _compressed(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _factorized(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: variant for name, variant in summary["variants"].items() if variant["matrices"]}
-
-
-def place_of(matrix: str) -> tuple[int, str]:
-    """Layer and projection of a matrix: ``model.layers.3.self_attn.q_proj`` is (3, "self_attn.q_proj")."""
-    _, layer, projection = re.split(r"\.(\d+)\.", matrix, maxsplit=1)
-    return int(layer), projection
 
 
 def _bits_by_place(matrices: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[int], np.ndarray] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ def collect(
         "ratio_true": 0.0,
         "ratio_of_all": None,
         "mean_relative_error": 0.0,
+        "worst_matrices": None,
         "predicted_rise": None,
         "refinement_gain": None,
         "seconds_refining": None,
@@ -89,6 +91,7 @@ def _read_variant(
             "ratio_true": columns["target_parameters_removed"],
             "ratio_of_all": None,
             "mean_relative_error": None,
+            "worst_matrices": None,
             "predicted_rise": None,
             "refinement_gain": None,
             "seconds_refining": None,
@@ -120,6 +123,7 @@ def _read_variant(
         "ratio_true": 1 - target_bytes / dense_nbytes,
         "ratio_of_all": ratio_of_all,
         "mean_relative_error": sum(matrix["relative_error"] for matrix in matrices.values()) / len(matrices),
+        "worst_matrices": _worst(matrices),
         "predicted_rise": sum(rises) if rises else None,
         "refinement_gain": _mean([1 - block["error"] / block["error_before"] for block in refined]),
         "seconds_refining": sum(block["seconds"] for block in refined) if refined else None,
@@ -129,6 +133,23 @@ def _read_variant(
         "matrices": matrices,
         **columns,
     }
+
+
+def place_of(matrix: str) -> tuple[int, str]:
+    """Layer and projection of a matrix: ``model.layers.3.self_attn.q_proj`` is (3, "self_attn.q_proj")."""
+    _, layer, projection = re.split(r"\.(\d+)\.", matrix, maxsplit=1)
+    return int(layer), projection
+
+
+def _worst(matrices: Mapping[str, Mapping[str, Any]]) -> str:
+    """The matrices of the largest relative errors, three at most: ``28.down 0.412, 0.v 0.38``."""
+
+    def said(matrix: str) -> str:
+        layer, projection = place_of(matrix)
+        short = projection.rpartition(".")[2].removesuffix("_proj")
+        return f"{layer}.{short} {matrices[matrix]['relative_error']:.3g}"
+
+    return ", ".join(map(said, sorted(matrices, key=lambda matrix: -matrices[matrix]["relative_error"])[:3]))
 
 
 def _mean(values: Sequence[float]) -> float | None:

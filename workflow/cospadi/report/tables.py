@@ -63,6 +63,7 @@ COLUMNS = (
         "{:.4f}".format,
         "mean over the matrices of ||X(W - DS)|| / ||XW||, in the variant's metric",
     ),
+    Column("worst_matrices", "worst matrices", str, "layer and projection of the largest of these errors"),
     Column(
         "predicted_rise",
         "predicted rise",

@@ -49,11 +49,11 @@ def tensor_shapes(spec: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], torc
 def decode_dictionary(
     spec: dict[str, Any], stored: torch.Tensor | None, scales: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor | None:
-    """Dictionary (d_in, k) in `dtype`; None where it is the identity."""
+    """Dictionary (d_in, k) in `dtype`; its diagonal (d_in,) where that is all; None where it is the identity."""
     if stored is None:
         return None
-    (d_in, _), k = spec["shape"], spec["dictionary"]["n_atoms"]
-    numbers = _decode(spec["dictionary"]["codec"], stored, (d_in, k))
+    (d_in, _), k, codec = spec["shape"], spec["dictionary"]["n_atoms"], spec["dictionary"]["codec"]
+    numbers = _decode(codec, stored, CODECS[codec].numbers_of_dictionary(d_in, k))
     if scales is None:
         return numbers.to(dtype)
     size = spec["dictionary"]["group_size"] or d_in
@@ -117,7 +117,7 @@ def _decode(name: str, stored: torch.Tensor, shape: Sequence[int]) -> torch.Tens
 
 
 def encode_dictionary(spec: dict[str, Any], dictionary: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
-    """Store a dictionary (d_in, k) with the codec and the scales it had: inverse of `decode_dictionary`."""
+    """Store a dictionary with the codec and the scales it had: inverse of `decode_dictionary`."""
     if scales is not None:
         size = spec["dictionary"]["group_size"] or len(dictionary)
         scales = scales.float().repeat_interleave(size, 0)[: len(dictionary)]

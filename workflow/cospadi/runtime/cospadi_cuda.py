@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .cospadi_codecs import decode_codes, decode_dictionary
+from .cospadi_diagonal import is_diagonal, times
 from .cospadi_registry import CODECS as ALL_CODECS
 from .cospadi_supports import unpack_bits
 from .cospadi_trellis import LANES
@@ -139,6 +140,8 @@ def project(spec: dict[str, Any], parts: list[torch.Tensor | None], x: torch.Ten
     dictionary, dictionary_scales, *_ = parts
     if dictionary is None:
         return x
+    if is_diagonal(spec):
+        return times(x, dictionary.to(torch.float32 if _few(x) else x.dtype))
     (d_in, _), k = spec["shape"], spec["dictionary"]["n_atoms"]
     if not _few(x):
         atoms = decode_dictionary(spec, dictionary, dictionary_scales, x.dtype)
@@ -211,7 +214,7 @@ def apply_codes(
             SCALED=codes["codec"] in _SCALED,
             PAIRS=codes["support"] == "2:4",
             ASM=_nvidia(z.device),
-            LANES=parts[0] is not None,
+            LANES=parts[0] is not None and not is_diagonal(spec),
             EARLY=early,
             VALUE_BITS=CODECS[codes["codec"]],
             BLOCK_OUT=block,

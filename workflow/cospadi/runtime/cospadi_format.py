@@ -99,7 +99,7 @@ def stored_tensors(
     tensors: dict[str, tuple[str, tuple[int, ...], Any]] = {}
     if dictionary["codec"] != IDENTITY:
         tensor, codec = dictionary["tensor"], codecs[dictionary["codec"]]
-        tensors[tensor] = ("dictionary", codec.shape((d_in, k)), codec)
+        tensors[tensor] = ("dictionary", codec.shape(codec.numbers_of_dictionary(d_in, k)), codec)
         if codec.scaled:
             n_blocks = -(-d_in // (dictionary["group_size"] or d_in))
             tensors[f"{tensor}_scales"] = ("dictionary_scales", (n_blocks, k), None)
@@ -211,6 +211,8 @@ def _dictionary_faults(dictionary: Any, codecs: Mapping[str, Codec]) -> list[str
 
 def _codes_faults(codes: Any, codecs: Mapping[str, Codec]) -> list[str]:
     faults = _codec_faults(codes, "its codes", codecs)
+    if not faults and not codecs[codes["codec"]].in_codes:
+        faults = [f"codec {codes['codec']!r} is one of dictionaries, not of codes"]
     if faults:
         return faults
     keys = ["codec", "support", "n_nonzero", *codecs[codes["codec"]].keys]
@@ -250,6 +252,10 @@ def _size_faults(spec: Mapping[str, Any], codecs: Mapping[str, Codec]) -> list[s
     faults = []
     if dictionary["codec"] == IDENTITY and k != d_in:
         faults.append(f"{k} atoms in an identity dictionary of {d_in} inputs")
+    elif dictionary["codec"] != IDENTITY and codecs[dictionary["codec"]].diagonal:
+        mixes = SUPPORTS[codes["support"]].mixes
+        if mixes or k != d_in:
+            faults.append(f"{k} atoms{' to mix' * mixes} in a diagonal dictionary of {d_in} inputs")
     if codecs[codes["codec"]].whole and SUPPORTS[codes["support"]].is_stored:
         faults.append(f"codec {codes['codec']!r} is for support 'dense', not {codes['support']!r}")
     return faults + SUPPORTS[codes["support"]].size_faults(spec, codecs[codes["codec"]])
@@ -349,7 +355,9 @@ def content_faults(
                 faults += [f"{tensor} {fault}" for fault in codec.faults_of(read(tensor), shape)]
             elif codec is None or codec.stream or not codec.scaled:  # other integers are right whatever they are
                 (d_in, _), k = part["shape"], part["dictionary"]["n_atoms"]
-                n = d_in * k if kind == "dictionary" else part["codes"]["n_nonzero"]
+                n = part["codes"]["n_nonzero"]
+                if kind == "dictionary":
+                    n = math.prod(codec.numbers_of_dictionary(d_in, k))
                 n += part["codes"]["n_scales"] if kind == "values" and codec.shifted else 0
                 found = (codec or _SCALES).faults(read(tensor), n)
                 faults += [f"{tensor} {fault}" for fault in found]

@@ -32,6 +32,7 @@ from .cospadi_cuda import CODECS as CUDA_CODECS
 from .cospadi_cuda import SUPPORTS as CUDA_SUPPORTS
 from .cospadi_cuda import Kernels, apply_codes, gpu_kernels, has_kernels, project
 from .cospadi_cuda import choose as choose_cuda
+from .cospadi_diagonal import Diagonal, is_diagonal, times, times_transposed
 from .cospadi_format import IDENTITY
 from .cospadi_registry import CODECS
 
@@ -39,6 +40,9 @@ PARTS = ("dictionary", "dictionary_scales", "values", "scales", "support")
 
 # Rows of x from which `D` transposed times x transposed is the faster product, where z is wanted transposed
 _TURNED_ROWS = 64
+
+# Dictionaries without numbers to multiply and add up
+_OF_KERNELS = (IDENTITY, Diagonal.name)
 
 # Several copies of this module can be loaded in one process, each checkpoint's own; an operator has one name in torch
 _NAMESPACE = f"cospadi_{hashlib.sha256(__name__.encode()).hexdigest()[:12]}"
@@ -64,6 +68,7 @@ class Packed(nn.Module):
         nn.Module.__init__(self)  # of `nn.Linear` only the name is taken: it would make a weight
         self.spec = spec
         self.in_features, self.out_features = spec["shape"]
+        self.scales_inputs = is_diagonal(spec)
         self.n_atoms = spec["dictionary"]["n_atoms"]
         shapes = tensor_shapes(spec)
         # parameters and not buffers: transformers ties, places and offloads parameters
@@ -105,7 +110,7 @@ class Packed(nn.Module):
         if self.unpacked_codes is not None:
             y, bias = F.linear(self._unpacked_projection(x), self.unpacked_codes, bias), None
         elif self.in_steps is not None:
-            y = self.in_steps(x if self.dictionary is None else x @ self.factors(x.dtype)[0])
+            y = self.in_steps(x if self.dictionary is None else times(x, self.factors(x.dtype)[0]))
         elif _is_watched(x):
             y = self._shown(x)
         else:
@@ -123,7 +128,11 @@ class Packed(nn.Module):
         """The output by the layer's function in C; None where there is none, or it wants something looked at first."""
         if torch.compiler.is_dynamo_compiling() or self._call is None:
             return None
-        y = self._call(x, self.__dict__, hooks_ran)
+        if self.scales_inputs:
+            y = self._call(self._scaled(x), self.__dict__, hooks_ran)
+            y = y if y is None else y.to(x.dtype)
+        else:
+            y = self._call(x, self.__dict__, hooks_ran)
         bias = self._parameters["bias"]
         return y if y is None or bias is None else y + bias
 
@@ -147,7 +156,7 @@ class Packed(nn.Module):
         return [self._parameters[part] for part in PARTS]
 
     def factors(self, dtype: torch.dtype) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Dictionary (d_in, k), None if it is the identity, and transposed codes (d_out, k) with zeros, in `dtype`."""
+        """Dictionary as of `decode_dictionary`, and transposed codes (d_out, k) with zeros, in `dtype`."""
         return _factors(self.spec, dtype, *self.parts())
 
     def summands(self) -> list[Packed]:
@@ -157,11 +166,11 @@ class Packed(nn.Module):
     def dense(self) -> torch.Tensor:
         """``(D S)^T`` in float32, (d_out, d_in)."""
         dictionary, codes = self.factors(torch.float32)
-        return codes if dictionary is None else codes @ dictionary.T
+        return times_transposed(codes, dictionary)
 
     def multiplications(self, sharers: int) -> float:
         """Of a row of x with the unpacked factors, where `sharers` layers have one dictionary and compute z once."""
-        projecting = 0 if self.dictionary is None else self.in_features * self.n_atoms / sharers
+        projecting = 0 if self.dictionary is None or self.scales_inputs else self.in_features * self.n_atoms / sharers
         return projecting + self.n_atoms * self.out_features
 
     def unpack(self, dtype: torch.dtype, *, trainable: bool = False) -> None:
@@ -229,14 +238,18 @@ class Packed(nn.Module):
             f"bias={self.bias is not None}"
         )
 
+    def _scaled(self, x: torch.Tensor) -> torch.Tensor:
+        """What a kernel takes, which knows no diagonal: `x` as it is, or scaled, in float32 at least."""
+        return times(x, self._parameters["dictionary"].float()) if self.scales_inputs else x
+
     def _unpacked_projection(self, x: torch.Tensor) -> torch.Tensor:
         """``z = x D``; once for the layers that share ``D``, where nothing keeps count of what it is computed from."""
         dictionary = self.unpacked_dictionary
         if dictionary is None:
             return x
         if self.projection is None or torch.is_grad_enabled() or dictionary.requires_grad or _is_watched(x):
-            return x @ dictionary
-        return self.projection.of(x, dictionary.data_ptr(), lambda rows: rows @ dictionary, x)
+            return times(x, dictionary)
+        return self.projection.of(x, dictionary.data_ptr(), lambda rows: times(rows, dictionary), x)
 
     def _shown(self, x: torch.Tensor) -> torch.Tensor:
         """The product as torch can record or transform it."""
@@ -244,7 +257,7 @@ class Packed(nn.Module):
         if _is_transformed(x):
             # plain operations have rules for everything, an operator of ours only a gradient
             dictionary, codes = self.factors(x.dtype)
-            return F.linear(x if dictionary is None else x @ dictionary, codes)
+            return F.linear(times(x, dictionary), codes)
         return packed_linear(x, *self.parts(), self._spec_text)
 
     def _product(self, compiled: Any, x: torch.Tensor, terms: list[Packed]) -> torch.Tensor | None:
@@ -260,7 +273,7 @@ class Packed(nn.Module):
             if len(terms) == len(self.summands()):
                 self._call = compiled.layer(binding.total, terms, PARTS)
         if x.numel() <= compiled.paths.few_rows * self.in_features:
-            return compiled.product(binding.total, x)
+            return compiled.product(binding.total, self._scaled(x)).to(x.dtype)
         rows = x.reshape(-1, self.in_features)
         zs = [term._project_many(compiled, x, rows) for term in terms]
         return _apply_to_many(compiled, binding.total, zs, x.dtype).view(*x.shape[:-1], self.out_features)
@@ -545,7 +558,7 @@ def compiled_for(x: torch.Tensor, spec: dict[str, Any]) -> Kernel | Kernels | No
     """The compiled code for products of `x` with a matrix; None where plain torch has to do, which knows all codecs."""
     dictionary, codes = spec["dictionary"]["codec"], spec["codes"]
     codecs, supports = (CPU_CODECS, CPU_SUPPORTS) if x.is_cpu else (CUDA_CODECS, CUDA_SUPPORTS)
-    if codes["support"] not in supports or codes["codec"] not in codecs or dictionary not in (IDENTITY, *codecs):
+    if codes["support"] not in supports or codes["codec"] not in codecs or dictionary not in (*_OF_KERNELS, *codecs):
         return None
     if x.is_cpu:
         return kernel() if x.dtype in DTYPES else None
@@ -560,6 +573,7 @@ def _is_one_call(compiled: Any, summands: list[Packed], x: torch.Tensor) -> bool
         and compiled is not None
         and 1 < len(summands) <= MOST_TERMS
         and all(compiled_for(x, part.spec) is compiled and part.unpacked_codes is None for part in summands)
+        and not any(part.scales_inputs for part in summands)
         and not any(part._forward_hooks or part._forward_pre_hooks for part in summands[1:])
     )
 
@@ -610,7 +624,12 @@ def _is_transformed(x: torch.Tensor) -> bool:
 
 
 def bind(compiled: Kernel, spec: dict[str, Any], parts: list[torch.Tensor | None]) -> BoundMatrix:
-    """What the kernel needs of a matrix whose packed tensors, in the order of `PARTS`, are on the CPU."""
+    """What the kernel needs of a matrix whose packed tensors, in the order of `PARTS`, are on the CPU.
+
+    A diagonal is not among it: inputs come scaled.
+    """
+    if is_diagonal(spec):
+        spec, parts = {**spec, "dictionary": {"codec": IDENTITY, "n_atoms": spec["shape"][0]}}, [None, *parts[1:]]
     # detached: whoever gives a parameter other data leaves these where the kernel reads
     tensors = {name: part.detach().contiguous() for name, part in zip(PARTS, parts, strict=True) if part is not None}
     return BoundMatrix(compiled, spec, tensors)
@@ -622,7 +641,8 @@ def _project_many(
     """``z = x D`` for many rows (n, d_in) on the CPU, (n, k)."""
     rows = rows.to(product_dtype(rows.dtype))
     atoms = decode_dictionary(spec, dictionary, scales, rows.dtype)
-    if atoms is None:
+    if atoms is None or atoms.ndim == 1:
+        rows = times(rows, atoms)
         return rows.T.contiguous().T if compiled.paths.without_zeros else rows
     if compiled.paths.without_zeros and len(rows) >= _TURNED_ROWS:
         return (atoms.T @ rows.T).T  # which is how `apply_codes_to_many` wants it
@@ -690,7 +710,8 @@ def packed_linear(
     if compiled is not None and not x.is_cpu:
         y = apply_codes(matrix_spec, parts, project(matrix_spec, parts, rows), x.dtype)
     elif compiled is not None and rows.shape[0] <= compiled.paths.few_rows:
-        y = compiled.product(BoundSum([bind(compiled, matrix_spec, parts)]), rows)
+        rows = times(rows, parts[0].float()) if is_diagonal(matrix_spec) else rows
+        y = compiled.product(BoundSum([bind(compiled, matrix_spec, parts)]), rows).to(x.dtype)
     elif compiled is not None:
         z = _project_many(compiled, matrix_spec, dictionary, dictionary_scales, rows)
         y = _apply_to_many(compiled, BoundSum([bind(compiled, matrix_spec, parts)]), [z], x.dtype)
@@ -698,7 +719,7 @@ def packed_linear(
         dtype = product_dtype(x.dtype) if x.is_cpu else x.dtype
         atoms, codes = _factors(matrix_spec, dtype, *parts)
         rows = rows.to(dtype)
-        y = F.linear(rows if atoms is None else rows @ atoms, codes).to(x.dtype)
+        y = F.linear(times(rows, atoms), codes).to(x.dtype)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -718,7 +739,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) 
 def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
     dictionary, codes = _factors(_parsed(ctx.spec), gradient.dtype, *ctx.saved_tensors)
     gradient = gradient @ codes
-    return (gradient if dictionary is None else gradient @ dictionary.T, *[None] * (len(PARTS) + 1))
+    return (times_transposed(gradient, dictionary), *[None] * (len(PARTS) + 1))
 
 
 packed_linear.register_autograd(_backward, setup_context=_save_for_backward)

@@ -6,6 +6,7 @@ Whatever is not here is refused by name. The compiled kernels know some of them;
 from __future__ import annotations
 
 from .cospadi_bf14 import Bf14
+from .cospadi_diagonal import Diagonal
 from .cospadi_entropy import Entropy
 from .cospadi_integers import Integers, Shifted
 from .cospadi_supports import Bitmask, Dense, Mixture, Pairs, Support
@@ -17,6 +18,7 @@ CODECS: dict[str, Codec] = {
     for codec in (
         Bf16(),
         Bf14(),
+        Diagonal(),
         *(Integers(bits) for bits in (8, 6, 4, 3, 2)),
         *(Shifted(bits) for bits in (8, 6, 4, 3, 2)),
         Entropy("ec", trellis=False),

@@ -49,6 +49,10 @@ class Codec:
         Whether a config may choose it for dictionaries too.
     in_dictionaries : bool
         Whether a file may have a dictionary of it.
+    in_codes : bool
+        Whether a file may have codes of it.
+    diagonal : bool
+        Whether a dictionary of it is a number for every input, and 0 elsewhere.
     for_configs : bool
         Whether a config may choose it by its bits; else a method does.
     """
@@ -57,10 +61,10 @@ class Codec:
     dtype: str
     bits: int
     stream = False
-    scaled = shifted = whole = variable = False
+    scaled = shifted = whole = variable = diagonal = False
     low = high = 0
     significant_bits = 0
-    for_dictionaries = in_dictionaries = for_configs = True
+    for_dictionaries = in_dictionaries = in_codes = for_configs = True
 
     @property
     def can_be_rounded(self) -> bool:
@@ -70,6 +74,10 @@ class Codec:
     def shape(self, numbers: Sequence[int]) -> tuple[int, ...]:
         """Shape of the stored tensor for numbers of that shape."""
         return ((self.bits * math.prod(numbers) + 7) // 8,) if self.stream else tuple(numbers)
+
+    def numbers_of_dictionary(self, d_in: int, k: int) -> tuple[int, ...]:
+        """Shape of the numbers that say a dictionary (d_in, k)."""
+        return (d_in, k)
 
     @property
     def keys(self) -> tuple[str, ...]:

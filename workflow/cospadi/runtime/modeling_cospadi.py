@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .cospadi_cpu_source import SOURCE  # noqa: F401
     from .cospadi_cuda import gpu_kernels  # noqa: F401
     from .cospadi_cuda_kernels import row_products  # noqa: F401
+    from .cospadi_diagonal import Diagonal  # noqa: F401
     from .cospadi_entropy_source import SOURCE as CODER  # noqa: F401
     from .cospadi_integers import Integers  # noqa: F401
     from .cospadi_registry import CODECS  # noqa: F401
@@ -103,7 +104,8 @@ class CospadiForCausalLM:
 
     def _share_dictionary(self, name: str, owner_name: str) -> None:
         layer, owner = self.get_submodule(name), self.get_submodule(owner_name)
-        if not isinstance(layer, Mixture):  # one mixes the atoms themselves, and each layer in its own way
+        # a mixture mixes the atoms themselves, and each layer in its own way; scaled inputs are soon made
+        if not isinstance(layer, Mixture) and not layer.scales_inputs:
             if owner.projection is None:
                 owner.projection = SharedProjection()
             layer.projection = owner.projection

@@ -67,7 +67,7 @@ def quantize(
     ConfigError
         If not even a weight of zeros takes so few bytes.
     """
-    d_in, d_out = weight.shape
+    d_in = len(weight)
     diagonal = np.diagonal(gram)
     weight = np.where(diagonal[:, None] > 0, weight, np.float32(0))
     order = np.argsort(-diagonal, kind="stable")
@@ -79,21 +79,54 @@ def quantize(
     bits = 8 * nbytes / weight.size
     logarithms = _logarithms(ordered, pivots, columns)
     live = np.isfinite(logarithms)
-    factor = logarithms[live].mean() - bits if live.any() else 0.0
-    best, low, high = None, -math.inf, math.inf
-    for n_passes in range(1, MAX_PASSES + 1):
+
+    def attempt(factor: float) -> Found:
         steps = steps_near(2.0**factor * pivots)
         codes = np.empty_like(weight)
         codes[order] = _rounded(ordered, upper, pivots, steps, columns, codec.trellis)
         stored = np.empty(d_in, np.float32)
         stored[order] = steps
-        taken = codec.pack_codes(codes, stored).nbytes
-        left = bits - 8 * taken / weight.size
+        return Found(codes, stored, codec.pack_codes(codes, stored).nbytes, 0)
+
+    start = logarithms[live].mean() - bits if live.any() else 0.0
+    return search(attempt, weight.shape, nbytes, start, log=log)
+
+
+def search(
+    attempt: Callable[[float], Found],
+    shape: tuple[int, int],
+    nbytes: int,
+    factor: float,
+    *,
+    log: Callable[[str], None] | None = None,
+) -> Found:
+    """What takes the most of `nbytes`, to `NEAR` bits a weight, of what ``attempt(factor)`` gives.
+
+    Parameters
+    ----------
+    attempt : callable
+        Whose weights take about a bit less where the factor is larger by one: the logarithm of a step.
+    shape : (int, int)
+        Of the matrix, (d_in, d_out).
+    factor : float
+        The first one.
+
+    Raises
+    ------
+    ConfigError
+        If nothing that was tried takes so little.
+    """
+    size = shape[0] * shape[1]
+    bits = 8 * nbytes / size
+    best, low, high = None, -math.inf, math.inf
+    for n_passes in range(1, MAX_PASSES + 1):
+        found = attempt(factor)
+        left = bits - 8 * found.nbytes / size
         if log is not None:
-            log(f"iter {n_passes} bits {8 * taken / weight.size:.4f} of {bits:.4f}")
-        if left >= 0 and (best is None or taken > best.nbytes):
-            best = Found(codes, stored, taken, n_passes)
-        if 0 <= left <= NEAR + 64 / weight.size:
+            log(f"iter {n_passes} bits {8 * found.nbytes / size:.4f} of {bits:.4f}")
+        if left >= 0 and (best is None or found.nbytes > best.nbytes):
+            best = found
+        if 0 <= left <= NEAR + 64 / size:
             break
         # a step twice as long takes a bit less; between what is too long and what is too short at the latest
         low, high = (low, min(high, factor)) if left > 0 else (max(low, factor), high)
@@ -103,7 +136,9 @@ def quantize(
         if high - low < 1e-4:
             break
     if best is None:
-        raise ConfigError([f"{nbytes} bytes for a {d_in}x{d_out} matrix: its tables and scales alone take {taken}"])
+        raise ConfigError(
+            [f"{nbytes} bytes for a {shape[0]}x{shape[1]} matrix: its tables and scales alone take {found.nbytes}"]
+        )
     return best._replace(n_passes=n_passes)
 
 
