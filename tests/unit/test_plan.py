@@ -628,6 +628,40 @@ def test_a_budget_leaves_what_all_else_does_not_take():
     ]
 
 
+def test_a_budget_of_a_gpu_leaves_what_is_in_its_memory_besides():
+    matrices = 30 * (2 * 576 * (576 + 192) + 3 * 576 * 1536)
+    dense, others = 2 * matrices, 2 * (49152 * 576 + 576 + 30 * (4 * 576 + 2 * 64)) + 30 * 7 * 1000
+    cache = 2 * 2 * 30 * 192  # of a token: keys and values of 3 heads of 64
+    plan = make_plan(
+        variants={
+            "a": {"method": "trellis", "budget": "0.26GB on the GPU"},
+            "b": {"method": "trellis", "budget": "320MB on the GPU with 8192 tokens"},
+            "c": {"method": "ectcq", "budget": "450MB on the GPU with 1000 tokens"},
+        }
+    )
+    found = plan.config["variants"]
+    assert found["a"]["ratio"] == pytest.approx(1 - (260e6 - others - 4096 * cache) / dense)
+    assert found["b"]["ratio"] == pytest.approx(1 - (320e6 - others - 8192 * cache) / dense)
+    # a stream stays beside what it is decoded to
+    assert found["c"]["ratio"] == pytest.approx(1 - (450e6 - others - 1000 * cache - dense) / dense)
+    assert plan.told[1].startswith("variants.b.budget: 320MB on the GPU with 8192 tokens: 56.98MB embeddings")
+    assert plan.told[1].endswith(f"(ratio {found['b']['ratio']:.4g})")
+    gradients = {"metric": "gradients", "ratio": 0.8}
+    variants = {
+        "a": {"method": "ectcq", "budget": "200MB on the GPU"},
+        "rtn": {"method": "rtn", **gradients},
+        "ec": {"method": "ectcq", **gradients},
+        "b": {"method": "choose", "choose_from": ["rtn", "ec"], "budget": "200MB on the GPU"},
+    }
+    with pytest.raises(ConfigError) as caught:
+        make_plan(variants=variants)
+    first, second = caught.value.faults
+    assert (
+        first.startswith("variants.a.budget: 200MB on the GPU; from") and "212.3MB what matrices of ectcq are" in first
+    )
+    assert second.startswith("variants.b.budget: 200MB on the GPU; matrices of ectcq are decoded")
+
+
 LAYER = "model.layers.0"
 TABLE = {f"{LAYER}.self_attn.{name}_proj": 30_000 for name in "qkvo"} | {
     f"{LAYER}.mlp.gate_proj + {LAYER}.mlp.up_proj": 80_000,

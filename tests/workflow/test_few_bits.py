@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from cospadi.checkpoint import densify
 from cospadi.files import TensorFile, read_json
@@ -15,12 +16,14 @@ from .conftest import Run, check_finished, rows
 
 # bytes of the file that are about 4 bits a weight
 BUDGET = 240_000
+# bytes in memory that are about 3.5, once a text of so many tokens was read
+ON_GPU, TOKENS = 259_300, 64
 # name to what makes it, and the codec that is the most that fits
 VARIANTS = {
     "rtn-3.25": ({"method": "rtn", "bits": 3.25}, "int3"),
     "gptq-3.25": ({"method": "gptq", "bits": 3.25}, "int3"),
     "ectcq-3.25": ({"method": "ectcq", "bits": 3.25}, "ectcq"),
-    "trellis-3.5": ({"method": "trellis", "bits": 3.5}, "trellis3"),
+    "trellis-3.5": ({"method": "trellis", "budget": f"{ON_GPU / 1000}KB on the GPU with {TOKENS} tokens"}, "trellis3"),
     "scalar-4": ({"method": "ectcq", "budget": f"{BUDGET / 1000}KB", "trellis": False}, "ec"),
     "gptq-zeros": ({"method": "gptq", "bits": 2.3, "symmetric": False, "act_order": True}, "uint2"),
     "awq-3.5": ({"method": "rtn", "bits": 3.5, "scale_inputs": True}, "int3"),
@@ -55,6 +58,25 @@ def test_a_budget_is_of_the_whole_file(run):
     assert float(rows(run.results / "summary.tsv")["scalar-4"]["model_bytes"]) == size
     # what is kept for names of tensors, 1000 bytes a matrix, is nearly used
     assert BUDGET - 14 * 1000 < size <= BUDGET
+
+
+def test_a_budget_of_a_gpu_is_of_what_is_in_memory_once_a_text_was_read(run):
+    from transformers import AutoModelForCausalLM
+
+    found = {}
+    for name in ("trellis-3.5", "ectcq-3.25"):
+        folder = run.results / name / "model"
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.bfloat16)
+        with torch.no_grad():
+            cache = model(torch.arange(3, TOKENS + 3)[None], use_cache=True).past_key_values
+        kept = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+        found[name] = sum(tensor.nbytes for tensor in [*model.parameters(), *kept])
+    n_weights = 2 * (2 * 128 * (128 + 64) + 3 * 128 * 192)
+    # with another bit a weight it would be too much
+    assert found["trellis-3.5"] <= ON_GPU < found["trellis-3.5"] + n_weights / 8
+    # what an entropy-coded matrix is decoded to is there besides, as the plan counts it
+    file = sum(entry.nbytes for entry in load_file(folder / "model.safetensors").values())
+    assert found["ectcq-3.25"] == file + 2 * n_weights + sum(tensor.nbytes for tensor in kept)
 
 
 def test_what_was_learned_is_what_is_stored(run):

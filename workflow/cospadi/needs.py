@@ -122,7 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _table_of(options: argparse.Namespace) -> str:
     changes = {"device": options.device} if options.device else {}
     model_config = read_json(options.model, "Give a model's config.json") if options.model else None
-    return table(needs(plan_of(options.configfile, changes, model_config)), options.results)
+    plan = plan_of(options.configfile, changes, model_config)
+    return "\n".join([table(needs(plan), options.results), *plan.told])
 
 
 if __name__ == "__main__":

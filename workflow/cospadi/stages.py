@@ -162,12 +162,15 @@ class Staged:
         Name to `Stage`.
     place : callable
         Where the file of a path of this plan lies. Rules need not ask, Snakemake puts a module's prefix before theirs.
+    told : list of str
+        What a person should know of what was planned, a line each.
     """
 
     stages: Mapping[str, Stage]
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.place: Callable[[str], str] = str
+        self.told: list[str] = []
         self.config = config
         self.results = f"results/{config['run']}"
         self._started = time.time()

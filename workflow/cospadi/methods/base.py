@@ -204,6 +204,8 @@ class Method(Entry):
         ``key: what``; with the problems of the planned model (lists of `problem.Target`) also what it cannot do there.
     scope : {"problem", "model"}
         What `fit` gets: the matrices that share a dictionary, or all matrices of the model in one job, with its drift.
+    decoded : bool
+        Whether what it stores is decoded once, when a model is loaded, and takes as much memory as the weight besides.
     own_codec : bool
         Whether it stores values in a codec of its own, however many bits ``codes.value_bits`` allows.
     allocator : Allocator, optional
@@ -219,6 +221,7 @@ class Method(Entry):
     modules: Callable[[Mapping[str, Any]], list[str]]
     faults: Callable[..., Iterable[str]] = lambda settings, problems=(): ()
     scope: Literal["problem", "model"] = "problem"
+    decoded: bool = False
     own_codec: bool = False
     scales_columns: bool = True
     allocator: Allocator | None = None

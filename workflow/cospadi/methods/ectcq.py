@@ -180,5 +180,6 @@ METHOD = Method(
     ],
     faults=faults,
     own_codec=True,
+    decoded=True,
     allocator=Allocator(profile=profile, share=share, work=_profiling),
 )

@@ -62,8 +62,9 @@ class Plan(Paths, Staged):
         model_config = planning_config(config["model"]) if model_config is None else model_config
         check_supported(model_config)
         shapes = Shapes(model_config)
-        config, faults = with_ratios(config, shapes, model_config)
+        config, faults, told = with_ratios(config, shapes, model_config)
         Staged.__init__(self, config)
+        self.told = told
         Paths.__init__(self, config, n_layers(model_config))
         self._model_config = model_config
         self._digests: dict[str, str | None] = {}

@@ -1,7 +1,9 @@
-"""Budgets: the ratio that leaves a model's file as many bytes as a person wants.
+"""Budgets: the ratio that leaves a model's file, or what of it is in a GPU's memory, as many bytes as a person wants.
 
 What is not learned stays as it is and counts: the embedding, the head where it is stored apart, norms, biases, and
-projections that are not among a variant's targets. The count is of what ``config.json`` says, and never too low.
+projections that are not among a variant's targets. On a GPU keys and values of a number of tokens count too, and the
+matrices of methods whose codes are decoded when a model is loaded. The count is of what ``config.json`` says, and never
+too low.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import copy
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from cospadi.budget import nbytes_left
 from cospadi.config import read_schema
@@ -23,18 +25,39 @@ from cospadi.resources import Shapes
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 # Of the names and places of a matrix's tensors in the file's header; measured, 140 to 420
 _HEADER = 1000
+# Tokens whose keys and values are in memory on a GPU, where a budget says nothing of them; fewer if the model has fewer
+CONTEXT = 4096
 
 
-def in_bytes(budget: str) -> int:
-    """``96MB`` as a number; the config's schema has seen that it is one."""
-    number, unit = re.fullmatch(r"([0-9.]+) ?([A-Za-z]+)", budget).groups()
-    return math.floor(float(number) * UNITS[unit])
+class Budget(NamedTuple):
+    """What a person wrote.
+
+    Attributes
+    ----------
+    nbytes : int
+    on_gpu : bool
+        Whether it is of the memory of a GPU once the model is loaded, and not of the file.
+    tokens : int or None
+        Whose keys and values are in memory.
+    """
+
+    nbytes: int
+    on_gpu: bool
+    tokens: int | None
+
+    @classmethod
+    def of(cls, text: str) -> Budget:
+        """Of ``96MB``, ``4GB on the GPU`` or ``4GB on the GPU with 8192 tokens``, as the config's schema allows it."""
+        found = re.fullmatch(r"([0-9.]+) ?([A-Za-z]+)( on the GPU)?(?: with ([0-9]+) tokens)?", text)
+        number, unit, on_gpu, tokens = found.groups()
+        return cls(math.floor(float(number) * UNITS[unit]), on_gpu is not None, tokens and int(tokens))
 
 
 def with_ratios(
     config: Mapping[str, Any], shapes: Shapes, model_config: Mapping[str, Any]
-) -> tuple[dict[str, Any], list[str]]:
-    """A complete config with the ratio of every variant that has a ``budget``, and what is wrong with budgets.
+) -> tuple[dict[str, Any], list[str], list[str]]:
+    """A complete config with the ratio of every variant that has a ``budget``, what is wrong with budgets, and what the
+    others consist of.
 
     Parameters
     ----------
@@ -43,38 +66,54 @@ def with_ratios(
     model_config : mapping
         Content of the model's ``config.json``.
     """
-    config, faults = copy.deepcopy(dict(config)), []
+    config, faults, told = copy.deepcopy(dict(config)), [], []
     allowed = read_schema("config.schema.yaml")["$defs"]["variant"]["properties"]["ratio"]
     limits = allowed["minimum"], allowed["maximum"]
     for name, variant in config["variants"].items():
         steps = variant.get("steps", [variant])
         settings = next((step for step in steps if step["method"] in [*METHODS, CHOOSE.name]), {})
-        budget = settings.get("budget")
-        if budget is None:
+        if settings.get("budget") is None:
             continue
-        del settings["budget"]
-        where = at_step(name, variant, 1)
+        text = settings.pop("budget")
+        budget, where = Budget.of(text), f"{at_step(name, variant, 1)}.budget: {text}"
         n_layers = shapes.n_layers - sum(removed_count(step) for step in steps if step["method"] in PRUNERS)
-        of = config["variants"][settings["choose_from"][0]] if "choose_from" in settings else settings
-        chosen = of["targets"] or list(shapes.matrices)
+        sources = [config["variants"][source] for source in settings.get("choose_from", ())] or [settings]
+        chosen = sources[0]["targets"] or list(shapes.matrices)
         targets = [shapes.matrices[projection] for projection in chosen] * max(n_layers, 1)
-        others = _others(shapes, model_config, n_layers, chosen)
-        left, dense = in_bytes(budget) - others, nbytes_left(targets, 0)
+        width = 4 if "float32" in (model_config.get("dtype"), model_config.get("torch_dtype")) else 2
+        parts = {"embeddings and all else that stays as it is": _others(shapes, width, n_layers, chosen)}
+        if budget.on_gpu:
+            decoded = [one["method"] for one in sources if METHODS[one["method"]].decoded]
+            if decoded and "choose_from" in settings:
+                faults.append(
+                    f"{where}; matrices of {decoded[0]} are decoded when they are loaded, so what memory holds depends "
+                    "on what is chosen; give bytes of the file"
+                )
+                continue
+            tokens = budget.tokens or min(CONTEXT, model_config.get("max_position_embeddings", CONTEXT))
+            keys = shapes.matrices["k_proj"][1]
+            parts[f"keys and values of {tokens} tokens"] = 2 * width * n_layers * keys * tokens
+            if decoded:
+                parts[f"what matrices of {decoded[0]} are decoded to"] = width * sum(map(math.prod, targets))
+        others = sum(parts.values())
+        consists = ", ".join(f"{_megabytes(nbytes)} {what}" for what, nbytes in parts.items())
+        left, dense = budget.nbytes - others, nbytes_left(targets, 0)
         ratio = 1 - left / dense
         if limits[0] <= ratio <= limits[1]:
             settings["ratio"] = ratio
+            told.append(f"{where}: {consists}, {_megabytes(left)} compressed matrices (ratio {ratio:.4g})")
             continue
         least, most = (others + nbytes_left(targets, limit) for limit in limits[::-1])
-        faults.append(
-            f"{where}.budget: {budget}; from {least / 1e6:.4g}MB to {most / 1e6:.4g}MB, of which {others / 1e6:.4g}MB "
-            "are embeddings and all else that stays as it is"
-        )
-    return config, faults
+        faults.append(f"{where}; from {_megabytes(least)} to {_megabytes(most)}, of which {consists}")
+    return config, faults, told
 
 
-def _others(shapes: Shapes, model_config: Mapping[str, Any], n_layers: int, chosen: list[str]) -> int:
+def _megabytes(nbytes: int) -> str:
+    return f"{nbytes / 1e6:.4g}MB"
+
+
+def _others(shapes: Shapes, width: int, n_layers: int, chosen: list[str]) -> int:
     """Bytes in the file that are not of the target matrices."""
     left_out = [math.prod(shape) for name, shape in shapes.matrices.items() if name not in chosen]
     numbers = shapes.embedding_parameters + shapes.hidden_size + n_layers * (shapes.small_parameters + sum(left_out))
-    width = 4 if "float32" in (model_config.get("dtype"), model_config.get("torch_dtype")) else 2
     return width * numbers + _HEADER * n_layers * len(shapes.matrices)
