@@ -11,6 +11,7 @@ rule collect_activations:
         "<logs>/{base}collect_activations/layers_{first}-{last}.log",
     benchmark:
         "<benchmarks>/{base}collect_activations/layers_{first}-{last}.tsv"
+    priority: 1  # the next chunk before the layers of this one: it wants more cores, and they are free together now
     group:
         plan.group("collect")
     conda:

@@ -51,13 +51,8 @@ def _fetch_text(plan: Plan) -> Iterator[Jobs]:
         yield Jobs(1, "fetch_text/*.tsv")
 
 
-def _inspected(plan: Plan) -> list[str]:
-    # blocks are chosen and fitted in the model as it is
-    return list(dict.fromkeys([*([""] if plan.pruned_bases else []), *plan.learned_bases()]))
-
-
 def _prepare(plan: Plan) -> Iterator[Jobs]:
-    if _inspected(plan):
+    if plan.inspected_bases():
         yield Jobs(1, "prepare_calibration.tsv")
 
 
@@ -212,7 +207,7 @@ STAGES = table_of(
         rule="inspect_model",
         result="layers, matrices, and which of them read the same input",
         after=("fetch", "prune"),
-        jobs=_each_base("inspect_model", _inspected),
+        jobs=_each_base("inspect_model", lambda plan: plan.inspected_bases()),
         work=_estimated(Estimates.inspect),
         code=("cospadi.structure",),
     ),
@@ -449,7 +444,7 @@ STAGES = table_of(
         name="evaluate_dense",
         rule="evaluate_dense",
         result="perplexity, tasks, generated text of the model as fetched",
-        after=("fetch", "text"),
+        after=("fetch", "text", "inspect"),
         work=_estimated(Estimates.evaluate),
         code=_evaluation_code,
         threads="evaluate",

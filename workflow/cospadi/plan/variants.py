@@ -80,6 +80,10 @@ class Variants:
         """Bases that something is learned from."""
         return list(dict.fromkeys(self.base_of(variant) for variant in self.factorized))
 
+    def inspected_bases(self) -> list[str]:
+        """Bases whose matrices have to be known. Blocks are chosen and fitted in the model as it is, base ``""``."""
+        return list(dict.fromkeys([*([""] if self.pruned_bases else []), *self.learned_bases()]))
+
     def fits(self, base: str) -> bool:
         """Whether transforms are fitted for a pruned base."""
         return PRUNERS[self.pruned_bases[base]["method"]].fits

@@ -6,8 +6,10 @@ in the config, and the pre-tokenizer, which it does not take from the file.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,27 @@ def convert_gguf(gguf_file: Path, output: Path, *, log: Callable[[str], None] = 
         If the file cannot be read, its tokenizer is of a kind that is not known here, or the repaired tokenizer fails
         its checks.
     """
+    with _parsed_once():
+        return _convert(gguf_file, output, log)
+
+
+@contextlib.contextmanager
+def _parsed_once() -> Iterator[None]:
+    """transformers parses the file, vocabulary and all, for the config, the weights and the tokenizer each, and makes
+    the table of tensor names anew for every module: half the time that reading a small model takes."""
+    import gguf
+
+    kept = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, make in kept.items():
+        setattr(gguf, name, functools.cache(make))
+    try:
+        yield
+    finally:
+        for name, make in kept.items():
+            setattr(gguf, name, make)
+
+
+def _convert(gguf_file: Path, output: Path, log: Callable[[str], None]) -> dict[str, str]:
     import torch
     from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
@@ -56,7 +79,7 @@ def convert_gguf(gguf_file: Path, output: Path, *, log: Callable[[str], None] = 
     try:
         fields = {
             key: field.contents()
-            for key, field in GGUFReader(gguf_file).fields.items()
+            for key, field in GGUFReader(str(gguf_file)).fields.items()  # as transformers calls it
             if key.startswith("general.") or key in ("tokenizer.ggml.pre", "tokenizer.ggml.model")
         }
     except (ValueError, IndexError, KeyError) as error:
