@@ -20,10 +20,11 @@ from cospadi.formats.factorization import unpack
 from cospadi.formats.values import bits_faults
 from cospadi.methods import METHODS
 from cospadi.runtime.cospadi_linear import PackedLinear
+from cospadi.runtime.cospadi_registry import CODECS
 
 D_IN, D_OUT, RATIO = 48, 40, 0.5
 # what decides how a method's factors look; the other options change only their numbers
-SHAPING = ("solver", "support", "start", "atom_update", "polish")
+SHAPING = ("solver", "support", "start", "atom_update", "polish", "scale_inputs")
 
 
 def codes_choices() -> dict[str, list[Any]]:
@@ -72,6 +73,8 @@ def check(
 ) -> None:
     weight, gram = problem
     factorization = cospadi.factorize(weight, gram, method=method, ratio=ratio, **codes, **given)
+    # what memory holds of it once it is loaded is planned by this
+    assert CODECS[factorization.value_codec].variable == METHODS[method].decoded
     tensors, spec = factorization.pack("m")
     # the promise of a ratio is bytes in the file; a tiny matrix has few sizes between which to choose
     assert sum(tensor.nbytes for tensor in tensors.values()) <= (1 - ratio) * 2 * D_IN * D_OUT

@@ -188,7 +188,7 @@ def layer_of(name: str) -> int:
 
 METHODS = {
     "hybrid": {"atoms": 6, "share_within": SHARED, "max_iter": 1},
-    "gptq": {"ratio": 0.75, "codes": {"block_size": 16}},
+    "gptq": {"ratio": 0.7, "codes": {"block_size": 16}, "scale_inputs": True},
     "sparsegpt": {"ratio": 0.7, "target": "sequential", "codes": {"value_bits": 8}},
 }
 

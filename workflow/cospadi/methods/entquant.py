@@ -71,4 +71,5 @@ METHOD = Method(
     ],
     faults=faults,
     own_codec=True,
+    decoded=True,
 )
