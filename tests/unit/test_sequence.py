@@ -170,6 +170,7 @@ def test_a_sequential_target_is_the_least_squares_of_the_outputs_on_what_the_com
         expected = weight + np.linalg.solve(gram + ridge, missing)
         np.testing.assert_allclose(found.targets[name].weight(), expected, rtol=1e-3, atol=3e-4)
         np.testing.assert_allclose(found.targets[name].metric.gram, gram, rtol=1e-3, atol=1e-3 * gram.max())
+        assert found.targets[name].weight().flags.c_contiguous  # as those of the model are
         # the outputs that it is to have are nearer to those of the dense model
         after, before = (np.sum(tokens * np.square(own @ one - target)) for one in (expected, weight))
         assert after < before

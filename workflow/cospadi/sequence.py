@@ -209,7 +209,8 @@ class Streams:
                 missing += residual * one.owed
             ridge = DAMPING * np.diagonal(one.gram).mean() or 1.0
             factor = scipy.linalg.cho_factor(one.gram + ridge * np.eye(len(one.gram)))
-            return (weight + scipy.linalg.cho_solve(factor, missing)).astype(np.float32)
+            found = weight + scipy.linalg.cho_solve(factor, missing)
+            return np.ascontiguousarray(found, np.float32)  # LAPACK gives columns
 
         return replace(matrix, read=read, metric=metric)
 

@@ -80,6 +80,7 @@ class Entropy(Codec):
         ValueError
             If they are not, are too large, or do not follow the trellis.
         """
+        codes = np.ascontiguousarray(codes)  # what is computed from it goes to code in C, which reads rows
         rows, columns = codes.shape
         exponent, step_bytes = _step_bytes(steps)
         numbers = np.rint(codes / steps[:, None]).astype(np.int32)
