@@ -198,8 +198,8 @@ class Estimates:
             entries = shapes.gram_entries
             if settings["metric"] == GRADIENTS:
                 entries = sum(d_in**2 for d_in, _ in shapes.matrices.values())
-            memory += 8 * 3 * entries
-            products = 4 * self._tokens * entries
+            memory += 8 * 4 * entries
+            products = 6 * self._tokens * entries
         if settings["refine"] is not None:
             tokens = max(settings["refine"]["batch_tokens"], self._calibration["length"])
             # values, where they are, their gradients and two moments; what a block keeps for its gradient

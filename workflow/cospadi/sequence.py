@@ -107,7 +107,8 @@ class Streams:
 
             ``W + (G^ + ridge)^-1 (drift_share (X^^T X - G^) W + residual_share X^^T (R - R^))``,  ``G^ = X^^T X``
 
-        with every token weighted as in the metric. Shares of 1 are the least squares of ``R + X W - R^`` on X^.
+        Shares of 1 are the least squares of ``R + X W - R^`` on X^. With the metric of gradients every token counts by
+        the square root of its weight there: few tokens have most of the weight, too few to fit as many numbers to.
         """
         self._block = self._load(layer)
         if self._variant["target"] != SEQUENTIAL:
@@ -207,8 +208,8 @@ class Streams:
             missing = drift * one.change @ weight
             if one.owed is not None:
                 missing += residual * one.owed
-            ridge = DAMPING * np.diagonal(one.gram).mean() or 1.0
-            factor = scipy.linalg.cho_factor(one.gram + ridge * np.eye(len(one.gram)))
+            ridge = DAMPING * np.diagonal(one.inputs).mean() or 1.0
+            factor = scipy.linalg.cho_factor(one.inputs + ridge * np.eye(len(one.inputs)))
             found = weight + scipy.linalg.cho_solve(factor, missing)
             return np.ascontiguousarray(found, np.float32)  # LAPACK gives columns
 
@@ -236,32 +237,44 @@ class Streams:
 
 
 class _Moments:
-    """Sums over the tokens, each with its weight (None: 1), of what enters a matrix in the compressed model, X^, with
-    itself (`gram`), with what it lacks of what enters in the model as it is (`change`), and with what the outputs are
-    added to lacks (`owed`, None where it does not matter).
+    """Sums over the tokens of what enters a matrix in the compressed model, X^: with itself, each token with its weight
+    (None: 1), `gram`; with the square root of that, with itself (`inputs`), with what it lacks of what enters in the
+    model as it is (`change`), and with what the stream that the outputs are added to lacks (`owed`, None where it does
+    not matter).
     """
 
     def __init__(self, weights: np.ndarray | None) -> None:
         self._weights = weights
         self._sums: dict[str, torch.Tensor] = {}
         self.gram: np.ndarray | None = None
+        self.inputs: np.ndarray | None = None
         self.change: np.ndarray | None = None
         self.owed: np.ndarray | None = None
 
     def add(self, own: torch.Tensor, as_is: torch.Tensor, owed: torch.Tensor | None, tokens: slice) -> None:
         import torch
 
-        own = own.float()
-        left = own if self._weights is None else own * torch.from_numpy(self._weights[tokens]).to(own)[:, None]
-        for name, right in (("gram", own), ("change", as_is.float() - own), ("owed", owed)):
-            if right is not None:
-                product = (left.T @ right.float()).double()
-                self._sums[name] = product if name not in self._sums else self._sums[name] + product
+        own = fitted = own.float()
+        if self._weights is not None:
+            weights = torch.from_numpy(self._weights[tokens]).to(own)[:, None]
+            fitted = own * weights.sqrt()
+            self._add("gram", own * weights, own)
+        self._add("inputs", fitted, own)
+        self._add("change", fitted, as_is.float() - own)
+        if owed is not None:
+            self._add("owed", fitted, owed.float())
+
+    def _add(self, name: str, left: torch.Tensor, right: torch.Tensor) -> None:
+        product = (left.T @ right).double()
+        self._sums[name] = product if name not in self._sums else self._sums[name] + product
 
     def finish(self) -> bool:
         """Whether all of it is finite."""
         for name, total in self._sums.items():
             setattr(self, name, total.cpu().numpy())
         self._sums.clear()
-        self.gram = (self.gram + self.gram.T) / 2
-        return all(part is None or np.isfinite(part).all() for part in (self.gram, self.change, self.owed))
+        self.inputs = (self.inputs + self.inputs.T) / 2
+        self.gram = self.inputs if self.gram is None else (self.gram + self.gram.T) / 2
+        return all(
+            np.isfinite(part).all() for part in (self.gram, self.inputs, self.change, self.owed) if part is not None
+        )
