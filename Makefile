@@ -21,7 +21,7 @@ SNAKEMAKE := $(BIN)/snakemake --cores $(CORES)
 RULES := Snakefile workflow/*.smk workflow/rules
 
 .DEFAULT_GOAL := help
-.PHONY: help env new run status frontier densify export verify test fuzz slurm-test lint format bench bench-runtime clean clean-activations
+.PHONY: help env new plan calibrate run status frontier densify export verify test fuzz slurm-test lint format bench bench-runtime clean clean-activations
 
 help: ## List the targets e.g. make help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | sed 's/ e\.g\. /\n\t  /' | expand -t 26
@@ -34,6 +34,12 @@ help: ## List the targets e.g. make help
 
 new: env ## Write a config that fits MODEL, a folder or a name on the hub e.g. make new MODEL=Qwen/Qwen2.5-0.5B TEXT=my.jsonl
 	$(BIN)/python -m cospadi.new $(if $(TEXT),--text $(TEXT)) $(if $(OUTPUT),--output $(OUTPUT)) $(MODEL)
+
+plan: env ## Say what a run will take: jobs, core-hours, memory, disk, size of every model e.g. make plan CONFIG=config/paper.yaml
+	$(BIN)/python -m cospadi.needs $(if $(CONFIG),--configfile $(CONFIG)) $(if $(filter-out all,$(CORES)),--cores $(CORES)) $(if $(RESULTS),--results $(RESULTS))
+
+calibrate: env ## Measure this machine in half a minute, for plan, time limits and status e.g. make calibrate
+	$(BIN)/python -m cospadi.machine
 
 run: env ## Run the workflow: compress, evaluate, report e.g. make run CONFIG=config/paper.yaml CORES=8
 	$(SNAKEMAKE) $(if $(CONFIG),--configfile $(CONFIG))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import tracemalloc
 from pathlib import Path
 
 import h5py
@@ -11,9 +13,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from cospadi import arrays
+from cospadi import gram as gram_module
 from cospadi.calibration.activations import writing
 from cospadi.errors import ArtifactError, ConfigError, NumericalError
 from cospadi.gram import compute_gram, read_gram, relative_error, sites, whitening_factor
+from cospadi.solvers._arrays import inverse_spd
+from cospadi.solvers.admm import Scaled
+from cospadi.solvers.sparsegpt import inverse_factor
 
 STRUCTURE = {
     "fingerprint": "of m",
@@ -334,3 +341,49 @@ def test_relative_error_of_nothing():
         relative_error(weight, weight, np.zeros((3, 3)))
     with pytest.raises(NumericalError, match="NaN"):
         relative_error(weight, weight * np.nan)
+
+
+def peak_in_squares(function, d_in: int) -> float:
+    """Memory that a call takes at its peak, in float64 arrays of (d_in, d_in)."""
+    tracemalloc.start()
+    try:
+        kept = function()
+        del kept
+        return tracemalloc.get_traced_memory()[1] / (8 * d_in**2)
+    finally:
+        tracemalloc.stop()
+
+
+def test_wide_grams_are_worked_on_in_their_place(tmp_path, monkeypatch):
+    """Beside what a call gives, at most one array of the Gram's size in float64, whatever the width."""
+    d_in = 600
+    monkeypatch.setattr(arrays, "_BLOCK_VALUES", 20 * d_in)  # as many rows as of a wide site
+    gram = random_gram(0, d_in, 1.0)
+    gram = (gram + gram.T) / 2
+    singular = random_gram(1, d_in, 0.0, n_tokens=100)
+    singular = (singular + singular.T) / 2
+    assert whitening_factor(gram).shift == 0 < whitening_factor(singular).shift
+    assert peak_in_squares(lambda: whitening_factor(gram), d_in) < 1.1
+    assert peak_in_squares(lambda: whitening_factor(singular), d_in) < 1.3
+    assert peak_in_squares(lambda: inverse_factor(gram, 0.01), d_in) < 3.1  # the matrix, its inverse and the factor
+    # the scaled Gram in both precisions, an inverse in float32, and what that is made of
+    assert peak_in_squares(lambda: Scaled(gram).inverse(0.1), d_in) < 2.7
+    # a chunk of rows, their float32 product and the sum
+    write_rows(tmp_path / "rows.h5", "float32")
+    structure = copy.deepcopy(STRUCTURE)
+    rows = np.random.default_rng(0).standard_normal((5000, d_in)).astype(np.float32)
+    with h5py.File(tmp_path / "rows.h5", "r+") as file:
+        del file["layer_01/mlp.down/rows"]
+        file["layer_01/mlp.down"].create_dataset("rows", data=rows, chunks=(500, d_in))
+    structure["layers"][1]["sites"][1]["d_in"] = d_in
+    monkeypatch.setattr(gram_module, "_BLOCK_VALUES", 50 * d_in)
+    made = tmp_path / "gram.h5"
+    assert peak_in_squares(lambda: compute_gram(tmp_path / "rows.h5", 1, made, structure=structure), d_in) < 2.1
+    exact = rows.astype(np.float64).T @ rows
+    assert np.abs(read_gram(made, "mlp.down") - exact).max() < 1e-5 * np.abs(exact).max()
+    # in blocks as at once
+    matrix = np.random.default_rng(2).standard_normal((101, 101))
+    monkeypatch.setattr(arrays, "_BLOCK_VALUES", 1000)
+    assert np.array_equal(arrays.symmetrize(matrix.copy()), (matrix + matrix.T) / 2)
+    assert np.allclose(inverse_spd(gram), np.linalg.inv(gram), rtol=0, atol=1e-10 * np.abs(np.linalg.inv(gram)).max())
+    assert np.array_equal(inverse_spd(gram), inverse_spd(gram).T)

@@ -89,4 +89,4 @@ def test_every_method_plans_its_work_with_every_storage(name):
                 method.work(problem, nbytes_left(shapes, ratio), options, storage_of(codes)) for ratio in (0.4, 0.7)
             )
             assert one.memory > 8 * max(d_in for d_in, _ in shapes) ** 2
-            assert 0 < half.core <= one.core and one.gpu < one.core
+            assert 0 < half.core.seconds() <= one.core.seconds() and one.gpu.seconds() < one.core.seconds()

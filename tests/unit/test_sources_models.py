@@ -450,6 +450,48 @@ def test_hub_errors_name_the_remedy(hub, monkeypatch, tmp_path, number):
         planning_config(section, resources=tmp_path / "elsewhere")
 
 
+# --- random weights -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["LlamaForCausalLM", "Gemma3ForCausalLM"])
+def test_random_weights_have_the_shapes_of_a_config(tmp_path, family):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    config = json.loads((ROOT / "config/models/Llama-3-8B-shapes.json").read_text())
+    config |= {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config |= {"head_dim": 16, "vocab_size": 300, "architectures": [family]}
+    config |= {"model_type": "gemma3_text"} if family.startswith("Gemma") else {}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    section = {"name": "shapes", "source": "random", "config": "config.json", "seed": 3, "decay": 0.7}
+    folders = [
+        fetch_model(section | changes, tmp_path / name, root=tmp_path, log=lambda line: None)
+        for name, changes in (("a", {}), ("b", {}), ("c", {"seed": 4}))
+    ]
+    bytes_of = [sorted((file.name, file.read_bytes()) for file in folder.glob("*.safetensors")) for folder in folders]
+    assert bytes_of[0] == bytes_of[1] != bytes_of[2]
+    assert "random, seed 3" in (folders[0] / "ORIGIN.md").read_text()
+    model = AutoModelForCausalLM.from_pretrained(folders[0], dtype=torch.float32)
+    block = model.model.layers[1]
+    for weight in (block.mlp.up_proj.weight, block.mlp.down_proj.weight):
+        values = torch.linalg.svdvals(weight)
+        slope = torch.log(values[1] / values[30]) / torch.log(torch.tensor(31 / 2))
+        assert 0.5 < slope < 1.1  # Gaussian factors are not quite orthonormal
+    size = float(block.mlp.up_proj.weight.detach().norm())
+    assert size == pytest.approx(160**0.5, rel=0.15)  # outputs as large as inputs
+    norms = {float(value) for name, one in model.named_parameters() if "norm" in name for value in one.detach()}
+    assert norms == {0.0 if family.startswith("Gemma") else 1.0}
+    tokenizer = AutoTokenizer.from_pretrained(folders[0])
+    text = "the end of naïve Москва, 1234\n"
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    assert tokenizer.decode(ids) == text and len(ids) < len(text.encode())
+    assert max(ids) < 300
+    (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": 200}))
+    with pytest.raises(ArtifactError, match="vocab_size is 200; bytes and the end of a text are 257"):
+        fetch_model(section, tmp_path / "d", root=tmp_path, log=lambda line: None)
+    assert not (tmp_path / "d").exists()
+
+
 # --- planning -----------------------------------------------------------------------------------------------------
 
 
@@ -477,7 +519,7 @@ def test_every_option_of_a_model_source_is_read(source):
 
 
 def test_unknown_source_lists_those_there_are(tmp_path):
-    with pytest.raises(ConfigError, match=r"model.source: 'ftp'; allowed: hub, local, wheel_gguf"):
+    with pytest.raises(ConfigError, match=r"model.source: 'ftp'; allowed: hub, local, random, wheel_gguf"):
         fetch_model({"source": "ftp"}, tmp_path / "out")
 
 

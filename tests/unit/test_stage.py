@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 import warnings
 from types import SimpleNamespace
 
@@ -95,6 +96,69 @@ def test_device_is_chosen_without_torch_where_there_is_no_driver(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)  # importing it would fail
     assert stage.choose_device("auto") == "cpu"
     assert stage.choose_device("cuda") == "cuda"
+
+
+JOB = """
+import sys, time
+from pathlib import Path
+from types import SimpleNamespace
+from cospadi import stage
+
+folder, name, gpu = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+
+
+def main(job, log):
+    import os
+
+    (folder / name).write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+    while not (folder / f"end {name}").exists():
+        time.sleep(0.01)
+
+
+job = {"rule": "learn", "wildcards": [], "threads": 1, "log": [str(folder / f"{name}.log")], "resources": {"gpu": gpu}}
+stage.script(main, SimpleNamespace(**job))
+"""
+
+
+def test_jobs_that_run_at_once_have_a_gpu_each(tmp_path):
+    """Devices are pretended: what a job sees as the only one is what no other running job sees."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0, GPU-8a6c,2", "TMPDIR": str(tmp_path)}
+    running = {}
+
+    def started(name: str, gpu: int = 1) -> str:
+        command = [sys.executable, "-c", JOB, str(tmp_path), name, str(gpu)]
+        running[name] = subprocess.Popen(command, env=environment)
+        while not (tmp_path / name).exists() or not (tmp_path / name).read_text():
+            assert running[name].poll() is None
+            time.sleep(0.01)
+        return (tmp_path / name).read_text()
+
+    def end(name: str) -> None:
+        (tmp_path / f"end {name}").touch()
+        assert running.pop(name).wait() == 0
+
+    try:
+        seen = {name: started(name) for name in "abc"}
+        assert sorted(seen.values()) == ["0", "2", "GPU-8a6c"]
+        assert f"on GPU {seen['b']}\n" in (tmp_path / "b.log").read_text()
+        end("b")
+        assert started("d") == seen["b"]  # which none has now
+        running["a"].kill()  # it had no chance to say that it ended
+        running.pop("a").wait()
+        assert started("e") == seen["a"]
+        assert started("f") in seen.values()  # all have one: it is shared
+        assert started("none", gpu=0) == environment["CUDA_VISIBLE_DEVICES"]
+    finally:
+        for name in list(running):
+            end(name)
+
+
+def test_one_gpu_is_nothing_to_choose_from(monkeypatch, tmp_path):
+    monkeypatch.setattr(stage.tempfile, "gettempdir", lambda: str(tmp_path))
+    for told in ("3", ""):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", told)
+        assert stage.take_device() is None and os.environ["CUDA_VISIBLE_DEVICES"] == told
+    assert list(tmp_path.iterdir()) == []
 
 
 CPUINFO = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ from array_api_compat import is_torch_array
 
 # Enough for singular values a millionth of the largest: each step makes small ones half as large again.
 _NEWTON_SCHULZ_STEPS = 60
+# Values of a square matrix that are looked at together: 32 MiB in float64
+_BLOCK_VALUES = 2**22
 
 
 def to_numpy(array: Any) -> np.ndarray:
@@ -62,3 +65,19 @@ def orthonormal_rows(matrix: Any) -> Any:
     else:
         u, _, vt = scipy.linalg.svd(matrix, full_matrices=False, check_finite=False)
     return u @ vt
+
+
+def row_blocks(size: int) -> Iterator[slice]:
+    """Rows of a square matrix, as many at a time as leave what is computed of them small beside the matrix."""
+    step = max(1, _BLOCK_VALUES // max(size, 1))
+    return (slice(first, min(first + step, size)) for first in range(0, size, step))
+
+
+def symmetrize(matrix: np.ndarray) -> np.ndarray:
+    """``(M + M^T) / 2`` of a square matrix in its own place: the Gram of a wide site is gigabytes."""
+    for rows in row_blocks(len(matrix)):
+        for columns in row_blocks(len(matrix)):
+            if columns.start <= rows.start:
+                part = (matrix[rows, columns] + matrix[columns, rows].T) / 2
+                matrix[rows, columns], matrix[columns, rows] = part, part.T
+    return matrix

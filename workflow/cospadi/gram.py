@@ -16,6 +16,7 @@ import h5py
 import numpy as np
 import scipy.linalg
 
+from cospadi.arrays import row_blocks, symmetrize
 from cospadi.calibration.activations import FORMAT_VERSION, STORED_AS, first_heldout, reading, to_float32, writing
 from cospadi.errors import ArtifactError, NumericalError
 from cospadi.provenance import CALIBRATION, check_provenance, plain
@@ -99,7 +100,7 @@ def compute_gram(
                 source = file[f"{name}/{site['name']}"]
                 counts = {key: int(source.attrs[key]) for key in ("n_tokens", "n_heldout", "n_batches", "n_skipped")}
                 if mode == "stream":
-                    grams = {key: source[key][:] for key in source}
+                    parts = dict.fromkeys(source)
                 else:
                     split = int(source["window_rows"][:heldout_from].sum())
                     n_rows = len(source["rows"])
@@ -107,20 +108,22 @@ def compute_gram(
                         problem = f"{name}/{site['name']} holds {source['rows'].dtype}, no {header['dtype']}"
                         raise ArtifactError(activations, problem, _ROWS_REMEDY)
                     counts.update(n_tokens=split, n_heldout=n_rows - split)
-                    grams = {"gram": _gram_of_rows(source["rows"], 0, split, header["dtype"])}
-                    if heldout_fraction > 0:
-                        grams["gram_heldout"] = _gram_of_rows(source["rows"], split, n_rows, header["dtype"])
+                    parts = {"gram": (0, split)} | ({"gram_heldout": (split, n_rows)} if heldout_fraction > 0 else {})
             group = target.create_group(site["name"])
             group.attrs.update(counts, matrices=[matrix["name"] for matrix in site["matrices"]])
-            for key, gram in grams.items():
+            for key, part in parts.items():  # one in memory at a time
                 where = f"{name}/{site['name']}/{key}"
+                with reading(activations, _ROWS_REMEDY) as file:
+                    source = file[f"{name}/{site['name']}"]
+                    gram = source[key][:] if part is None else _gram_of_rows(source["rows"], *part, header["dtype"])
                 if gram.shape != (site["d_in"], site["d_in"]):
                     problem = f"{where} has shape {gram.shape}, the structure says {site['d_in']} inputs"
                     raise ArtifactError(activations, problem, _ROWS_REMEDY)
                 _check_gram(gram, f"{activations}: {where}")
                 if counts["n_heldout" if key == "gram_heldout" else "n_tokens"] == 0:
                     raise NumericalError(f"{activations}: {where}: no token is left; take more calibration windows")
-                group.create_dataset(key, data=gram.astype(dtype), chunks=True, fletcher32=True)
+                group.create_dataset(key, data=gram.astype(dtype, copy=False), chunks=True, fletcher32=True)
+                del gram
 
 
 def check_grams(
@@ -252,10 +255,12 @@ def read_weighted_gram(path: str | Path, layer: int, matrix: str, *, heldout: bo
         group = file[layer_name(layer)][matrix]
         if heldout and not group.attrs["n_heldout"]:
             return None
-        gram = group["gram_heldout" if heldout else "gram"][:].astype(np.float64)
+        gram = group["gram_heldout" if heldout else "gram"][:].astype(np.float64, copy=False)
         weight = float(group.attrs["weight_heldout" if heldout else "weight"])
     _check_gram(gram, f"{path}: {matrix}")
-    return gram / weight if weight > 0 else gram
+    if weight > 0:
+        gram /= weight
+    return gram
 
 
 def sites(path: str | Path) -> dict[str, dict[str, Any]]:
@@ -366,11 +371,16 @@ def eigen_whitening(gram: np.ndarray, *, eta: float = 0.0) -> EigenWhitening:
     mean = float(np.mean(np.diag(gram)))
     if mean <= 0:
         raise NumericalError("the Gram is zero: no calibration data reached this matrix")
-    values, vectors = scipy.linalg.eigh(gram / mean, check_finite=False)
+    # in the order of LAPACK, and in its own place
+    scaled = np.divide(gram, mean, order="F")
+    values, vectors = scipy.linalg.eigh(scaled, overwrite_a=True, check_finite=False)
+    del scaled
     values = values + eta
     kept = values > EPS
     roots, vectors = np.sqrt(values[kept] * mean), vectors[:, kept]
-    return EigenWhitening(roots[:, None] * vectors.T, vectors / roots, shift=0.0, eta=eta)
+    factor = roots[:, None] * vectors.T
+    vectors /= roots
+    return EigenWhitening(factor, vectors, shift=0.0, eta=eta)
 
 
 def whitening_factor(gram: np.ndarray, *, eta: float = 0.0) -> Whitening:
@@ -403,21 +413,30 @@ def whitening_factor(gram: np.ndarray, *, eta: float = 0.0) -> Whitening:
     mean = float(np.mean(np.diag(gram)))
     if mean <= 0:
         raise NumericalError("the Gram is zero: no calibration data reached this matrix")
-    scaled = gram / mean  # everything below is relative to the mean diagonal
-    scaled[np.diag_indices_from(scaled)] += eta
+
+    def scaled(shift: float = 0.0) -> np.ndarray:
+        """The Gram relative to its mean diagonal, in the order of LAPACK, which works in its place."""
+        found = np.divide(gram, mean, order="F")
+        diagonal = np.einsum("ii->i", found)
+        diagonal += eta
+        diagonal += shift
+        return found
 
     shift = 0.0
-    factor = _cholesky(scaled)
+    factor = _cholesky(scaled())
     if factor is None:
-        smallest = float(scipy.linalg.eigvalsh(scaled, subset_by_index=[0, 0])[0])
-        if smallest < -1e-5 * len(scaled):  # the largest is at most len(scaled)
+        smallest = float(
+            scipy.linalg.eigvalsh(scaled(), subset_by_index=[0, 0], overwrite_a=True, check_finite=False)[0]
+        )
+        if smallest < -1e-5 * len(gram):  # the largest is at most len(gram)
             raise NumericalError(f"Gram: smallest eigenvalue is {smallest:.1e} of the mean diagonal, no Gram has that")
         margin = EPS
         while factor is None:
             shift = max(0.0, margin - smallest)
-            factor = _cholesky(scaled + shift * np.eye(len(scaled)))
+            factor = _cholesky(scaled(shift))
             margin *= 2
-    return Whitening(factor=factor * math.sqrt(mean), shift=shift, eta=eta)
+    factor *= math.sqrt(mean)
+    return Whitening(factor=factor, shift=shift, eta=eta)
 
 
 def relative_error(weight: np.ndarray, approximation: np.ndarray, gram: np.ndarray | None = None) -> float:
@@ -475,27 +494,32 @@ def _gram_of_rows(rows: h5py.Dataset, start: int, stop: int, dtype: str) -> np.n
         block = to_float32(rows[first : min(first + step, stop)], dtype)
         with np.errstate(over="ignore"):  # an overflow is found in the sum
             gram += block.T @ block  # NumPy knows that this product is symmetric and does half the work
-    return (gram + gram.T) / 2
+    return symmetrize(gram)
 
 
 def _check_gram(gram: np.ndarray, where: str) -> None:
     if gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
         raise NumericalError(f"{where}: shape {gram.shape}, a square matrix is needed")
-    if not np.isfinite(gram).all():
+    blocks = list(row_blocks(len(gram)))
+    if not all(np.isfinite(gram[rows]).all() for rows in blocks):
         raise NumericalError(f"{where}: holds NaN or infinity; collect the activations in bfloat16 or float32")
-    if np.abs(gram - gram.T).max() > 1e-6 * np.abs(gram).max():
+    asymmetry = max(np.abs(gram[rows] - gram[:, rows].T).max() for rows in blocks)
+    if asymmetry > 1e-6 * max(np.abs(gram[rows]).max() for rows in blocks):
         raise NumericalError(f"{where}: not symmetric")
 
 
 def _cholesky(gram: np.ndarray) -> np.ndarray | None:
-    """Upper factor of a Gram of mean diagonal about 1, or None where it is singular to working precision."""
+    """Upper factor of a Gram of mean diagonal about 1, or None where it is singular to working precision.
+
+    The factor takes the place of the Gram, which is in the order of LAPACK.
+    """
+    norm = max(np.abs(gram[:, columns]).sum(axis=0).max() for columns in row_blocks(len(gram)))
     try:
-        factor = scipy.linalg.cholesky(gram, lower=False, check_finite=False)
+        factor = scipy.linalg.cholesky(gram, lower=False, overwrite_a=True, check_finite=False)
     except scipy.linalg.LinAlgError:
         return None
     # a small pivot is enough to tell, but in an unlucky order none is small: LAPACK's estimate of ||G^-1||_1 sees that
     if np.diag(factor).min() ** 2 < EPS / 2:
         return None
-    norm = np.linalg.norm(gram, 1)
     reciprocal, _ = scipy.linalg.lapack.dpocon(factor, norm)
-    return factor if reciprocal * norm >= EPS / 2 / math.sqrt(len(gram)) else None
+    return factor if reciprocal * norm >= EPS / 2 / math.sqrt(len(factor)) else None

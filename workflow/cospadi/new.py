@@ -17,6 +17,7 @@ import yaml
 
 from cospadi.errors import ConfigError, CospadiError
 from cospadi.files import replacing
+from cospadi.machine import read_machine
 from cospadi.plan import Plan
 from cospadi.resources import Shapes
 from cospadi.runs import plan_run
@@ -179,7 +180,7 @@ def _sizes(plan: Plan, cores: int, memory: float) -> dict[str, Any]:
     largest = max(learning, key=lambda work: work.memory)
     at_once = max(1, min(cores, int(memory // largest.memory)))
     threads = -(-cores // at_once)
-    seconds = max(work.wall(threads) for work in learning)
+    seconds = max(work.wall(threads, machine=read_machine()) for work in learning)
     per_job = max(1, min(int(SECONDS_A_JOB // seconds), -(-layers // cores)))
 
     def taken(work: Work) -> str:

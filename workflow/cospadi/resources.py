@@ -14,21 +14,26 @@ from cospadi.methods import METHODS
 from cospadi.methods.base import MEASURED, planned_problems
 from cospadi.methods.menus import allocator_of
 from cospadi.problem import GRADIENTS, SEQUENTIAL
+from cospadi.sources import MODEL_SOURCES
 from cospadi.work import (
-    FACTOR,
     FORWARD,
     GPU_FORWARD,
     GPU_PRODUCT,
     GRAM,
+    LOOP,
     MEBI,
-    READ,
-    TASK_DOCUMENTS,
-    TASK_TOKENS,
+    NUMPY,
+    PRODUCT,
+    TOKENIZER,
+    TORCH,
+    Cost,
     Work,
+    in_all,
 )
 
-_NUMPY = 110 * MEBI  # a process with NumPy, SciPy, numba and h5py
-_TORCH = 600 * MEBI  # and with torch and transformers
+# documents of a task of lm-eval, with four answers and 120 tokens each: the mean of the paper's
+_TASK_TOKENS = 4 * 120
+_TASK_DOCUMENTS = 3500
 
 
 class Shapes:
@@ -81,23 +86,21 @@ class Estimates:
         self._width = _value_bytes(calibration["dtype"])
 
     def fetch(self) -> Work:
-        """Copying the model; a GGUF is dequantized to float32 before it is written as bfloat16."""
-        size = 2 * self.shapes.parameters
-        memory = _TORCH + (4 * size if self._source == "wheel_gguf" else 0)
-        return Work(memory, 60 + size / (READ / 10), disk=size)
+        """Bringing the model, as its source says."""
+        return MODEL_SOURCES[self._source].work(self.shapes)
 
     def inspect(self) -> Work:
         """Headers alone."""
-        return Work(_TORCH, 10)
+        return Work(TORCH, 6)
 
     def prepare(self) -> Work:
         """Tokenizing a text takes seconds; sampling from the model is a forward pass a token."""
         disk = 5 * self._tokens
         if self._calibration["source"] != "self":
-            return Work(2 * _NUMPY + 100 * disk, 10, disk=disk)
+            return Work(TOKENIZER + 100 * disk, 3, disk=disk)
         # one token of each window at a time: assumed, a quarter of the speed of a long forward pass
-        core = 8 * self.shapes.parameters * self._tokens / FORWARD
-        return Work(_TORCH + 2.2 * self._width * self.shapes.parameters, 15, core, disk=disk)
+        core = Cost({FORWARD: 8 * self.shapes.parameters * self._tokens})
+        return Work(TORCH + 2.2 * self._width * self.shapes.parameters, 15, core, disk=disk)
 
     def collect(self, n_layers: int) -> Work:
         """A forward pass of a chunk over all windows; in mode ``stream`` its Grams too."""
@@ -105,21 +108,22 @@ class Estimates:
         weights = self._width * (n_layers * shapes.layer_parameters + shapes.embedding_parameters)
         # the pages of the mapped file count beside the tensors read from it; HDF5 keeps a MiB a dataset
         weights = 2 * weights + 4 * MEBI * n_layers
-        forward = 16 * 4 * batch * max(shapes.site_widths)
+        forward = 6 * 4 * batch * max(shapes.site_widths)
         hidden = self._width * self._tokens * shapes.hidden_size
         flops = 2 * n_layers * self._tokens * shapes.layer_parameters
-        memory = _TORCH + weights + hidden + forward
+        memory = TORCH + weights + hidden + forward
         if self._calibration["mode"] == "store":
             disk = hidden + self._width * self._tokens * sum(shapes.site_widths) * n_layers
-            return Work(memory, 15 + disk / READ, flops / FORWARD, flops / GPU_FORWARD, disk)
+            return Work(memory, 6, Cost({FORWARD: flops}), Cost({GPU_FORWARD: flops}), disk, moved=disk)
         grams = 8 * n_layers * shapes.gram_entries
         products = 2 * n_layers * self._tokens * shapes.gram_entries
         return Work(
-            memory + grams + 2 * 4 * max(shapes.site_widths) ** 2,
-            15 + (grams + hidden) / READ,
-            flops / FORWARD + products / GRAM,
-            flops / GPU_FORWARD + products / GPU_PRODUCT,
-            grams + hidden,
+            memory + grams + 4 * max(shapes.site_widths) ** 2,  # the float32 product of a batch
+            6,
+            Cost({FORWARD: flops, GRAM: products}),
+            Cost({GPU_FORWARD: flops, GPU_PRODUCT: products}),
+            disk=grams + hidden,
+            moved=grams + hidden,
         )
 
     def gradients(self, n_layers: int) -> Work:
@@ -134,26 +138,29 @@ class Estimates:
         grams = 8 * n_layers * entries
         hidden = self._width * self._tokens * shapes.hidden_size
         widest = max(shapes.site_widths)
-        memory = _TORCH + weights + n_layers * kept + logits + grams + 2 * 4 * widest**2
+        memory = TORCH + weights + n_layers * kept + logits + grams + 2 * 4 * widest**2
         # forward, gradients at the inputs, and of the head
         flops = 4 * self._tokens * (n_layers * shapes.layer_parameters + head)
         products = 2 * n_layers * self._tokens * entries
         return Work(
             memory,
-            15 + (grams + 2 * hidden) / READ,
-            flops / FORWARD + products / GRAM,
-            flops / GPU_FORWARD + products / GPU_PRODUCT,
-            grams + hidden,
+            6,
+            Cost({FORWARD: flops, GRAM: products}),
+            Cost({GPU_FORWARD: flops, GPU_PRODUCT: products}),
+            disk=grams + hidden,
+            moved=grams + 2 * hidden,
         )
 
     def gram(self) -> Work:
         """Grams of one layer from its rows, or taken over from the streamed ones."""
         widest, grams = max(self.shapes.site_widths), 8 * self.shapes.gram_entries
-        memory = _NUMPY + 3 * 8 * widest**2 + 64 * MEBI
+        memory = NUMPY + 8 * widest**2 + 32 * MEBI  # one at a time in float64, and blocks
         if self._calibration["mode"] == "stream":
-            return Work(memory, 1 + 2 * grams / READ, disk=grams)
+            return Work(memory, 1, disk=grams, moved=2 * grams)
         rows = self._width * self._tokens * sum(self.shapes.site_widths)
-        return Work(memory, 1 + (grams + rows) / READ, 2 * self._tokens * self.shapes.gram_entries / GRAM, disk=grams)
+        core = Cost({GRAM: 2 * self._tokens * self.shapes.gram_entries})
+        memory += 4 * widest**2  # the product of a block in float32
+        return Work(memory, 1, core, disk=grams, moved=grams + rows)
 
     def prune(self, walks: int = 1, n_kept: int = 8) -> Work:
         """Walks over all blocks; `n_kept` hidden-size-squared float64 moments are in memory."""
@@ -162,9 +169,9 @@ class Estimates:
         weights = self._width * (blocks * shapes.layer_parameters + shapes.embedding_parameters)
         hidden = 2 * self._width * self._tokens * shapes.hidden_size
         states = 8 * 256 * shapes.n_layers * shapes.hidden_size
-        memory = _TORCH + 2 * weights + hidden + states + n_kept * 8 * shapes.hidden_size**2
+        memory = TORCH + 2 * weights + hidden + states + n_kept * 8 * shapes.hidden_size**2
         flops = 4 * walks * self._tokens * shapes.n_layers * shapes.layer_parameters
-        return Work(memory, 15, flops / FORWARD, flops / GPU_FORWARD)
+        return Work(memory, 6, Cost({FORWARD: flops}), Cost({GPU_FORWARD: flops}))
 
     def learn(self, settings: Mapping[str, Any], n_layers: int = 1) -> Work:
         """Learning a unit of `n_layers` layers, problem after problem, each as its method says."""
@@ -179,9 +186,9 @@ class Estimates:
             factors += 2 * nbytes  # in float32 until they are packed
             if method.scope == "problem":  # Grams of the other layers that share, until the last has been measured
                 grams = max(grams, 8 * (len({target.layer for target in targets}) - 1) * shapes[0][0] ** 2)
-        core, gpu = sum(work.core for work in works), sum(work.gpu for work in works)
-        memory = _NUMPY + factors + grams + max(work.memory for work in works)
-        return Work(memory, 1 + factors / READ, core, gpu, factors)
+        core, gpu = in_all(works)
+        memory = NUMPY + factors + grams + max(work.memory for work in works)
+        return Work(memory, 1, core, gpu, factors, moved=factors)
 
     def learn_in_turn(self, settings: Mapping[str, Any], n_layers: int = 1) -> Work:
         """Learning a unit, and two streams of hidden states through its blocks, which may be trained besides."""
@@ -190,7 +197,7 @@ class Estimates:
         # two blocks, as it is and compressed, each beside the pages of the mapped file
         weights = 4 * self._width * (shapes.layer_parameters + shapes.embedding_parameters)
         hidden = 2 * self._width * self._tokens * shapes.hidden_size
-        passes, memory = 6, _TORCH + weights + 2 * hidden + 16 * 4 * batch * max(shapes.site_widths)
+        passes, memory = 6, TORCH + weights + 2 * hidden + 16 * 4 * batch * max(shapes.site_widths)
         products = 0.0
         if settings["target"] == SEQUENTIAL:
             # up to every site, once in each model; a metric of gradients is of a matrix and not of a site
@@ -212,10 +219,11 @@ class Estimates:
         products *= n_layers
         return Work(
             max(memory, learned.memory) + learned.memory,
-            15 + learned.fixed + 2 * hidden / READ,
-            learned.core + flops / FORWARD + products / GRAM,
-            learned.gpu + flops / GPU_FORWARD + products / GPU_PRODUCT,
-            learned.disk + hidden,
+            6 + learned.start,
+            learned.core + {FORWARD: flops, GRAM: products},
+            learned.gpu + {GPU_FORWARD: flops, GPU_PRODUCT: products},
+            disk=learned.disk + hidden,
+            moved=learned.moved + 2 * hidden,
         )
 
     def profile(self, settings: Mapping[str, Any], n_layers: int = 1) -> Work:
@@ -228,10 +236,10 @@ class Estimates:
             )
             for targets in planned_problems(settings, method, self.shapes.matrices, n_layers)
         ]
-        core, gpu = sum(work.core for work in works), sum(work.gpu for work in works)
+        core, gpu = in_all(works)
         memory = max(work.memory for work in works)
         if settings["allocation"] != MEASURED:
-            return Work(_NUMPY + memory, 1, core, gpu)
+            return Work(NUMPY + memory, 1, core, gpu)
         # the model in float32 beside the pages of its file, and the head twice, once for each size of every problem
         shapes, length = self.shapes, self._calibration["length"]
         tokens = min(settings["measured_windows"], self._calibration["samples"]) * length
@@ -240,8 +248,8 @@ class Estimates:
         weights = 4 * 2 * (shapes.parameters + head) + 8 * tokens * shapes.hidden_size
         forward = 16 * 4 * max(self._calibration["batch_tokens"], length) * max(shapes.site_widths)
         logits = 4 * 6 * 256 * shapes.vocabulary
-        memory += _TORCH + weights + forward + logits
-        return Work(memory, 15, core + flops / FORWARD, gpu + flops / GPU_FORWARD)
+        memory += TORCH + weights + forward + logits
+        return Work(memory, 6, core + {FORWARD: flops}, gpu + {GPU_FORWARD: flops})
 
     def quantize(self, settings: Mapping[str, Any], n_layers: int = 1) -> Work:
         """Packing a unit, matrix after matrix, with the error of what is stored (float64)."""
@@ -256,27 +264,28 @@ class Estimates:
             if settings.get("codes", {}).get("rounding") == "optimal":
                 # columns are solved one by one on their supports, with few bits of nearly all atoms, and some again
                 flops += 3 * d_out * k**3 / 3
-        core = n_layers * flops / FACTOR
-        return Work(_NUMPY + 2 * packed + at_once, 1 + packed / READ, core, disk=packed)
+        # what is packed stays until it is written, once as an array and once as bytes
+        core = Cost({PRODUCT: n_layers * flops})
+        return Work(NUMPY + packed + max(packed, at_once), 1, core, disk=packed, moved=packed)
 
-    def assemble(self) -> Work:
-        """Copying tensors a shard of 5 GiB at a time."""
-        size = 2 * self.shapes.parameters
-        return Work(_NUMPY + 2 * min(size, 5 * 2**30), 5 + 2 * size / READ, disk=size)
+    def assemble(self, size: float | None = None) -> Work:
+        """Copying tensors a shard of 5 GiB at a time; `size`, bytes of all, is by default the dense model's."""
+        size = 2 * self.shapes.parameters if size is None else size
+        return Work(NUMPY + 1.1 * min(size, 5 * 2**30), 2, disk=size, moved=2 * size)
 
     def export(self) -> Work:
         """As `assemble`, with one tensor at a time in float32, twice; a temporary file holds the rest."""
         size, embedding = 2 * self.shapes.parameters, 4 * self.shapes.embedding_parameters
-        return Work(_TORCH + 3 * embedding, 10 + 3 * size / READ, size / 1e8, disk=2 * size)
+        return Work(TORCH + 3 * embedding, 10, Cost({LOOP: size / 1e8}), disk=2 * size, moved=3 * size)
 
-    def evaluate(self) -> Work:
+    def evaluate(self, packed: bool = True) -> Work:
         """The whole model in memory, forward passes over held-out text and the tasks' documents."""
         evaluation, shapes = self._evaluation, self.shapes
         perplexity = evaluation["perplexity"] or {"window": 2048, "max_tokens": 0}
-        logits = 3 * 4 * evaluation["batch_size"] * perplexity["window"] * shapes.vocabulary
+        logits = (3 if packed else 2) * 4 * evaluation["batch_size"] * perplexity["window"] * shapes.vocabulary
         tokens = perplexity["max_tokens"] or (1_000_000 if evaluation["perplexity"] else 0)
-        documents = evaluation["limit"] or TASK_DOCUMENTS
-        tokens += TASK_TOKENS * documents * len(evaluation["tasks"])
+        documents = evaluation["limit"] or _TASK_DOCUMENTS
+        tokens += _TASK_TOKENS * documents * len(evaluation["tasks"])
         flops = 2 * shapes.parameters * tokens
         if perplexity.get("kl"):  # the head once more
             flops += 2 * shapes.vocabulary * shapes.hidden_size * tokens
@@ -285,8 +294,9 @@ class Estimates:
             flops += 10 * 2 * shapes.parameters * len(generate["prompts"]) * generate["max_new_tokens"]
         # unpacked factors, the zeros of the codes among them, are larger than dense weights; a layer is made at a time
         width = _value_bytes(evaluation["dtype"])
-        memory = _TORCH + 1.5 * width * shapes.parameters + 4 * shapes.layer_parameters + logits
-        return Work(memory, 20 + 4 * shapes.parameters / READ, flops / FORWARD, flops / GPU_FORWARD)
+        weights = 1.5 * width * shapes.parameters + 4 * shapes.layer_parameters
+        memory = TORCH + (weights if packed else 1.1 * width * shapes.parameters) + logits
+        return Work(memory, 7, Cost({FORWARD: flops}), Cost({GPU_FORWARD: flops}), moved=4 * shapes.parameters)
 
 
 def _value_bytes(dtype: str) -> int:

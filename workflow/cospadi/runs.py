@@ -16,6 +16,7 @@ import yaml
 from cospadi import config as compression
 from cospadi.config import Schema
 from cospadi.errors import ConfigError, CospadiError
+from cospadi.machine import read_machine
 from cospadi.plan import Plan
 from cospadi.stages import Stage, Staged, draw
 from cospadi.training import config as training
@@ -119,6 +120,7 @@ def plan_run(
         faults = [*faults, *([str(error)] if isinstance(error, CospadiError) else [])]
     if faults:
         raise ConfigError(sorted(set(faults)), source)
+    plan.machine = read_machine()
     return plan
 
 

@@ -10,11 +10,13 @@ import contextlib
 import ctypes
 import faulthandler
 import io
+import itertools
 import logging
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -40,6 +42,8 @@ _BFLOAT16_FLAGS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "bf16": "Arm
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 # the log file has every line; the console warnings, and one line a job in this many seconds
 _CONSOLE_SECONDS = 2.0
+# files whose locks say that a GPU is taken
+_held: list[TextIO] = []
 
 
 def script(main: Callable[[Any, Log], None], snakemake: Any) -> None:
@@ -59,11 +63,14 @@ def script(main: Callable[[Any, Log], None], snakemake: Any) -> None:
         With status 1 if `main` fails. The console shows the message, the rule's log file the whole traceback.
     """
     set_threads(snakemake.threads)
+    taken = take_device() if getattr(snakemake, "resources", {}).get("gpu") else None
     # a job told to stop leaves through the exits that remove its unfinished files
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     name = " ".join([snakemake.rule, *filter(None, map(str, snakemake.wildcards))])
     with _log_file(snakemake.log) as file:
         log = _logger(name, file)
+        if taken is not None:
+            log(f"on GPU {taken}")
         started = time.perf_counter()
         try:
             main(snakemake, log)
@@ -81,6 +88,51 @@ def set_threads(count: int) -> None:
     os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(count)))
     # threads that wait for each other in a busy loop steal the cores of a shared machine: measured 3 to 4 times slower
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
+def take_device() -> str | None:
+    """Make one GPU of several the only one that this process sees, and hold it until the process ends.
+
+    It is one that no other job of this user on this machine holds; where all are held, one that the fewest share. Call
+    it before CUDA is asked for anything.
+
+    Returns
+    -------
+    str or None
+        What ``CUDA_VISIBLE_DEVICES`` is now; None where there is nothing to choose from.
+    """
+    devices = _visible_devices()
+    if len(devices) < 2:
+        return None
+    import fcntl
+
+    folder = Path(tempfile.gettempdir(), f"cospadi-gpus-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    for turn in itertools.count():  # in turn 1 all devices have a job already
+        for device in devices:
+            file = open(folder / f"{device.replace(os.sep, '_')}.{turn}", "w")  # noqa: SIM115
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.close()
+                continue
+            _held.append(file)  # the system lets go of it when the process ends, however it ends
+            os.environ["CUDA_VISIBLE_DEVICES"] = device
+            return device
+
+
+def _visible_devices() -> list[str]:
+    """GPUs as ``CUDA_VISIBLE_DEVICES`` calls them; CUDA itself would keep what it saw first."""
+    if (told := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [device.strip() for device in told.split(",") if device.strip()]
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return []
+    count = ctypes.c_uint(0)
+    if nvml.nvmlInit_v2() != 0 or nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
+        return []
+    return [str(number) for number in range(count.value)]
 
 
 def without_torch() -> None:

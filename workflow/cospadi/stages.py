@@ -16,10 +16,11 @@ from types import SimpleNamespace
 from typing import Any
 
 from cospadi.digests import code_digest
+from cospadi.sources import TEXT_SOURCES
 from cospadi.stage import has_gpu
-from cospadi.work import MEBI, Work
+from cospadi.work import MEBI, REFERENCE, Machine, Work
 
-TABLES_AND_PLOTS = Work(1000 * MEBI, 30)
+TABLES_AND_PLOTS = Work(160 * MEBI, 7)
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class Stage:
         Whether it uses a GPU where there is one.
     only : str
         Which runs it is part of, in a word or two; empty: of all.
+    files : str
+        Pattern, below the results, of what its jobs write and that stays; ``{of}`` is that of `Jobs`. Empty: small.
     """
 
     name: str
@@ -79,6 +82,7 @@ class Stage:
     threads: str | None = None
     uses_gpu: bool = False
     only: str = ""
+    files: str = ""
 
     def jobs_of(self, plan: Any) -> Iterable[Jobs]:
         """Its jobs in a run."""
@@ -100,7 +104,7 @@ def fetch_text(jobs: Callable[[Any], Iterable[Jobs]], result: str) -> Stage:
         rule="fetch_text",
         result=result,
         jobs=jobs,
-        work=Work(1000 * MEBI, 300),
+        work=lambda plan, wildcards: TEXT_SOURCES[plan.config["text"]["source"]].work(None),
         code=("cospadi.sources.texts",),
         threads="fetch",
     )
@@ -160,6 +164,8 @@ class Staged:
         ``results/<run>``.
     stages : mapping
         Name to `Stage`.
+    machine : Machine
+        Whose rates turn work into seconds; `runs.plan_run` sets the one that was measured.
     place : callable
         Where the file of a path of this plan lies. Rules need not ask, Snakemake puts a module's prefix before theirs.
     told : list of str
@@ -171,6 +177,7 @@ class Staged:
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.place: Callable[[str], str] = str
         self.told: list[str] = []
+        self.machine: Machine = REFERENCE
         self.config = config
         self.results = f"results/{config['run']}"
         self._started = time.time()
@@ -202,7 +209,7 @@ class Staged:
         """Time limit of a job of `stage` in minutes, a function for Snakemake: the same way."""
 
         def runtime(wildcards: Any, attempt: int, threads: int) -> int:
-            return self.work(stage, wildcards).runtime(attempt, threads, bool(self.gpus(stage)))
+            return self.work(stage, wildcards).runtime(attempt, threads, bool(self.gpus(stage)), self.machine)
 
         return runtime
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import h5py
 import numpy as np
 
-from cospadi.arrays import all_finite
+from cospadi.arrays import all_finite, symmetrize
 from cospadi.calibration.activations import (
     FORMAT_VERSION,
     HIDDEN,
@@ -236,8 +236,7 @@ class RunningGram:
 
     def finish(self) -> tuple[int, int]:
         for name, gram in self._grams.items():
-            array = gram.cpu().numpy()
-            array = ((array + array.T) / 2).astype(self._dtype, copy=False)
+            array = symmetrize(gram.cpu().numpy()).astype(self._dtype, copy=False)
             self._group.create_dataset(name, data=array, chunks=True, fletcher32=True)
         return self._tokens["gram"], self._tokens["gram_heldout"]
 

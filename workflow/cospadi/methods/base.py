@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 from cospadi.allocation import AS_IS
@@ -14,7 +15,7 @@ from cospadi.formats.factorization import Factorization
 from cospadi.problem import GRADIENTS, INDEPENDENT, SEQUENTIAL, Target, learns_in_turn, shared, side_by_side
 from cospadi.registry import Entry, choice, option
 from cospadi.structure import PROJECTIONS
-from cospadi.work import FACTOR, GPU_PRODUCT, PRODUCT, THREAD_EXPONENT, Work
+from cospadi.work import FACTOR, GPU_PRODUCT, PRODUCT, REFERENCE, THREAD_EXPONENT, Cost, Work
 
 WHITENING_OPTIONS: dict[str, dict[str, Any]] = {
     "whiten": option(
@@ -353,7 +354,9 @@ def budget_faults(
             yield f"ratio: {settings['ratio']} leaves {error.faults[0]}"
 
 
-def work_of(d_in: int, d_out: int, n_atoms: int, solver_flops: float, *, seconds: float = 0.0) -> Work:
+def work_of(
+    d_in: int, d_out: int, n_atoms: int, solver_flops: float, *, more: Mapping[str, float] = MappingProxyType({})
+) -> Work:
     """Work of one problem: whitening, solver, error.
 
     Parameters
@@ -363,8 +366,8 @@ def work_of(d_in: int, d_out: int, n_atoms: int, solver_flops: float, *, seconds
     n_atoms : int
     solver_flops : float
         At the rate of eigenvectors and triangular solves.
-    seconds : float
-        Of one core in what the solver does at other rates.
+    more : mapping
+        What the solver does at other rates, by kind.
     """
     square = 8 * d_in**2
     # measured by tracemalloc for htp: 12, 45 and 22 MiB for 576 x 576, 576 x 1536 and 1536 x 576; this gives 13, 44, 29
@@ -372,6 +375,7 @@ def work_of(d_in: int, d_out: int, n_atoms: int, solver_flops: float, *, seconds
     error = 3 * 8 * d_in * d_out  # measured in float64 once the solver is done
     memory = 3 * square + 2 * 4 * d_in * d_out + max(solver, error)
     whitening_and_error = d_in**3 / 3 + 6 * d_in * d_in * d_out
-    core = seconds + (whitening_and_error + solver_flops) / FACTOR
+    core = Cost({FACTOR: whitening_and_error + solver_flops}) + more
     # only the products move to a GPU: eigenvectors and whitening stay where they are, a quarter of the time
-    return Work(memory, 0, core, core * (0.25 / 8**THREAD_EXPONENT + PRODUCT / GPU_PRODUCT))
+    products = Cost({GPU_PRODUCT: core.seconds() * REFERENCE.rates[PRODUCT]})
+    return Work(memory, 0, core, core * (0.25 / 8**THREAD_EXPONENT) + products)

@@ -31,7 +31,7 @@ from cospadi.methods.base import (
 from cospadi.problem import Problem, Target, side_by_side
 from cospadi.registry import option
 from cospadi.runtime.cospadi_registry import CODECS
-from cospadi.work import Work
+from cospadi.work import LOOP, Work
 
 # More bits a weight are left, as nobody needs them. Fewer say nothing
 MOST_BITS, LEAST_BITS = 12.0, 0.5
@@ -115,7 +115,7 @@ def work(targets: Sequence[Target], nbytes: int, options: Mapping[str, Any], sto
     d_in, d_out = side_by_side([target.shape for target in targets])
     found = single_weights.work(targets, products=_PASSES, inversions=2)
     seconds = _PASSES * d_in * d_out * _SECONDS_A_NUMBER
-    return replace(found, core=found.core + seconds, gpu=found.gpu + seconds)
+    return replace(found, core=found.core + {LOOP: seconds}, gpu=found.gpu + {LOOP: seconds})
 
 
 def faults(settings: Mapping[str, Any], problems: Problems = ()) -> Iterator[str]:

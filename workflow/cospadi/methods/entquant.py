@@ -14,7 +14,7 @@ from cospadi.methods import ectcq, single_weights
 from cospadi.methods.base import Fit, Method, Problems, budget_faults
 from cospadi.problem import Problem, Target, side_by_side
 from cospadi.runtime.cospadi_registry import CODECS
-from cospadi.work import Work
+from cospadi.work import LOOP, Work
 
 _CODEC = "ec_scaled"
 # Measured on 576 x 576 and 576 x 1536 (2 cores AMD EPYC Milan, AVX2): all scales that are tried, and a search mostly
@@ -50,7 +50,7 @@ def work(targets: Sequence[Target], nbytes: int, options: Mapping[str, Any], sto
     """Work of a problem: passes over its numbers."""
     d_in, d_out = side_by_side([target.shape for target in targets])
     found, seconds = single_weights.work(targets), d_in * d_out * _SECONDS_A_NUMBER
-    return replace(found, core=found.core + seconds, gpu=found.gpu + seconds)
+    return replace(found, core=found.core + {LOOP: seconds}, gpu=found.gpu + {LOOP: seconds})
 
 
 def faults(settings: Mapping[str, Any], problems: Problems = ()) -> Iterator[str]:

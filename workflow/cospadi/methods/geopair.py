@@ -35,7 +35,7 @@ from cospadi.problem import Metric, Problem, Target, side_by_side
 from cospadi.registry import option, with_defaults
 from cospadi.solvers.starts import dictionary_start
 from cospadi.structure import PROJECTIONS
-from cospadi.work import FACTOR, PRODUCT, Work
+from cospadi.work import FACTOR, PRODUCT, Cost, Work
 
 ROUNDS = 20
 _DEFAULTS = {"group_size": 2, "share": list(PROJECTIONS), "eta": 1e-3}
@@ -117,8 +117,8 @@ def work(targets: Sequence[Target], nbytes: int, options: Mapping[str, Any], sto
     """Work of a problem: two pursuits a round with ten steps of conjugate gradients, and eigenvectors for Sylvester."""
     d, n = side_by_side([target.shape for target in targets])
     k = sparse_shape(d, n, nbytes=nbytes, rho=options.get("rho", 2.5), **storage).n_atoms
-    a_round = (2 * 2 * n * k * k * 12 + 6 * n * k * d) / PRODUCT + (14 * k**3 + 4 * k * d * (k + d)) / FACTOR
-    return work_of(d, n, k, 10 * min(d, n) ** 3 + 14 * d**3, seconds=options.get("max_iter", ROUNDS) * a_round)
+    a_round = Cost({PRODUCT: 2 * 2 * n * k * k * 12 + 6 * n * k * d, FACTOR: 14 * k**3 + 4 * k * d * (k + d)})
+    return work_of(d, n, k, 10 * min(d, n) ** 3 + 14 * d**3, more=a_round * options.get("max_iter", ROUNDS))
 
 
 def modules(options: Mapping[str, Any]) -> list[str]:

@@ -201,7 +201,13 @@ def work(targets: Sequence[Target], nbytes: int, options: Mapping[str, Any], sto
         rounds += TRIAL * len(SHARES_TRIED)
     elif (atoms_by_rule(d, n, nbytes, options["pattern"]) if atoms is None else atoms) == 0:
         rounds = 0
-    return single_weights.work(targets, products=100 + 84 * rounds, inversions=25 + 14 * bool(rounds))
+    penalties = {"short": 6, "long": 20}.get(options["schedule"], 20)
+    found = single_weights.work(targets, products=5 * penalties + 40 * rounds, inversions=5 + penalties * (1 + rounds))
+    # the scaled Gram in both precisions and inverses in one, of which so many stay (`solvers.admm`)
+    square = 4 * d**2
+    inverses = max(square, min(penalties * square, 2**30))
+    # the split, its dual, what they start from and move to, of every matrix side by side
+    return replace(found, memory=found.memory + 3 * square + inverses + 10 * 4 * n * d)
 
 
 def modules(options: Mapping[str, Any]) -> list[str]:

@@ -26,7 +26,7 @@ from cospadi.problem import Problem, Target
 from cospadi.registry import option
 from cospadi.runtime.cospadi_supports import MIXTURE
 from cospadi.solvers.svd import squares_left
-from cospadi.work import Work
+from cospadi.work import Cost, Work
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "groups": option(
@@ -301,11 +301,11 @@ def work(targets: Sequence[Target], nbytes: int, options: Mapping[str, Any], sto
     """Work of all matrices: the low-rank part of each; in memory a projection of a group in float64, twice."""
     dense = nbytes_left([target.shape for target in targets], 0)
     each: Counter[tuple[int, int]] = Counter(target.shape for target in targets)
-    core = gpu = 0.0
+    core, gpu = Cost(), Cost()
     for shape, count in each.items():
         part = nbytes * nbytes_left([shape], 0) // dense
         one = svd_llm.work([Target(0, "", shape)], part, options, storage)
-        core, gpu = core + count * one.core, gpu + count * one.gpu
+        core, gpu = core + one.core * count, gpu + one.gpu * count
     n_layers = len({target.layer for target in targets})
     largest = max(d_in * d_out for d_in, d_out in each)
     widest = max(d_in for d_in, _ in each)

@@ -21,7 +21,7 @@ from cospadi.errors import ConfigError
 from cospadi.formats.factorization import Factorization, unpack
 from cospadi.methods.base import MEASURED, MENU, Allocator, Fit, Method
 from cospadi.problem import Problem, Target
-from cospadi.work import Work
+from cospadi.work import Work, in_all
 
 # Matrices by name, as stored, to the nats a token that they cost the model when they alone are exchanged
 Measure = Callable[[Mapping[str, np.ndarray]], float]
@@ -134,4 +134,4 @@ def _work(
         with contextlib.suppress(ConfigError):  # too few bytes
             works.append(method.work(targets, size, options, storage))
     memory = max((work.memory for work in works), default=0.0)
-    return Work(memory, 0, sum(work.core for work in works), sum(work.gpu for work in works))
+    return Work(memory, 0, *in_all(works))

@@ -239,10 +239,9 @@ def _passes(
     """Work of an analysis, and of a pass for every rho at so many ratios."""
     d, n = side_by_side([target.shape for target in targets])
     k = max(shape.n_atoms for shape in _shapes((d, n), nbytes, rhos, storage).values())
-    one = (2 * n * k * k + 2 * n * k * d + 2 * k * k * d + k**3 / 3 + 40 * n * k) / PRODUCT
-    return work_of(
-        d, n, k, 10 * min(d, n) ** 3 + 2 * d * n * min(d, n) + d * d * min(d, n), seconds=ratios * len(rhos) * one
-    )
+    one = 2 * n * k * k + 2 * n * k * d + 2 * k * k * d + k**3 / 3 + 40 * n * k
+    analysis = 10 * min(d, n) ** 3 + 2 * d * n * min(d, n) + d * d * min(d, n)
+    return work_of(d, n, k, analysis, more={PRODUCT: ratios * len(rhos) * one})
 
 
 def work(targets: Sequence[Target], nbytes: int, options: Mapping[str, Any], storage: Mapping[str, Any]) -> Work:

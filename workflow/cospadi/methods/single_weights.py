@@ -206,7 +206,7 @@ def method(
 def work(targets: Sequence[Target], *, products: float = 0.0, inversions: float = 0.0) -> Work:
     """Work of a problem: so many products of a square matrix with the weight, so many inversions of the Gram."""
     d, n = side_by_side([target.shape for target in targets])
-    return work_of(d, n, d, inversions * 2 * d**3, seconds=products * 2 * d * d * n / PRODUCT)
+    return work_of(d, n, d, inversions * 2 * d**3, more={PRODUCT: products * 2 * d * d * n})
 
 
 def faults(settings: Mapping[str, Any], problems: Problems = ()) -> Iterator[str]:

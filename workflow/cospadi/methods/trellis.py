@@ -20,7 +20,7 @@ from cospadi.problem import Problem, Target, side_by_side
 from cospadi.registry import option
 from cospadi.runtime.cospadi_registry import CODECS
 from cospadi.runtime.cospadi_trellis import Trellis
-from cospadi.work import Work
+from cospadi.work import LOOP, Work
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "sweeps": option(
@@ -92,7 +92,7 @@ def work(targets: Sequence[Target], nbytes: int, options: Mapping[str, Any], sto
     times = 1 + options["sweeps"]
     found = single_weights.work(targets, products=3 * times, inversions=2)
     seconds = times * d_in * d_out * _SECONDS_A_NUMBER
-    return replace(found, core=found.core + seconds, gpu=found.gpu + seconds)
+    return replace(found, core=found.core + {LOOP: seconds}, gpu=found.gpu + {LOOP: seconds})
 
 
 def faults(settings: Mapping[str, Any], problems: Problems = ()) -> Iterator[str]:

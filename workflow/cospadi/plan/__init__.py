@@ -15,7 +15,7 @@ from typing import Any
 from cospadi.digests import code_digest, folder_digest, modules_of
 from cospadi.errors import ConfigError
 from cospadi.outside import TOKENIZER, edited_digest, model_digest, untimed
-from cospadi.plan.budgets import with_ratios
+from cospadi.plan.budgets import model_nbytes, with_ratios
 from cospadi.plan.faults import local_model_faults, planning_faults
 from cospadi.plan.names import chunk_name, layers_of, one_of
 from cospadi.plan.paths import Paths
@@ -67,6 +67,7 @@ class Plan(Paths, Staged):
         self.told = told
         Paths.__init__(self, config, n_layers(model_config))
         self._model_config = model_config
+        self._shapes = shapes
         self._digests: dict[str, str | None] = {}
         self.estimates = Estimates(config, model_config)
         faults += planning_faults(self, shapes, model_config)
@@ -159,6 +160,11 @@ class Plan(Paths, Staged):
 
     # --- resources -----------------------------------------------------------------------------------------------
 
+    def final_nbytes(self, name: str) -> int | None:
+        """Bytes of the weights of model `name`, a variant or ``dense``; None where only the run will tell."""
+        variant = None if name == DENSE else self.config["variants"][name]
+        return model_nbytes(self.config, variant, self._shapes, self._model_config)
+
     def group(self, stage: str) -> Callable[..., str | None]:
         """SLURM job that a job of `stage` shares, a function for Snakemake (local runs know no groups).
 
@@ -170,15 +176,19 @@ class Plan(Paths, Staged):
         def chunk(wildcards: Any) -> str | None:
             layer = int(wildcards.first if stage == "collect" else wildcards.layer)
             chunk = self.chunk_with(layer, wildcards.base)
-            collecting = self.estimates.collect(len(chunk)).wall(self.threads("collect"), bool(self.gpus("collect")))
+            collecting = self.estimates.collect(len(chunk)).wall(
+                self.threads("collect"), bool(self.gpus("collect")), self.machine
+            )
             cpus = len(chunk) * self.threads("gram")
-            if cpus > SHARED_CPUS or self.estimates.gram().wall() > max(SMALL_SECONDS, collecting):
+            if cpus > SHARED_CPUS or self.estimates.gram().wall(machine=self.machine) > max(SMALL_SECONDS, collecting):
                 return None
             return f"chunk_{wildcards.base.replace('/', '_')}{chunk_name(chunk)}"
 
         def unit(wildcards: Any) -> str | None:
             # units that wait for one another are jobs of their own, and so is what packs them
-            small = not self.learns_in_turn(wildcards.variant) and self.work("learn", wildcards).wall() < SMALL_SECONDS
+            small = not self.learns_in_turn(wildcards.variant) and (
+                self.work("learn", wildcards).wall(machine=self.machine) < SMALL_SECONDS
+            )
             return "unit" if small else None
 
         return chunk if stage in ("collect", "gram") else unit

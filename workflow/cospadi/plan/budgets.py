@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from cospadi.budget import nbytes_left
@@ -70,18 +70,14 @@ def with_ratios(
     allowed = read_schema("config.schema.yaml")["$defs"]["variant"]["properties"]["ratio"]
     limits = allowed["minimum"], allowed["maximum"]
     for name, variant in config["variants"].items():
-        steps = variant.get("steps", [variant])
-        settings = next((step for step in steps if step["method"] in [*METHODS, CHOOSE.name]), {})
+        settings = _factorizing(variant)
         if settings.get("budget") is None:
             continue
         text = settings.pop("budget")
         budget, where = Budget.of(text), f"{at_step(name, variant, 1)}.budget: {text}"
-        n_layers = shapes.n_layers - sum(removed_count(step) for step in steps if step["method"] in PRUNERS)
-        sources = [config["variants"][source] for source in settings.get("choose_from", ())] or [settings]
-        chosen = sources[0]["targets"] or list(shapes.matrices)
-        targets = [shapes.matrices[projection] for projection in chosen] * max(n_layers, 1)
-        width = 4 if "float32" in (model_config.get("dtype"), model_config.get("torch_dtype")) else 2
-        parts = {"embeddings and all else that stays as it is": _others(shapes, width, n_layers, chosen)}
+        sources, n_layers, targets, others = _parts(config, variant, shapes, model_config)
+        width = _width(model_config)
+        parts = {"embeddings and all else that stays as it is": others}
         if budget.on_gpu:
             decoded = [one["method"] for one in sources if METHODS[one["method"]].decoded]
             if decoded and "choose_from" in settings:
@@ -110,6 +106,45 @@ def with_ratios(
 
 def _megabytes(nbytes: int) -> str:
     return f"{nbytes / 1e6:.4g}MB"
+
+
+def model_nbytes(
+    config: Mapping[str, Any], variant: Mapping[str, Any] | None, shapes: Shapes, model_config: Mapping[str, Any]
+) -> int | None:
+    """Bytes of the weights of a variant of a complete config with ratios (None: of the model as it is); None where no
+    ratio says so.
+    """
+    settings = _factorizing(variant) if variant else {}
+    *_, targets, others = _parts(config, variant or {"steps": []}, shapes, model_config)
+    if settings and settings.get("ratio") is None:
+        return None
+    return others + nbytes_left(targets, settings["ratio"] if settings else 0)
+
+
+def _factorizing(variant: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of the step of a variant that says how many bytes its matrices get; empty where there is none."""
+    return next((step for step in _steps(variant) if step["method"] in [*METHODS, CHOOSE.name]), {})
+
+
+def _steps(variant: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    return variant.get("steps", [variant])
+
+
+def _parts(
+    config: Mapping[str, Any], variant: Mapping[str, Any], shapes: Shapes, model_config: Mapping[str, Any]
+) -> tuple[list[Mapping[str, Any]], int, list[tuple[int, int]], int]:
+    """Settings of who learns the matrices of a variant, its layers, shapes of the matrices, bytes of all else in its
+    files."""
+    settings = _factorizing(variant)
+    n_layers = shapes.n_layers - sum(removed_count(step) for step in _steps(variant) if step["method"] in PRUNERS)
+    sources = [config["variants"][source] for source in settings.get("choose_from", ())] or [settings]
+    chosen = sources[0].get("targets") or list(shapes.matrices)
+    targets = [shapes.matrices[projection] for projection in chosen] * max(n_layers, 1)
+    return sources, n_layers, targets, _others(shapes, _width(model_config), n_layers, chosen)
+
+
+def _width(model_config: Mapping[str, Any]) -> int:
+    return 4 if "float32" in (model_config.get("dtype"), model_config.get("torch_dtype")) else 2
 
 
 def _others(shapes: Shapes, width: int, n_layers: int, chosen: list[str]) -> int:

@@ -126,6 +126,12 @@ def _assemble(plan: Plan) -> Iterator[Jobs]:
         yield Jobs(len(packed), "assemble_model/*.tsv")
 
 
+def _assembling(plan: Plan, wildcards: Any) -> Work:
+    # of the largest; where no ratio says how large it will be, of the dense model
+    sizes = [plan.final_nbytes(name) for name in plan.factorized + plan.choosing]
+    return plan.estimates.assemble(None if None in sizes else max(sizes))
+
+
 def _choose(plan: Plan) -> Iterator[Jobs]:
     for variant in plan.choosing:
         yield Jobs(1, f"choose_variants/{variant}.tsv", SimpleNamespace(variant=variant), variant)
@@ -259,6 +265,7 @@ STAGES = table_of(
         name="prune",
         rule="prune_model",
         result="a model of fewer blocks",
+        files="{of}model/*",
         only="without some blocks",
         after=("fetch", "inspect", "prepare", "select", "fit"),
         jobs=_each_base("prune_model", lambda plan: list(plan.pruned_bases)),
@@ -281,6 +288,7 @@ STAGES = table_of(
         name="gram",
         rule="compute_gram",
         result="second moments of that, layer by layer",
+        files="{of}gram/*.h5",
         after=("inspect", "prepare", "collect"),
         jobs=_gram,
         work=_estimated(Estimates.gram),
@@ -292,6 +300,7 @@ STAGES = table_of(
         name="gradients",
         rule="collect_gradients",
         result="what errors in every matrix of a chunk cost the loss",
+        files="{of}gradients/layers_*.h5",
         only="gradients as metric",
         after=("fetch", "prune", "inspect", "prepare", "collect", "gradients"),  # a chunk after the one behind
         jobs=_gradients,
@@ -340,6 +349,7 @@ STAGES = table_of(
         name="learn",
         rule="learn_dictionary",
         result="factors of a unit of layers",
+        files="{of}/factors/*.safetensors",
         after=("fetch", "prune", "inspect", "prepare", "gram", "gradients", "drift", "allocate"),
         jobs=_units("learn_dictionary", lambda plan, variant: not plan.learns_in_turn(variant)),
         work=_learn,
@@ -351,6 +361,7 @@ STAGES = table_of(
         name="in_turn",
         rule="learn_in_turn",
         result="factors of a unit, fitted to what those before it give, or refined",
+        files="{of}/factors/*.safetensors",
         only="layers in turn",
         # a unit after the one before
         after=("fetch", "prune", "inspect", "prepare", "gram", "gradients", "allocate", "in_turn"),
@@ -366,6 +377,7 @@ STAGES = table_of(
         name="quantize",
         rule="quantize_codes",
         result="the packed tensors of the checkpoint",
+        files="{of}/codes/*.safetensors",
         after=("fetch", "prune", "inspect", "prepare", "gram", "gradients", "learn", "in_turn"),
         jobs=_units("quantize_codes"),
         work=lambda plan, wildcards: plan.estimates.quantize(
@@ -400,9 +412,10 @@ STAGES = table_of(
         name="assemble",
         rule="assemble_model",
         result="a packed Hugging Face folder",
+        files="*/model/*.safetensors",
         after=("fetch", "prune", "prepare", "quantize", "take"),
         jobs=_assemble,
-        work=_estimated(Estimates.assemble),
+        work=_assembling,
         # all of the runtime travels in the folder
         code=_of_variant("cospadi.checkpoint", *modules_of("cospadi.runtime")),
         threads="assemble",
@@ -445,7 +458,7 @@ STAGES = table_of(
         rule="evaluate_dense",
         result="perplexity, tasks, generated text of the model as fetched",
         after=("fetch", "text", "inspect"),
-        work=_estimated(Estimates.evaluate),
+        work=lambda plan, wildcards: plan.estimates.evaluate(packed=False),
         code=_evaluation_code,
         threads="evaluate",
         uses_gpu=True,

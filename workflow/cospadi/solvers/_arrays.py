@@ -15,7 +15,7 @@ import numpy as np
 import scipy.linalg
 from array_api_compat import array_namespace, device, is_torch_array
 
-from cospadi.arrays import orthonormal_rows
+from cospadi.arrays import orthonormal_rows, row_blocks
 from cospadi.runtime.cospadi_registry import SUPPORTS
 
 Array = Any
@@ -45,9 +45,12 @@ def row_dots(a: Array, b: Array) -> Array:
     return np.vecdot(a, b)
 
 
-def diagonal_matrix(values: Array) -> Array:
-    """Square matrix with `values` on its diagonal."""
-    return values.diag() if is_torch_array(values) else np.diag(values)
+def plus_diagonal(matrix: Array, values: Array | float) -> Array:
+    """``M + diag(values)``, a new matrix and no other beside it: that of a wide site is gigabytes."""
+    found = array_namespace(matrix).asarray(matrix, copy=True)
+    diagonal = found.diagonal() if is_torch_array(found) else np.einsum("ii->i", found)
+    diagonal += values
+    return found
 
 
 def top_mask(values: Array, count: int) -> Array:
@@ -110,8 +113,11 @@ def inverse_spd(matrix: Array) -> Array:
     factor, info = potrf(matrix, lower=False, clean=True)
     if info:
         return np.linalg.inv(matrix.astype(np.float64)).astype(matrix.dtype)
-    upper = potri(factor, lower=False, overwrite_c=True)[0]  # the lower triangle stays zero
-    return upper + np.triu(upper, 1).T
+    inverse = potri(factor, lower=False, overwrite_c=True)[0]  # the lower triangle stays zero
+    for rows in row_blocks(len(inverse)):
+        inverse[rows, : rows.start] = inverse[: rows.start, rows].T
+        inverse[rows, rows] += np.triu(inverse[rows, rows], 1).T
+    return inverse
 
 
 def leading_rows(matrix: Array, count: int) -> Array:

@@ -16,9 +16,9 @@ from cospadi.solvers import Solution
 from cospadi.solvers._arrays import (
     Array,
     array_namespace,
-    diagonal_matrix,
     from_numpy,
     is_torch_array,
+    plus_diagonal,
     row_dots,
     spd_solver,
 )
@@ -137,7 +137,7 @@ def ridge_dictionary(rows: Array, codes: Array) -> tuple[Array, Array]:
     gram = gram * scale[:, None] * scale[None, :]
     # the row of an unused atom is zero: a one on its diagonal makes the solve return zero for it
     ridge = xp.where(energy > 0, xp.full_like(energy, 10 * float(xp.finfo(rows.dtype).eps)), xp.ones_like(energy))
-    gram = gram + diagonal_matrix(ridge)
+    gram = plus_diagonal(gram, ridge)
     dictionary = spd_solver(gram)(transposed_product(codes, rows) * scale[:, None]) * scale[:, None]
     dictionary, norms = unit_rows(dictionary)
     return dictionary, codes * norms[None, :]

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from cospadi.solvers._arrays import Array, array_namespace, device_of, inverse_spd, row_dots
+from cospadi.arrays import row_blocks
+from cospadi.solvers._arrays import Array, array_namespace, inverse_spd, plus_diagonal, row_dots
 from cospadi.solvers._threads import in_pieces, one_blas_thread, over_rows
 from cospadi.solvers.entries import best_entries
 
@@ -24,8 +25,8 @@ RIDGE = 1e-5
 # Conjugate gradient steps on the final support, and on the start's: enough to know whether ADMM did harm
 CG_STEPS, START_CG_STEPS = 20, 5
 
-# Inverses that are kept: those of the longest schedule
-_INVERSES_KEPT = 20
+# Inverses that are kept: those of the longest schedule, as far as they take no more than a GiB in float32
+_INVERSES_KEPT, _INVERSES_BYTES = 20, 2**30
 
 # Yields the penalty of each iteration, and is sent a function that gives the support after it
 Schedule = Callable[[int], Generator[float, Callable[[], Array], None]]
@@ -66,6 +67,11 @@ SCHEDULES: dict[str, Schedule] = {
 }
 
 
+def inverses_kept(d_in: int) -> int:
+    """How many inverses of a Gram are kept for the other matrices that read it, or for the next pass; at least one."""
+    return max(1, min(_INVERSES_KEPT, _INVERSES_BYTES // (4 * d_in**2)))
+
+
 class Scaled:
     """A Gram with ones on its diagonal, and what ADMM asks of it, computed once for all matrices that read it.
 
@@ -87,11 +93,11 @@ class Scaled:
         xp = array_namespace(gram)
         diagonal = xp.linalg.diagonal(gram)
         ridge = RIDGE * float(xp.mean(diagonal))
-        eye = xp.eye(gram.shape[0], dtype=gram.dtype, **device_of(gram))
         self.scale = xp.sqrt(diagonal + ridge)
-        self._double = (gram + ridge * eye) / (self.scale[:, None] * self.scale[None, :])
+        self._double = plus_diagonal(gram, ridge)
+        for rows in row_blocks(gram.shape[0]):
+            self._double[rows] /= self.scale[rows, None] * self.scale[None, :]
         self._dtype = dtype
-        self._eye = xp.astype(eye, dtype)
         self._inverses: dict[float, Array] = {}
         self.gram = xp.astype(self._double, dtype)
 
@@ -111,9 +117,9 @@ class Scaled:
     def inverse(self, rho: float) -> Array:
         """``(H + rho I)^-1``, in the dtype of the products: rho keeps it well conditioned, and it guides a support."""
         if rho not in self._inverses:
-            while len(self._inverses) >= _INVERSES_KEPT:
+            while len(self._inverses) >= inverses_kept(self.gram.shape[0]):
                 self._inverses.pop(next(iter(self._inverses)))
-            self._inverses[rho] = inverse_spd(self.gram + rho * self._eye)
+            self._inverses[rho] = inverse_spd(plus_diagonal(self.gram, rho))
         return self._inverses[rho]
 
 

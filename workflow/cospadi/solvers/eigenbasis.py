@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from cospadi.solvers._arrays import Array, array_namespace, diagonal_matrix, leading_rows, spd_solver, top_mask
+from cospadi.solvers._arrays import Array, array_namespace, leading_rows, plus_diagonal, spd_solver, top_mask
 from cospadi.solvers._threads import one_blas_thread, over_rows, transposed_product
 from cospadi.solvers.entries import best_entries
 
@@ -83,7 +83,7 @@ def ridge_dictionary(weight: Array, codes: Array, ridge: float) -> tuple[Array, 
     moments = transposed_product(codes, codes)
     mu = ridge * float(xp.mean(xp.linalg.diagonal(moments)))
     products = transposed_product(codes, weight.T)  # (k, d)
-    scaled = moments + diagonal_matrix(xp.full_like(moments[0], mu))
+    scaled = plus_diagonal(moments, mu)
     dictionary = spd_solver(scaled)(products)
     # tr(W^T D S) - mu ||D||^2 is what the product takes away from ||W||^2, by the normal equations
     size = float(xp.sum(xp.astype(weight, xp.float64) ** 2))

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from cospadi.solvers import Solution
-from cospadi.solvers._arrays import Array, array_namespace, diagonal_matrix, row_dots, spd_solver
+from cospadi.solvers._arrays import Array, array_namespace, plus_diagonal, row_dots, spd_solver
 from cospadi.solvers._rounds import Rounds, as_rows, generator, initial, redraw, unit_rows
 from cospadi.solvers._threads import one_blas_thread
 from cospadi.solvers.htp import pursue, steepest_step
@@ -140,7 +140,7 @@ def shared_dictionary(
     # units in which every used atom's codes have unit energy, as for the dictionary of a single metric
     scale = xp.where(used, energy, xp.ones_like(energy)) ** -0.5
     ridge = xp.where(used, xp.full_like(energy, 10 * float(xp.finfo(energy.dtype).eps)), xp.ones_like(energy))
-    precondition = spd_solver(total * scale[:, None] * scale[None, :] + diagonal_matrix(ridge))
+    precondition = spd_solver(plus_diagonal(total * scale[:, None] * scale[None, :], ridge))
     unknown = atoms / scale[:, None]
 
     def apply(values: Array) -> Array:

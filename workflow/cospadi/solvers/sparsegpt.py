@@ -6,7 +6,7 @@ With ``H = X^T X`` and the upper Cholesky factor U of ``H^-1``, setting input i 
 
 from __future__ import annotations
 
-from cospadi.solvers._arrays import Array, array_namespace, device_of, diagonal_matrix, inverse_spd
+from cospadi.solvers._arrays import Array, array_namespace, device_of, inverse_spd, plus_diagonal
 from cospadi.solvers._threads import in_pieces, one_blas_thread
 from cospadi.solvers.entries import best_entries, kept_of
 
@@ -86,4 +86,4 @@ def inverse_factor(gram: Array, damping: float) -> Array:
     diagonal = xp.linalg.diagonal(gram)
     mean = float(xp.mean(diagonal)) or 1.0
     added = xp.where(diagonal > 0, damping * mean, mean)
-    return xp.linalg.cholesky(inverse_spd(gram + diagonal_matrix(added))).T
+    return xp.linalg.cholesky(inverse_spd(plus_diagonal(gram, added))).T

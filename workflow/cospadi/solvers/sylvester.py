@@ -17,7 +17,7 @@ import scipy.linalg
 
 from cospadi.arrays import to_numpy
 from cospadi.solvers import Solution
-from cospadi.solvers._arrays import Array, array_namespace, diagonal_matrix, from_numpy, row_dots, spd_solver
+from cospadi.solvers._arrays import Array, array_namespace, from_numpy, plus_diagonal, row_dots, spd_solver
 from cospadi.solvers._rounds import Rounds, as_rows, initial, unit_rows
 from cospadi.solvers._threads import one_blas_thread, over_rows, transposed_product
 from cospadi.solvers.htp import largest_eigenvalue, pursue
@@ -93,7 +93,7 @@ def learn(
         left = 0.0
         for index, (metric, view) in enumerate(zip(metrics, seen, strict=True)):
             gram = atoms @ metric @ atoms.T
-            gram = gram + diagonal_matrix(xp.full_like(gram[0], RIDGE * float(xp.mean(xp.linalg.diagonal(gram)))))
+            gram = plus_diagonal(gram, RIDGE * float(xp.mean(xp.linalg.diagonal(gram))))
             start = codes[index] if turn else None
             found, taken = _pursued(gram, view, atoms, start, n_nonzero_coefs)
             codes = [*codes[:index], found, *codes[index + 1 :]]

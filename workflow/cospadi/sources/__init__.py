@@ -105,7 +105,7 @@ def fetch_model(
         return path.parent
     planned = _planned(model, path, remedy)
     with _making(Path(output)) as temporary:
-        called(source.read, model, temporary, log)
+        called(source.read, model, temporary, Path(root), log)
         if model.get("rotate") is not None:
             rotation.rotate(temporary, model["rotate"], log=log)
         check_model_folder(temporary, log=log)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cospadi.registry import Entry
+from cospadi.work import NUMPY, Work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +25,13 @@ class Source(Entry):
     plan : callable, optional
         Of a model: ``plan(root, resources, *, ...) -> (path, what, remedy)``, the ``config.json`` that jobs are planned
         with, what a user calls it, and what to do if it is wrong.
+    work : callable
+        ``work(shapes) -> Work`` of bringing it here; `shapes` are the model's (`resources.Shapes`), of text None.
     """
 
     read: Callable[..., Any] | None = None
     plan: Callable[..., Any] | None = None
+    work: Callable[[Any], Work] = lambda shapes: Work(1.4 * NUMPY, 8)
 
     def names_read(self) -> set[str]:
         """Options that a reader takes."""

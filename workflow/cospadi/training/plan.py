@@ -11,7 +11,7 @@ from cospadi.plan.names import filled
 from cospadi.report.training import training_message
 from cospadi.stages import Jobs, Stage, Staged, fetch_text, report, table_of
 from cospadi.training.config import EXPERIMENTS
-from cospadi.work import FORWARD, GPU_FORWARD, MEBI, Work
+from cospadi.work import FORWARD, GPU_FORWARD, MEBI, Cost, Work
 
 _TEXT = Work(1800 * MEBI, 180)
 
@@ -40,7 +40,7 @@ def _work(plan: TrainingPlan, wildcards: Any) -> Work:
     parameters, tokens = sizes["layers"] * block + vocabulary * hidden, settings["batch_size"] * length
     kept = 40 * sizes["layers"] * (hidden + sizes["intermediate_size"]) + 16 * vocabulary
     flops = 8 * parameters * tokens * settings["steps"]
-    return Work(2000 * MEBI + 16 * parameters + tokens * kept, 15, flops / FORWARD, flops / GPU_FORWARD)
+    return Work(2000 * MEBI + 16 * parameters + tokens * kept, 15, Cost({FORWARD: flops}), Cost({GPU_FORWARD: flops}))
 
 
 STAGES = table_of(
