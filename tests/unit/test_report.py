@@ -252,6 +252,9 @@ def test_the_page_to_explore_has_every_matrix_and_asks_no_network(finished):
     assert [row["variant"] for row in spec["datasets"]["models"]] == list(summary)
     cospadi = next(row for row in spec["datasets"]["models"] if row["variant"] == "cospadi-20")
     assert cospadi["MB"] == summary["cospadi-20"]["target_bytes"] / 1e6
+    assert cospadi["kl"] == summary["cospadi-20"]["kl"] > 0
+    named = {tooltip["field"] for tooltip in spec["vconcat"][0]["hconcat"][0]["encoding"]["tooltip"]}
+    assert "kl" in named <= cospadi.keys()
     errors = {
         (row["variant"], row["layer"], row["projection"]): (row["error"], row["bits"])
         for row in spec["datasets"]["matrices"]
