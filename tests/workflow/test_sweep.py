@@ -49,6 +49,7 @@ TOLD: dict[str, list[Any]] = {
     "revision": ["main", "0123abc", "refs/pr/1"],
     "package": ["some-wheel==1.0"],
     "sha256": ["0" * 64],
+    "members": [[{"package": "some-wheel==1.0", "member": "x", "sha256": "0" * 64}]],
     "blocks": [1, 2, [1], [1, 2]],
     "cuts": [1, 2],
     "tasks": [[], ["last_word"], ["piqa", "next_sentence", "sentence_order"]],

@@ -28,6 +28,9 @@ _PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
         "pretokenizers": [{"type": "Digits", "individual_digits": True}, _BYTE_LEVEL],
     },
 }
+# Architectures whose tokenizer of sentence pieces transformers puts together whole: nothing to put back
+_SENTENCE_PIECES = ("gemma3",)
+_TOKENIZER_KEYS = tuple(f"tokenizer.ggml.{key}" for key in ("model", "pre", "add_bos_token"))
 
 
 def convert_gguf(gguf_file: Path, output: Path, *, log: Callable[[str], None] = print) -> dict[str, str]:
@@ -80,7 +83,7 @@ def _convert(gguf_file: Path, output: Path, log: Callable[[str], None]) -> dict[
         fields = {
             key: field.contents()
             for key, field in GGUFReader(str(gguf_file)).fields.items()  # as transformers calls it
-            if key.startswith("general.") or key in ("tokenizer.ggml.pre", "tokenizer.ggml.model")
+            if key.startswith("general.") or key in _TOKENIZER_KEYS
         }
     except (ValueError, IndexError, KeyError) as error:
         raise ArtifactError(gguf_file, f"not a complete GGUF file ({error})", "Fetch it again") from error
@@ -106,32 +109,37 @@ def _convert(gguf_file: Path, output: Path, log: Callable[[str], None]) -> dict[
     for file in output.glob("*.safetensors"):
         file.chmod(0o644)
 
-    log("writing the tokenizer with its pre-tokenizer put back")
+    log("writing the tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(**source, local_files_only=True)
     tokenizer.model_max_length = config.max_position_embeddings
     tokenizer.save_pretrained(output)
     _repair_tokenizer(output, pre_tokenizer)
-    _check_tokenizer(output, individual_digits=pre_tokenizer["type"] == "Sequence")
+    begins = fields.get("tokenizer.ggml.add_bos_token", fields["tokenizer.ggml.model"] == "llama")
+    _check_tokenizer(output, begins=begins, individual_digits=pre_tokenizer == _PRE_TOKENIZERS["smollm"])
     return {key.removeprefix("general."): value for key, value in fields.items() if isinstance(value, str)}
 
 
-def _pre_tokenizer(fields: dict[str, Any], gguf_file: Path) -> dict[str, Any]:
-    """The ``pre_tokenizer`` entry of ``tokenizer.json`` for what the GGUF file names."""
+def _pre_tokenizer(fields: dict[str, Any], gguf_file: Path) -> dict[str, Any] | None:
+    """The ``pre_tokenizer`` entry of ``tokenizer.json`` for what the GGUF file names; None: as transformers has it."""
     kind, name = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
+    if kind == "llama" and fields.get("general.architecture") in _SENTENCE_PIECES:
+        return None
     if kind != "gpt2" or name not in _PRE_TOKENIZERS:
         raise ArtifactError(
             gguf_file,
-            f"tokenizer {kind!r} with pre-tokenizer {name!r}; known here: 'gpt2' with {', '.join(_PRE_TOKENIZERS)}",
+            f"tokenizer {kind!r} with pre-tokenizer {name!r}; known here: 'gpt2' with {', '.join(_PRE_TOKENIZERS)}; "
+            f"'llama' of {', '.join(_SENTENCE_PIECES)}",
             "Take the model as a Hugging Face folder instead (model.source: hub or local)",
         )
     return _PRE_TOKENIZERS[name]
 
 
-def _repair_tokenizer(folder: Path, pre_tokenizer: dict[str, Any]) -> None:
-    path = folder / "tokenizer.json"
-    content = json.loads(path.read_text(encoding="utf-8"))
-    content["pre_tokenizer"] = pre_tokenizer
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _repair_tokenizer(folder: Path, pre_tokenizer: dict[str, Any] | None) -> None:
+    if pre_tokenizer is not None:
+        path = folder / "tokenizer.json"
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content["pre_tokenizer"] = pre_tokenizer
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     path = folder / "tokenizer_config.json"
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -143,7 +151,7 @@ def _repair_tokenizer(folder: Path, pre_tokenizer: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _check_tokenizer(folder: Path, *, individual_digits: bool) -> None:
+def _check_tokenizer(folder: Path, *, begins: bool, individual_digits: bool) -> None:
     """Load the repaired tokenizer as a user would and try it on text that shows the usual damage."""
     from transformers import AutoTokenizer
 
@@ -153,6 +161,10 @@ def _check_tokenizer(folder: Path, *, individual_digits: bool) -> None:
     remedy = "Use the versions of envs/, or take the model as a Hugging Face folder (model.source: hub or local)"
     if tokenizer.decode(ids) != text:
         raise ArtifactError(folder / "tokenizer.json", f"{text!r} comes back as {tokenizer.decode(ids)!r}", remedy)
+    first = tokenizer(text).input_ids[0]
+    if begins and first != tokenizer.bos_token_id:
+        problem = f"a text begins with token {first}, not with {tokenizer.bos_token} ({tokenizer.bos_token_id})"
+        raise ArtifactError(folder / "tokenizer.json", problem, remedy)
     digits = [tokenizer.decode([token]) for token in tokenizer("1234", add_special_tokens=False).input_ids]
     if individual_digits and digits != list("1234"):
         raise ArtifactError(folder / "tokenizer.json", f"'1234' is cut into {digits}, not into digits", remedy)

