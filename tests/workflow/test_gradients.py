@@ -47,7 +47,7 @@ def run(new_run: Callable[..., Run]) -> Run:
         },
         "rtn": MENU,
         "alone": ALONE,
-        "mix": {"method": "choose", "ratio": 0.6, "choose_from": CHOICES},
+        "mix": {"method": "choose", "ratio": 0.6, "choose_from": CHOICES, "search": 12},
         "close": {"method": "choose", "max_perplexity_increase": INCREASE, "choose_from": CHOICES},
     }
     run.config["evaluation"] |= {"generate": None}
@@ -121,8 +121,7 @@ def test_a_menu_chooses_and_its_table_says_what_came_of_it(run):
 def test_a_measured_allocation_says_what_each_matrix_alone_does_to_the_predictions(run):
     table, path = table_of(run.results / "alone/allocation.tsv"), run.folder / run.config["model"]["path"]
     assert len({row["bits"] for row in table.values()}) > 1
-    with h5py.File(run.results / "calibration.h5") as windows:
-        ids = torch.from_numpy(windows["input_ids"][-2:].astype(np.int64))
+    ids = kept_out(run)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     codes = TensorFile(run.results / "alone/codes/layers_00-02.safetensors")
     with torch.inference_mode():
@@ -182,8 +181,7 @@ def test_the_fewest_bytes_within_an_increase_of_perplexity_are_searched_for(run)
     assert chosen == min(within) and any(nbytes < chosen for nbytes, times in found if times > INCREASE)
     assert float(rows(run.results / "summary.tsv")["close"]["target_bytes"]) <= chosen
     # what was measured is the perplexity of the model that came out, on the windows that were kept out
-    with h5py.File(run.results / "calibration.h5") as windows:
-        ids = torch.from_numpy(windows["input_ids"][-2:].astype(np.int64))
+    ids = kept_out(run)
     losses = {}
     for folder in (run.folder / run.config["model"]["path"], run.results / "close/model"):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -192,6 +190,26 @@ def test_the_fewest_bytes_within_an_increase_of_perplexity_are_searched_for(run)
     times = math.exp(losses["model"] - losses["tiny-model"])
     # packed values are bfloat16, also of what stays as it is, which was measured in its own
     assert times == pytest.approx(within[chosen], abs=2e-4)
+
+
+def kept_out(run: Run) -> torch.Tensor:
+    with h5py.File(run.results / "calibration.h5") as windows:
+        return torch.from_numpy(windows["input_ids"][-2:].astype(np.int64))
+
+
+def test_swaps_that_bring_the_predictions_nearer_to_the_dense_model_stay(run):
+    log = (run.results / "logs/choose_variants/mix.log").read_text()
+    found = [float(value) for value in re.findall(r"divergence ([\d.e-]+)", log)]
+    assert len(found) > 1 and found == sorted(found, reverse=True)
+    assert sum(stored(run, "mix")[name]["nbytes"] for name in stored(run, "mix")) <= 0.4 * sum(
+        one["dense_nbytes"] for one in stored(run, "mix").values()
+    )
+    log_p, log_q = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(kept_out(run)).logits.log_softmax(-1)
+        for folder in (run.folder / run.config["model"]["path"], run.results / "mix/model")
+    )
+    # packed values of what stays as it is are bfloat16
+    assert float((log_p.exp() * (log_p - log_q)).sum(-1).mean()) == pytest.approx(found[-1], rel=2e-2)
 
 
 def test_a_table_that_is_edited_is_followed(run, tmp_path):

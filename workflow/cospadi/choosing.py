@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from cospadi.allocation import AS_IS, Point, Points, choose, filled, write_table
 from cospadi.errors import ArtifactError
 from cospadi.files import ModelFolder, TensorFile, read_json, write_json, write_tensors
@@ -54,6 +56,23 @@ class Target(NamedTuple):
     measure: Callable[[Mapping[str, str | None]], float]
 
 
+class Search(NamedTuple):
+    """Swaps of bytes between matrices, and who measures what they do.
+
+    Attributes
+    ----------
+    trials : int
+    measure : callable
+        ``measure(chosen) -> divergence`` from the dense model, of a choice as of `Target`.
+    seed : int
+        Of the swaps.
+    """
+
+    trials: int
+    measure: Callable[[Mapping[str, str | None]], float]
+    seed: int
+
+
 def choose_variants(
     variants: Mapping[str, Path],
     units: Sequence[str],
@@ -61,11 +80,12 @@ def choose_variants(
     output: Path,
     *,
     table: Path,
+    search: Search | None = None,
     log: Callable[[str], None] = print,
 ) -> None:
     """Choose a variant for every matrix, for the least predicted rise in so many bytes.
 
-    Never worse than the best of the variants that fit into these bytes.
+    Never predicted to be worse than the best of the variants that fit into these bytes. Swaps may follow.
 
     Parameters
     ----------
@@ -79,6 +99,8 @@ def choose_variants(
         JSON, ``matrices``: name to variant, null where it stays as it is.
     table : Path
         The same for a person (`allocation.write_table`).
+    search : Search, optional
+        Where the size is a ratio.
 
     Raises
     ------
@@ -106,7 +128,10 @@ def choose_variants(
     if isinstance(size, Target):
         chosen = _smallest(menus, list(variants), size, log)
     else:
-        chosen = _best(menus, math.floor((1 - size) * sum(dense.values())), list(variants))
+        nbytes = math.floor((1 - size) * sum(dense.values()))
+        chosen = _best(menus, nbytes, list(variants))
+        if search is not None:
+            chosen = _searched(menus, chosen, nbytes, search, log)
     log(f"chosen: {_nbytes(chosen)} bytes, predicted rise {_rise(chosen):.4g} nats a token")
     lines = []
     for group, point in chosen.items():
@@ -187,6 +212,49 @@ def _smallest(
         best, low, high = (chosen, low, probe) if found <= target.increase else (best, probe, high)
         probe = (low + high) // 2
     return best
+
+
+def _searched(
+    menus: Mapping[tuple[str, ...], Mapping[str, Point]],
+    chosen: dict[tuple[str, ...], Point],
+    nbytes: int,
+    search: Search,
+    log: Callable[[str], None],
+) -> dict[tuple[str, ...], Point]:
+    """What swaps make of a choice: those stay that lower what is measured."""
+    draw = np.random.default_rng(search.seed)
+    least = search.measure(_names(chosen))
+    log(f"divergence {least:.6g} nats a token on windows that were kept out")
+    for trial in range(1, search.trials + 1):
+        swapped = _swapped(menus, chosen, nbytes, draw)
+        found = math.inf if swapped is None else search.measure(_names(swapped))
+        if found < least:
+            chosen, least = swapped, found
+            log(f"swap {trial}/{search.trials}: divergence {least:.6g}")
+    return chosen
+
+
+def _swapped(
+    menus: Mapping[tuple[str, ...], Mapping[str, Point]],
+    chosen: Mapping[tuple[str, ...], Point],
+    nbytes: int,
+    draw: np.random.Generator,
+) -> dict[tuple[str, ...], Point] | None:
+    """A choice in which one group has its next larger part, and others, as they come, their next smaller ones until
+    all of them fit; None where there is none.
+    """
+    groups = list(menus)
+    order = [groups[index] for index in draw.permutation(len(groups))]
+    larger = {group: [one for one in menus[group].values() if one.nbytes > chosen[group].nbytes] for group in order}
+    first = next((group for group in order if larger[group]), None)
+    if first is None:
+        return None
+    found = {**chosen, first: min(larger[first], key=lambda point: point.nbytes)}
+    for group in order:
+        smaller = [one for one in menus[group].values() if one.nbytes < found[group].nbytes]
+        if group != first and smaller and _nbytes(found) > nbytes:
+            found[group] = max(smaller, key=lambda point: point.nbytes)
+    return found if _nbytes(found) <= nbytes else None
 
 
 def _nbytes(points: Mapping[Any, Point]) -> int:

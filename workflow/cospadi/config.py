@@ -37,7 +37,7 @@ from cospadi.methods.base import (
     in_turn_faults,
     sharing_option_faults,
 )
-from cospadi.methods.choose import CHOOSE, INCREASE, choice_faults
+from cospadi.methods.choose import CHOOSE, INCREASE, SEARCH, choice_faults
 from cospadi.problem import SEQUENTIAL
 from cospadi.pruning import PRUNERS
 from cospadi.registry import entry_schema
@@ -246,7 +246,7 @@ def _size_faults(variants: Any) -> Iterator[str]:
 
 def _unused(settings: Mapping[str, Any]) -> set[str]:
     """Keys of a complete step that decide nothing: factors are the same as before these keys came."""
-    unused = {"bits", *(key for key in ("budget", INCREASE) if settings.get(key) is None)}
+    unused = {"bits", *(key for key in ("budget", INCREASE, SEARCH) if not settings.get(key))}
     unused |= {"ratio"} if INCREASE not in unused else set()
     if settings.get("method") not in METHODS:
         return unused

@@ -298,6 +298,15 @@ class Estimates:
         memory = TORCH + (weights if packed else 1.1 * width * shapes.parameters) + logits
         return Work(memory, 7, Cost({FORWARD: flops}), Cost({GPU_FORWARD: flops}), moved=4 * shapes.parameters)
 
+    def search(self, trials: int) -> Work:
+        """The model in float32, walked over the windows that are kept out for every trial, with the head once more."""
+        shapes, evaluated = self.shapes, self.evaluate()
+        tokens = self._tokens * self._calibration["heldout_fraction"]
+        flops = 2 * (trials + 2) * tokens * (shapes.parameters + shapes.vocabulary * shapes.hidden_size)
+        states = 4 * tokens * shapes.hidden_size
+        memory = evaluated.memory + 8 * shapes.parameters + states
+        return Work(memory, 7, Cost({FORWARD: flops}), Cost({GPU_FORWARD: flops}), moved=4 * shapes.parameters)
+
 
 def _value_bytes(dtype: str) -> int:
     """Bytes a value; ``auto`` may be either, and a job may run on another machine than the one that plans."""

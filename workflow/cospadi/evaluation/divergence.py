@@ -37,7 +37,7 @@ class Recorder:
 
     def __init__(self, model: PreTrainedModel, file: h5py.File) -> None:
         self._file = file
-        self._head = _Head(model, model.get_output_embeddings().weight)
+        self._head = Head(model, model.get_output_embeddings().weight)
         self._entering: torch.Tensor | None = None
         self._checked = False
 
@@ -94,7 +94,7 @@ class Comparison:
         weight = model.get_output_embeddings().weight
         theirs = _head_weight(dense).to(weight.device, weight.dtype)
         # most variants have the head of the dense model: it is in memory once then
-        self._head = _Head(model, weight if torch.equal(weight, theirs) else theirs)
+        self._head = Head(model, weight if torch.equal(weight, theirs) else theirs)
         self.n_tokens, self._total = 0, 0.0
 
     @property
@@ -126,7 +126,7 @@ def recording(model: PreTrainedModel, folder: Path, dtype: str, path: Path) -> I
             handle.remove()
 
 
-class _Head:
+class Head:
     """Hidden states to distributions, as the model does it, with a weight (vocabulary, hidden_size)."""
 
     def __init__(self, model: PreTrainedModel, weight: torch.Tensor) -> None:

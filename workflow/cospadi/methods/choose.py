@@ -13,6 +13,7 @@ from cospadi.registry import Entry, option
 _ALIKE = ("metric", "column_power", "activation_share", "targets", "group_size")
 
 INCREASE = "max_perplexity_increase"
+SEARCH = "search"
 
 CHOOSE = Entry(
     name="choose",
@@ -35,6 +36,15 @@ CHOOSE = Entry(
             maximum=1000,
             default=None,
         ),
+        SEARCH: option(
+            "integer",
+            "Swaps of bytes between matrices that are tried, from what is predicted to be best on: one takes a larger "
+            "part, others smaller ones. A swap stays where it lowers the divergence from the dense model on the "
+            "calibration windows that are kept out (calibration.heldout_fraction). 0: none.",
+            minimum=0,
+            maximum=100_000,
+            default=0,
+        ),
     },
 )
 
@@ -45,11 +55,14 @@ def choice_faults(variants: Mapping[str, Any], heldout_fraction: float) -> Itera
     comparable = {name: one for name, one in learned.items() if METHODS[one["method"]].scope == "problem"}
     for name, settings in variants.items():
         first = None
-        if settings.get(INCREASE) is not None and heldout_fraction == 0:
-            yield (
-                f"variants.{name}.{INCREASE}: is measured on calibration windows that are kept out; set "
-                "calibration.heldout_fraction, to 0.1 say"
-            )
+        for key in (INCREASE, SEARCH):
+            if settings.get(key) and heldout_fraction == 0:
+                yield (
+                    f"variants.{name}.{key}: is measured on calibration windows that are kept out; set "
+                    "calibration.heldout_fraction, to 0.1 say"
+                )
+        if settings.get(INCREASE) and settings.get(SEARCH):
+            yield f"variants.{name}.{SEARCH}: swaps keep to a size; give a ratio in place of {INCREASE}"
         for source in settings.get("choose_from", ()) if settings.get("method") == CHOOSE.name else ():
             where = f"variants.{name}.choose_from: {source}"
             if source not in comparable:

@@ -11,7 +11,7 @@ from cospadi.digests import code_digest, modules_of
 from cospadi.formats.values import modules_of as formats_of
 from cospadi.methods import METHODS
 from cospadi.methods.base import MEASURED
-from cospadi.methods.choose import INCREASE
+from cospadi.methods.choose import INCREASE, SEARCH
 from cospadi.plan.names import layers_of
 from cospadi.resources import Estimates
 from cospadi.stages import Jobs, Stage, fetch_text, report, table_of
@@ -138,13 +138,15 @@ def _choose(plan: Plan) -> Iterator[Jobs]:
 
 
 def _choosing(plan: Plan, wildcards: Any) -> Work:
-    """Numbers are compared; where perplexity is the target, the model is walked too."""
+    """Numbers are compared; where perplexity is the target, or swaps are tried, the model is walked too."""
     settings = plan.config["variants"][wildcards.variant]
+    if SEARCH in settings:
+        return plan.estimates.search(settings[SEARCH])
     return plan.estimates.evaluate() if INCREASE in settings else Work(300 * MEBI, 30)
 
 
 def _choosing_code(plan: Plan, wildcards: Any) -> str:
-    measured = INCREASE in plan.config["variants"][wildcards.variant]
+    measured = {INCREASE, SEARCH} & plan.config["variants"][wildcards.variant].keys()
     return code_digest("cospadi.choosing", *(["cospadi.evaluation.parts"] if measured else []))
 
 
