@@ -26,6 +26,11 @@ config = plan.config
 report: f"workflow/report/{kind.name}.rst"
 
 
+# Whether other runs may take models, text and Grams from a cache (`--cache`). Snakemake keeps those of rules without a
+# benchmark alone: what was taken was not measured.
+caching = workflow.enable_cache and not getattr(plan, "is_local", False)
+
+
 pathvars:
     results=plan.results,
     logs=f"{plan.results}/logs",
@@ -33,6 +38,10 @@ pathvars:
 
 
 include: f"workflow/{kind.name}.smk"
+
+
+for cached in filter(lambda one: one.cache and one.cache.output, workflow.rules):
+    cached._benchmark = None
 
 
 rule all:

@@ -36,6 +36,8 @@ _DATA_SUFFIXES = frozenset({".json", ".jinja", ".txt", ".model", ".tiktoken", ".
 _LEGAL = re.compile(
     r"licen[cs]e|copying|copyright|notice|use[-_ ]?policy|terms|patents|eula|attribution", re.IGNORECASE
 )
+# what Snakemake's cache calls the folder of a fetched model: the digest of all that it was made from
+_CACHED = re.compile(r"[0-9a-f]{64}(\..*)?")
 _CODE_SUFFIXES = frozenset({".py", ".pyc", ".so", ".sh", ".ipynb", ".exe", ".dll"})
 SAFETENSORS_DTYPES = {
     "F64": np.dtype(np.float64),
@@ -398,6 +400,8 @@ def _check_link(folder: Path, file: Path) -> None:
     root = folder.resolve()
     if root.parent.name == "snapshots":  # the hub's cache keeps the content of a repository's files beside them
         root = root.parent.parent
+    elif _CACHED.fullmatch(file.resolve().parent.name):  # a model that Snakemake took from its cache
+        return
     if not file.resolve().is_relative_to(root):
         raise ArtifactError(
             file,

@@ -11,6 +11,7 @@ rule collect_activations:
         "<logs>/{base}collect_activations/layers_{first}-{last}.log",
     benchmark:
         "<benchmarks>/{base}collect_activations/layers_{first}-{last}.tsv"
+    cache: caching
     priority: 1  # the next chunk before the layers of this one: it wants more cores, and they are free together now
     group:
         plan.group("collect")
@@ -22,6 +23,7 @@ rule collect_activations:
         runtime=plan.runtime("collect"),
         gpu=plan.gpus("collect"),
     params:
+        layers=lambda wildcards: [int(wildcards.first), int(wildcards.last)],
         collection=plan.collection(),
         model=lambda wildcards: plan.model_digest(WEIGHTS, base=wildcards.base),
         device=config["device"],

@@ -6,6 +6,7 @@ rule fetch_model:
         "<logs>/fetch_model.log",
     benchmark:
         "<benchmarks>/fetch_model.tsv"
+    cache: caching
     localrule: True
     conda:
         "../../envs/cospadi.yaml"

@@ -11,6 +11,7 @@ rule compute_gram:
         "<logs>/{base}compute_gram/layer_{layer}.log",
     benchmark:
         "<benchmarks>/{base}compute_gram/layer_{layer}.tsv"
+    cache: caching
     group:
         plan.group("gram")
     conda:
@@ -20,6 +21,7 @@ rule compute_gram:
         mem_mb=plan.mem_mb("gram"),
         runtime=plan.runtime("gram"),
     params:
+        layer=lambda wildcards: int(wildcards.layer),
         gram=config["gram"],
         collection=plan.collection(),
         model=lambda wildcards: plan.model_digest(WEIGHTS, base=wildcards.base),

@@ -14,6 +14,7 @@ rule fetch_text:
         "<logs>/fetch_text/{text}.log",
     benchmark:
         "<benchmarks>/fetch_text/{text}.tsv"
+    cache: caching
     localrule: True
     conda:
         "../../envs/cospadi.yaml"
