@@ -262,6 +262,25 @@ def test_a_group_in_everyones_own_metric_fits_better_than_in_the_mean(unit, tmp_
     )
 
 
+def test_layers_share_atoms_beside_single_weights_in_everyones_own_metric(unit, tmp_path):
+    errors = {}
+    for metric in ("mean", "exact"):
+        (tmp_path / metric).mkdir()
+        options = {"share": ["gate_proj", "up_proj"], "share_within": [["gate_proj", "up_proj"]], "atoms": 3}
+        codes, learned, quantized = run(
+            unit, tmp_path / metric, [0, 1], method="hybrid", group_metric=metric, max_iter=1, **options
+        )
+        names = [f"model.layers.{layer}.{name}_proj" for layer in (0, 1) for name in ("gate", "up")]
+        errors[metric] = sum(learned["matrices"][name]["relative_error"] ** 2 for name in names)
+        assert sum(quantized["matrices"][name]["nbytes"] for name in names) <= 0.7 * sum(
+            quantized["matrices"][name]["dense_nbytes"] for name in names
+        )
+        parts = [part for name in names for part in codes.metadata["matrices"][name].get("plus", ())]
+        assert {part["dictionary"]["tensor"] for part in parts} <= {f"{names[0]}.plus.0.dictionary"}
+    assert errors["exact"] < 0.95 * errors["mean"]
+    assert "history_exact" in learned["matrices"][names[0]] or not parts
+
+
 def test_one_input_needs_no_metric_of_its_own(unit, tmp_path):
     results = []
     for metric in ("mean", "exact"):

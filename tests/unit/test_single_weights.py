@@ -11,7 +11,7 @@ from cospadi.errors import ConfigError
 from cospadi.formats.values import storage_of
 from cospadi.methods import METHODS
 from cospadi.methods.base import Fit
-from cospadi.problem import Matrix, Metric, Problem
+from cospadi.problem import Matrix, Metric, Outputs, Problem
 
 NAMES = ["magnitude", "wanda", "sparsegpt", "alps", "sparse", "hybrid"]
 
@@ -30,13 +30,25 @@ def weight(d_in: int = 48, d_out: int = 96, seed: int = 1) -> np.ndarray:
     return (rng.standard_t(4, size=(d_in, d_out)) + common).astype(np.float32)
 
 
-def problem(gram: np.ndarray, *weights: np.ndarray) -> Problem:
-    metric = Metric.of(gram)
-    matrices = [
-        Matrix(f"model.layers.0.m{i}_proj", 0, "site", one.shape, metric, lambda one=one: one)
-        for i, one in enumerate(weights)
-    ]
+def problem(gram: np.ndarray | list[np.ndarray], *weights: np.ndarray, priced: bool = False) -> Problem:
+    """Of matrices with one Gram, or each with its own; `priced`: with gradients."""
+    metrics = [Metric.of(one) for one in gram] if isinstance(gram, list) else [Metric.of(gram)] * len(weights)
+    matrices = []
+    for i, (one, metric) in enumerate(zip(weights, metrics, strict=True)):
+        squares = np.random.default_rng(i).gamma(1.0, 10.0**i, size=one.shape[1])
+        outputs = Outputs(lambda squares=squares: squares, 0.5) if priced else None
+        matrices.append(Matrix(f"model.layers.0.m{i}_proj", 0, "site", one.shape, metric, lambda one=one: one, outputs))
     return Problem(matrices)
+
+
+def exact_error(matrices: Problem, factors: list) -> float:
+    """What the matrices of a problem lose together, each in its own metric: as their prices say, or relative."""
+    total = 0.0
+    for i, (matrix, one) in enumerate(zip(matrices.matrices, factors, strict=True)):
+        there = matrices.weights[i]
+        size = matrix.metric.squared_norm(there) if matrices.prices is None else 1 / matrices.prices[i]
+        total += matrix.metric.squared_norm(there - one.reconstruct()) / size
+    return total
 
 
 @pytest.mark.parametrize("method", NAMES)
@@ -135,6 +147,52 @@ def test_matrices_of_a_problem_share_atoms_and_budget():
     # the larger weights do not take the budget of the smaller
     errors = [f.relative_error(w, gram) for f, w in zip(found, both.weights, strict=True)]
     assert max(errors) < 2 * min(errors)
+
+
+@pytest.mark.parametrize("priced", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    ("method", "options"), [("hybrid", {"atoms": 6}), ("sparse", {}), ("sparse", {"pattern": "column"})]
+)
+def test_everyones_own_metric_is_never_worse_than_that_of_the_mean(method, options, seed, priced):
+    """Inputs that differ in direction and in size, as those of neighbouring layers do, and prices as of gradients."""
+    grams = [inputs(seed=seed), 30 * inputs(seed=seed + 10), inputs(seed=seed) + inputs(seed=seed + 10)]
+    matrices = problem(
+        grams, weight(seed=seed), 4 * weight(d_out=64, seed=seed + 1), weight(seed=seed + 2), priced=priced
+    )
+    nbytes = nbytes_left(matrices.shapes, 0.4)
+    errors = {}
+    for metric in ("mean", "exact"):
+        found = METHODS[method].fit(matrices, nbytes, Fit(storage=storage_of({})), group_metric=metric, **options)
+        errors[metric] = exact_error(matrices, found)
+        assert sum(one.n_nonzero for one in found) > 0
+        atoms = [part for one in found for part in one.plus]
+        assert len({part.dictionary.tobytes() for part in atoms}) <= 1  # one dictionary for all of them
+        assert sum(2 * one.n_nonzero + 2 * sum(part.n_nonzero for part in one.plus) for one in found) < nbytes
+    # here inputs have hardly anything in common, so it is worth a lot
+    assert errors["exact"] < 0.9 * errors["mean"]
+
+
+def test_equal_metrics_agree_with_their_mean():
+    gram = inputs()
+    matrices = problem([gram, gram.copy()], weight(), weight(seed=2))
+    nbytes = nbytes_left(matrices.shapes, 0.4)
+
+    def error(method: str, metric: str, **options: int) -> float:
+        found = METHODS[method].fit(matrices, nbytes, Fit(storage=storage_of({})), group_metric=metric, **options)
+        return exact_error(matrices, found)
+
+    # it goes on from what the mean has found, with as many passes again, and has no more to gain than those
+    assert 0.9 * error("hybrid", "mean", max_iter=4) < error("hybrid", "exact", max_iter=2)
+    assert error("hybrid", "exact", max_iter=2) < error("hybrid", "mean", max_iter=2)
+    assert 0.95 * error("sparse", "mean") < error("sparse", "exact") <= error("sparse", "mean")
+    # the same inputs, and so the same object: nothing is computed twice
+    together = problem(gram, weight(), weight(seed=2))
+    codes = [
+        METHODS["hybrid"].fit(together, nbytes, Fit(storage=storage_of({})), group_metric=metric)[1].codes
+        for metric in ("mean", "exact")
+    ]
+    np.testing.assert_array_equal(*codes)
 
 
 def test_atoms_are_searched_and_never_worse_than_none():

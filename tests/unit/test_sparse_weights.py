@@ -152,7 +152,7 @@ def test_compiled_steps_are_those_of_the_definition(n_nonzero, relax):
         dual = dual * before / rho
         inverse = metric.inverse(rho).astype(np.float64)
         moved = relax * ((targets + rho * (split - dual)) @ inverse) + (1 - relax) * split + dual
-        state.step(metric.inverse(rho), rho)
+        state.step(admm.inverses(metric, rho), rho)
         np.testing.assert_allclose(state.moved, moved, rtol=1e-4, atol=1e-4 * np.abs(moved).max())
         mask = best_entries(abs(state.moved), n_nonzero)
         np.testing.assert_array_equal(state.support(), mask)
@@ -166,13 +166,13 @@ def test_dual_goes_on_under_other_atoms():
     metric, rows, targets = scaled(weight, gram)
     for dtype in (np.float32, np.float64):
         state = admm.split_state(targets.astype(dtype), 5000, rows.astype(dtype))
-        state.step(metric.inverse(0.5), 0.5)
+        state.step(admm.inverses(metric, 0.5), 0.5)
         before, lengths = state.moved.copy(), np.linspace(1, 2, 24).astype(dtype)
-        state.follow(2 * targets.astype(dtype), lengths)
+        state.follow(2 * targets.astype(dtype), [(slice(None), lengths)])
         np.testing.assert_allclose(state.moved, before * lengths, rtol=1e-6)
         kept = np.where(state.support(), state.moved, 0)
         expected = (2 * targets + 0.5 * (2 * kept - state.moved)) @ metric.inverse(0.5) + state.moved - kept
-        state.step(metric.inverse(0.5), 0.5)
+        state.step(admm.inverses(metric, 0.5), 0.5)
         np.testing.assert_allclose(state.moved, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
@@ -224,6 +224,87 @@ def test_hybrid_finds_atoms_that_are_there():
     assert reached <= falling[-1] * 1.001
 
 
+def stacked(
+    n_metrics: int, d_in: int = 24, d_out: int = 60, dtype: type = np.float32
+) -> tuple[admm.Stacked, np.ndarray]:
+    """Metrics of matrices, and their rows below each other, each in the space of its own."""
+    metrics, rows = [], []
+    for seed in range(n_metrics):
+        weight, gram = problem(d_in, d_out, seed=seed)
+        metrics.append(admm.Scaled(gram * 10.0**seed, dtype))  # layers whose inputs differ in size, too
+        rows.append(np.ascontiguousarray((weight * metrics[-1].scale[:, None]).T.astype(dtype)))
+    return admm.Stacked(metrics, [d_out] * n_metrics), np.concatenate(rows)
+
+
+def test_atoms_of_several_metrics_solve_the_normal_equations_of_all():
+    metric, rows = stacked(3, dtype=np.float64)
+    rng = np.random.default_rng(0)
+    d_in, n_atoms = rows.shape[1], 3
+    codes = np.concatenate([rows * best_entries(abs(rows), 900), rng.normal(size=(len(rows), n_atoms))], axis=1)
+    finder = hybrid._Together(metric)
+    over_unit, dictionary = finder.given(codes, rng.normal(size=(n_atoms, d_in)))
+    for _ in range(20):  # eight steps of conjugate gradients each
+        dictionary, lengths = finder.update(rows, over_unit, dictionary)
+        over_unit = admm.over_parts(lengths, lambda own, c: c * own, over_unit)
+    same, atoms = finder.result(over_unit, dictionary)
+    np.testing.assert_allclose(same, codes, rtol=1e-9, atol=1e-12)
+    gradient, size = 0.0, 0.0
+    for part, one in metric.parts:
+        shares, left = codes[part, d_in:], rows[part] - codes[part, :d_in]
+        image = shares.T @ (left - shares @ (atoms * one.scale)) @ one.gram * one.scale
+        gradient, size = gradient + image, size + abs(shares.T @ left @ one.gram * one.scale).max()
+    assert abs(gradient).max() < 1e-6 * size
+
+
+def test_parts_of_one_metric_are_that_metric():
+    """ADMM goes the same way whether the rows are one part or several: only atoms are found by other arithmetic."""
+    weight, gram = problem(24, 90)
+    metric, rows, targets = scaled(weight, gram)
+    again = admm.Stacked([metric, admm.Scaled(gram, np.float32)], [40, 50])
+    start = rows * best_entries(np.abs(rows), rows.size // 2)
+    one, parts = (admm.sparse_codes(each, targets, rows.size // 2, start=start) for each in (metric, again))
+    np.testing.assert_allclose(parts, one, rtol=1e-4, atol=1e-4 * abs(one).max())
+    assert (parts != 0).sum() == (one != 0).sum()
+    codes, atoms, _ = hybrid.learn(metric, rows, rows.size // 2, 3, start=start)
+    given = np.concatenate([codes[:, :24], codes[:, 24:]], axis=1)
+    better, shared, history = hybrid.learn(
+        again, rows, rows.size // 2, 3, start=given, atoms=atoms / metric.scale.astype(np.float32)
+    )
+    errors = [
+        admm.squared_error(metric.gram, rows - c[:, :24] - c[:, 24:] @ a)
+        for c, a in ((codes, atoms), (better, (shared * metric.scale).astype(np.float32)))
+    ]
+    assert 0.9 * errors[0] < errors[1] <= errors[0] * (1 + 1e-4)
+    assert len(history) == hybrid.PASSES
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_several_metrics_have_one_budget_and_never_more_error_than_the_start(dtype):
+    metric, rows = stacked(3, dtype=dtype)
+    targets = admm.over_parts(metric.parts, lambda one, w: w @ one.gram, rows)
+    n_nonzero = rows.size // 3
+    start = rows * best_entries(np.abs(rows), n_nonzero)
+    sparse = admm.sparse_codes(metric, targets, n_nonzero, start=start)
+    assert (sparse != 0).sum() <= n_nonzero
+    errors = [admm.error_of(metric, rows - codes) for codes in (start, sparse)]
+    assert errors[1] < errors[0]
+    rng = np.random.default_rng(1)
+    atoms = rng.normal(size=(2, rows.shape[1])).astype(dtype)
+    cut = start * best_entries(np.abs(start), n_nonzero - 50)
+    first = np.concatenate([cut, np.zeros((len(rows), 2), dtype)], axis=1)
+    first[:25, -1] = first[30:55, -2] = 1e-3
+    codes, found, _ = hybrid.learn(metric, rows, n_nonzero, 2, start=first, atoms=atoms, max_iter=2)
+
+    def error(codes, atoms):
+        def left(one, w, c):
+            return w - c[:, :-2] - c[:, -2:] @ (atoms * one.scale).astype(dtype)
+
+        return admm.error_of(metric, admm.over_parts(metric.parts, left, rows, codes))
+
+    assert (codes != 0).sum() <= n_nonzero
+    assert error(codes, found) < error(first, atoms)
+
+
 def test_threads_do_not_change_bytes(monkeypatch):
     weight, gram = problem(40, 600)
 
@@ -257,3 +338,13 @@ def test_torch_gives_the_same():
     assert errors[1] == pytest.approx(errors[0], rel=0.02)
     codes, atoms, _ = hybrid.learn(as_torch, torch.from_numpy(rows), rows.size // 2, 2, start=found, max_iter=3)
     assert codes.shape == (20, 26) and atoms.shape == (2, 24)
+    parts = admm.Stacked([as_torch, admm.Scaled(torch.from_numpy(gram), torch.float32)], [8, 12])
+    shared = (atoms / as_torch.scale).float()
+    better, again, _ = hybrid.learn(
+        parts, torch.from_numpy(rows), rows.size // 2, 2, start=codes, atoms=shared, max_iter=1
+    )
+    errors = [
+        admm.squared_error(as_torch.gram, torch.from_numpy(rows) - c[:, :24] - c[:, 24:] @ a)
+        for c, a in ((codes, atoms), (better, (again * as_torch.scale).float()))
+    ]
+    assert errors[1] <= errors[0] * (1 + 1e-4)

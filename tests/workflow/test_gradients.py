@@ -35,7 +35,8 @@ def run(new_run: Callable[..., Run]) -> Run:
     priced = {"ratio": 0.4, "metric": "gradients", "allocation": "global"}
     run.config["variants"] = {
         "sparsegpt": {"method": "sparsegpt", **priced},
-        "hybrid": {"method": "hybrid", **priced, "share_within": SHARED, "atoms": 4, "max_iter": 1},
+        "hybrid": {"method": "hybrid", **priced, "share_within": SHARED, "atoms": 4, "max_iter": 1}
+        | {"group_metric": "exact"},
         STREAM: {"method": "ectcq", **priced, "ratio": 0.7, "refine": {"epochs": 1}},
         TURN: {
             "method": "sparsegpt",
@@ -68,6 +69,16 @@ def test_every_one_comes_out_at_its_bytes(run):
         # a weight and its bit take 17; what is left over is less than one of them a problem
         assert allocation["nbytes"] - 3 * len(allocation["problems"]) < given <= allocation["nbytes"]
         assert len({one["ratio"] for one in allocation["problems"]}) > 3
+
+
+def test_matrices_that_share_have_their_own_metric_where_the_config_says_so(run):
+    shared = {}
+    for file in (run.results / "hybrid/factors").glob("*.json"):
+        for name, report in read_json(file)["matrices"].items():
+            own = name.endswith(("o_proj", "down_proj")) or not report.get("n_atoms")
+            assert ("history_exact" in report) == (not own), name
+            shared[name] = not own
+    assert any(shared.values()) and len(shared) == len(read_json(run.results / "structure.json")["layers"]) * 7
 
 
 def test_entropy_coded_columns_are_weighted_within_the_bytes(run):

@@ -54,6 +54,16 @@ SHARING_OPTIONS: dict[str, dict[str, Any]] = {
     ),
 }
 
+# What `group_metric` may be, of the methods that can do both
+MEAN, EXACT = "mean", "exact"
+METRIC_OPTIONS: dict[str, dict[str, Any]] = {
+    "group_metric": choice(
+        [MEAN, EXACT],
+        "Error of matrices that share and have different inputs or gradients: in the metric of their mean Gram (the "
+        "paper), or of each one's own.",
+        default=MEAN,
+    ),
+}
 
 WARM_OPTIONS: dict[str, dict[str, Any]] = {
     "warm_start": option(

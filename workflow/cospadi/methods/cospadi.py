@@ -16,6 +16,8 @@ from cospadi.formats.factorization import Factorization
 from cospadi.formats.values import storage_of
 from cospadi.gram import Whitening, whitening_factor
 from cospadi.methods.base import (
+    EXACT,
+    METRIC_OPTIONS,
     SHARING_OPTIONS,
     TIME_OPTIONS,
     WARM_OPTIONS,
@@ -66,12 +68,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     ),
     **WHITENING_OPTIONS,
     **SHARING_OPTIONS,
-    "group_metric": choice(
-        ["mean", "exact"],
-        "Error of matrices that share a dictionary and have different inputs: in the metric of their "
-        "mean Gram (the paper), or of each one's own.",
-        default="mean",
-    ),
+    **METRIC_OPTIONS,
     "start": choice(
         [None, *sorted(STARTS)],
         "First dictionary. random: columns of the weight (the paper); spectral: leading directions of "
@@ -113,7 +110,7 @@ def fit(problem: Problem, nbytes: int, how: Fit, **options: Any) -> list[Factori
     Options that are missing have their defaults.
     """
     options = METHOD.complete(options)
-    if options["group_metric"] == "exact" and problem.n_metrics > 1:
+    if options["group_metric"] == EXACT and problem.n_metrics > 1:
         return _fit_exactly(problem, nbytes, how, options)
     whitening = problem.metric.whitening(whiten=options["whiten"], eta=options["eta"])
     return problem.split(_fit_as_one(problem, nbytes, how, options, whitening))
@@ -302,7 +299,7 @@ def work(targets: Sequence[Target], nbytes: int, options: Mapping[str, Any], sto
 
 def modules(options: Mapping[str, Any]) -> list[str]:
     """This module, the chosen solver's, and that of the exact metric of groups where it is asked for."""
-    exact = options.get("group_metric") == "exact"
+    exact = options.get("group_metric") == EXACT
     return [__name__, f"cospadi.solvers.{options['solver']}", *["cospadi.solvers.multi_metric"] * exact]
 
 

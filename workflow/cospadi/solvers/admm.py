@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import abc
 import functools
-from collections.abc import Callable, Generator
+import itertools
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -101,6 +102,17 @@ class Scaled:
         self._inverses: dict[float, Array] = {}
         self.gram = xp.astype(self._double, dtype)
 
+    @property
+    def parts(self) -> Parts:
+        """Itself, of all rows; see `Stacked`."""
+        return [(slice(None), self)]
+
+    @property
+    def plain(self) -> Array:
+        """The Gram that it was made of, with the ridge, in double precision and over its mean diagonal."""
+        xp = array_namespace(self._double)
+        return self._double * (self.scale[:, None] * self.scale[None, :]) / xp.mean(self.scale**2)
+
     @functools.cached_property
     def factor(self) -> Array:
         """Upper triangular L with ``L^T L = H``."""
@@ -123,9 +135,48 @@ class Scaled:
         return self._inverses[rho]
 
 
+class Stacked:
+    """Metrics of rows that stand below each other: the rows of each have their own, and its scale.
+
+    Parameters
+    ----------
+    metrics : sequence of Scaled
+    counts : sequence of int
+        Rows of each.
+
+    Attributes
+    ----------
+    parts : list of (slice, Scaled)
+        Which rows are whose.
+    scale : array (d_in,)
+        Ones: what all rows share is in the space of the weights.
+    """
+
+    def __init__(self, metrics: Sequence[Scaled], counts: Sequence[int]) -> None:
+        self.scale = array_namespace(metrics[0].scale).ones_like(metrics[0].scale)
+        self.parts, end = [], 0
+        for metric, alike in itertools.groupby(zip(metrics, counts, strict=True), key=lambda pair: pair[0]):
+            begin, end = end, end + sum(count for _, count in alike)
+            self.parts.append((slice(begin, end), metric))
+
+
+Parts = Sequence[tuple[slice, Any]]
+
+
+def over_parts(parts: Parts, function: Callable[..., Array], *arrays: Array) -> Array:
+    """``function(one, *rows)`` of every part and its rows of the arrays, below each other."""
+    found = [function(one, *(array[rows] for array in arrays)) for rows, one in parts]
+    return found[0] if len(found) == 1 else array_namespace(found[0]).concat(found)
+
+
+def inverses(metric: Any, rho: float) -> list[tuple[slice, Array]]:
+    """``(H + rho I)^-1`` of every part."""
+    return [(rows, one.inverse(rho)) for rows, one in metric.parts]
+
+
 @one_blas_thread
 def sparse_codes(
-    metric: Scaled,
+    metric: Scaled | Stacked,
     targets: Array,
     n_nonzero: int,
     *,
@@ -137,7 +188,7 @@ def sparse_codes(
 
     Parameters
     ----------
-    metric : Scaled
+    metric : Scaled or Stacked
     targets : array (d_out, d_in)
         ``B^T = (H W)^T`` in the scaled space, a row an output.
     n_nonzero : int
@@ -155,9 +206,9 @@ def sparse_codes(
     """
     found = support_by_admm(metric, targets, n_nonzero, start, schedule, pattern)
     kept = start * best_entries(abs(start), n_nonzero, pattern)
-    found = fit_values(metric.gram, targets, found, CG_STEPS)
-    kept = fit_values(metric.gram, targets, kept, START_CG_STEPS)
-    return found if _energy(metric.gram, targets, found) <= _energy(metric.gram, targets, kept) else kept
+    found = values_of(metric, targets, found, CG_STEPS)
+    kept = values_of(metric, targets, kept, START_CG_STEPS)
+    return found if _energy(metric, targets, found) <= _energy(metric, targets, kept) else kept
 
 
 def support_by_admm(
@@ -171,7 +222,7 @@ def support_by_admm(
             rho = penalties.send(support)
         except StopIteration:
             return state.moved * best_entries(abs(state.moved), n_nonzero, pattern)
-        state.step(metric.inverse(rho), rho)
+        state.step(inverses(metric, rho), rho)
         support = state.support
 
 
@@ -205,23 +256,23 @@ class SplitState(abc.ABC):
         self._rho: float | None = None
         self.moved = start
 
-    def step(self, inverse: Array, rho: float) -> None:
-        """One iteration with ``(H + rho I)^-1``."""
+    def step(self, inverses: Parts, rho: float) -> None:
+        """One iteration with ``(H + rho I)^-1`` of every part of the rows, see `inverses`."""
         # a new penalty has the dual in other units
-        self._step(inverse, rho, 1.0 if self._rho is None else self._rho / rho)
+        self._step(inverses, rho, 1.0 if self._rho is None else self._rho / rho)
         self._rho = rho
 
     @abc.abstractmethod
     def support(self) -> Array:
         """Entries of V that are kept; of equal ones at the threshold perhaps some more than there is room for."""
 
-    def follow(self, targets: Array, lengths: Array) -> None:
-        """Go on with other atoms: their targets, and what each atom's codes are multiplied by."""
+    def follow(self, targets: Array, lengths: Parts) -> None:
+        """Go on with other atoms: their targets, and what each atom's codes are multiplied by in every part."""
         self._targets = targets
-        self.moved = self.moved * lengths
+        self.moved = over_parts(lengths, lambda own, moved: moved * own, self.moved)
 
     @abc.abstractmethod
-    def _step(self, inverse: Array, rho: float, shrink: float) -> None: ...
+    def _step(self, inverses: Parts, rho: float, shrink: float) -> None: ...
 
 
 class _AnyPattern(SplitState):
@@ -234,15 +285,18 @@ class _AnyPattern(SplitState):
     def support(self) -> Array:
         return self._mask
 
-    def _step(self, inverse: Array, rho: float, shrink: float) -> None:
+    def _step(self, inverses: Parts, rho: float, shrink: float) -> None:
         xp = array_namespace(self.moved)
 
-        def move(v: Array, kept: Array, b: Array) -> Array:
+        def move(inverse: Array, v: Array, kept: Array, b: Array) -> Array:
             split = xp.where(kept, v, 0.0)
             dual = shrink * (v - split)
             return self._relax * ((b + rho * (split - dual)) @ inverse) + (1 - self._relax) * split + dual
 
-        self.moved = over_rows(move, self.moved, self._mask, self._targets)
+        def moved(inverse: Array, *rows: Array) -> Array:
+            return over_rows(functools.partial(move, inverse), *rows)
+
+        self.moved = over_parts(inverses, moved, self.moved, self._mask, self._targets)
         self._mask = best_entries(abs(self.moved), self._n_nonzero, self._pattern)
 
 
@@ -257,21 +311,26 @@ class _WholeMatrix(SplitState):
     def support(self) -> Array:
         return abs(self.moved) >= self._threshold
 
-    def _step(self, inverse: Array, rho: float, shrink: float) -> None:
+    def _step(self, inverses: Parts, rho: float, shrink: float) -> None:
         from cospadi.solvers import _kernels
 
         rho, shrink, relax, threshold = map(np.float32, (rho, shrink, self._relax, self._threshold))
 
-        def move(piece: slice) -> Array:
-            moved = self.moved[piece].ravel()  # a view
-            pulled = np.empty_like(self.moved[piece])
-            _kernels.admm_pull(moved, self._targets[piece].ravel(), threshold, rho, shrink, pulled.ravel())
+        def move(rows: slice, inverse: Array, piece: slice) -> Array:
+            moved = self.moved[rows][piece].ravel()  # a view
+            pulled = np.empty_like(self.moved[rows][piece])
+            _kernels.admm_pull(moved, self._targets[rows][piece].ravel(), threshold, rho, shrink, pulled.ravel())
             _kernels.admm_move(moved, (pulled @ inverse).ravel(), threshold, shrink, relax)
             counts = np.zeros(_kernels.N_BINS, np.int64)
             _kernels.count_magnitudes(moved.view(np.uint32), counts)
             return counts
 
-        self._threshold = self._nth_largest(sum(in_pieces(len(self.moved), move)))
+        counts = [
+            one
+            for rows, inverse in inverses
+            for one in in_pieces(len(self.moved[rows]), functools.partial(move, rows, inverse))
+        ]
+        self._threshold = self._nth_largest(sum(counts))
 
     def _nth_largest(self, counts: Array) -> Any:
         """The magnitude of rank n, from the counts by upper bits."""
@@ -300,6 +359,11 @@ def fit_values(gram: Array, targets: Array, codes: Array, n_steps: int) -> Array
     return over_rows(_fit_compiled(gram, n_steps) if _compiled(codes) else fit, targets, codes)
 
 
+def values_of(metric: Any, targets: Array, codes: Array, n_steps: int) -> Array:
+    """`fit_values` of every part."""
+    return over_parts(metric.parts, lambda one, b, c: fit_values(one.gram, b, c, n_steps), targets, codes)
+
+
 def _compiled(codes: Array) -> bool:
     return isinstance(codes, np.ndarray) and codes.dtype == np.float32
 
@@ -322,17 +386,25 @@ def _fit_compiled(gram: Array, n_steps: int) -> Callable[[Array, Array], Array]:
     return fit
 
 
-def _energy(gram: Array, targets: Array, codes: Array) -> float:
+def _energy(metric: Any, targets: Array, codes: Array) -> float:
     """Squared error of codes, less that of none."""
     xp = array_namespace(codes)
-    rows = over_rows(lambda b, c: row_dots(c, c @ gram - 2 * b), targets, codes)
-    return float(xp.sum(xp.astype(rows, xp.float64)))
+
+    def energies(one: Scaled, b: Array, c: Array) -> Array:
+        return over_rows(lambda b, c: row_dots(c, c @ one.gram - 2 * b), b, c)
+
+    return float(xp.sum(xp.astype(over_parts(metric.parts, energies, targets, codes), xp.float64)))
 
 
 def squared_error(gram: Array, rows: Array) -> float:
     """``tr(E^T H E)`` of differences E, a row an output."""
     xp = array_namespace(rows)
     return float(xp.sum(xp.astype(over_rows(lambda e: row_dots(e, e @ gram), rows), xp.float64)))
+
+
+def error_of(metric: Any, rows: Array) -> float:
+    """`squared_error` of all parts together."""
+    return sum(squared_error(one.gram, rows[part]) for part, one in metric.parts)
 
 
 def single_precision(device: str) -> Any:

@@ -132,8 +132,16 @@ def shared_dictionary(
     -------
     atoms : array (k, d)
     """
-    xp = array_namespace(atoms)
     moments = [code.T @ code for code in codes]
+    rhs = [code.T @ (part @ metric) for code, part, metric in zip(codes, rows, metrics, strict=True)]
+    return dictionary_of(moments, rhs, metrics, atoms, n_steps)
+
+
+def dictionary_of(
+    moments: Sequence[Array], rhs: Sequence[Array], metrics: Sequence[Array], atoms: Array, n_steps: int
+) -> Array:
+    """`shared_dictionary` of ``S_l S_l^T`` (k, k) and ``S_l W_l^T M_l`` (k, d), all that it depends on."""
+    xp = array_namespace(atoms)
     total = sum(moments[1:], start=moments[0])
     energy = xp.linalg.diagonal(total)
     used = energy > 0
@@ -148,7 +156,6 @@ def shared_dictionary(
         parts = [moment @ (scaled @ metric) for moment, metric in zip(moments, metrics, strict=True)]
         return sum(parts[1:], start=parts[0]) * scale[:, None]
 
-    rhs = [code.T @ (part @ metric) for code, part, metric in zip(codes, rows, metrics, strict=True)]
     residual = sum(rhs[1:], start=rhs[0]) * scale[:, None] - apply(unknown)
     conditioned = precondition(residual) * used[:, None]
     direction = conditioned
