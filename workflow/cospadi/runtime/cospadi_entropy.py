@@ -12,6 +12,7 @@ import functools
 import itertools
 import logging
 import struct
+import threading
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -119,7 +120,7 @@ class Entropy(Codec):
 
     def unpack(self, stored: np.ndarray, n: int) -> np.ndarray:
         """Numbers times steps, float32 (n,): column after column, as codes are stored."""
-        return _decode(self, _parsed(self, np.ascontiguousarray(stored)), halves=False).ravel()
+        return _decode(self, _parsed(np.ascontiguousarray(stored)), halves=False).ravel()
 
     def unpack_codes(self, stored: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         """Inverse of `pack_codes`: codes (k, d_out), float32, and steps."""
@@ -127,13 +128,13 @@ class Entropy(Codec):
 
     def steps(self, stored: np.ndarray) -> np.ndarray:
         """Step of every row, float32 (k,)."""
-        return _parsed(self, np.ascontiguousarray(stored)).steps
+        return _parsed(np.ascontiguousarray(stored)).steps
 
     def decode(self, stored: Any, shape: Sequence[int], *, halves: bool = False) -> Any:
         """`unpack` of a torch tensor: float32, or with `halves` bfloat16, numbers of that shape."""
         import torch
 
-        found = _parsed(self, np.ascontiguousarray(stored.detach().cpu().numpy()))
+        found = _parsed(np.ascontiguousarray(stored.detach().cpu().numpy()))
         decoded = torch.from_numpy(_decode(self, found, halves=halves).view(np.int16 if halves else np.float32))
         return (decoded.view(torch.bfloat16) if halves else decoded).view(*shape).to(stored.device)
 
@@ -141,15 +142,19 @@ class Entropy(Codec):
         """Of a torch tensor the whole numbers, float32 (d_out, k), and the step of every row, float32 (k,)."""
         import torch
 
-        found = _parsed(self, np.ascontiguousarray(stored.detach().cpu().numpy()))
+        found = _parsed(np.ascontiguousarray(stored.detach().cpu().numpy()))
         ones = replace(found, steps=np.ones_like(found.steps))
         numbers = torch.from_numpy(_decode(self, ones, halves=False)).to(stored.device)
         return numbers, torch.from_numpy(found.steps).to(stored.device)
 
     def faults_of(self, stored: np.ndarray, shape: tuple[int, int]) -> Iterator[str]:
-        """What is wrong inside the stored tensor of codes (k, d_out); its streams are looked at as they are decoded."""
+        """What is wrong inside the stored tensor of codes (k, d_out); tables and streams are looked at in decoding."""
+        stored = np.ascontiguousarray(stored)
+        if len(stored) >= _HEADER.size and zlib.crc32(stored[4:]) != int.from_bytes(stored[:4].tobytes(), "little"):
+            yield "is damaged: its checksum is another"
+            return
         try:
-            found = _parsed(self, np.ascontiguousarray(stored))
+            found = _parsed(stored)
         except ValueError as error:
             yield str(error)
             return
@@ -175,31 +180,28 @@ class _Parsed:
     per_stream: int
     steps: np.ndarray
     contexts: _Levels
-    tables: list[list[int]]
-    streams: list[np.ndarray]
+    tables: np.ndarray  # as bytes
+    edges: np.ndarray  # of the streams: where each begins in `data`, and the last ends
+    data: np.ndarray
 
 
-def _parsed(codec: Entropy, stored: np.ndarray) -> _Parsed:
-    """Parts of a stored matrix.
+def _parsed(data: np.ndarray) -> _Parsed:
+    """Parts of a stored matrix, whose checksum is not looked at.
 
     Raises
     ------
     ValueError
-        If the checksum, a size or a table is not right.
+        If a size is not right.
     """
-    data = stored.tobytes()
     if len(data) < _HEADER.size:
         raise ValueError(f"has {len(data)} bytes, fewer than its header")
-    checksum, rows, columns, per_stream, exponent, first, n_buckets, n_wide, n_table = _HEADER.unpack_from(data)
-    if zlib.crc32(data[4:]) != checksum:
-        raise ValueError("is damaged: its checksum is another")
+    _, rows, columns, per_stream, exponent, first, n_buckets, n_wide, n_table = _HEADER.unpack_from(data)
     n_streams = -(-rows // per_stream) if per_stream else 0
     after = _HEADER.size + 2 * rows + columns + _WIDE.itemsize * n_wide + n_table + 4 * n_streams
     if not (rows and columns and per_stream and n_buckets) or per_stream % _LANES or after > len(data):
         raise ValueError("is cut short, or its header is wrong")
     at = _HEADER.size
-    step_bytes = np.frombuffer(data, np.uint8, rows, at)
-    levels = np.frombuffer(data, np.uint8, rows + columns, at + rows)
+    step_bytes, levels = data[at : at + rows], data[at + rows : at + 2 * rows + columns]
     at += 2 * rows + columns
     exceptions = np.frombuffer(data, _WIDE, n_wide, at)
     at += exceptions.nbytes
@@ -210,7 +212,7 @@ def _parsed(codec: Entropy, stored: np.ndarray) -> _Parsed:
         raise ValueError("has wide rows of more bits than any")
     wide = np.zeros(rows, np.uint8)
     wide[wide_rows] = bits
-    tables = _read_tables(data[at : at + n_table], n_buckets, codec.trellis)
+    tables = data[at : at + n_table]
     at += n_table
     sizes = np.frombuffer(data, "<u4", n_streams, at).astype(np.int64)
     edges = after + np.concatenate([[0], np.cumsum(sizes)])
@@ -218,9 +220,8 @@ def _parsed(codec: Entropy, stored: np.ndarray) -> _Parsed:
         raise ValueError("has streams of other sizes than it says")
     if not -100 <= exponent <= 100:
         raise ValueError("has steps that no weight needs")
-    streams = [stored[a:b] for a, b in itertools.pairwise(edges)]
     contexts = _Levels(first, n_buckets, levels, wide)
-    return _Parsed(rows, columns, per_stream, _steps(exponent, step_bytes), contexts, tables, streams)
+    return _Parsed(rows, columns, per_stream, _steps(exponent, step_bytes), contexts, tables, edges, data)
 
 
 # --- steps ------------------------------------------------------------------------------------------------------------
@@ -321,7 +322,15 @@ def _table_bytes(table: list[int]) -> bytes:
     return bytes(out)
 
 
+_FAULTS_OF_TABLES = (
+    "has a table whose frequencies do not make a whole",
+    "has tables that are cut short",
+    "has bytes behind its tables",
+)
+
+
 def _read_tables(data: bytes, n_buckets: int, trellis: bool) -> list[list[int]]:
+    not_whole, too_short, too_long = _FAULTS_OF_TABLES
     tables, at, kinds = [], 0, 2 if trellis else 1
     try:
         for table in range(n_buckets * kinds):
@@ -338,12 +347,12 @@ def _read_tables(data: bytes, n_buckets: int, trellis: bool) -> list[list[int]]:
                 found.append(frequency)
             total = 2 * sum(found) - (found[0] if found and not (trellis and table % 2) else 0)
             if n > _IN_TABLE + 1 or (n and total != _SLOTS):
-                raise ValueError("has a table whose frequencies do not make a whole")
+                raise DamagedStreamError(not_whole)
             tables.append(found)
     except IndexError:
-        raise ValueError("has tables that are cut short") from None
+        raise DamagedStreamError(too_short) from None
     if at != len(data):
-        raise ValueError("has bytes behind its tables")
+        raise DamagedStreamError(too_long)
     return tables
 
 
@@ -362,20 +371,16 @@ def _frequencies(tables: list[list[int]], trellis: bool) -> tuple[np.ndarray, np
     return frequency, (ends - frequency).astype(np.uint16)
 
 
-def _slots(tables: list[list[int]], trellis: bool) -> np.ndarray:
+def _slots(data: bytes, n_buckets: int, trellis: bool) -> np.ndarray:
     """What every slot of every table stands for, as the C source has it: uint32 (n_tables, `_SLOTS`)."""
-    frequency, start = _frequencies(tables, trellis)
+    tables = _read_tables(data, n_buckets, trellis)
     slots = np.empty((len(tables), _SLOTS), np.uint32)
-    coder = _coder()
-    if coder is not None:
-        coder.fill_slots(frequency, start, slots)
-        return slots
     # a table that no number needs: zeros for ever
     slots[:] = (_SLOTS - 1) << _BITS | np.arange(_SLOTS, dtype=np.uint32)
-    for index, counts in enumerate(frequency):
+    for index, (counts, start) in enumerate(zip(*_frequencies(tables, trellis), strict=True)):
         if counts.any():
             number = np.repeat(np.arange(-128, 128), counts)
-            within = np.arange(_SLOTS) - start[index][number + 128]
+            within = np.arange(_SLOTS) - start[number + 128]
             word = (number & 255).astype(np.uint32) << 24 | (counts[number + 128].astype(np.uint32) - 1) << _BITS
             slots[index] = word | within.astype(np.uint32)
     return slots
@@ -412,19 +417,23 @@ def _decode(codec: Entropy, found: _Parsed, *, halves: bool) -> np.ndarray:
     DamagedStreamError
         If a stream is not what encoding gives.
     """
-    slots = _slots(found.tables, codec.trellis)
     out = np.empty((found.columns, found.rows), np.uint16 if halves else np.float32)
     coder = _coder()
-    decode = _decode_with_numpy if coder is None else coder.decode
-    for index, stream in enumerate(found.streams):
+    if coder is not None:
+        coder.decode(codec, found, out)
+        return out
+    slots = _slots(found.tables.tobytes(), found.contexts.n_buckets, codec.trellis)
+    for index, (start, end) in enumerate(itertools.pairwise(found.edges)):
         begin = index * found.per_stream
-        decode(codec, found, slots, stream, begin, min(found.per_stream, found.rows - begin), out)
+        rows = min(found.per_stream, found.rows - begin)
+        _decode_with_numpy(codec, found, slots, found.data[start:end], begin, rows, out)
     return out
 
 
 def _decode_with_numpy(
     codec: Entropy, found: _Parsed, slots: np.ndarray, stream: np.ndarray, begin: int, rows: int, out: np.ndarray
 ) -> None:
+    stream = stream.copy()  # from an even address
     states = stream[: 4 * _LANES].view("<u4").astype(np.int64)
     words = stream[4 * _LANES :].view("<u2").astype(np.int64)
     kinds = 2 if codec.trellis else 1
@@ -520,14 +529,12 @@ class _Coder:
     def __init__(self, library: ctypes.CDLL) -> None:
         pointer, integer = ctypes.c_void_p, ctypes.c_int64
         self._decode, self._encode = library.entropy_decode, library.entropy_encode
-        self._decode.argtypes = [pointer] * 4 + [integer] * 3 + [pointer] + [integer] * 2
+        self._decode.argtypes = [pointer] * 5 + [integer] * 3 + [pointer, integer]
         self._encode.argtypes = [pointer] * 5 + [integer] * 2 + [pointer, integer]
-        self._decode.restype = self._encode.restype = integer
-        self._slots = library.entropy_slots
-        self._slots.argtypes, self._slots.restype = [pointer, pointer, integer, pointer], None
-
-    def fill_slots(self, frequency: np.ndarray, start: np.ndarray, slots: np.ndarray) -> None:
-        self._slots(frequency.ctypes.data, start.ctypes.data, len(slots), slots.ctypes.data)
+        self._tables = library.entropy_tables
+        self._tables.argtypes = [pointer] + [integer] * 3 + [pointer]
+        self._decode.restype = self._encode.restype = self._tables.restype = integer
+        self._scratch = threading.local()
 
     @staticmethod
     def _contexts(codec: Entropy, found: _Levels) -> _Contexts:
@@ -535,28 +542,27 @@ class _Coder:
         sizes = (len(found.levels) - rows, found.first, found.n_buckets, codec.trellis)
         return _Contexts(*sizes, address, address + rows, found.wide.ctypes.data)
 
-    def decode(
-        self,
-        codec: Entropy,
-        found: _Parsed,
-        slots: np.ndarray,
-        stream: np.ndarray,
-        begin: int,
-        rows: int,
-        out: np.ndarray,
-    ) -> None:
-        stream = np.ascontiguousarray(stream)
-        contexts = self._contexts(codec, found.contexts)
+    def _room(self, n: int) -> np.ndarray:
+        """So many numbers of 32 bits, or more, kept from call to call; each thread of Python has its own."""
+        room = getattr(self._scratch, "room", None)
+        if room is None or len(room) < n:
+            room = self._scratch.room = np.empty(n, np.uint32)
+        return room
+
+    def decode(self, codec: Entropy, found: _Parsed, out: np.ndarray) -> None:
+        contexts, tables = self._contexts(codec, found.contexts), found.tables
+        n_tables = found.contexts.n_buckets * (2 if codec.trellis else 1)
+        slots = self._room(n_tables * _SLOTS)
+        fault = self._tables(tables.ctypes.data, len(tables), n_tables, codec.trellis, slots.ctypes.data)
+        if fault:
+            raise DamagedStreamError(_FAULTS_OF_TABLES[fault - 1])
         wrong = self._decode(
             ctypes.byref(contexts),
-            slots.ctypes.data,
-            found.steps.ctypes.data,
-            stream.ctypes.data,
-            len(stream),
-            begin,
-            rows,
-            out.ctypes.data,
+            *(array.ctypes.data for array in (slots, found.steps, found.data, found.edges)),
+            len(found.edges) - 1,
+            found.per_stream,
             found.rows,
+            out.ctypes.data,
             out.dtype == np.uint16,
         )
         if wrong:

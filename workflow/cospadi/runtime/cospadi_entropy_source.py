@@ -9,6 +9,7 @@ SOURCE = r"""
  * (halved for the trellis), frequency less 1 in the next 12, and the place of the slot among those of its number. */
 
 enum { LANES = 8, BITS = 12, SLOTS = 1 << BITS };
+enum { AT_ONCE = 4 }; /* streams that are decoded side by side */
 
 typedef struct {
     int64_t columns, first, buckets, trellis;
@@ -25,6 +26,30 @@ static inline unsigned follow(unsigned state, int number) {
     return ((number ^ state ^ state >> 1) & 1) << 2 | state >> 1;
 }
 
+/* A stream that is being decoded, and the LANES rows of it that are next. */
+typedef struct {
+    const uint8_t *data;
+    int64_t size, next;  /* bytes, of which so many have been read */
+    int64_t row, rows;   /* the first row that is next, and how many are left, that one included */
+    int lanes;           /* rows that are next */
+    unsigned any_wide;
+    uint32_t x[LANES];
+    unsigned state[LANES], wide[LANES];
+    int32_t level[LANES];
+    float step[LANES];
+} Stream;
+
+static void begin_rows(Stream *s, const Contexts *at, const float *steps) {
+    s->lanes = s->rows < LANES ? (int)s->rows : LANES;
+    s->any_wide = 0;
+    memset(s->state, 0, sizeof s->state);
+    for (int l = 0; l < s->lanes; l++) {
+        s->level[l] = at->row[s->row + l];
+        s->step[l] = steps[s->row + l];
+        s->any_wide |= s->wide[l] = at->wide[s->row + l];
+    }
+}
+
 #if defined(__AVX2__)
 #include <immintrin.h>
 
@@ -35,155 +60,236 @@ __attribute__((constructor)) static void make_places(void) {
         for (int i = 0, next = 0; i < 8; next += mask >> i++ & 1) places[mask] |= (uint64_t)next << (8 * i);
 }
 
-/* Columns of LANES rows, none of them wide, all lanes at once, as long as there are LANES words to read: how many. */
+/* Columns from column j on of LANES rows of each of n streams, none of them wide, as long as there are LANES words to
+ * read in each: the column that comes then. What a number needs of the one before it takes a processor's time several
+ * times over; numbers of other streams fill it. */
 static inline __attribute__((always_inline)) int64_t decode_columns(
-    const Contexts *at, const int trellis, const uint32_t *tables, const uint8_t *stream, int64_t size, int64_t *next,
-    uint32_t *lanes, unsigned *states, const int64_t *level, const float *step, char *out, int64_t stride,
-    const int halves) {
+    const Contexts *at, const int trellis, const uint32_t *tables, Stream *const *streams, const int n, int64_t j,
+    char *out, int64_t stride, const int halves) {
     const __m256i low = _mm256_set1_epi32(SLOTS - 1), one = _mm256_set1_epi32(1), zero = _mm256_setzero_si256();
     const __m256i first = _mm256_set1_epi32((int)at->first), top = _mm256_set1_epi32((int)at->buckets - 1);
-    const __m256 steps = _mm256_loadu_ps(step);
-    __m256i x = _mm256_loadu_si256((const __m256i *)lanes), s = _mm256_loadu_si256((const __m256i *)states);
-    __m256i levels = zero;
-    int32_t narrow[LANES];
-    int64_t j = 0, place = *next;
-    for (int l = 0; l < LANES; l++) narrow[l] = (int32_t)level[l];
-    levels = _mm256_loadu_si256((const __m256i *)narrow);
-    for (; j < at->columns && place + 2 * LANES <= size; j++, out += stride) {
-        __m256i b = _mm256_add_epi32(levels, _mm256_set1_epi32(at->column[j]));
-        b = _mm256_sub_epi32(_mm256_srai_epi32(b, 3), first);
-        b = _mm256_min_epi32(_mm256_max_epi32(b, zero), top);
-        const __m256i odd = _mm256_srli_epi32(s, 2);
-        if (trellis) b = _mm256_add_epi32(_mm256_add_epi32(b, b), odd);
-        const __m256i slot = _mm256_or_si256(_mm256_slli_epi32(b, BITS), _mm256_and_si256(x, low));
-        const __m256i e = _mm256_i32gather_epi32((const int *)tables, slot, 4);
-        const __m256i frequency = _mm256_add_epi32(_mm256_and_si256(_mm256_srli_epi32(e, BITS), low), one);
-        x = _mm256_mullo_epi32(frequency, _mm256_srli_epi32(x, BITS));
-        x = _mm256_add_epi32(x, _mm256_and_si256(e, low));
-        __m256i number = _mm256_srai_epi32(e, 24);
-        const __m256i is_short = _mm256_cmpeq_epi32(_mm256_srli_epi32(x, 16), zero);
-        const int mask = _mm256_movemask_ps(_mm256_castsi256_ps(is_short));
-        __m256i words = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(stream + place)));
-        const __m128i from = _mm_loadl_epi64((const __m128i *)(places + mask));
-        words = _mm256_permutevar8x32_epi32(words, _mm256_cvtepu8_epi32(from));
-        x = _mm256_blendv_epi8(x, _mm256_or_si256(_mm256_slli_epi32(x, 16), words), is_short);
-        place += 2 * __builtin_popcount((unsigned)mask);
-        if (trellis) {
-            const __m256i half = _mm256_srli_epi32(s, 1);
-            const __m256i parity = _mm256_and_si256(_mm256_xor_si256(_mm256_xor_si256(number, s), half), one);
-            s = _mm256_or_si256(_mm256_slli_epi32(parity, 2), half);
-            number = _mm256_add_epi32(_mm256_add_epi32(number, number), odd);
-        }
-        const __m256 value = _mm256_mul_ps(_mm256_cvtepi32_ps(number), steps);
-        if (halves) {
-            __m256i bits = _mm256_castps_si256(value);
-            bits = _mm256_add_epi32(bits, _mm256_and_si256(_mm256_srli_epi32(bits, 16), one));
-            bits = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), 16);
-            bits = _mm256_permute4x64_epi64(_mm256_packus_epi32(bits, bits), 0x08);
-            _mm_storeu_si128((__m128i *)out, _mm256_castsi256_si128(bits));
-        } else _mm256_storeu_ps((float *)out, value);
+    const int64_t apart = stride * (halves ? 2 : 4);
+    __m256i x[AT_ONCE], s[AT_ONCE], levels[AT_ONCE];
+    __m256 steps[AT_ONCE];
+    const uint8_t *from[AT_ONCE];
+    char *to[AT_ONCE];
+    for (int i = 0; i < n; i++) {
+        x[i] = _mm256_loadu_si256((const __m256i *)streams[i]->x);
+        s[i] = _mm256_loadu_si256((const __m256i *)streams[i]->state);
+        levels[i] = _mm256_loadu_si256((const __m256i *)streams[i]->level);
+        steps[i] = _mm256_loadu_ps(streams[i]->step);
+        from[i] = streams[i]->data + streams[i]->next;
+        to[i] = out + streams[i]->row * (halves ? 2 : 4) + j * apart;
     }
-    _mm256_storeu_si256((__m256i *)lanes, x);
-    _mm256_storeu_si256((__m256i *)states, s);
-    *next = place;
+    for (;;) {
+        int64_t columns = at->columns - j;
+        for (int i = 0; i < n; i++) {
+            const int64_t enough = (streams[i]->data + streams[i]->size - from[i]) / (2 * LANES);
+            columns = enough < columns ? enough : columns;
+        }
+        if (columns <= 0) break;
+        for (const int64_t end = j + columns; j < end; j++) {
+            const __m256i column = _mm256_set1_epi32(at->column[j]);
+            __m256i slot[AT_ONCE], e[AT_ONCE], is_short[AT_ONCE], words[AT_ONCE];
+            int mask[AT_ONCE];
+            for (int i = 0; i < n; i++) {
+                __m256i b = _mm256_sub_epi32(_mm256_srai_epi32(_mm256_add_epi32(levels[i], column), 3), first);
+                b = _mm256_min_epi32(_mm256_max_epi32(b, zero), top);
+                if (trellis) b = _mm256_add_epi32(_mm256_add_epi32(b, b), _mm256_srli_epi32(s[i], 2));
+                slot[i] = _mm256_or_si256(_mm256_slli_epi32(b, BITS), _mm256_and_si256(x[i], low));
+            }
+            for (int i = 0; i < n; i++) e[i] = _mm256_i32gather_epi32((const int *)tables, slot[i], 4);
+            for (int i = 0; i < n; i++) {
+                const __m256i frequency = _mm256_add_epi32(_mm256_and_si256(_mm256_srli_epi32(e[i], BITS), low), one);
+                x[i] = _mm256_mullo_epi32(frequency, _mm256_srli_epi32(x[i], BITS));
+                x[i] = _mm256_add_epi32(x[i], _mm256_and_si256(e[i], low));
+                is_short[i] = _mm256_cmpeq_epi32(_mm256_srli_epi32(x[i], 16), zero);
+                mask[i] = _mm256_movemask_ps(_mm256_castsi256_ps(is_short[i]));
+            }
+            for (int i = 0; i < n; i++) {
+                words[i] = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)from[i]));
+                const __m128i places_of = _mm_loadl_epi64((const __m128i *)(places + mask[i]));
+                words[i] = _mm256_permutevar8x32_epi32(words[i], _mm256_cvtepu8_epi32(places_of));
+                words[i] = _mm256_or_si256(_mm256_slli_epi32(x[i], 16), words[i]);
+                x[i] = _mm256_blendv_epi8(x[i], words[i], is_short[i]);
+                from[i] += 2 * __builtin_popcount((unsigned)mask[i]);
+            }
+            for (int i = 0; i < n; i++) {
+                __m256i number = _mm256_srai_epi32(e[i], 24);
+                if (trellis) {
+                    const __m256i odd = _mm256_srli_epi32(s[i], 2), half = _mm256_srli_epi32(s[i], 1);
+                    const __m256i mixed = _mm256_xor_si256(_mm256_xor_si256(number, s[i]), half);
+                    s[i] = _mm256_or_si256(_mm256_slli_epi32(_mm256_and_si256(mixed, one), 2), half);
+                    number = _mm256_add_epi32(_mm256_add_epi32(number, number), odd);
+                }
+                const __m256 value = _mm256_mul_ps(_mm256_cvtepi32_ps(number), steps[i]);
+                if (halves) {
+                    __m256i bits = _mm256_castps_si256(value);
+                    bits = _mm256_add_epi32(bits, _mm256_and_si256(_mm256_srli_epi32(bits, 16), one));
+                    bits = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), 16);
+                    bits = _mm256_permute4x64_epi64(_mm256_packus_epi32(bits, bits), 0x08);
+                    _mm_storeu_si128((__m128i *)to[i], _mm256_castsi256_si128(bits));
+                } else _mm256_storeu_ps((float *)to[i], value);
+                to[i] += apart;
+            }
+        }
+    }
+    for (int i = 0; i < n; i++) {
+        _mm256_storeu_si256((__m256i *)streams[i]->x, x[i]);
+        _mm256_storeu_si256((__m256i *)streams[i]->state, s[i]);
+        streams[i]->next = from[i] - streams[i]->data;
+    }
+    return j;
+}
+
+static int64_t columns_of(const Contexts *at, const uint32_t *tables, Stream *const *streams, int n, int64_t j,
+                          void *out, int64_t stride, int halves) {
+#define COLUMNS(trellis, n, halves) decode_columns(at, trellis, tables, streams, n, j, out, stride, halves)
+#define EITHER(n) \
+    (at->trellis ? halves ? COLUMNS(1, n, 1) : COLUMNS(1, n, 0) : halves ? COLUMNS(0, n, 1) : COLUMNS(0, n, 0))
+    switch (n) {
+    case 1: return EITHER(1);
+    case 2: return EITHER(2);
+    case 3: return EITHER(3);
+    case 4: return EITHER(4);
+    default: return j;
+    }
+#undef EITHER
+#undef COLUMNS
+}
+#else
+static int64_t columns_of(const Contexts *at, const uint32_t *tables, Stream *const *streams, int n, int64_t j,
+                          void *out, int64_t stride, int halves) {
     return j;
 }
 #endif
 
-/* Decode `rows` rows from row `begin` on into numbers times steps: float32, or its upper half, at
- * out[column * stride + row]. Whatever the stream holds, nothing is read outside `size` bytes and nothing written
- * outside the rows. Returns 0, or 1 where the stream is too short or too long, or states do not end as they began. */
-int64_t entropy_decode(const Contexts *at, const uint32_t *tables, const float *steps, const uint8_t *stream,
-                       int64_t size, int64_t begin, int64_t rows, void *out, int64_t stride, int64_t halves) {
-    uint32_t x[LANES];
-    if (size < (int64_t)sizeof x || size & 1) return 1;
-    memcpy(x, stream, sizeof x);
-    /* one word before the first that may be read where all have been */
-    int64_t next = sizeof x, last = size - 2;
-    const int64_t top = at->buckets - 1;
-    const int trellis = at->trellis != 0;
-    for (int64_t group = 0; group < rows; group += LANES) {
-        const int lanes = rows - group < LANES ? (int)(rows - group) : LANES;
-        unsigned state[LANES] = {0};
-        int64_t level[LANES] = {0};
-        float step[LANES] = {0};
-        unsigned wide[LANES] = {0}, any_wide = 0;
-        for (int l = 0; l < lanes; l++) {
-            level[l] = at->row[begin + group + l];
-            step[l] = steps[begin + group + l];
-            any_wide |= wide[l] = at->wide[begin + group + l];
-        }
-        int64_t j = 0;
-#if defined(__AVX2__)
-        if (lanes == LANES && !any_wide) {
-            char *to = (char *)out + (begin + group) * (halves ? 2 : 4);
-            const int64_t apart = stride * (halves ? 2 : 4);
-#define COLUMNS(trellis, halves) \
-            decode_columns(at, trellis, tables, stream, size, &next, x, state, level, step, to, apart, halves)
-            j = trellis ? halves ? COLUMNS(1, 1) : COLUMNS(1, 0) : halves ? COLUMNS(0, 1) : COLUMNS(0, 0);
-#undef COLUMNS
-        }
-#endif
-        for (; j < at->columns; j++) {
-            const int64_t column = at->column[j];
-            float value[LANES];
+/* The columns from column j on of the rows of a stream that are next, one number after the other. */
+static void finish_rows(const Contexts *at, const uint32_t *tables, Stream *s, int64_t j, void *out, int64_t stride,
+                        int halves) {
+    const int64_t top = at->buckets - 1, last = s->size - 2; /* is read again where all words have been read */
+    const int trellis = at->trellis != 0, lanes = s->lanes;
+    for (; j < at->columns; j++) {
+        const int64_t column = at->column[j];
+        float value[LANES];
 #define REFILL(l) do { \
-            uint16_t word; \
-            memcpy(&word, stream + (next < last ? next : last), 2); \
-            const int short_of = x[l] < 1u << 16; \
-            x[l] = short_of ? x[l] << 16 | word : x[l]; \
-            next += 2 * short_of; \
-        } while (0)
-#define LANE(l) do { \
-            int64_t b = ((level[l] + column) >> 3) - at->first; \
-            b = b < 0 ? 0 : b > top ? top : b; \
-            const unsigned odd = trellis ? state[l] >> 2 : 0; \
-            const uint32_t slot = x[l] & (SLOTS - 1); \
-            const uint32_t e = tables[((b << trellis) + odd) * SLOTS + slot]; \
-            x[l] = ((e >> BITS & (SLOTS - 1)) + 1) * (x[l] >> BITS) + (e & (SLOTS - 1)); \
-            int m = (int32_t)e >> 24; \
-            REFILL(l); \
-            if (any_wide) { \
-                m = m * (1 << wide[l]) + (int)(x[l] & ((1u << wide[l]) - 1)); \
-                x[l] >>= wide[l]; \
-                REFILL(l); \
-            } \
-            value[l] = (float)(trellis ? 2 * m + (int)odd : m) * step[l]; \
-            state[l] = follow(state[l], m); \
-        } while (0)
-            if (lanes == LANES) {
-                LANE(0); LANE(1); LANE(2); LANE(3); LANE(4); LANE(5); LANE(6); LANE(7);
-            } else {
-                for (int l = 0; l < lanes; l++) LANE(l);
+        uint16_t word; \
+        memcpy(&word, s->data + (s->next < last ? s->next : last), 2); \
+        const int short_of = s->x[l] < 1u << 16; \
+        s->x[l] = short_of ? s->x[l] << 16 | word : s->x[l]; \
+        s->next += 2 * short_of; \
+    } while (0)
+        for (int l = 0; l < lanes; l++) {
+            int64_t b = ((s->level[l] + column) >> 3) - at->first;
+            b = b < 0 ? 0 : b > top ? top : b;
+            const unsigned odd = trellis ? s->state[l] >> 2 : 0;
+            const uint32_t e = tables[((b << trellis) + odd) * SLOTS + (s->x[l] & (SLOTS - 1))];
+            s->x[l] = ((e >> BITS & (SLOTS - 1)) + 1) * (s->x[l] >> BITS) + (e & (SLOTS - 1));
+            int m = (int32_t)e >> 24;
+            REFILL(l);
+            if (s->any_wide) {
+                m = m * (1 << s->wide[l]) + (int)(s->x[l] & ((1u << s->wide[l]) - 1));
+                s->x[l] >>= s->wide[l];
+                REFILL(l);
             }
-            const int64_t place = j * stride + begin + group;
-            if (halves) {
-                uint16_t upper[LANES];
-                for (int l = 0; l < LANES; l++) {
-                    uint32_t bits;
-                    memcpy(&bits, value + (l < lanes ? l : 0), 4);
-                    upper[l] = (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-                }
-                memcpy((uint16_t *)out + place, upper, 2 * lanes);
-            } else {
-                memcpy((float *)out + place, value, 4 * lanes);
+            value[l] = (float)(trellis ? 2 * m + (int)odd : m) * s->step[l];
+            s->state[l] = follow(s->state[l], m);
+        }
+#undef REFILL
+        const int64_t place = j * stride + s->row;
+        if (halves) {
+            uint16_t upper[LANES];
+            for (int l = 0; l < lanes; l++) {
+                uint32_t bits;
+                memcpy(&bits, value + l, 4);
+                upper[l] = (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
             }
+            memcpy((uint16_t *)out + place, upper, 2 * (size_t)lanes);
+        } else {
+            memcpy((float *)out + place, value, 4 * (size_t)lanes);
         }
     }
-    int64_t wrong = next != size;
-    for (int l = 0; l < LANES; l++) wrong |= x[l] != 1u << 16;
+}
+
+/* Decode all streams, which lie one after the other from byte edges[i] to edges[i + 1] of `data`, into numbers times
+ * steps: float32, or its upper half, at out[column * rows + row]. Whatever a stream holds, nothing is read outside of
+ * it and nothing written outside its rows. Returns 0, or 1 where one is too short or too long, or states do not end as
+ * they began. */
+int64_t entropy_decode(const Contexts *at, const uint32_t *tables, const float *steps, const uint8_t *data,
+                       const int64_t *edges, int64_t n_streams, int64_t per_stream, int64_t rows, void *out,
+                       int64_t halves) {
+    int64_t wrong = 0;
+    for (int64_t done = 0, n; done < n_streams; done += n) {
+        Stream streams[AT_ONCE];
+        const int64_t left = n_streams - done, turns = (left + AT_ONCE - 1) / AT_ONCE;
+        n = (left + turns - 1) / turns; /* as many in every turn as can be */
+        for (int i = 0; i < n; i++) {
+            Stream *s = streams + i;
+            s->row = (done + i) * per_stream;
+            s->rows = rows - s->row < per_stream ? rows - s->row : per_stream;
+            s->data = data + edges[done + i];
+            s->size = edges[done + i + 1] - edges[done + i];
+            s->next = sizeof s->x;
+            if (s->size < s->next || s->size & 1) return 1;
+            memcpy(s->x, s->data, sizeof s->x);
+        }
+        for (int64_t group = 0; group < per_stream; group += LANES) {
+            Stream *even[AT_ONCE];
+            int n_even = 0;
+            for (int i = 0; i < n; i++) {
+                if (streams[i].rows <= 0) continue;
+                begin_rows(streams + i, at, steps);
+                if (streams[i].lanes == LANES && !streams[i].any_wide) even[n_even++] = streams + i;
+            }
+            const int64_t together = columns_of(at, tables, even, n_even, 0, out, rows, (int)halves);
+            for (int i = 0; i < n; i++) {
+                Stream *s = streams + i;
+                if (s->rows <= 0) continue;
+                const int is_even = s->lanes == LANES && !s->any_wide;
+                const int64_t j = is_even ? columns_of(at, tables, &s, 1, together, out, rows, (int)halves) : 0;
+                finish_rows(at, tables, s, j, out, rows, (int)halves);
+                s->row += LANES;
+                s->rows -= LANES;
+            }
+        }
+        for (int i = 0; i < n; i++) {
+            wrong |= streams[i].next != streams[i].size;
+            for (int l = 0; l < LANES; l++) wrong |= streams[i].x[l] != 1u << 16;
+        }
+    }
     return wrong;
 }
 
-/* What every slot of a table stands for, from frequencies and starts of the numbers from -128 on; a table without
- * frequencies has zeros for ever. Those of a table make SLOTS. */
-void entropy_slots(const uint16_t *frequency, const uint16_t *start, int64_t tables, uint32_t *slots) {
-    for (int64_t table = 0; table < tables; table++, frequency += 256, start += 256, slots += SLOTS) {
-        for (uint32_t i = 0; i < SLOTS; i++) slots[i] = (SLOTS - 1) << BITS | i;
-        for (int n = 0; n < 256; n++)
-            for (uint32_t i = 0; i < frequency[n] && start[n] + i < SLOTS; i++)
-                slots[start[n] + i] = (uint32_t)(n - 128) << 24 | (frequency[n] - 1u) << BITS | i;
+/* What every slot of tables stands for, from their bytes in a file; a table without frequencies has zeros for ever.
+ * Returns 0, or 1 where frequencies do not make SLOTS, 2 where there are too few bytes, 3 where there are more. */
+int64_t entropy_tables(const uint8_t *data, int64_t size, int64_t n_tables, int64_t trellis, uint32_t *slots) {
+    int64_t at = 0;
+    for (int64_t table = 0; table < n_tables; table++) {
+        uint32_t frequency[256], i = 0;
+        const int odd = trellis && table & 1; /* 0 stands for 1, -1 for -1 */
+        if (at == size) return 2;
+        const int n = data[at++];
+        int64_t sum = 0;
+        for (int number = 0; number < n; number++) {
+            frequency[number] = 0;
+            for (int shift = 0, more = 1; more && shift <= 14; shift += 7) {
+                if (at == size) return 2;
+                frequency[number] |= (uint32_t)(data[at] & 127) << shift;
+                more = data[at++] >> 7;
+            }
+            sum += 2 * (int64_t)frequency[number];
+        }
+        if (n && !odd) sum -= frequency[0];
+        if (n > 128 || (n && sum != SLOTS)) return 1;
+        for (int number = odd ? -n : 1 - n; number < n; number++) {
+            const uint32_t count = frequency[number >= 0 ? number : odd ? -1 - number : -number];
+            const uint32_t word = (uint32_t)number << 24 | (count - 1u) << BITS;
+            for (uint32_t within = 0; within < count; within++) *slots++ = word | within;
+        }
+        if (!n)
+            for (; i < SLOTS; i++) *slots++ = (SLOTS - 1) << BITS | i;
     }
+    return at == size ? 0 : 3;
 }
 
 /* Encode `rows` rows of numbers (halved for the trellis, without the bits of wide rows) from row `begin` on. `rest` has
