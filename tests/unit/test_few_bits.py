@@ -238,14 +238,51 @@ def test_streams_round_trip_and_both_coders_agree(codec, seed, k, d_out, size):
     # what a loaded model and the reader of the format see
     decoded = CODECS[codec].decode(torch.from_numpy(stored["auto"].copy()), (d_out, k))
     np.testing.assert_array_equal(decoded.numpy().T, codes)
+    found = {}
+    for choice in ("auto", "torch"):
+        cospadi_cpu.choose(choice)
+        found[choice] = [part.numpy() for part in CODECS[codec].numbers(torch.from_numpy(stored["auto"].copy()))]
+    cospadi_cpu.choose("auto")
+    assert all(np.array_equal(*parts) for parts in zip(*found.values(), strict=True))
+    whole = np.rint(codes / steps[:, None]).astype(int)
+    np.testing.assert_array_equal(found["auto"][0].T, whole.astype(np.int8))
+    np.testing.assert_array_equal(found["auto"][2].T, whole[(whole != whole.astype(np.int8)).any(1)])
 
 
 @pytest.mark.parametrize("codec", ["ec", "ectcq"])
 def test_large_matrices_have_several_streams(codec, coder):
-    codes, steps = random_codes(0, 60, 3000, 1.0, codec)
+    # the compiled coder decodes four and three at a time, of which the last has fewer rows
+    k, n_streams = (60, 3) if coder == "torch" else (156, 7)
+    codes, steps = random_codes(0, k, 3000, 1.0, codec)
     stored = CODECS[codec].pack_codes(codes, steps)
-    np.testing.assert_array_equal(CODECS[codec].unpack(stored, 0).reshape(3000, 60).T, codes)
-    assert len(_parsed(stored).edges) - 1 == 3
+    np.testing.assert_array_equal(CODECS[codec].unpack(stored, 0).reshape(3000, k).T, codes)
+    edges = _parsed(stored).edges
+    assert len(edges) - 1 == n_streams
+    if coder == "torch":
+        return
+    digits, rows, numbers, _ = (part.numpy() for part in CODECS[codec].numbers(torch.from_numpy(stored.copy())))
+    whole = np.rint(codes / steps[:, None]).astype(int)
+    np.testing.assert_array_equal(digits.T, whole.astype(np.int8))
+    np.testing.assert_array_equal(rows, np.flatnonzero((whole != whole.astype(np.int8)).any(1)))
+    np.testing.assert_array_equal(numbers.T, whole[rows])
+    for begin in edges[:-1]:
+        damaged = stored.copy()
+        damaged[begin + 3] ^= 0x80  # of a state
+        with pytest.raises(DamagedStreamError):
+            CODECS[codec].unpack(damaged, 0)
+
+
+def test_tables_that_are_none_are_refused(coder):
+    codes, steps = random_codes(0, 9, 20, 1.0, "ec")
+    for change, fault in (
+        (lambda tables: np.put(tables, 1, tables[1] ^ 1), "has a table whose frequencies do not make a whole"),
+        (lambda tables: np.put(tables, 0, 255), "has tables that are cut short"),
+        (lambda tables: tables.fill(0), "has bytes behind its tables"),
+    ):
+        stored = CODECS["ec"].pack_codes(codes, steps).copy()
+        change(_parsed(stored).tables)
+        with pytest.raises(DamagedStreamError, match=fault):
+            CODECS["ec"].unpack(stored, 0)
 
 
 @pytest.mark.parametrize("codec", ["ec", "ectcq"])

@@ -120,7 +120,7 @@ class Entropy(Codec):
 
     def unpack(self, stored: np.ndarray, n: int) -> np.ndarray:
         """Numbers times steps, float32 (n,): column after column, as codes are stored."""
-        return _decode(self, _parsed(np.ascontiguousarray(stored)), halves=False).ravel()
+        return _decode(self, _parsed(np.ascontiguousarray(stored)), np.float32).ravel()
 
     def unpack_codes(self, stored: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         """Inverse of `pack_codes`: codes (k, d_out), float32, and steps."""
@@ -135,17 +135,35 @@ class Entropy(Codec):
         import torch
 
         found = _parsed(np.ascontiguousarray(stored.detach().cpu().numpy()))
-        decoded = torch.from_numpy(_decode(self, found, halves=halves).view(np.int16 if halves else np.float32))
+        decoded = torch.from_numpy(_decode(self, found, np.uint16 if halves else np.float32))
         return (decoded.view(torch.bfloat16) if halves else decoded).view(*shape).to(stored.device)
 
-    def numbers(self, stored: Any) -> tuple[Any, Any]:
-        """Of a torch tensor the whole numbers, float32 (d_out, k), and the step of every row, float32 (k,)."""
+    def numbers(self, stored: Any) -> tuple[Any, Any, Any, Any]:
+        """Whole numbers of a torch tensor: in 8 bits, and those that are larger.
+
+        Returns
+        -------
+        Tensor (d_out, k), int8
+            The last 8 bits of each number, in two's complement.
+        Tensor (n,), int64
+            Rows of S with numbers that are more than that.
+        Tensor (d_out, n), float32
+            All numbers of these rows.
+        Tensor (k,), float32
+            The step of every row.
+        """
         import torch
 
         found = _parsed(np.ascontiguousarray(stored.detach().cpu().numpy()))
-        ones = replace(found, steps=np.ones_like(found.steps))
-        numbers = torch.from_numpy(_decode(self, ones, halves=False)).to(stored.device)
-        return numbers, torch.from_numpy(found.steps).to(stored.device)
+        far = np.zeros(found.rows, bool)
+        digits = _decode(self, found, np.int8, far)
+        larger = [np.empty((found.columns, 0), np.float32)]
+        for index in np.unique(np.flatnonzero(far) // found.per_stream):
+            one = _stream(found, index)
+            begin = index * found.per_stream
+            larger.append(_decode(self, one, np.float32)[:, far[begin : begin + one.rows]])
+        parts = (digits, np.flatnonzero(far), np.concatenate(larger, axis=1), found.steps)
+        return tuple(torch.from_numpy(part).to(stored.device) for part in parts)
 
     def faults_of(self, stored: np.ndarray, shape: tuple[int, int]) -> Iterator[str]:
         """What is wrong inside the stored tensor of codes (k, d_out); tables and streams are looked at in decoding."""
@@ -222,6 +240,15 @@ def _parsed(data: np.ndarray) -> _Parsed:
         raise ValueError("has steps that no weight needs")
     contexts = _Levels(first, n_buckets, levels, wide)
     return _Parsed(rows, columns, per_stream, _steps(exponent, step_bytes), contexts, tables, edges, data)
+
+
+def _stream(found: _Parsed, index: int) -> _Parsed:
+    """One stream of a stored matrix alone, its numbers under steps of 1."""
+    rows = slice(index * found.per_stream, min((index + 1) * found.per_stream, found.rows))
+    levels, wide = found.contexts.levels, found.contexts.wide[rows]
+    contexts = found.contexts._replace(levels=np.concatenate([levels[rows], levels[found.rows :]]), wide=wide)
+    edges, steps = found.edges[index : index + 2], np.ones(len(wide), np.float32)
+    return replace(found, rows=len(wide), steps=steps, contexts=contexts, edges=edges)
 
 
 # --- steps ------------------------------------------------------------------------------------------------------------
@@ -409,29 +436,37 @@ def _check_path(numbers: np.ndarray) -> None:
 # --- streams ----------------------------------------------------------------------------------------------------------
 
 
-def _decode(codec: Entropy, found: _Parsed, *, halves: bool) -> np.ndarray:
-    """Numbers times steps, (d_out, k): float32, or bfloat16 as uint16.
+def _decode(codec: Entropy, found: _Parsed, dtype: type, far: np.ndarray | None = None) -> np.ndarray:
+    """Numbers times steps, (d_out, k): float32, or bfloat16 as uint16. Of int8 the last bits of the numbers alone, and
+    `far` (k,) says which rows have larger ones.
 
     Raises
     ------
     DamagedStreamError
         If a stream is not what encoding gives.
     """
-    out = np.empty((found.columns, found.rows), np.uint16 if halves else np.float32)
+    out = np.empty((found.columns, found.rows), dtype)
     coder = _coder()
     if coder is not None:
-        coder.decode(codec, found, out)
+        coder.decode(codec, found, out, far)
         return out
     slots = _slots(found.tables.tobytes(), found.contexts.n_buckets, codec.trellis)
     for index, (start, end) in enumerate(itertools.pairwise(found.edges)):
         begin = index * found.per_stream
         rows = min(found.per_stream, found.rows - begin)
-        _decode_with_numpy(codec, found, slots, found.data[start:end], begin, rows, out)
+        _decode_with_numpy(codec, found, slots, found.data[start:end], begin, rows, out, far)
     return out
 
 
 def _decode_with_numpy(
-    codec: Entropy, found: _Parsed, slots: np.ndarray, stream: np.ndarray, begin: int, rows: int, out: np.ndarray
+    codec: Entropy,
+    found: _Parsed,
+    slots: np.ndarray,
+    stream: np.ndarray,
+    begin: int,
+    rows: int,
+    out: np.ndarray,
+    far: np.ndarray | None,
 ) -> None:
     stream = stream.copy()  # from an even address
     states = stream[: 4 * _LANES].view("<u4").astype(np.int64)
@@ -468,8 +503,14 @@ def _decode_with_numpy(
                     refill(one)
             else:
                 refill(here)
-            value = ((2 * number + odd) if codec.trellis else number).astype(np.float32) * step
-            out[j, begin + group : begin + group + lanes] = _upper(value) if out.dtype == np.uint16 else value
+            here_at = slice(begin + group, begin + group + lanes)
+            whole = 2 * number + odd if codec.trellis else number
+            if far is not None:
+                out[j, here_at] = whole.astype(np.int8)
+                far[here_at] |= abs(2 * whole + 1) > 255
+            else:
+                value = whole.astype(np.float32) * step
+                out[j, here_at] = _upper(value) if out.dtype == np.uint16 else value
             state = follow(state, number)
     if next(left, None) is not None or (states != _LOWEST).any():
         raise DamagedStreamError("has a stream that does not end where it should")
@@ -523,13 +564,16 @@ class _Contexts(ctypes.Structure):
     ]
 
 
+_KINDS = [np.dtype(name) for name in ("float32", "uint16", "int8")]  # of what is decoded, as the source has them
+
+
 class _Coder:
     """The compiled coder."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         pointer, integer = ctypes.c_void_p, ctypes.c_int64
         self._decode, self._encode = library.entropy_decode, library.entropy_encode
-        self._decode.argtypes = [pointer] * 5 + [integer] * 3 + [pointer, integer]
+        self._decode.argtypes = [pointer] * 5 + [integer] * 3 + [pointer, integer, pointer]
         self._encode.argtypes = [pointer] * 5 + [integer] * 2 + [pointer, integer]
         self._tables = library.entropy_tables
         self._tables.argtypes = [pointer] + [integer] * 3 + [pointer]
@@ -549,7 +593,7 @@ class _Coder:
             room = self._scratch.room = np.empty(n, np.uint32)
         return room
 
-    def decode(self, codec: Entropy, found: _Parsed, out: np.ndarray) -> None:
+    def decode(self, codec: Entropy, found: _Parsed, out: np.ndarray, far: np.ndarray | None = None) -> None:
         contexts, tables = self._contexts(codec, found.contexts), found.tables
         n_tables = found.contexts.n_buckets * (2 if codec.trellis else 1)
         slots = self._room(n_tables * _SLOTS)
@@ -563,7 +607,8 @@ class _Coder:
             found.per_stream,
             found.rows,
             out.ctypes.data,
-            out.dtype == np.uint16,
+            _KINDS.index(out.dtype),
+            None if far is None else far.ctypes.data,
         )
         if wrong:
             raise DamagedStreamError("has a stream that does not end where it should")

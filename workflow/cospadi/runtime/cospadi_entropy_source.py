@@ -10,6 +10,9 @@ SOURCE = r"""
 
 enum { LANES = 8, BITS = 12, SLOTS = 1 << BITS };
 enum { AT_ONCE = 4 }; /* streams that are decoded side by side */
+/* what is made of numbers: floats, times their steps; the upper halves of those, rounded; or their last 8 bits */
+enum { FLOATS, HALVES, DIGITS };
+static const int64_t WIDTH[] = {4, 2, 1};
 
 typedef struct {
     int64_t columns, first, buckets, trellis;
@@ -29,6 +32,7 @@ static inline unsigned follow(unsigned state, int number) {
 /* A stream that is being decoded, and the LANES rows of it that are next. */
 typedef struct {
     const uint8_t *data;
+    uint8_t *far;        /* of digits: set for a row of the matrix with a number that is more than 8 bits */
     int64_t size, next;  /* bytes, of which so many have been read */
     int64_t row, rows;   /* the first row that is next, and how many are left, that one included */
     int lanes;           /* rows that are next */
@@ -65,11 +69,11 @@ __attribute__((constructor)) static void make_places(void) {
  * times over; numbers of other streams fill it. */
 static inline __attribute__((always_inline)) int64_t decode_columns(
     const Contexts *at, const int trellis, const uint32_t *tables, Stream *const *streams, const int n, int64_t j,
-    char *out, int64_t stride, const int halves) {
+    char *out, int64_t stride, const int kind) {
     const __m256i low = _mm256_set1_epi32(SLOTS - 1), one = _mm256_set1_epi32(1), zero = _mm256_setzero_si256();
     const __m256i first = _mm256_set1_epi32((int)at->first), top = _mm256_set1_epi32((int)at->buckets - 1);
-    const int64_t apart = stride * (halves ? 2 : 4);
-    __m256i x[AT_ONCE], s[AT_ONCE], levels[AT_ONCE];
+    const int64_t apart = stride * WIDTH[kind];
+    __m256i x[AT_ONCE], s[AT_ONCE], levels[AT_ONCE], beyond[AT_ONCE];
     __m256 steps[AT_ONCE];
     const uint8_t *from[AT_ONCE];
     char *to[AT_ONCE];
@@ -79,7 +83,8 @@ static inline __attribute__((always_inline)) int64_t decode_columns(
         levels[i] = _mm256_loadu_si256((const __m256i *)streams[i]->level);
         steps[i] = _mm256_loadu_ps(streams[i]->step);
         from[i] = streams[i]->data + streams[i]->next;
-        to[i] = out + streams[i]->row * (halves ? 2 : 4) + j * apart;
+        to[i] = out + streams[i]->row * WIDTH[kind] + j * apart;
+        beyond[i] = zero;
     }
     for (;;) {
         int64_t columns = at->columns - j;
@@ -123,7 +128,15 @@ static inline __attribute__((always_inline)) int64_t decode_columns(
                     number = _mm256_add_epi32(_mm256_add_epi32(number, number), odd);
                 }
                 const __m256 value = _mm256_mul_ps(_mm256_cvtepi32_ps(number), steps[i]);
-                if (halves) {
+                if (kind == DIGITS) {
+                    const __m256i moved = _mm256_add_epi32(number, _mm256_set1_epi32(128));
+                    beyond[i] = _mm256_or_si256(beyond[i], _mm256_srli_epi32(moved, 8));
+                    __m256i bytes = _mm256_and_si256(number, _mm256_set1_epi32(255));
+                    bytes = _mm256_packus_epi32(bytes, bytes);
+                    bytes = _mm256_packus_epi16(bytes, bytes);
+                    bytes = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 0, 0, 0, 0, 0, 0));
+                    _mm_storel_epi64((__m128i *)to[i], _mm256_castsi256_si128(bytes));
+                } else if (kind == HALVES) {
                     __m256i bits = _mm256_castps_si256(value);
                     bits = _mm256_add_epi32(bits, _mm256_and_si256(_mm256_srli_epi32(bits, 16), one));
                     bits = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), 16);
@@ -138,15 +151,21 @@ static inline __attribute__((always_inline)) int64_t decode_columns(
         _mm256_storeu_si256((__m256i *)streams[i]->x, x[i]);
         _mm256_storeu_si256((__m256i *)streams[i]->state, s[i]);
         streams[i]->next = from[i] - streams[i]->data;
+        if (kind == DIGITS) {
+            const int none = _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(beyond[i], zero)));
+            for (int l = 0; l < LANES; l++) streams[i]->far[streams[i]->row + l] |= !(none >> l & 1);
+        }
     }
     return j;
 }
 
 static int64_t columns_of(const Contexts *at, const uint32_t *tables, Stream *const *streams, int n, int64_t j,
-                          void *out, int64_t stride, int halves) {
-#define COLUMNS(trellis, n, halves) decode_columns(at, trellis, tables, streams, n, j, out, stride, halves)
-#define EITHER(n) \
-    (at->trellis ? halves ? COLUMNS(1, n, 1) : COLUMNS(1, n, 0) : halves ? COLUMNS(0, n, 1) : COLUMNS(0, n, 0))
+                          void *out, int64_t stride, int kind) {
+#define COLUMNS(trellis, n, kind) decode_columns(at, trellis, tables, streams, n, j, out, stride, kind)
+#define OF_KIND(trellis, n) \
+    kind == DIGITS ? COLUMNS(trellis, n, DIGITS) \
+    : kind == HALVES ? COLUMNS(trellis, n, HALVES) : COLUMNS(trellis, n, FLOATS)
+#define EITHER(n) at->trellis ? OF_KIND(1, n) : OF_KIND(0, n)
     switch (n) {
     case 1: return EITHER(1);
     case 2: return EITHER(2);
@@ -155,22 +174,24 @@ static int64_t columns_of(const Contexts *at, const uint32_t *tables, Stream *co
     default: return j;
     }
 #undef EITHER
+#undef OF_KIND
 #undef COLUMNS
 }
 #else
 static int64_t columns_of(const Contexts *at, const uint32_t *tables, Stream *const *streams, int n, int64_t j,
-                          void *out, int64_t stride, int halves) {
+                          void *out, int64_t stride, int kind) {
     return j;
 }
 #endif
 
 /* The columns from column j on of the rows of a stream that are next, one number after the other. */
 static void finish_rows(const Contexts *at, const uint32_t *tables, Stream *s, int64_t j, void *out, int64_t stride,
-                        int halves) {
+                        int kind) {
     const int64_t top = at->buckets - 1, last = s->size - 2; /* is read again where all words have been read */
     const int trellis = at->trellis != 0, lanes = s->lanes;
     for (; j < at->columns; j++) {
         const int64_t column = at->column[j];
+        int number[LANES];
         float value[LANES];
 #define REFILL(l) do { \
         uint16_t word; \
@@ -192,12 +213,18 @@ static void finish_rows(const Contexts *at, const uint32_t *tables, Stream *s, i
                 s->x[l] >>= s->wide[l];
                 REFILL(l);
             }
-            value[l] = (float)(trellis ? 2 * m + (int)odd : m) * s->step[l];
+            number[l] = trellis ? 2 * m + (int)odd : m;
+            value[l] = (float)number[l] * s->step[l];
             s->state[l] = follow(s->state[l], m);
         }
 #undef REFILL
         const int64_t place = j * stride + s->row;
-        if (halves) {
+        if (kind == DIGITS) {
+            for (int l = 0; l < lanes; l++) {
+                ((int8_t *)out)[place + l] = (int8_t)number[l];
+                s->far[s->row + l] |= (unsigned)(number[l] + 128) > 255;
+            }
+        } else if (kind == HALVES) {
             uint16_t upper[LANES];
             for (int l = 0; l < lanes; l++) {
                 uint32_t bits;
@@ -211,13 +238,13 @@ static void finish_rows(const Contexts *at, const uint32_t *tables, Stream *s, i
     }
 }
 
-/* Decode all streams, which lie one after the other from byte edges[i] to edges[i + 1] of `data`, into numbers times
- * steps: float32, or its upper half, at out[column * rows + row]. Whatever a stream holds, nothing is read outside of
- * it and nothing written outside its rows. Returns 0, or 1 where one is too short or too long, or states do not end as
- * they began. */
+/* Decode all streams, which lie one after the other from byte edges[i] to edges[i + 1] of `data`, into numbers of a
+ * kind, at out[column * rows + row]; of digits `far` says which rows they are not all of. Whatever a stream holds,
+ * nothing is read outside of it and nothing written outside its rows. Returns 0, or 1 where one is too short or too
+ * long, or states do not end as they began. */
 int64_t entropy_decode(const Contexts *at, const uint32_t *tables, const float *steps, const uint8_t *data,
                        const int64_t *edges, int64_t n_streams, int64_t per_stream, int64_t rows, void *out,
-                       int64_t halves) {
+                       int64_t kind, uint8_t *far) {
     int64_t wrong = 0;
     for (int64_t done = 0, n; done < n_streams; done += n) {
         Stream streams[AT_ONCE];
@@ -230,6 +257,7 @@ int64_t entropy_decode(const Contexts *at, const uint32_t *tables, const float *
             s->data = data + edges[done + i];
             s->size = edges[done + i + 1] - edges[done + i];
             s->next = sizeof s->x;
+            s->far = far;
             if (s->size < s->next || s->size & 1) return 1;
             memcpy(s->x, s->data, sizeof s->x);
         }
@@ -241,13 +269,13 @@ int64_t entropy_decode(const Contexts *at, const uint32_t *tables, const float *
                 begin_rows(streams + i, at, steps);
                 if (streams[i].lanes == LANES && !streams[i].any_wide) even[n_even++] = streams + i;
             }
-            const int64_t together = columns_of(at, tables, even, n_even, 0, out, rows, (int)halves);
+            const int64_t together = columns_of(at, tables, even, n_even, 0, out, rows, (int)kind);
             for (int i = 0; i < n; i++) {
                 Stream *s = streams + i;
                 if (s->rows <= 0) continue;
                 const int is_even = s->lanes == LANES && !s->any_wide;
-                const int64_t j = is_even ? columns_of(at, tables, &s, 1, together, out, rows, (int)halves) : 0;
-                finish_rows(at, tables, s, j, out, rows, (int)halves);
+                const int64_t j = is_even ? columns_of(at, tables, &s, 1, together, out, rows, (int)kind) : 0;
+                finish_rows(at, tables, s, j, out, rows, (int)kind);
                 s->row += LANES;
                 s->rows -= LANES;
             }

@@ -354,29 +354,38 @@ class Steps(nn.Module):
 
     Parameters
     ----------
-    numbers : Tensor (d_out, k), float32
-        Whole ones.
+    digits : Tensor (d_out, k), int8
+        The last 8 bits of the numbers.
+    rows : Tensor (n,)
+        Inputs whose numbers are not all of so few bits.
+    numbers : Tensor (d_out, n), float32
+        Those of these inputs.
     steps : Tensor (k,), float32
     scales : Tensor (d_out,), bfloat16, optional
         Of the columns; default: 1.
     """
 
-    def __init__(self, numbers: torch.Tensor, steps: torch.Tensor, scales: torch.Tensor | None) -> None:
+    def __init__(
+        self,
+        digits: torch.Tensor,
+        rows: torch.Tensor,
+        numbers: torch.Tensor,
+        steps: torch.Tensor,
+        scales: torch.Tensor | None,
+    ) -> None:
         super().__init__()
-        wide = ((numbers.amax(0) > 127) | (numbers.amin(0) < -128)).nonzero().flatten()
-        rows, step, number = wide, steps[wide], numbers[:, wide]
-        first = numbers.to(torch.int8)
-        first[:, wide] = _lowest_digit(number).to(torch.int8)
-        parts = [(torch.arange(len(steps), device=steps.device), steps, first)]
+        any_larger, step = len(rows) > 0, steps[rows]
+        parts = [(torch.arange(len(steps), device=steps.device), steps, digits)]
         while len(rows):
-            step, number = 256 * step, (number - _lowest_digit(number)) / 256
-            left = number.any(0)
-            rows, step, number = rows[left], step[left], number[:, left]
-            parts.append((rows, step, _lowest_digit(number).to(torch.int8)))
-        rows, steps, digits = (torch.cat(part, -1) for part in zip(*parts, strict=True))
+            step, numbers = 256 * step, (numbers - _lowest_digit(numbers)) / 256
+            left = numbers.any(0)
+            rows, step, numbers = rows[left], step[left], numbers[:, left]
+            parts.append((rows, step, _lowest_digit(numbers).to(torch.int8)))
+        if any_larger:
+            rows, steps, digits = (torch.cat(part, -1) for part in zip(*parts, strict=True))
         # as whole numbers, which casting leaves as they are
         self.register_buffer("bits_of_steps", steps.view(torch.int32), persistent=False)
-        self.register_buffer("rows", rows if len(wide) else None, persistent=False)
+        self.register_buffer("rows", rows if any_larger else None, persistent=False)
         d_out, k = digits.shape
         self.digits = _Digits(
             {
