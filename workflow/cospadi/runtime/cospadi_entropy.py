@@ -135,7 +135,8 @@ class Entropy(Codec):
         import torch
 
         found = _parsed(np.ascontiguousarray(stored.detach().cpu().numpy()))
-        decoded = torch.from_numpy(_decode(self, found, np.uint16 if halves else np.float32))
+        decoded = _decode(self, found, np.uint16 if halves else np.float32)
+        decoded = torch.from_numpy(decoded.view(np.int16) if halves else decoded)
         return (decoded.view(torch.bfloat16) if halves else decoded).view(*shape).to(stored.device)
 
     def numbers(self, stored: Any) -> tuple[Any, Any, Any, Any]:
