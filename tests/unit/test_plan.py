@@ -212,9 +212,16 @@ def test_a_family_that_cannot_be_folded_into_is_refused_before_any_work():
     gemma = {**MODEL, "architectures": ["Gemma3ForCausalLM"]}
     with pytest.raises(ConfigError) as caught:
         make_plan(
-            gemma, variants={"cut": {"method": "replaceme", "blocks": 4}, "far": {"method": "uidl", "blocks": 99}}
+            gemma,
+            variants={
+                "cut": {"method": "replaceme", "blocks": 4},
+                "far": {"method": "uidl", "blocks": 99},
+                "turn": {"method": "wanda", "ratio": 0.2, "target": "sequential", "residual_share": 0.5},
+                "well": {"method": "wanda", "ratio": 0.2, "target": "sequential"},
+            },
         )
-    fold, far = caught.value.faults
+    fold, far, repaid = caught.value.faults
+    assert repaid.startswith("variants.turn.residual_share: 0.5; Gemma3ForCausalLM has a norm between")
     assert re.match(r"variants.cut: .*Gemma3ForCausalLM has a norm behind it", fold)
     assert far == "variants.far.blocks: 99; the model has 30 blocks"
     assert make_plan(gemma, variants={"cut": {"method": "uidl", "blocks": 4}}).pruned == ["cut"]
