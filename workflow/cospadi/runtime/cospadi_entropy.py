@@ -217,7 +217,8 @@ def _parsed(data: np.ndarray) -> _Parsed:
     _, rows, columns, per_stream, exponent, first, n_buckets, n_wide, n_table = _HEADER.unpack_from(data)
     n_streams = -(-rows // per_stream) if per_stream else 0
     after = _HEADER.size + 2 * rows + columns + _WIDE.itemsize * n_wide + n_table + 4 * n_streams
-    if not (rows and columns and per_stream and n_buckets) or per_stream % _LANES or after > len(data):
+    # a table has a byte at least
+    if not (rows and columns and per_stream and 0 < n_buckets <= n_table) or per_stream % _LANES or after > len(data):
         raise ValueError("is cut short, or its header is wrong")
     at = _HEADER.size
     step_bytes, levels = data[at : at + rows], data[at + rows : at + 2 * rows + columns]
