@@ -103,7 +103,7 @@ env: $(READY) ## Set up .venv e.g. make env PYTHON=python3.12
 $(READY): envs/lock.txt envs/torch.txt envs/torch-cpu.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; say which: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(if $(filter system,$(TORCH)),--system-site-packages) $(VENV)
-	$(if $(filter system,$(TORCH)),,$(PIP) --require-hashes -r envs/torch-cpu.txt || $(PIP) --require-hashes -r envs/torch.txt)
+	$(if $(filter system,$(TORCH)),,$(PIP) --require-hashes -r envs/torch-cpu.txt || { echo "No CPU build of torch is at hand: taking PyPI's, gigabytes larger"; $(PIP) --require-hashes -r envs/torch.txt; })
 	$(PIP) --require-hashes -r envs/lock.txt
 	$(PIP) --no-build-isolation --editable .
 	$(BIN)/python -c 'import torch'

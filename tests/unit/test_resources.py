@@ -64,7 +64,7 @@ MEASURED = {
     ("evaluate", ""): (1925, 38.9),
     ("summarize", ""): (151, 6.9),
 }
-# Its disk, as `make calibrate` measured it; the other rates are the reference's
+# Its files were still in memory: they are read at 1 GB/s. The other rates are the reference's
 DEMO = Machine({**REFERENCE.rates, READ: 1e9})
 
 
