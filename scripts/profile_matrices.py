@@ -7,12 +7,13 @@ from cospadi.stage import choose_device, script
 
 def main(snakemake, log):
     from cospadi.calibration.activations import calibration_of
+    from cospadi.methods.base import MEASURED
     from cospadi.profiles import profile_unit
     from cospadi.structure import chosen, read_structure
 
     job, params, variant = snakemake.input, snakemake.params, snakemake.params.variant
     structure, device, measure = read_structure(job.structure), choose_device(params.device), None
-    if variant["allocation"] == "measured":
+    if variant["allocation"] == MEASURED:
         from cospadi.calibration.alone import Alone
 
         how = {"n_windows": variant["measured_windows"], "device": device, "log": log}

@@ -269,10 +269,11 @@ def compute_before_walls(choice: str) -> None:
             torch.testing.assert_close(
                 kernel.apply_codes_to_many(BoundSum([matrix]), [z], torch.float32), z.T @ codes.T, rtol=1e-4, atol=1e-4
             )
-        x = before_a_wall(torch.randn(2, weight.shape[0]))
-        torch.testing.assert_close(kernel.product(BoundSum([matrix]), x), x @ weight, rtol=1e-4, atol=1e-4)
+        x = torch.randn(2, weight.shape[0])
+        scaled = before_a_wall(layer._scaled(x))
+        torch.testing.assert_close(kernel.product(BoundSum([matrix]), scaled), x @ weight, rtol=1e-4, atol=1e-4)
         both = BoundSum([matrix, matrix])
-        torch.testing.assert_close(kernel.product(both, x), 2 * x @ weight, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(kernel.product(both, scaled), 2 * x @ weight, rtol=1e-4, atol=1e-4)
         unpacked = kernel.unpack(matrix, torch.bfloat16)
         assert torch.equal(unpacked, layer.factors(torch.bfloat16)[1]), (shape, codec, support, dictionary)
 

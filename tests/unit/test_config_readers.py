@@ -27,7 +27,8 @@ LEARNING = (
     *("workflow/cospadi/learning.py", "workflow/cospadi/problem.py", "workflow/cospadi/quantization.py"),
     "workflow/cospadi/formats/*.py",
     *("workflow/cospadi/sequence.py", "workflow/cospadi/refinement.py"),
-    *("workflow/cospadi/methods/base.py", "workflow/cospadi/methods/menus.py", "scripts/learn_dictionary.py"),
+    *("workflow/cospadi/methods/base.py", "workflow/cospadi/methods/menus.py"),
+    *("scripts/learn_dictionary.py", "scripts/profile_matrices.py"),
 )
 # Where the keys of a section are read for what they are for. Not `resources`: an estimate is no use of a setting.
 READERS = {

@@ -4,9 +4,7 @@ rule evaluate_dense:
         model=plan.model_input(),
         heldout=plan.text_file("heldout"),
         # not read: what all layers wait for goes first, and a model that cannot be taken apart is told before
-        structure=ancient(
-            expand(rules.inspect_model.output, base=[base for base in plan.inspected_bases() if not base])
-        ),
+        structure=expand(rules.inspect_model.output, base=[base for base in plan.inspected_bases() if not base]),
     output:
         scores="<results>/dense/eval.json",
         states=plan.dense_states(),
