@@ -14,6 +14,7 @@ rule evaluate_dense:
         "<benchmarks>/evaluate_dense.tsv"
     conda:
         "../../envs/cospadi.yaml"
+    priority: 1  # all other evaluations wait for it
     threads: plan.threads("evaluate_dense")
     resources:
         mem_mb=plan.mem_mb("evaluate_dense"),

@@ -15,12 +15,14 @@ from cospadi.report.frontier import sizes
 
 
 class Column(NamedTuple):
-    """Column of the summary: key in the summary and TSV, heading for people, how a number is printed, what it is."""
+    """Column of the summary: key in the summary and TSV, heading for people, how a number is printed, what it is, and
+    whether the console has room for it."""
 
     key: str
     heading: str
     print: Callable[[Any], str]
     meaning: str
+    on_console: bool = True
 
 
 def _megabytes(count: int) -> str:
@@ -63,7 +65,7 @@ COLUMNS = (
         "{:.4f}".format,
         "mean over the matrices of ||X(W - DS)|| / ||XW||, in the variant's metric",
     ),
-    Column("worst_matrices", "worst matrices", str, "layer and projection of the largest of these errors"),
+    Column("worst_matrices", "worst matrices", str, "layer and projection of the largest of these errors", False),
     Column(
         "predicted_rise",
         "predicted rise",
@@ -96,7 +98,7 @@ def write_table(summary: Mapping[str, Any], path: Path) -> None:
 
 def console_text(summary: Mapping[str, Any], dtype: str, reason: str) -> str:
     """The table, the folder of every model, and the line that loads one in `dtype`, the best here for a `reason`."""
-    headings, rows = _cells(summary)
+    headings, rows = _cells(summary, [column for column in _columns(summary) if column.on_console])
     folders = [[name, variant["model"]] for name, variant in summary["variants"].items()]
     example = folders[min(1, len(folders) - 1)][1]
     dtypes = {name: variant["evaluation"]["dtype"] for name, variant in summary["variants"].items()}
@@ -119,7 +121,7 @@ def console_text(summary: Mapping[str, Any], dtype: str, reason: str) -> str:
 
 def write_page(summary: Mapping[str, Any], path: Path) -> None:
     """``summary.html``: the table on a page of its own, with the meaning of each column."""
-    headings, rows = _cells(summary)
+    headings, rows = _cells(summary, _columns(summary))
     meanings = [(column.heading, column.meaning) for column in _columns(summary)]
     write_numbers(headings, rows, meanings, path, sizes=_size_cells(summary))
 
@@ -154,8 +156,8 @@ def _task_names(summary: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(task for variant in summary["variants"].values() for task in variant["tasks"]))
 
 
-def _cells(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    columns, tasks = _columns(summary), _task_names(summary)
+def _cells(summary: Mapping[str, Any], columns: Sequence[Column]) -> tuple[list[str], list[list[str]]]:
+    tasks = _task_names(summary)
     rows = []
     for name, variant in summary["variants"].items():
         row = [name]
