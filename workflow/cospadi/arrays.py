@@ -67,10 +67,14 @@ def orthonormal_rows(matrix: Any) -> Any:
     return u @ vt
 
 
+def slices(start: int, stop: int, step: int) -> Iterator[slice]:
+    """The range from `start` to `stop` in pieces of `step`; the last may be shorter."""
+    return (slice(first, min(first + step, stop)) for first in range(start, stop, step))
+
+
 def row_blocks(size: int) -> Iterator[slice]:
     """Rows of a square matrix, as many at a time as leave what is computed of them small beside the matrix."""
-    step = max(1, _BLOCK_VALUES // max(size, 1))
-    return (slice(first, min(first + step, size)) for first in range(0, size, step))
+    return slices(0, size, max(1, _BLOCK_VALUES // max(size, 1)))
 
 
 def symmetrize(matrix: np.ndarray) -> np.ndarray:

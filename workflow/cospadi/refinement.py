@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from cospadi.arrays import to_numpy
+from cospadi.arrays import slices, to_numpy
 from cospadi.calibration.walk import Chunk, Tap, Windows
 from cospadi.errors import NumericalError
 from cospadi.formats.factorization import Factorization
@@ -89,9 +89,7 @@ class Block:
 
     def batches(self, stop: int | None = None) -> Iterator[slice]:
         """The windows before `stop` in batches; None: all."""
-        count = len(self.windows.input_ids) if stop is None else stop
-        for start in range(0, count, self.step):
-            yield slice(start, min(start + self.step, count))
+        return slices(0, len(self.windows.input_ids) if stop is None else stop, self.step)
 
     @contextlib.contextmanager
     def with_modules(self, modules: Mapping[str, torch.nn.Module]) -> Iterator[None]:
@@ -164,8 +162,7 @@ def refine(
         return ((found - wanted).square().sum(1) / wanted.square().sum(1).clamp(min=1e-12)).mean()
 
     def error_held_out() -> float:
-        steps = range(held_out.start, held_out.stop, block.step)
-        batches = [slice(start, min(start + block.step, held_out.stop)) for start in steps]
+        batches = list(slices(held_out.start, held_out.stop, block.step))
         weights = [float(mask[batch].sum()) for batch in batches]
         value = sum(float(error(batch)) * weight for batch, weight in zip(batches, weights, strict=True)) / sum(weights)
         if not math.isfinite(value):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cospadi.arrays import slices
 from cospadi.calibration.walk import Chunk, Windows, read_windows
 from cospadi.structure import load_head
 
@@ -61,7 +62,7 @@ class Alone:
         self._mask = torch.from_numpy(self._windows.attention_mask).bool()
         self._prefixes = [layer["prefix"] for layer in structure["layers"]]
         count, step = len(self._windows.input_ids), self._windows.step(batch_tokens)
-        self._batches = [slice(start, min(start + step, count)) for start in range(0, count, step)]
+        self._batches = list(slices(0, count, step))
         how: dict[str, Any] = {"dtype": "float32", "device": device}
         self._entering: list[torch.Tensor | None] = [None] * len(self._batches)
         if first > 0:

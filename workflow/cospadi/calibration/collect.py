@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import h5py
 import numpy as np
 
-from cospadi.arrays import all_finite, symmetrize
+from cospadi.arrays import all_finite, slices, symmetrize
 from cospadi.calibration.activations import (
     FORMAT_VERSION,
     HIDDEN,
@@ -127,8 +127,7 @@ def collect(
     }
 
     chunk = Chunk(model_folder, layers, dtype=dtype, device=device)
-    step = read.step(batch_tokens)
-    batches = [slice(start, min(start + step, samples)) for start in range(0, samples, step)]
+    batches = list(slices(0, samples, read.step(batch_tokens)))
     with contextlib.ExitStack() as stack:
         rows_file = stack.enter_context(writing(rows_out, attributes))
         sites, taps = [], []

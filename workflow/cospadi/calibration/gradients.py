@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import h5py
 import numpy as np
 
-from cospadi.arrays import all_finite
+from cospadi.arrays import all_finite, slices
 from cospadi.calibration.activations import (
     FORMAT_VERSION,
     GRADIENT,
@@ -120,8 +120,7 @@ def collect_gradients(
 
     chunk = Chunk(model_folder, layers, dtype=dtype, device=device)
     head = None if gradient_in is not None else load_head(model_folder, structure, dtype=dtype, device=device)
-    step = read.step(batch_tokens)
-    batches = [slice(start, min(start + step, samples)) for start in range(0, samples, step)]
+    batches = list(slices(0, samples, read.step(batch_tokens)))
     with contextlib.ExitStack() as stack:
         moments_file = stack.enter_context(writing(moments_out, attributes))
         gradient_file = stack.enter_context(writing(gradient_out, {**attributes, "first_layer": layers.start}))

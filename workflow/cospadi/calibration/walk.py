@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from cospadi.arrays import all_finite
+from cospadi.arrays import all_finite, slices
 from cospadi.calibration.activations import FORMAT_VERSION, WINDOWS_REMEDY, reading
 from cospadi.errors import ArtifactError, NumericalError
 from cospadi.provenance import check_provenance, tokens_digest
@@ -392,7 +392,7 @@ class Walk:
         chunk = None
         for start in range(0, count, group):
             end = min(start + group, count)
-            batches = [slice(first, min(first + step, end)) for first in range(start, end, step)]
+            batches = list(slices(start, end, step))
             rows: dict[Place, list[torch.Tensor]] = {place: [] for place in places}
             taps = {place: place.tap(_keeping(rows[place], place)) for place in places}
             hidden: dict[tuple[bool, int], torch.Tensor] = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -32,6 +32,9 @@ from cospadi.problem import Problem, Target, side_by_side
 from cospadi.registry import option
 from cospadi.runtime.cospadi_registry import CODECS
 from cospadi.work import LOOP, Work
+
+if TYPE_CHECKING:
+    from cospadi.solvers import entropy
 
 # More bits a weight are left, as nobody needs them. Fewer say nothing
 MOST_BITS, LEAST_BITS = 12.0, 0.5
@@ -78,18 +81,14 @@ def fit(
     gram = np.asarray(problem.metric.gram, np.float64)
     nbytes = room(problem.shape, nbytes) - sum(2 * one.shape[1] for one in problem.matrices if not one.alike)
     found = entropy.quantize(problem.weight, gram, codec, nbytes, damping=damping, log=how.log)
-    diagnostics = {"solver": codec.name, "n_passes": found.n_passes, "bits": 8 * found.nbytes / found.codes.size}
-    return [
-        Factorization(
-            None,
-            found.codes,
-            support="dense",
-            **{**how.storage, "value_codec": codec.name},
-            scales=found.steps,
-            settled=True,
-            diagnostics=diagnostics,
-        )
-    ]
+    return [coded(found, {**how.storage, "value_codec": codec.name}, codec.name)]
+
+
+def coded(found: entropy.Found, storage: Mapping[str, Any], solver: str) -> Factorization:
+    """What a solver found for an entropy coder, as it will be stored."""
+    diagnostics = {"solver": solver, "n_passes": found.n_passes, "bits": 8 * found.nbytes / found.codes.size}
+    codes, steps = found.codes, found.steps
+    return Factorization(None, codes, support="dense", **storage, scales=steps, settled=True, diagnostics=diagnostics)
 
 
 def room(shape: tuple[int, int], nbytes: int) -> int:

@@ -26,18 +26,7 @@ def fit(problem: Problem, nbytes: int, how: Fit) -> list[Factorization]:
     from cospadi.solvers import float8
 
     found = float8.quantize(problem.weight, CODECS[_CODEC], room(problem.shape, nbytes), log=how.log)
-    diagnostics = {"solver": "float8", "n_passes": found.n_passes, "bits": 8 * found.nbytes / found.codes.size}
-    return [
-        Factorization(
-            None,
-            found.codes,
-            support="dense",
-            **{**how.storage, "value_codec": _CODEC, "block_size": None},
-            scales=found.steps,
-            settled=True,
-            diagnostics=diagnostics,
-        )
-    ]
+    return [ectcq.coded(found, {**how.storage, "value_codec": _CODEC, "block_size": None}, "float8")]
 
 
 def room(shape: tuple[int, int], nbytes: int) -> int:
