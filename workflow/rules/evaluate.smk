@@ -12,9 +12,9 @@ rule evaluate_dense:
         "<logs>/evaluate_dense.log",
     benchmark:
         "<benchmarks>/evaluate_dense.tsv"
+    priority: 1  # all other evaluations wait for it
     conda:
         "../../envs/cospadi.yaml"
-    priority: 1  # all other evaluations wait for it
     threads: plan.threads("evaluate_dense")
     resources:
         mem_mb=plan.mem_mb("evaluate_dense"),
