@@ -377,11 +377,7 @@ def crossover(rounds: int) -> list[list[str]]:
                     torch.nn.functional.linear(x, weight)
 
             taken = interleaved(
-                {
-                    "kernel": functools.partial(through, 64),
-                    "unpacked": functools.partial(through, 0),
-                    "dense": dense,
-                },
+                {"kernel": functools.partial(through, 64), "unpacked": functools.partial(through, 0), "dense": dense},
                 max(3, rounds // 4),
             )
             rows.append([f"{d_in}x{d_out}", dtype, n] + [shown(1e6 * t / count for t in taken[name]) for name in taken])

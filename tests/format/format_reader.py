@@ -123,8 +123,7 @@ def check_spec(spec: Any, is_part: bool = False) -> None:
     need(isinstance(dictionary, dict) and isinstance(codes, dict), "sections")
     codec, values = dictionary.get("codec"), codes.get("codec")
     need(
-        isinstance(codec, str) and codec in (*BITS, *SQUARE) and codec not in (*SHIFTED, *STREAMS, *TRELLISES),
-        "codec",
+        isinstance(codec, str) and codec in (*BITS, *SQUARE) and codec not in (*SHIFTED, *STREAMS, *TRELLISES), "codec"
     )
     need(isinstance(values, str) and values in BITS, "codec")
     keys = {"codec", "n_atoms"} | ({"tensor"} if codec != "identity" else set())

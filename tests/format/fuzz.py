@@ -442,11 +442,7 @@ def check_folder(case: int, seeds: Path, scratch: Path) -> Findings:
         except Refused as error:
             expected, why = None, str(error)
         model = outcome(
-            findings,
-            "loader",
-            (OSError, ValueError),
-            path.name,
-            lambda: CospadiForCausalLM.from_pretrained(path),
+            findings, "loader", (OSError, ValueError), path.name, lambda: CospadiForCausalLM.from_pretrained(path)
         )
         dense = path.parent / f"{path.name}-dense"
         densified = outcome(findings, "densify", (CospadiError,), path.name, lambda: densify(path, dense) or True)

@@ -86,11 +86,7 @@ BROKEN: dict[str, tuple[Callable[[dict, dict], Any], str, str]] = {
         "ValueError",
         "config.json packs model.layers.9.x, which Qwen2ForCausalLM does not have",
     ),
-    "missing tensor": (
-        lambda config, tensors: tensors.pop(f"{NAME}.values"),
-        "OSError",
-        f"{NAME}.values is missing",
-    ),
+    "missing tensor": (lambda config, tensors: tensors.pop(f"{NAME}.values"), "OSError", f"{NAME}.values is missing"),
     "missing dictionary": (
         lambda config, tensors: tensors.pop(f"{NAME}.dictionary"),
         "OSError",

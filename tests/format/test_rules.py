@@ -256,11 +256,7 @@ def test_all_readers_refuse_and_name_folder_and_tensor(seeds, tmp_path, rule):
     with pytest.raises(Refused):
         read_checkpoint(path)
     texts = refused(
-        {
-            "densify": lambda: densify(path, tmp_path / "dense"),
-            "bytes": lambda: target_bytes(path),
-        },
-        (ArtifactError,),
+        {"densify": lambda: densify(path, tmp_path / "dense"), "bytes": lambda: target_bytes(path)}, (ArtifactError,)
     ) | refused({"loader": lambda: CospadiForCausalLM.from_pretrained(path)}, (OSError, ValueError))
     for reader, text in texts.items():
         assert str(path) in text and re.search(message, text), (reader, text)

@@ -208,10 +208,7 @@ def test_a_model_is_not_compared_with_what_is_of_another(llama, compared, tiny_t
 def test_batches_of_windows_change_nothing(llama, tiny_text, tmp_path):
     scores = [
         evaluate(
-            llama,
-            PERPLEXITY | {"batch_size": size},
-            heldout=tiny_text / "heldout.jsonl",
-            output=tmp_path / "eval.json",
+            llama, PERPLEXITY | {"batch_size": size}, heldout=tiny_text / "heldout.jsonl", output=tmp_path / "eval.json"
         )["perplexity"]["token"]
         for size in (1, 4)
     ]
@@ -355,9 +352,7 @@ metric_list:
     assert scores["metrics"] == pytest.approx(direct_accuracies(llama, questions))
     assert (scores["primary"], scores["documents"], scores["num_fewshot"]) == ("acc_norm", 3, 0)
     limited = evaluate(
-        llama,
-        {"tasks": ["tiny_questions"], "task_path": str(folder), "limit": 2},
-        output=tmp_path / "eval.json",
+        llama, {"tasks": ["tiny_questions"], "task_path": str(folder), "limit": 2}, output=tmp_path / "eval.json"
     )
     assert limited["tasks"]["tiny_questions"]["documents"] == 2
 
@@ -390,7 +385,7 @@ def test_last_words_stand_in_the_passage_before_them():
     first = f"A ship of that kind {filler}."
     article = f"{first} Then {filler} and so on to the ship! Then {filler} it was a boat. In all {filler} it is gone."
     assert last_word_passages([f"Heading\n{article}"]) == [
-        f"{first} Then {filler} and so on to the ship",  # boat and gone stand nowhere before
+        f"{first} Then {filler} and so on to the ship"  # boat and gone stand nowhere before
     ]
     many = " ".join(f"Sentence {i} {filler}." for i in range(9))
     passages = last_word_passages([many, many])

@@ -22,19 +22,7 @@ from cospadi.problem import Target
 from cospadi.resources import Estimates
 from cospadi.runs import KINDS, Kind, check_run, kind_of, plan_run
 from cospadi.stages import drawing
-from cospadi.work import (
-    JOB_MEMORY,
-    MEBI,
-    PRODUCT,
-    READ,
-    REFERENCE,
-    SLACK,
-    SPARE,
-    START_MINUTES,
-    Cost,
-    Machine,
-    Work,
-)
+from cospadi.work import JOB_MEMORY, MEBI, PRODUCT, READ, REFERENCE, SLACK, SPARE, START_MINUTES, Cost, Machine, Work
 
 PROJECT = Path(__file__).parents[2]
 MODELS = PROJECT / "config/models"

@@ -52,15 +52,9 @@ def test_other_architectures_are_refused_with_the_list_of_supported_ones(archite
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (
-            {"architectures": ["MixtralForCausalLM"], "num_local_experts": 8},
-            "of experts .*num_local_experts is 8",
-        ),
+        ({"architectures": ["MixtralForCausalLM"], "num_local_experts": 8}, "of experts .*num_local_experts is 8"),
         ({"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 128}, "mixture of experts .*num_experts is 128"),
-        (
-            {"architectures": ["X"], "text_config": {"n_routed_experts": 64}},
-            "n_routed_experts is 64.*Take a dense",
-        ),
+        ({"architectures": ["X"], "text_config": {"n_routed_experts": 64}}, "n_routed_experts is 64.*Take a dense"),
         (
             {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": {}, "vision_config": {}},
             r"text and something else \(config.json: vision_config; Gemma3ForConditionalGeneration\).*Save that part",

@@ -118,11 +118,7 @@ def tiny_config(model: Path, text: Path) -> dict[str, Any]:
         "device": "cpu",
         "variants": {
             "cospadi-20": {"method": "cospadi", "ratio": 0.2, "max_iter": 5},
-            "svd_llm-40": {
-                "method": "svd_llm",
-                "ratio": 0.4,
-                "codes": {"value_bits": 14, "rounding": "truncate"},
-            },
+            "svd_llm-40": {"method": "svd_llm", "ratio": 0.4, "codes": {"value_bits": 14, "rounding": "truncate"}},
         },
         "evaluation": {
             "perplexity": {"max_tokens": 500, "window": 64},

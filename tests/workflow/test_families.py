@@ -11,11 +11,7 @@ from .conftest import check_finished
 
 @pytest.mark.parametrize(
     ("family", "changes"),
-    [
-        ("qwen2", {}),
-        ("qwen3", {}),
-        ("gemma3_text", {"layer_types": ["sliding_attention", "full_attention"]}),
-    ],
+    [("qwen2", {}), ("qwen3", {}), ("gemma3_text", {"layer_types": ["sliding_attention", "full_attention"]})],
 )
 def test_other_families(new_run: Callable, family, changes):
     run = new_run(family, num_hidden_layers=2, **changes)

@@ -155,7 +155,7 @@ use rule * from cospadi as cospadi_*
     assert "2 of 2 steps" in result.stdout + result.stderr
     check_finished(run, ["cospadi-20", "svd_llm-40"])
     assert {path.name for path in tmp_path.iterdir()} == {
-        *(".snakemake", "Snakefile", "outer.yaml", "analysis", "tiny-model", "articles.jsonl"),
+        *(".snakemake", "Snakefile", "outer.yaml", "analysis", "tiny-model", "articles.jsonl")
     }
     # variants that read those of others, and units that read those before them, are planned there too
     run.config["variants"] = {
@@ -329,12 +329,7 @@ FROM_MODEL = {"inspect_model"} | FROM_TEXT
     ("file", "old", "new", "expected"),
     [
         ("tiny-model/model.safetensors", None, None, FROM_MODEL - {"prepare_calibration"}),
-        (
-            "tiny-model/config.json",
-            b'"rms_norm_eps": 1e-06',
-            b'"rms_norm_eps": 1e-05',
-            FROM_MODEL,
-        ),
+        ("tiny-model/config.json", b'"rms_norm_eps": 1e-06', b'"rms_norm_eps": 1e-05', FROM_MODEL),
         ("tiny-model/tokenizer.json", b"river", b"rivet", FROM_MODEL),
         ("articles.jsonl", b"river", b"rivet", {"fetch_text"} | FROM_TEXT),
     ],

@@ -27,10 +27,7 @@ TRAINING = {
         "batch_size": 4,
         "learning_rate": 0.01,
         "evaluations": 3,
-        "variants": {
-            "dense": {"attention": "dense"},
-            "masa": {"attention": "masa", "atoms": 1},
-        },
+        "variants": {"dense": {"attention": "dense"}, "masa": {"attention": "masa", "atoms": 1}},
     },
     "vision": {
         "patch": 4,

@@ -116,13 +116,7 @@ def factorize(
 
 
 def _check(
-    weight: Any,
-    gram: Any,
-    method: str,
-    ratio: float,
-    codes: dict[str, Any],
-    rounding: str,
-    options: dict[str, Any],
+    weight: Any, gram: Any, method: str, ratio: float, codes: dict[str, Any], rounding: str, options: dict[str, Any]
 ) -> None:
     """Everything that is wrong with the arguments; options by the schema that a config is checked with."""
     from cospadi.config import option_faults

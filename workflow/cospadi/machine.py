@@ -22,19 +22,7 @@ from tabulate import tabulate
 from cospadi.errors import ArtifactError, CospadiError
 from cospadi.files import read_object, write_json
 from cospadi.stage import choose_dtype, has_gpu, set_threads
-from cospadi.work import (
-    FACTOR,
-    FORWARD,
-    GPU_FORWARD,
-    GPU_PRODUCT,
-    GRAM,
-    LOOP,
-    PRODUCT,
-    READ,
-    REFERENCE,
-    START,
-    Machine,
-)
+from cospadi.work import FACTOR, FORWARD, GPU_FORWARD, GPU_PRODUCT, GRAM, LOOP, PRODUCT, READ, REFERENCE, START, Machine
 
 FILE = Path("resources/machine.json")
 FORMAT_VERSION = 1

@@ -100,11 +100,7 @@ class Metric:
             return read_gram(path, site, heldout=True) if sites(path)[site]["n_heldout"] else None
 
         return cls(
-            d_in,
-            lambda: read_gram(path, site),
-            read_heldout=heldout,
-            where=f"{path}: {site}/gram",
-            keep_gram=keep_gram,
+            d_in, lambda: read_gram(path, site), read_heldout=heldout, where=f"{path}: {site}/gram", keep_gram=keep_gram
         )
 
     @classmethod
@@ -149,10 +145,7 @@ class Metric:
         """Of the mean Gram, the paper's metric of matrices with different inputs."""
         where = "mean of " + ", ".join(metric._where for metric in metrics)
         return cls(
-            metrics[0].d_in,
-            lambda: sum(metric.gram for metric in metrics) / len(metrics),
-            where=where,
-            keep_gram=False,
+            metrics[0].d_in, lambda: sum(metric.gram for metric in metrics) / len(metrics), where=where, keep_gram=False
         )
 
     @property

@@ -97,9 +97,7 @@ def quantize_unit(
     strange = learned_specs.keys() - specs.keys()
     if strange:
         raise ArtifactError(
-            factors,
-            f"holds factors of {', '.join(sorted(strange))}, which are not of this unit",
-            _REMEDY,
+            factors, f"holds factors of {', '.join(sorted(strange))}, which are not of this unit", _REMEDY
         )
     header = {**belongs, "codes": dict(codes), "matrices": specs, "kept_dense": kept_dense}
     write_tensors(output, tensors, header)

@@ -233,11 +233,7 @@ class _Matrix(torch.nn.Module):
     """A linear layer by its factors, whose numbers are parameters; one for every dictionary, whoever shares it."""
 
     def __init__(
-        self,
-        name: str,
-        factors: Factorization,
-        dictionaries: dict[str, torch.nn.Parameter],
-        bias: torch.Tensor | None,
+        self, name: str, factors: Factorization, dictionaries: dict[str, torch.nn.Parameter], bias: torch.Tensor | None
     ) -> None:
         super().__init__()
         self._factors, self._bias = factors, bias

@@ -26,13 +26,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 
-SUPPORTED = (
-    "Gemma3ForCausalLM",
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-)
+SUPPORTED = ("Gemma3ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 # families whose block adds the MLP's output to the residual as it is; Gemma 3 has a norm between the two
 FOLDABLE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")

@@ -18,14 +18,7 @@ import h5py
 import numpy as np
 
 from cospadi.arrays import all_finite, slices, symmetrize
-from cospadi.calibration.activations import (
-    FORMAT_VERSION,
-    HIDDEN,
-    STORED_AS,
-    first_heldout,
-    to_stored,
-    writing,
-)
+from cospadi.calibration.activations import FORMAT_VERSION, HIDDEN, STORED_AS, first_heldout, to_stored, writing
 from cospadi.calibration.walk import Chunk, Tap, Windows, read_windows
 from cospadi.errors import ArtifactError, NumericalError
 from cospadi.stage import choose_dtype
@@ -102,11 +95,7 @@ def collect(
     if (hidden_in is None) != (layers.start == 0):
         raise ValueError("hidden_in is needed by every chunk but the one that starts at layer 0")
     read = read_windows(windows, structure["vocab_size"])
-    belongs = {
-        "format_version": FORMAT_VERSION,
-        "fingerprint": structure["fingerprint"],
-        "tokens": read.tokens,
-    }
+    belongs = {"format_version": FORMAT_VERSION, "fingerprint": structure["fingerprint"], "tokens": read.tokens}
     samples, length = read.input_ids.shape
     hidden_shape = (samples, length, structure["hidden_size"])
     dtype, reason = chosen_dtype(dtype, device, hidden_in, layers.start - 1)

@@ -62,7 +62,7 @@ METRIC_OPTIONS: dict[str, dict[str, Any]] = {
         "Error of matrices that share and have different inputs or gradients: in the metric of their mean Gram (the "
         "paper), or of each one's own.",
         default=MEAN,
-    ),
+    )
 }
 
 WARM_OPTIONS: dict[str, dict[str, Any]] = {
@@ -70,7 +70,7 @@ WARM_OPTIONS: dict[str, dict[str, Any]] = {
         ["string", "null"],
         "Variant of the same run whose factors are the start, at another ratio say; null: none.",
         default=None,
-    ),
+    )
 }
 
 TIME_OPTIONS: dict[str, dict[str, Any]] = {
@@ -80,7 +80,7 @@ TIME_OPTIONS: dict[str, dict[str, Any]] = {
         "depends on the machine. null: no limit.",
         minimum=0.1,
         default=None,
-    ),
+    )
 }
 
 # Every matrix the same ratio: what a method does that parts no bytes

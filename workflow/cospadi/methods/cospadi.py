@@ -190,12 +190,7 @@ def _most_atoms(size: tuple[int, int], options: Mapping[str, Any]) -> float:
 
 
 def _choose_shape(
-    target: Any,
-    size: tuple[int, int],
-    nbytes: int,
-    storage: Mapping[str, Any],
-    options: Mapping[str, Any],
-    log: Any,
+    target: Any, size: tuple[int, int], nbytes: int, storage: Mapping[str, Any], options: Mapping[str, Any], log: Any
 ) -> tuple[SparseShape, dict[str, float]]:
     """k and s; with ``rho: auto`` those of least error among short runs, whose errors are returned by rho."""
 

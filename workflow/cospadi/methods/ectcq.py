@@ -64,12 +64,7 @@ _SECONDS_A_NUMBER, _PASSES = 1.5e-7, 4
 
 
 def fit(
-    problem: Problem,
-    nbytes: int,
-    how: Fit,
-    *,
-    trellis: bool = True,
-    damping: float = OPTIONS["damping"]["default"],
+    problem: Problem, nbytes: int, how: Fit, *, trellis: bool = True, damping: float = OPTIONS["damping"]["default"]
 ) -> list[Factorization]:
     """Numbers and steps of least error within the bytes (`solvers.entropy`), on the CPU.
 

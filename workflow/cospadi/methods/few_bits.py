@@ -28,9 +28,7 @@ from cospadi.runtime.cospadi_registry import CODECS
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "symmetric": option(
-        "boolean",
-        "false: every block has a zero point beside its scale, of as many bits as a weight.",
-        default=True,
+        "boolean", "false: every block has a zero point beside its scale, of as many bits as a weight.", default=True
     ),
     "scale_inputs": option(
         "boolean",

@@ -88,11 +88,7 @@ def matrix_pca(weights: Sequence[np.ndarray], n_atoms: int) -> tuple[np.ndarray,
     lengths = np.sqrt(np.maximum(eigenvalues[:n_atoms], np.finfo(np.float64).tiny))
     atoms = (basis[:, :n_atoms] / lengths).T @ vectors
     coefficients = basis[:, :n_atoms] * lengths
-    return (
-        atoms.reshape(n_atoms, *weights[0].shape).astype(np.float32),
-        coefficients.astype(np.float32),
-        eigenvalues,
-    )
+    return (atoms.reshape(n_atoms, *weights[0].shape).astype(np.float32), coefficients.astype(np.float32), eigenvalues)
 
 
 def atom_counts(n_layers: int, atoms: int | None) -> list[int]:

@@ -224,9 +224,7 @@ def share(profiles: Sequence[Profile], nbytes: int, *, storage: Mapping[str, Any
 
     caps = sorted({point.error for points in choices for point in points})
     first = bisect.bisect_left(
-        caps,
-        True,
-        key=lambda cap: sum(min(point.nbytes for point in points) for points in allowed(cap)) <= nbytes,
+        caps, True, key=lambda cap: sum(min(point.nbytes for point in points) for points in allowed(cap)) <= nbytes
     )
     menus = {index: Points(points) for index, points in enumerate(allowed(caps[min(first, len(caps) - 1)]))}
     chosen = choose(menus, nbytes, highest=max(1.0, caps[-1]))

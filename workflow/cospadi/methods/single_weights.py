@@ -217,7 +217,5 @@ def faults(settings: Mapping[str, Any], problems: Problems = ()) -> Iterator[str
     if settings.get("allocation") == GLOBAL and kept_of(pattern) is not None:
         yield f"allocation: {GLOBAL}; pattern {pattern} keeps as many of every matrix"
     yield from budget_faults(
-        settings,
-        problems,
-        lambda shape, nbytes: n_entries(shape, nbytes, pattern=pattern, **storage),
+        settings, problems, lambda shape, nbytes: n_entries(shape, nbytes, pattern=pattern, **storage)
     )

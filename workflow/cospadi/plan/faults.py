@@ -23,10 +23,7 @@ from cospadi.structure import FOLDABLE
 from cospadi.tokenizer import TOKENIZER_FILES, has_tokenizer
 
 # where the projections are in a block of every supported family
-_PARENTS = {
-    "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "mlp": ("gate_proj", "up_proj", "down_proj"),
-}
+_PARENTS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
 _NAMED = 3  # tensors at fault that a message names
 
 

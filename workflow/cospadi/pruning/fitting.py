@@ -80,11 +80,7 @@ def fit_transforms(
                 )
         done += together
     belongs = {**walk.provenance, **provenance(walk.structure, settings), "cuts": selection["cuts"]}
-    write_tensors(
-        output,
-        {f"layer_{block:02d}": transform for block, transform in transforms.items()},
-        belongs,
-    )
+    write_tensors(output, {f"layer_{block:02d}": transform for block, transform in transforms.items()}, belongs)
     write_json(
         diagnostics,
         {

@@ -126,14 +126,7 @@ def prune(
     texts = {"README.md": pruned_card(folder, Path(output).name, removed, settings)}
     if not (folder.path / "ORIGIN.md").exists():
         texts["ORIGIN.md"] = origin_card(folder)
-    write_folder(
-        output,
-        _config(folder, kept),
-        tensors,
-        base=folder.path,
-        texts=texts,
-        max_shard_bytes=max_shard_bytes,
-    )
+    write_folder(output, _config(folder, kept), tensors, base=folder.path, texts=texts, max_shard_bytes=max_shard_bytes)
     gone_parameters = sum(
         math.prod(folder.file_of(name).entries[name]["shape"])
         for name in folder.weight_map

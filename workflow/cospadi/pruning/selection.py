@@ -122,11 +122,7 @@ def provenance(structure: Mapping[str, Any], settings: Mapping[str, Any]) -> dic
 
 
 def read_distances(
-    path: str | Path,
-    structure: Mapping[str, Any],
-    *,
-    samples: int | None,
-    calibration: Mapping[str, Any] | None = None,
+    path: str | Path, structure: Mapping[str, Any], *, samples: int | None, calibration: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """What `distances.measure` found, from its file.
 

@@ -97,8 +97,7 @@ def _plot_sizes(summary: Mapping[str, Any], key: str, label: str, paths: Sequenc
     axis.set_xlim(lowest - 0.12 * (full - lowest), full + 0.08 * (full - lowest))
     axis.margins(y=0.12)
     share = axis.secondary_xaxis(
-        "top",
-        functions=(lambda x: 100 * x * 1e6 / dense["target_bytes"], lambda p: p * dense["target_bytes"] / 1e8),
+        "top", functions=(lambda x: 100 * x * 1e6 / dense["target_bytes"], lambda p: p * dense["target_bytes"] / 1e8)
     )
     share.set_xlabel("percent of their dense bytes (bfloat16)")
     axis.set_xlabel("bytes of the compressed matrices in the file, masks counted  [MB]")

@@ -28,11 +28,7 @@ _MEANINGS = (
 
 
 def summarize_training(
-    training: Mapping[str, Any],
-    folder: Path,
-    output: Path,
-    *,
-    log: Callable[[str], None] = print,
+    training: Mapping[str, Any], folder: Path, output: Path, *, log: Callable[[str], None] = print
 ) -> dict[str, Any]:
     """Gather the histories of all models and write ``training.{tsv,json,html}`` and ``plots/training.{svg,png}``.
 

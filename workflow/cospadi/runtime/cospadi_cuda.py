@@ -63,13 +63,7 @@ def gpu_kernels() -> Kernels | None:
         )
         return None
     try:
-        from .cospadi_cuda_kernels import (
-            code_products,
-            row_products,
-            trellis_products,
-            unpack_codes,
-            unpack_trellis,
-        )
+        from .cospadi_cuda_kernels import code_products, row_products, trellis_products, unpack_codes, unpack_trellis
     except ImportError as error:
         logger.warning("packed products on a GPU: plain torch operations, which are slower, because %s", error)
         return None

@@ -281,9 +281,7 @@ def _plus_faults(spec: Mapping[str, Any], codecs: Mapping[str, Codec]) -> list[s
 
 
 def header_faults(
-    matrices: Mapping[str, Any],
-    entries: Mapping[str, tuple[str, Sequence[int]]],
-    codecs: Mapping[str, Codec] = CODECS,
+    matrices: Mapping[str, Any], entries: Mapping[str, tuple[str, Sequence[int]]], codecs: Mapping[str, Codec] = CODECS
 ) -> list[str]:
     """What the headers of the weight files say against the specs.
 
@@ -321,9 +319,7 @@ def header_faults(
 
 
 def content_faults(
-    parts: Mapping[str, Mapping[str, Any]],
-    read: Callable[[str], np.ndarray],
-    codecs: Mapping[str, Codec] = CODECS,
+    parts: Mapping[str, Mapping[str, Any]], read: Callable[[str], np.ndarray], codecs: Mapping[str, Codec] = CODECS
 ) -> list[str]:
     """What is wrong inside the tensors of parts whose specs and headers are right.
 

@@ -493,11 +493,7 @@ class SharedProjection:
         return self._few
 
     def of(
-        self,
-        x: torch.Tensor,
-        dictionary: int,
-        project: Callable[[torch.Tensor], torch.Tensor],
-        rows: torch.Tensor,
+        self, x: torch.Tensor, dictionary: int, project: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor
     ) -> torch.Tensor:
         """``project(rows)``, or what it gave for this very `x` and the dictionary at this address before."""
         z = self._known(x, dictionary)

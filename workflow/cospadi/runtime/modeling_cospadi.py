@@ -17,14 +17,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from .configuration_cospadi import CospadiConfig, check_packing, family_config, register
 from .cospadi_checksums import CHECKSUMS, checksum_faults, write_checksums
 from .cospadi_entropy import DamagedStreamError
-from .cospadi_format import (
-    Stored,
-    UnreadableError,
-    all_parts,
-    in_one_line,
-    read_headers,
-    stored_faults,
-)
+from .cospadi_format import Stored, UnreadableError, all_parts, in_one_line, read_headers, stored_faults
 from .cospadi_linear import DenseLinear, PackedLinear, SharedProjection, pack_, packed_layers, set_kernels, unpack_
 from .cospadi_mixture import Mixture, packed_module
 

@@ -107,13 +107,7 @@ def sparse_encode(
 
 
 def _htp(
-    rows: Array,
-    atoms: Array,
-    gram: Array,
-    codes: Array,
-    n_nonzero_coefs: int,
-    max_iter: int,
-    support: str,
+    rows: Array, atoms: Array, gram: Array, codes: Array, n_nonzero_coefs: int, max_iter: int, support: str
 ) -> Array:
     """Hard-thresholding pursuit with the step shrinking from 6 to 1 over ``||D^T D||``; the best codes of each row."""
     xp = array_namespace(rows)

@@ -18,13 +18,7 @@ from cospadi.solvers.sparsegpt import BLOCK, DAMPING, inverse_factor
 
 @one_blas_thread
 def quantize(
-    weight: Array,
-    gram: Array,
-    *,
-    codec: str,
-    block_size: int | None,
-    damping: float = DAMPING,
-    act_order: bool = False,
+    weight: Array, gram: Array, *, codec: str, block_size: int | None, damping: float = DAMPING, act_order: bool = False
 ) -> tuple[Array, np.ndarray]:
     """Round a weight to the integers of a codec, the inputs that are not rounded yet making up for each error.
 

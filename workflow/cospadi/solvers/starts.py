@@ -5,14 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from cospadi.arrays import orthonormal_rows, to_numpy
-from cospadi.solvers._arrays import (
-    Array,
-    array_namespace,
-    from_numpy,
-    leading_rows,
-    row_dots,
-    support_mask,
-)
+from cospadi.solvers._arrays import Array, array_namespace, from_numpy, leading_rows, row_dots, support_mask
 from cospadi.solvers._rounds import total_norm, unit_rows
 from cospadi.solvers._threads import over_rows, transposed_product
 

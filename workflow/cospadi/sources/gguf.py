@@ -23,10 +23,7 @@ _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": T
 # with "2020" as one token where it was trained on "2", "0", "2", "0" is silently worse.
 _PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
     "gpt-2": _BYTE_LEVEL,
-    "smollm": {
-        "type": "Sequence",
-        "pretokenizers": [{"type": "Digits", "individual_digits": True}, _BYTE_LEVEL],
-    },
+    "smollm": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, _BYTE_LEVEL]},
 }
 # Architectures whose tokenizer of sentence pieces transformers puts together whole: nothing to put back
 _SENTENCE_PIECES = ("gemma3",)

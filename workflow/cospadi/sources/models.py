@@ -311,7 +311,7 @@ SOURCES = (
         options={
             "path": option(
                 "string", "Folder with `config.json`, safetensors weights and tokenizer.", minLength=1, format="folder"
-            ),
+            )
         },
         plan=plan_local,
     ),

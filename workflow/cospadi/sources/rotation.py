@@ -28,7 +28,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "`name` of its own. null: as it is.",
         minimum=0,
         default=None,
-    ),
+    )
 }
 
 # What reads the residual stream and after which norm, and what adds to it; below a layer

@@ -46,11 +46,7 @@ _SHARED: dict[type[PreTrainedModel], type[PreTrainedModel]] = {}
 
 
 def share_attention(
-    model: PreTrainedModel,
-    *,
-    atoms: Mapping[str, int],
-    coefficients: str = "mlp",
-    keep_weights: bool = False,
+    model: PreTrainedModel, *, atoms: Mapping[str, int], coefficients: str = "mlp", keep_weights: bool = False
 ) -> PreTrainedModel:
     """Let the layers of a model draw attention weights from pools of matrix atoms, ``W_l = sum_s c_ls A_s``.
 

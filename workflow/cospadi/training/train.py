@@ -184,14 +184,7 @@ def _with_attention(model: PreTrainedModel, variant: Settings) -> PreTrainedMode
 
 
 def _train(
-    model: PreTrainedModel,
-    settings: Settings,
-    training: Dataset,
-    heldout: Dataset,
-    *,
-    seed: int,
-    device: str,
-    log: Log,
+    model: PreTrainedModel, settings: Settings, training: Dataset, heldout: Dataset, *, seed: int, device: str, log: Log
 ) -> tuple[Trainer, dict[str, Any]]:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
