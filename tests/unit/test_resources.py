@@ -204,6 +204,8 @@ def test_gpu_stages_take_the_time_of_a_gpu():
         minutes = [plan.runtime(stage)(wildcards(), attempt=1, threads=8) for plan in (cpu, gpu)]
         assert minutes[1] < minutes[0]
     assert cpu.runtime("quantize")(wildcards(), 1, 1) == gpu.runtime("quantize")(wildcards(), 1, 1)
+    assert [plan.resources("learn")["gpu"] for plan in (cpu, gpu)] == [0, 1]
+    assert set(gpu.resources("quantize")) == {"mem_mb", "runtime"}
 
 
 def test_needs_of_every_rule_with_a_model():
@@ -290,10 +292,9 @@ def test_every_rule_is_a_stage_and_asks_its_own_entry(kind):
     rules = rules_of(kind)
     assert {stage.rule for stage in kind.stages.values()} == set(rules)
     for stage in kind.stages.values():
-        asked = set(re.findall(r'plan\.(?:threads|mem_mb|runtime|gpus|code)\("(\w+)"\)', rules[stage.rule]))
+        asked = set(re.findall(r'plan\.(?:threads|resources|code)\("(\w+)"\)', rules[stage.rule]))
         assert asked <= {stage.name}
         assert stage.threads is None or f'threads: plan.threads("{stage.name}")' in rules[stage.rule]
-        assert stage.uses_gpu == (f'gpu=plan.gpus("{stage.name}")' in rules[stage.rule])
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)

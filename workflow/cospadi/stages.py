@@ -197,6 +197,11 @@ class Staged:
         """What the job of `stage` with these wildcards does (`resources`)."""
         return self.stages[stage].work_of(self, wildcards)
 
+    def resources(self, stage: str) -> dict[str, Any]:
+        """What a job of `stage` asks Snakemake for, by keyword: memory, time, a GPU where it uses one."""
+        asked = {"mem_mb": self.mem_mb(stage), "runtime": self.runtime(stage)}
+        return asked | ({"gpu": self.gpus(stage)} if self.stages[stage].uses_gpu else {})
+
     def mem_mb(self, stage: str) -> Callable[..., int]:
         """Memory of a job of `stage` in MiB, a function for Snakemake: from shapes, times the attempt."""
 

@@ -12,9 +12,7 @@ rule profile_matrices:
         "../../envs/cospadi.yaml"
     threads: plan.threads("profile")
     resources:
-        mem_mb=plan.mem_mb("profile"),
-        runtime=plan.runtime("profile"),
-        gpu=plan.gpus("profile"),
+        **plan.resources("profile"),
     params:
         layers=lambda wildcards: layers_of(wildcards.unit),
         variant=lambda wildcards: plan.learning(wildcards.variant),
@@ -44,8 +42,7 @@ rule allocate_bytes:
     conda:
         "../../envs/cospadi.yaml"
     resources:
-        mem_mb=plan.mem_mb("allocate"),
-        runtime=plan.runtime("allocate"),
+        **plan.resources("allocate"),
     params:
         units=lambda wildcards: {unit: layers_of(unit) for unit in plan.units(wildcards.variant)},
         variant=lambda wildcards: plan.learning(wildcards.variant),

@@ -24,8 +24,7 @@ rule assemble_model:
         "../../envs/cospadi.yaml"
     threads: plan.threads("assemble")
     resources:
-        mem_mb=plan.mem_mb("assemble"),
-        runtime=plan.runtime("assemble"),
+        **plan.resources("assemble"),
     params:
         variant=lambda wildcards: config["variants"][wildcards.variant],
         targets=lambda wildcards: plan.packed(wildcards.variant)[0]["targets"],
@@ -53,8 +52,7 @@ rule densify:
         "../../envs/cospadi.yaml"
     threads: plan.threads("densify")
     resources:
-        mem_mb=plan.mem_mb("densify"),
-        runtime=plan.runtime("densify"),
+        **plan.resources("densify"),
     params:
         code=plan.code("densify"),
     message:

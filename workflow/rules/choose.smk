@@ -19,9 +19,7 @@ rule choose_variants:
         "../../envs/cospadi.yaml"
     threads: plan.threads("choose")
     resources:
-        mem_mb=plan.mem_mb("choose"),
-        runtime=plan.runtime("choose"),
-        gpu=plan.gpus("choose"),
+        **plan.resources("choose"),
     params:
         variants=lambda wildcards: plan.source_folders(wildcards.variant),
         units=lambda wildcards: plan.units(wildcards.variant),
@@ -59,8 +57,7 @@ rule take_unit:
     conda:
         "../../envs/cospadi.yaml"
     resources:
-        mem_mb=plan.mem_mb("take"),
-        runtime=plan.runtime("take"),
+        **plan.resources("take"),
     params:
         variants=lambda wildcards: plan.source_folders(wildcards.variant),
         model=plan.model_digest(WEIGHTS),

@@ -19,9 +19,7 @@ rule collect_activations:
         "../../envs/cospadi.yaml"
     threads: plan.threads("collect")
     resources:
-        mem_mb=plan.mem_mb("collect"),
-        runtime=plan.runtime("collect"),
-        gpu=plan.gpus("collect"),
+        **plan.resources("collect"),
     params:
         layers=lambda wildcards: [int(wildcards.first), int(wildcards.last)],
         collection=plan.collection(),

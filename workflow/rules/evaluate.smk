@@ -17,9 +17,7 @@ rule evaluate_dense:
         "../../envs/cospadi.yaml"
     threads: plan.threads("evaluate_dense")
     resources:
-        mem_mb=plan.mem_mb("evaluate_dense"),
-        runtime=plan.runtime("evaluate_dense"),
-        gpu=plan.gpus("evaluate_dense"),
+        **plan.resources("evaluate_dense"),
     params:
         evaluation=config["evaluation"],
         model=lambda wildcards: plan.model_digest(WEIGHTS, TOKENIZER),
@@ -48,9 +46,7 @@ rule evaluate_model:
         "../../envs/cospadi.yaml"
     threads: plan.threads("evaluate")
     resources:
-        mem_mb=plan.mem_mb("evaluate"),
-        runtime=plan.runtime("evaluate"),
-        gpu=plan.gpus("evaluate"),
+        **plan.resources("evaluate"),
     params:
         evaluation=config["evaluation"],
         tasks=plan.tasks_digest(),

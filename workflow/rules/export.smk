@@ -14,8 +14,7 @@ rule export_gguf:
         "../../envs/cospadi.yaml"
     threads: plan.threads("gguf")
     resources:
-        mem_mb=plan.mem_mb("gguf"),
-        runtime=plan.runtime("gguf"),
+        **plan.resources("gguf"),
     params:
         code=plan.code("gguf"),
     message:
@@ -39,8 +38,7 @@ rule export_compressed_tensors:
         "../../envs/cospadi.yaml"
     threads: plan.threads("compressed_tensors")
     resources:
-        mem_mb=plan.mem_mb("compressed_tensors"),
-        runtime=plan.runtime("compressed_tensors"),
+        **plan.resources("compressed_tensors"),
     params:
         code=plan.code("compressed_tensors"),
     message:

@@ -12,8 +12,7 @@ rule fetch_model:
         "../../envs/cospadi.yaml"
     threads: plan.threads("fetch")
     resources:
-        mem_mb=plan.mem_mb("fetch"),
-        runtime=plan.runtime("fetch"),
+        **plan.resources("fetch"),
     params:
         model=config["model"],
         planned=plan.planned_digest(),

@@ -18,9 +18,7 @@ rule collect_gradients:
         "../../envs/cospadi.yaml"
     threads: plan.threads("gradients")
     resources:
-        mem_mb=plan.mem_mb("gradients"),
-        runtime=plan.runtime("gradients"),
-        gpu=plan.gpus("gradients"),
+        **plan.resources("gradients"),
     params:
         collection=plan.collection(),
         gram=config["gram"],

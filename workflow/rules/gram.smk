@@ -18,8 +18,7 @@ rule compute_gram:
         "../../envs/cospadi.yaml"
     threads: plan.threads("gram")
     resources:
-        mem_mb=plan.mem_mb("gram"),
-        runtime=plan.runtime("gram"),
+        **plan.resources("gram"),
     params:
         layer=lambda wildcards: int(wildcards.layer),
         gram=config["gram"],

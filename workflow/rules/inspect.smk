@@ -10,8 +10,7 @@ rule inspect_model:
     conda:
         "../../envs/cospadi.yaml"
     resources:
-        mem_mb=plan.mem_mb("inspect"),
-        runtime=plan.runtime("inspect"),
+        **plan.resources("inspect"),
     params:
         model=lambda wildcards: plan.model_digest(WEIGHTS, TOKENIZER, base=wildcards.base),
         code=plan.code("inspect"),

@@ -13,9 +13,7 @@ rule measure_drift:
         "../../envs/cospadi.yaml"
     threads: plan.threads("drift")
     resources:
-        mem_mb=plan.mem_mb("drift"),
-        runtime=plan.runtime("drift"),
-        gpu=plan.gpus("drift"),
+        **plan.resources("drift"),
     params:
         walk=plan.pruning(),
         model=lambda wildcards: plan.model_digest(WEIGHTS, base=wildcards.base),
@@ -48,9 +46,7 @@ rule learn_dictionary:
         "../../envs/cospadi.yaml"
     threads: plan.threads("learn")
     resources:
-        mem_mb=plan.mem_mb("learn"),
-        runtime=plan.runtime("learn"),
-        gpu=plan.gpus("learn"),
+        **plan.resources("learn"),
         in_turn=1,  # of those that share a SLURM job (profiles/slurm)
     params:
         layers=lambda wildcards: layers_of(wildcards.unit),
@@ -87,9 +83,7 @@ rule learn_in_turn:
         "../../envs/cospadi.yaml"
     threads: plan.threads("in_turn")
     resources:
-        mem_mb=plan.mem_mb("in_turn"),
-        runtime=plan.runtime("in_turn"),
-        gpu=plan.gpus("in_turn"),
+        **plan.resources("in_turn"),
     params:
         layers=lambda wildcards: layers_of(wildcards.unit),
         variant=lambda wildcards: plan.factorizing(wildcards.variant),

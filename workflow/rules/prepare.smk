@@ -12,8 +12,7 @@ rule prepare_calibration:
         "../../envs/cospadi.yaml"
     threads: plan.threads("prepare")
     resources:
-        mem_mb=plan.mem_mb("prepare"),
-        runtime=plan.runtime("prepare"),
+        **plan.resources("prepare"),
     params:
         windows=plan.windows(),
         model=plan.model_digest(TOKENIZER, *([WEIGHTS] if config["calibration"]["source"] == "self" else [])),

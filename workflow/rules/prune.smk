@@ -14,9 +14,7 @@ rule measure_distances:
         "../../envs/cospadi.yaml"
     threads: plan.threads("distances")
     resources:
-        mem_mb=plan.mem_mb("distances"),
-        runtime=plan.runtime("distances"),
-        gpu=plan.gpus("distances"),
+        **plan.resources("distances"),
     params:
         samples=config["pruning"]["samples"],
         walk=plan.pruning(),
@@ -49,8 +47,7 @@ rule plot_distances:
     conda:
         "../../envs/cospadi.yaml"
     resources:
-        mem_mb=plan.mem_mb("plot_distances"),
-        runtime=plan.runtime("plot_distances"),
+        **plan.resources("plot_distances"),
     params:
         samples=config["pruning"]["samples"],
         walk=plan.pruning(),
@@ -77,8 +74,7 @@ rule select_blocks:
     conda:
         "../../envs/cospadi.yaml"
     resources:
-        mem_mb=plan.mem_mb("select"),
-        runtime=plan.runtime("select"),
+        **plan.resources("select"),
     params:
         settings=lambda wildcards: plan.pruned_bases[wildcards.base],
         samples=config["pruning"]["samples"],
@@ -109,9 +105,7 @@ rule fit_transforms:
         "../../envs/cospadi.yaml"
     threads: plan.threads("fit")
     resources:
-        mem_mb=plan.mem_mb("fit"),
-        runtime=plan.runtime("fit"),
-        gpu=plan.gpus("fit"),
+        **plan.resources("fit"),
     params:
         settings=lambda wildcards: plan.pruned_bases[wildcards.base],
         walk=plan.pruning(),
@@ -148,8 +142,7 @@ rule prune_model:
         "../../envs/cospadi.yaml"
     threads: plan.threads("prune")
     resources:
-        mem_mb=plan.mem_mb("prune"),
-        runtime=plan.runtime("prune"),
+        **plan.resources("prune"),
     params:
         model=plan.model_digest(ALL),
         settings=lambda wildcards: plan.pruned_bases[wildcards.base],

@@ -17,8 +17,7 @@ rule quantize_codes:
         "../../envs/cospadi.yaml"
     threads: plan.threads("quantize")
     resources:
-        mem_mb=plan.mem_mb("quantize"),
-        runtime=plan.runtime("quantize"),
+        **plan.resources("quantize"),
         in_turn=1,  # of those that share a SLURM job (profiles/slurm)
     params:
         layers=lambda wildcards: layers_of(wildcards.unit),

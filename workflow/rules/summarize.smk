@@ -80,8 +80,7 @@ rule summarize:
     conda:
         "../../envs/cospadi.yaml"
     resources:
-        mem_mb=plan.mem_mb("summarize"),
-        runtime=plan.runtime("summarize"),
+        **plan.resources("summarize"),
     params:
         run=plan.reported(),
         model=plan.model_digest(WEIGHTS),

@@ -20,8 +20,7 @@ rule fetch_text:
         "../../envs/cospadi.yaml"
     threads: plan.threads("text")
     resources:
-        mem_mb=plan.mem_mb("text"),
-        runtime=plan.runtime("text"),
+        **plan.resources("text"),
     params:
         text=config["text"],
         template=plan.template_digest(),

@@ -10,8 +10,7 @@ rule train_tokenizer:
     conda:
         "../../envs/cospadi.yaml"
     resources:
-        mem_mb=plan.mem_mb("tokenizer"),
-        runtime=plan.runtime("tokenizer"),
+        **plan.resources("tokenizer"),
     params:
         vocabulary=lambda wildcards: plan.settings("language")["vocabulary"],
         code=plan.code("tokenizer"),
@@ -35,8 +34,7 @@ rule tokenize_text:
     conda:
         "../../envs/cospadi.yaml"
     resources:
-        mem_mb=plan.mem_mb("tokens"),
-        runtime=plan.runtime("tokens"),
+        **plan.resources("tokens"),
     params:
         code=plan.code("tokens"),
     message:
@@ -63,9 +61,7 @@ rule train_model:
         "../../envs/cospadi.yaml"
     threads: plan.threads("train")
     resources:
-        mem_mb=plan.mem_mb("train"),
-        runtime=plan.runtime("train"),
-        gpu=plan.gpus("train"),
+        **plan.resources("train"),
     params:
         settings=lambda wildcards: plan.settings(wildcards.experiment),
         variant=lambda wildcards: config["training"][wildcards.experiment]["variants"][wildcards.trained],
@@ -89,8 +85,7 @@ rule materialise:
     conda:
         "../../envs/cospadi.yaml"
     resources:
-        mem_mb=plan.mem_mb("materialise"),
-        runtime=plan.runtime("materialise"),
+        **plan.resources("materialise"),
     params:
         code=plan.code("materialise"),
     message:
@@ -130,8 +125,7 @@ rule summarize_training:
     conda:
         "../../envs/cospadi.yaml"
     resources:
-        mem_mb=plan.mem_mb("summarize"),
-        runtime=plan.runtime("summarize"),
+        **plan.resources("summarize"),
     params:
         training=config["training"],
         code=plan.code("summarize"),
