@@ -365,7 +365,9 @@ def test_wide_grams_are_worked_on_in_their_place(tmp_path, monkeypatch):
     assert whitening_factor(gram).shift == 0 < whitening_factor(singular).shift
     assert peak_in_squares(lambda: whitening_factor(gram), d_in) < 1.1
     assert peak_in_squares(lambda: whitening_factor(singular), d_in) < 1.3
-    assert peak_in_squares(lambda: inverse_factor(gram, 0.01), d_in) < 3.1  # the matrix, its inverse and the factor
+    order = np.argsort(-np.diagonal(gram))
+    for turn in (None, order):
+        assert peak_in_squares(lambda turn=turn: inverse_factor(gram, 0.01, turn), d_in) < 1.2
     # the scaled Gram in both precisions, an inverse in float32, and what that is made of
     assert peak_in_squares(lambda: Scaled(gram).inverse(0.1), d_in) < 2.7
     # a chunk of rows, their float32 product and the sum
@@ -387,3 +389,6 @@ def test_wide_grams_are_worked_on_in_their_place(tmp_path, monkeypatch):
     assert np.array_equal(arrays.symmetrize(matrix.copy()), (matrix + matrix.T) / 2)
     assert np.allclose(inverse_spd(gram), np.linalg.inv(gram), rtol=0, atol=1e-10 * np.abs(np.linalg.inv(gram)).max())
     assert np.array_equal(inverse_spd(gram), inverse_spd(gram).T)
+    # of inputs in another order as of a Gram in that order
+    added = np.arange(d_in)
+    assert np.array_equal(inverse_spd(gram, added, order), inverse_spd(gram[np.ix_(order, order)] + np.diag(added)))

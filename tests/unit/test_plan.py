@@ -92,6 +92,16 @@ def test_a_job_may_take_several_layers_that_share_nothing():
     assert make_plan(variants=variants, layers_per_job=0).units("alone") == ["layers_00-29"]
 
 
+def test_what_others_wait_for_starts_first_and_then_the_longest_units():
+    settings = {"method": "cospadi", "ratio": 0.4}
+    plan = make_plan(variants={"long": {**settings, "max_iter": 50}, "short": {**settings, "max_iter": 5}})
+    wildcards = {name: SimpleNamespace(variant=name, unit=plan.units(name)[0]) for name in plan.variants}
+    learn, chunk = plan.priority("learn"), SimpleNamespace(base="", first="0", last="14")
+    order = [plan.priority("collect")(chunk), plan.priority("evaluate_dense")(None)]
+    order += [learn(wildcards["long"]), learn(wildcards["short"]), plan.priority("quantize")(wildcards["short"])]
+    assert sorted(order, reverse=True) == order and len(set(order)) == len(order)
+
+
 def test_units_are_layers_or_groups_of_them():
     variants = {
         "one": {"method": "cospadi", "ratio": 0.2},

@@ -10,7 +10,7 @@ import yaml
 
 from cospadi.report.trace import Job, lanes, recorded
 from cospadi.runs import plan_run
-from cospadi.schedule import idle, schedule, table, with_order
+from cospadi.schedule import chain, idle, schedule, table, with_order
 
 PROJECT = Path(__file__).parents[2]
 A = Job("a", "collect", 4, threads=8)
@@ -36,6 +36,11 @@ def test_first_that_can_start_does(cores, starts, waits):
     work = sum(job.seconds * min(job.threads, cores) for job in jobs)
     assert sum(found.values()) == cores * (starts["e"] + 1) - work
     assert found == waits
+
+
+def test_no_number_of_cores_is_faster_than_the_longest_chain():
+    assert chain([A, B, C, D, E]) == [A, C, E]
+    assert schedule([A, B, C, D, E], 100)["e"] + E.seconds == 4 + 5 + 1
 
 
 def test_a_job_that_never_can_start_is_named():
@@ -99,5 +104,8 @@ def test_order_is_that_of_the_stages(tmp_path, monkeypatch):
     assert "assemble_model/plain" not in after["evaluate_model/cut"]
     assert after["summarize"] >= {*learned, *ends}
     plan.results = str(tmp_path)
-    rows = [line.split() for line in table(plan, [1, 8], 2).splitlines()[2:]]
+    shown, _, longest = table(plan, [1, 8], 2).rpartition("\n\n")
+    rows = [line.split() for line in shown.splitlines()[2:]]
+    assert longest.startswith("at least 0.2 minutes on any number of cores")
+    assert longest.endswith("assemble_model/cut 1, evaluate_model/cut 1, summarize 1")
     assert rows[0][:3] == ["1", f"{len(jobs) / 60:.1f}", "100%"] and float(rows[1][1]) < float(rows[0][1])

@@ -393,8 +393,8 @@ def round_dictionary(
     nearest = np.clip(np.rint(dictionary / steps), chosen.low, chosen.high) * steps
     rows = np.argsort(-np.diagonal(gram), kind="stable")
     atoms = np.argsort(-np.diagonal(usage), kind="stable")
-    by_row = inverse_factor(gram[np.ix_(rows, rows)], DAMPING)
-    by_atom = inverse_factor(usage[np.ix_(atoms, atoms)], DAMPING)
+    by_row = inverse_factor(gram, DAMPING, rows)
+    by_atom = inverse_factor(usage, DAMPING, atoms)
     by_row /= np.diagonal(by_row)[:, None]
     by_atom /= np.diagonal(by_atom)[:, None]
     left = np.ascontiguousarray(dictionary[np.ix_(rows, atoms)], np.float64)

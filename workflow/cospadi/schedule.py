@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import heapq
 import os
 import re
@@ -117,6 +118,18 @@ def schedule(jobs: Sequence[Job], cores: int) -> dict[str, float]:
     return starts
 
 
+def chain(jobs: Iterable[Job]) -> list[Job]:
+    """The jobs that wait for each other longest, the first one first: no number of cores is faster than they are."""
+    jobs = {job.name: job for job in jobs}
+
+    @functools.cache
+    def until(name: str) -> tuple[float, list[Job]]:
+        seconds, before = max(map(until, jobs[name].after), key=lambda found: found[0], default=(0.0, []))
+        return seconds + jobs[name].seconds, [*before, jobs[name]]
+
+    return max(map(until, jobs), key=lambda found: found[0])[1]
+
+
 def idle(jobs: Iterable[Job], starts: Mapping[str, float], cores: int) -> Counter[str]:
     """Core-seconds without work, by the rules that ran beside them, ``collect_activations + learn_dictionary``."""
     jobs = list(jobs)
@@ -132,10 +145,13 @@ def idle(jobs: Iterable[Job], starts: Mapping[str, float], cores: int) -> Counte
 
 
 def table(plan: Any, cores: Sequence[int], ran_on: int) -> str:
-    """A row a number of cores: minutes, the part of the cores that is busy, what the rest waits for most."""
+    """A row a number of cores: minutes, the part of the cores that is busy, what the rest waits for most; and the chain
+    of jobs that takes longest."""
     jobs = with_order(plan, recorded(plan.results, {stage.rule for stage in plan.stages.values()}), ran_on)
     if not jobs:
         raise CospadiError(f"{plan.results}/benchmarks has no file of a job. Run it first")
+    stages = {stage.rule: stage for stage in plan.stages.values()}
+    jobs.sort(key=lambda job: -stages[job.rule].priority_of(job.seconds))
     rows = []
     for count in cores:
         starts = schedule(jobs, count)
@@ -144,7 +160,11 @@ def table(plan: Any, cores: Sequence[int], ran_on: int) -> str:
         waits = [f"{name} ({lost / count / 60:.1f})" for name, lost in idle(jobs, starts, count).most_common(3)]
         rows.append([count, seconds / 60, f"{busy:.0%}", "; ".join(waits)])
     headers = ["cores", "minutes", "busy", "while the others run (minutes of all cores lost)"]
-    return tabulate(rows, headers=headers, floatfmt=".1f")
+    longest = chain(jobs)
+    parts = ", ".join(f"{job.name} {job.seconds:.0f}" for job in longest)
+    minutes = sum(job.seconds for job in longest) / 60
+    shown = tabulate(rows, headers=headers, floatfmt=".1f")
+    return f"{shown}\n\nat least {minutes:.1f} minutes on any number of cores, in seconds: {parts}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

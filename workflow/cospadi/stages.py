@@ -70,6 +70,8 @@ class Stage:
         Which runs it is part of, in a word or two; empty: of all.
     files : str
         Pattern, below the results, of what its jobs write and that stays; ``{of}`` is that of `Jobs`. Empty: small.
+    priority : float, optional
+        Jobs of a higher one start first where several can; None: above 0, below 1, the longer ones first.
     """
 
     name: str
@@ -83,6 +85,7 @@ class Stage:
     uses_gpu: bool = False
     only: str = ""
     files: str = ""
+    priority: float | None = 0
 
     def jobs_of(self, plan: Any) -> Iterable[Jobs]:
         """Its jobs in a run."""
@@ -91,6 +94,10 @@ class Stage:
     def work_of(self, plan: Any, wildcards: Any) -> Work:
         """What one job takes."""
         return self.work if isinstance(self.work, Work) else self.work(plan, wildcards)
+
+    def priority_of(self, seconds: float) -> float:
+        """Of a job that takes so long."""
+        return 1 - 1 / (1 + seconds) if self.priority is None else self.priority
 
     def code_of(self, plan: Any, wildcards: Any) -> str:
         """Digest of the code that decides what one job makes."""
@@ -217,6 +224,10 @@ class Staged:
             return self.work(stage, wildcards).runtime(attempt, threads, bool(self.gpus(stage)), self.machine)
 
         return runtime
+
+    def priority(self, stage: str) -> Callable[[Any], float]:
+        """Priority of a job of `stage`, a function for Snakemake."""
+        return lambda wildcards: self.stages[stage].priority_of(self.work(stage, wildcards).wall(machine=self.machine))
 
     def code(self, stage: str) -> Callable[[Any], str]:
         """Digest of the code that decides what a job of `stage` makes, a function for Snakemake."""

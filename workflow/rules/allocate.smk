@@ -8,6 +8,7 @@ rule profile_matrices:
         "<logs>/profile_matrices/{variant}/{unit}.log",
     benchmark:
         "<benchmarks>/profile_matrices/{variant}/{unit}.tsv"
+    priority: plan.priority("profile")
     conda:
         "../../envs/cospadi.yaml"
     threads: plan.threads("profile")

@@ -12,7 +12,7 @@ rule collect_activations:
     benchmark:
         "<benchmarks>/{base}collect_activations/layers_{first}-{last}.tsv"
     cache: caching
-    priority: 2  # the next chunk before the layers of this one: it wants more cores, and they are free together now
+    priority: plan.priority("collect")
     group:
         plan.group("collect")
     conda:

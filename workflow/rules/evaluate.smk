@@ -12,7 +12,7 @@ rule evaluate_dense:
         "<logs>/evaluate_dense.log",
     benchmark:
         "<benchmarks>/evaluate_dense.tsv"
-    priority: 1  # all other evaluations wait for it
+    priority: plan.priority("evaluate_dense")
     conda:
         "../../envs/cospadi.yaml"
     threads: plan.threads("evaluate_dense")

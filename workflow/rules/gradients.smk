@@ -13,7 +13,7 @@ rule collect_gradients:
         "<logs>/{base}collect_gradients/layers_{first}-{last}.log",
     benchmark:
         "<benchmarks>/{base}collect_gradients/layers_{first}-{last}.tsv"
-    priority: 2  # the next chunk before the layers of this one: it wants more cores, and they are free together now
+    priority: plan.priority("gradients")
     conda:
         "../../envs/cospadi.yaml"
     threads: plan.threads("gradients")

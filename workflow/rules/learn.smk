@@ -40,6 +40,7 @@ rule learn_dictionary:
         "<benchmarks>/learn_dictionary/{variant}/{unit}.tsv"
     wildcard_constraints:
         variant=one_of([variant for variant in plan.factorized if not plan.learns_in_turn(variant)]),
+    priority: plan.priority("learn")
     group:
         plan.group("learn")
     conda:
@@ -79,6 +80,7 @@ rule learn_in_turn:
         "<benchmarks>/learn_in_turn/{variant}/{unit}.tsv"
     wildcard_constraints:
         variant=one_of([variant for variant in plan.variants if plan.learns_in_turn(variant)]),
+    priority: plan.priority("in_turn")
     conda:
         "../../envs/cospadi.yaml"
     threads: plan.threads("in_turn")

@@ -285,6 +285,7 @@ STAGES = table_of(
         code=("cospadi.calibration.collect",),
         threads="collect",
         uses_gpu=True,
+        priority=2,  # the next chunk before the layers of this one: it wants more cores, and they are free together now
     ),
     Stage(
         name="gram",
@@ -310,6 +311,7 @@ STAGES = table_of(
         code=("cospadi.calibration.gradients",),
         threads="collect",
         uses_gpu=True,
+        priority=2,
     ),
     Stage(
         name="drift",
@@ -336,6 +338,7 @@ STAGES = table_of(
         code=_profiling_code,
         threads="learn",
         uses_gpu=True,
+        priority=1,  # their variant is learned after it
     ),
     Stage(
         name="allocate",
@@ -358,6 +361,7 @@ STAGES = table_of(
         code=_learning_code,
         threads="learn",
         uses_gpu=True,
+        priority=None,
     ),
     Stage(
         name="in_turn",
@@ -374,6 +378,7 @@ STAGES = table_of(
         code=lambda plan, wildcards: _learning_code(plan, wildcards, "cospadi.handing"),
         threads="collect",
         uses_gpu=True,
+        priority=1,  # the next unit waits for it
     ),
     Stage(
         name="quantize",
@@ -464,6 +469,7 @@ STAGES = table_of(
         code=_evaluation_code,
         threads="evaluate",
         uses_gpu=True,
+        priority=1,  # all other evaluations wait for it
     ),
     Stage(
         name="evaluate",

@@ -53,6 +53,13 @@ def plus_diagonal(matrix: Array, values: Array | float) -> Array:
     return found
 
 
+def over_outer(matrix: Array, scale: Array) -> Array:
+    """``M / (c c^T)`` of a matrix (d, d) and c (d,), in its own place and dtype."""
+    for rows in row_blocks(len(matrix)):
+        matrix[rows] /= scale[rows, None] * scale[None, :]
+    return matrix
+
+
 def top_mask(values: Array, count: int) -> Array:
     """Mask of the `count` entries of largest magnitude in every row, exactly `count` of them.
 
@@ -103,16 +110,35 @@ def spd_solver(matrix: Array) -> Callable[[Array], Array]:
     return lambda rhs: scipy.linalg.cho_solve(factored, rhs, check_finite=False)
 
 
-def inverse_spd(matrix: Array) -> Array:
-    """Inverse of a symmetric positive definite matrix."""
+def inverse_spd(matrix: Array, added: Array | float = 0.0, order: np.ndarray | None = None) -> Array:
+    """``(M + diag(added))^-1``, symmetric positive definite, with no other array of its size beside it.
+
+    With `order` of the rows and columns of M in that order, in which `added` is too.
+    """
     if is_torch_array(matrix):
         import torch
 
-        return torch.cholesky_inverse(torch.linalg.cholesky(matrix))
+        if order is not None:
+            turn = from_numpy(order, matrix)
+            matrix = matrix[turn][:, turn]
+        return torch.cholesky_inverse(torch.linalg.cholesky(plus_diagonal(matrix, added)))
+
+    def whole() -> np.ndarray:
+        """In the order of LAPACK, which works in its place."""
+        if order is None:
+            found = np.array(matrix, order="F")
+        else:
+            found = np.empty_like(matrix, order="F")
+            for rows in row_blocks(len(found)):
+                found[rows] = matrix[order[rows]][:, order]
+        diagonal = np.einsum("ii->i", found)
+        diagonal += added
+        return found
+
     potrf, potri = scipy.linalg.get_lapack_funcs(("potrf", "potri"), (matrix,))
-    factor, info = potrf(matrix, lower=False, clean=True)
+    factor, info = potrf(whole(), lower=False, clean=True, overwrite_a=True)
     if info:
-        return np.linalg.inv(matrix.astype(np.float64)).astype(matrix.dtype)
+        return np.linalg.inv(whole().astype(np.float64)).astype(matrix.dtype)
     inverse = potri(factor, lower=False, overwrite_c=True)[0]  # the lower triangle stays zero
     for rows in row_blocks(len(inverse)):
         inverse[rows, : rows.start] = inverse[: rows.start, rows].T

@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from cospadi.arrays import row_blocks
-from cospadi.solvers._arrays import Array, array_namespace, inverse_spd, plus_diagonal, row_dots
+from cospadi.solvers._arrays import Array, array_namespace, inverse_spd, over_outer, plus_diagonal, row_dots
 from cospadi.solvers._threads import in_pieces, one_blas_thread, over_rows
 from cospadi.solvers.entries import best_entries
 
@@ -95,9 +94,7 @@ class Scaled:
         diagonal = xp.linalg.diagonal(gram)
         ridge = RIDGE * float(xp.mean(diagonal))
         self.scale = xp.sqrt(diagonal + ridge)
-        self._double = plus_diagonal(gram, ridge)
-        for rows in row_blocks(gram.shape[0]):
-            self._double[rows] /= self.scale[rows, None] * self.scale[None, :]
+        self._double = over_outer(plus_diagonal(gram, ridge), self.scale)
         self._dtype = dtype
         self._inverses: dict[float, Array] = {}
         self.gram = xp.astype(self._double, dtype)
@@ -131,7 +128,7 @@ class Scaled:
         if rho not in self._inverses:
             while len(self._inverses) >= inverses_kept(self.gram.shape[0]):
                 self._inverses.pop(next(iter(self._inverses)))
-            self._inverses[rho] = inverse_spd(plus_diagonal(self.gram, rho))
+            self._inverses[rho] = inverse_spd(self.gram, rho)
         return self._inverses[rho]
 
 

@@ -71,7 +71,7 @@ def quantize(
     diagonal = np.diagonal(gram)
     weight = np.where(diagonal[:, None] > 0, weight, np.float32(0))
     order = np.argsort(-diagonal, kind="stable")
-    upper = inverse_factor(gram[np.ix_(order, order)], damping)
+    upper = inverse_factor(gram, damping, order)
     pivots = np.diagonal(upper).copy()
     upper = upper.astype(np.float32)
     ordered = np.ascontiguousarray(weight[order])
@@ -150,7 +150,7 @@ def rates(weight: np.ndarray, gram: np.ndarray, *, damping: float = DAMPING) -> 
     """
     diagonal = np.diagonal(gram)
     order = np.argsort(-diagonal, kind="stable")
-    pivots = np.diagonal(inverse_factor(gram[np.ix_(order, order)], damping))
+    pivots = np.diagonal(inverse_factor(gram, damping, order))
     ordered = np.where(diagonal[:, None] > 0, weight, np.float32(0))[order]
     found = np.empty(len(weight))
     found[order] = _logarithms(ordered, pivots, _scales_of_columns(ordered))

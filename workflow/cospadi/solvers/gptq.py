@@ -53,9 +53,8 @@ def quantize(
     order = np.arange(d_in)
     if act_order:
         order = np.argsort(-to_numpy(diagonal), kind="stable")
-        turn = from_numpy(order, left)
-        left, gram = left[turn], gram[turn][:, turn]
-    upper = inverse_factor(gram, damping)
+        left = left[from_numpy(order, left)]
+    upper = inverse_factor(gram, damping, order if act_order else None)
     pivots = [float(pivot) for pivot in to_numpy(xp.linalg.diagonal(upper))]
 
     # of each block: (n_blocks, d_out), rows of scales and of zero points

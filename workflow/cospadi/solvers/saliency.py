@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cospadi.solvers._arrays import Array, array_namespace, device_of, inverse_spd
+from cospadi.solvers._arrays import Array, array_namespace, inverse_spd, over_outer
 
 # Ridge on the Gram with ones on its diagonal: with less, inputs that depend on each other make all weights look free
 RIDGE = 0.01
@@ -26,6 +26,5 @@ def saliencies(weight: Array, gram: Array) -> Array:
     xp = array_namespace(gram)
     scale = xp.sqrt(xp.clip(xp.linalg.diagonal(gram), 0, None))
     safe = xp.where(scale > 0, scale, xp.ones_like(scale))
-    eye = xp.eye(gram.shape[0], dtype=gram.dtype, **device_of(gram))
-    free = xp.linalg.diagonal(inverse_spd(gram / (safe[:, None] * safe[None, :]) + RIDGE * eye))
+    free = xp.linalg.diagonal(inverse_spd(over_outer(xp.asarray(gram, copy=True), safe), RIDGE))
     return xp.astype(weight, gram.dtype) ** 2 * (scale**2 / free)[:, None]

@@ -6,7 +6,10 @@ With ``H = X^T X`` and the upper Cholesky factor U of ``H^-1``, setting input i 
 
 from __future__ import annotations
 
-from cospadi.solvers._arrays import Array, array_namespace, device_of, inverse_spd, plus_diagonal
+import numpy as np
+import scipy.linalg
+
+from cospadi.solvers._arrays import Array, array_namespace, device_of, from_numpy, inverse_spd, is_torch_array
 from cospadi.solvers._threads import in_pieces, one_blas_thread
 from cospadi.solvers.entries import best_entries, kept_of
 
@@ -80,10 +83,14 @@ def prune(
     return xp.astype(left, weight.dtype), mask
 
 
-def inverse_factor(gram: Array, damping: float) -> Array:
-    """Upper Cholesky factor of ``(G + damping mean(diag G) I)^-1``, float64 (d_in, d_in)."""
+def inverse_factor(gram: Array, damping: float, order: np.ndarray | None = None) -> Array:
+    """Upper Cholesky factor of ``(G + damping mean(diag G) I)^-1``, float64 (d_in, d_in); of inputs in an `order`."""
     xp = array_namespace(gram)
     diagonal = xp.linalg.diagonal(gram)
+    if order is not None:
+        diagonal = diagonal[from_numpy(order, gram)]
     mean = float(xp.mean(diagonal)) or 1.0
-    added = xp.where(diagonal > 0, damping * mean, mean)
-    return xp.linalg.cholesky(inverse_spd(plus_diagonal(gram, added))).T
+    inverse = inverse_spd(gram, xp.where(diagonal > 0, damping * mean, mean), order)
+    if is_torch_array(inverse):
+        return xp.linalg.cholesky(inverse).T
+    return scipy.linalg.cholesky(inverse, lower=True, overwrite_a=True, check_finite=False).T  # in its place

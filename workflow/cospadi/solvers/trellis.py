@@ -19,6 +19,7 @@ import numpy as np
 from cospadi.runtime import cospadi_cpu
 from cospadi.runtime.cospadi_trellis import N_STATES, VALUES, Trellis
 from cospadi.runtime.cospadi_values import from_upper_bits, upper_bits
+from cospadi.solvers._arrays import plus_diagonal
 from cospadi.solvers._threads import one_blas_thread
 from cospadi.solvers.sparsegpt import DAMPING, inverse_factor
 
@@ -73,7 +74,7 @@ def quantize(
     follow = _follower(codec.bits)
     rows = np.zeros(len(wanted), np.float32)
     values = _fed_forward(wanted, upper, columns, rows, codec.bits, follow)
-    ridge = metric + damping * diagonal.mean() * np.eye(len(metric))
+    ridge = plus_diagonal(metric, damping * diagonal.mean())
     for sweep in range(sweeps + 1):
         rows, columns = _fitted(wanted, ridge, values, rows, columns)
         if log is not None:
