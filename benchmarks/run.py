@@ -25,11 +25,10 @@ def main() -> int:
     command += ["--output", str(RECORDS / "solvers.jsonl"), *sys.argv[1:]]
     status = subprocess.run(command, env=environment, check=False).returncode
     if status == 0 and "--gram" in command:
-        run = ["--model", str(models[0].parent), "--run", str(GRAMS.parent)]
-        drawn = ["--output", str(RECORDS / "learning.jsonl"), "--plot", str(RECORDS / "learning.png")]
-        for program, more in (("ksvd_against_htp.py", []), ("learning.py", drawn)):
-            command = [sys.executable, str(ROOT / "benchmarks" / program), *run, *more]
-            status = status or subprocess.run(command, env=environment, check=False).returncode
+        command = [sys.executable, str(ROOT / "benchmarks" / "learning.py"), "--model", str(models[0].parent)]
+        command += ["--run", str(GRAMS.parent), "--output", str(RECORDS / "learning.jsonl")]
+        command += ["--plot", str(RECORDS / "learning.png")]
+        status = subprocess.run(command, env=environment, check=False).returncode
     if status == 0 and has_gpu():
         command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--output", str(RECORDS / "gpu.jsonl")]
         status = subprocess.run(command, check=False).returncode

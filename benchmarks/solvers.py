@@ -30,8 +30,8 @@ from cospadi.solvers._rounds import as_rows
 from cospadi.solvers._threads import n_threads, one_blas_thread
 from cospadi.solvers.omp import encode_rows
 
-SHAPES = {"q_proj": (576, 576), "gate_proj": (576, 1536), "down_proj": (1536, 576)}
-LAYERS = {"q_proj": 3, "gate_proj": 15, "down_proj": 15}
+ATTENTION = {"q_proj": (576, 576), "k_proj": (576, 192), "v_proj": (576, 192), "o_proj": (576, 576)}
+SHAPES = {**ATTENTION, "gate_proj": (576, 1536), "up_proj": (576, 1536), "down_proj": (1536, 576)}
 
 
 def main() -> None:
@@ -39,8 +39,8 @@ def main() -> None:
     threads = n_threads()
     records: list[dict[str, Any]] = [{"measure": "gemm", "gflops": round(gemm_gflops(), 1), "threads": threads}]
     print(f"{threads} thread(s); float32 matrix product {records[0]['gflops']} GFLOP/s in this process\n")
-    for projection in arguments.matrices:
-        name, target = load(projection, arguments.model, arguments.gram)
+    for matrix in arguments.matrices:
+        name, target = load(matrix, arguments.model, arguments.gram)
         k, s = shape_at(target.shape, arguments.ratio)
         print(f"{name}: {target.shape[0]} x {target.shape[1]}, k = {k}, s = {s} (ratio {arguments.ratio:g})")
         rows = pursuits(target, k, s, arguments.repeats)
@@ -61,7 +61,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="Hugging Face folder of the dense model")
     parser.add_argument("--gram", type=Path, help="folder with layer_03.h5 ... of a finished run")
-    parser.add_argument("--matrices", nargs="+", default=["q_proj", "gate_proj"], choices=sorted(SHAPES))
+    parser.add_argument("--matrices", nargs="+", default=["3.q_proj", "15.gate_proj"], help="layer.projection")
     parser.add_argument("--ratio", type=float, default=0.2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=60, help="K-SVD rounds (paper: 60)")
@@ -72,16 +72,16 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
-def load(projection: str, model: Path | None, gram: Path | None) -> tuple[str, np.ndarray]:
+def load(matrix: str, model: Path | None, gram: Path | None) -> tuple[str, np.ndarray]:
     """Name and whitened weight (d, n) float32 of a matrix."""
+    layer, projection = matrix.split(".")
     if model is None or gram is None:
         d, n = SHAPES[projection]
         rng = np.random.default_rng(0)
         left = np.linalg.qr(rng.standard_normal((d, d)))[0] * np.arange(1, d + 1) ** -0.8
         return f"synthetic {projection}", (left @ rng.standard_normal((d, n))).astype(np.float32)
-    layer, block = LAYERS[projection], "self_attn" if projection == "q_proj" else "mlp"
-    name = f"model.layers.{layer}.{block}.{projection}"
-    path = gram / f"layer_{layer:02d}.h5"
+    name = f"model.layers.{layer}.{'self_attn' if projection in ATTENTION else 'mlp'}.{projection}"
+    path = gram / f"layer_{int(layer):02d}.h5"
     with h5py.File(path) as file:
         site = next(site for site in file if any(name.endswith(str(matrix)) for matrix in file[site].attrs["matrices"]))
     whitening = whitening_factor(read_gram(path, site))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import filterfalse
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from cospadi.methods import METHODS
 from cospadi.methods.base import MEASURED
 from cospadi.methods.choose import INCREASE, SEARCH
 from cospadi.plan.names import layers_of
+from cospadi.plan.variants import Variants
 from cospadi.resources import Estimates
 from cospadi.stages import Jobs, Stage, fetch_text, report, table_of
 from cospadi.work import MEBI, Work
@@ -26,7 +27,7 @@ def _estimated(estimate: Callable[[Estimates], Work]) -> Callable[[Plan, Any], W
     return lambda plan, wildcards: estimate(plan.estimates)
 
 
-def _each_base(rule: str, bases: Callable[[Plan], list[str]]) -> Callable[[Plan], Iterator[Jobs]]:
+def _each_base(rule: str, bases: Callable[[Plan], Iterable[str]]) -> Callable[[Plan], Iterator[Jobs]]:
     """One job for each of some bases."""
 
     def jobs(plan: Plan) -> Iterator[Jobs]:
@@ -69,20 +70,17 @@ def _drifting(plan: Plan) -> list[str]:
     return list(dict.fromkeys(plan.base_of(name) for name in plan.factorized if plan.learns_model(name)))
 
 
-def _collect(plan: Plan) -> Iterator[Jobs]:
-    for base in plan.learned_bases():
-        chunks = plan.chunks_of(base)
-        widest = max(chunks, key=len)
-        wildcards = SimpleNamespace(base=base, first=widest[0], last=widest[-1])
-        yield Jobs(len(chunks), f"{base}collect_activations/*.tsv", wildcards, base)
+def _each_chunk(rule: str, bases: Callable[[Plan], Iterable[str]]) -> Callable[[Plan], Iterator[Jobs]]:
+    """One job for each chunk of layers of some bases."""
 
+    def jobs(plan: Plan) -> Iterator[Jobs]:
+        for base in bases(plan):
+            chunks = plan.chunks_of(base)
+            widest = max(chunks, key=len)
+            wildcards = SimpleNamespace(base=base, first=widest[0], last=widest[-1])
+            yield Jobs(len(chunks), f"{base}{rule}/*.tsv", wildcards, base)
 
-def _gradients(plan: Plan) -> Iterator[Jobs]:
-    for base in plan.gradient_bases():
-        chunks = plan.chunks_of(base)
-        widest = max(chunks, key=len)
-        wildcards = SimpleNamespace(base=base, first=widest[0], last=widest[-1])
-        yield Jobs(len(chunks), f"{base}collect_gradients/*.tsv", wildcards, base)
+    return jobs
 
 
 def _gram(plan: Plan) -> Iterator[Jobs]:
@@ -91,11 +89,21 @@ def _gram(plan: Plan) -> Iterator[Jobs]:
         yield Jobs(plan.n_layers_of(base), f"{base}compute_gram/*.tsv", wildcards, base)
 
 
-def _units(rule: str, chosen: Callable[[Plan, str], bool] = lambda plan, variant: True) -> Any:
-    """Jobs of a stage that has one for each unit of the variants `chosen`."""
+def _each_variant(rule: str, variants: Callable[[Plan], Iterable[str]]) -> Callable[[Plan], Iterator[Jobs]]:
+    """One job for each of some variants."""
 
     def jobs(plan: Plan) -> Iterator[Jobs]:
-        for variant in filter(partial(chosen, plan), plan.factorized):
+        for variant in variants(plan):
+            yield Jobs(1, f"{rule}/{variant}.tsv", SimpleNamespace(variant=variant), variant)
+
+    return jobs
+
+
+def _each_unit(rule: str, variants: Callable[[Plan], Iterable[str]]) -> Callable[[Plan], Iterator[Jobs]]:
+    """One job for each unit of some variants."""
+
+    def jobs(plan: Plan) -> Iterator[Jobs]:
+        for variant in variants(plan):
             units = plan.units(variant)
             wildcards = SimpleNamespace(variant=variant, unit=units[0])
             yield Jobs(len(units), f"{rule}/{variant}/*.tsv", wildcards, variant)
@@ -103,22 +111,19 @@ def _units(rule: str, chosen: Callable[[Plan, str], bool] = lambda plan, variant
     return jobs
 
 
+def _of_unit(estimate: Callable[[Estimates, Mapping[str, Any], int], Work]) -> Callable[[Plan, Any], Work]:
+    """The `work` of a stage that follows from a variant's settings and the layers of a unit."""
+    return lambda plan, wildcards: estimate(
+        plan.estimates, plan.factorizing(wildcards.variant), len(layers_of(wildcards.unit))
+    )
+
+
 def _parting(plan: Plan) -> list[str]:
     return [variant for variant in plan.factorized if plan.allocates(variant)]
 
 
-def _profile(plan: Plan) -> Iterator[Jobs]:
-    for variant in _parting(plan):
-        units = plan.units(variant)
-        if plan.allocation_file(variant):
-            continue
-        wildcards = SimpleNamespace(variant=variant, unit=units[0])
-        yield Jobs(len(units), f"profile_matrices/{variant}/*.tsv", wildcards, variant)
-
-
-def _allocate(plan: Plan) -> Iterator[Jobs]:
-    for variant in _parting(plan):
-        yield Jobs(1, f"allocate_bytes/{variant}.tsv", SimpleNamespace(variant=variant), variant)
+def _measuring(plan: Plan) -> list[str]:
+    return [variant for variant in _parting(plan) if not plan.allocation_file(variant)]
 
 
 def _assemble(plan: Plan) -> Iterator[Jobs]:
@@ -130,11 +135,6 @@ def _assembling(plan: Plan, wildcards: Any) -> Work:
     # of the largest; where no ratio says how large it will be, of the dense model
     sizes = [plan.final_nbytes(name) for name in plan.factorized + plan.choosing]
     return plan.estimates.assemble(None if None in sizes else max(sizes))
-
-
-def _choose(plan: Plan) -> Iterator[Jobs]:
-    for variant in plan.choosing:
-        yield Jobs(1, f"choose_variants/{variant}.tsv", SimpleNamespace(variant=variant), variant)
 
 
 def _choosing(plan: Plan, wildcards: Any) -> Work:
@@ -150,13 +150,6 @@ def _choosing_code(plan: Plan, wildcards: Any) -> str:
     return code_digest("cospadi.choosing", *(["cospadi.evaluation.parts"] if measured else []))
 
 
-def _take(plan: Plan) -> Iterator[Jobs]:
-    for variant in plan.choosing:
-        units = plan.units(variant)
-        wildcards = SimpleNamespace(variant=variant, unit=units[0])
-        yield Jobs(len(units), f"take_unit/{variant}/*.tsv", wildcards, variant)
-
-
 def _evaluate(plan: Plan) -> Iterator[Jobs]:
     yield Jobs(len(plan.variants), "evaluate_model/*.tsv")
 
@@ -170,10 +163,6 @@ def _walks(plan: Plan, wildcards: Any) -> Work:
     # one walk to choose; to fit, one of the model as it is and of what is left for every cut
     settings = plan.pruned_bases.get(getattr(wildcards, "base", ""))
     return plan.estimates.prune(2 * settings.get("cuts", 1) if settings else 1)
-
-
-def _learn(plan: Plan, wildcards: Any) -> Work:
-    return plan.estimates.learn(plan.factorizing(wildcards.variant), len(layers_of(wildcards.unit)))
 
 
 def _learning_code(plan: Plan, wildcards: Any, *more: str) -> str:
@@ -215,7 +204,7 @@ STAGES = table_of(
         rule="inspect_model",
         result="layers, matrices, and which of them read the same input",
         after=("fetch", "prune"),
-        jobs=_each_base("inspect_model", lambda plan: plan.inspected_bases()),
+        jobs=_each_base("inspect_model", Variants.inspected_bases),
         work=_estimated(Estimates.inspect),
         code=("cospadi.structure",),
     ),
@@ -247,7 +236,7 @@ STAGES = table_of(
         result="the blocks that go",
         only="without some blocks",
         after=("inspect", "prepare", "distances"),
-        jobs=_each_base("select_blocks", lambda plan: list(plan.pruned_bases)),
+        jobs=_each_base("select_blocks", lambda plan: plan.pruned_bases),
         work=Work(300 * MEBI, 10),
         code=("cospadi.pruning.selection",),
     ),
@@ -270,7 +259,7 @@ STAGES = table_of(
         files="{of}model/*",
         only="without some blocks",
         after=("fetch", "inspect", "prepare", "select", "fit"),
-        jobs=_each_base("prune_model", lambda plan: list(plan.pruned_bases)),
+        jobs=_each_base("prune_model", lambda plan: plan.pruned_bases),
         work=_estimated(Estimates.assemble),
         code=("cospadi.pruning.folding",),
         threads="assemble",
@@ -280,7 +269,7 @@ STAGES = table_of(
         rule="collect_activations",
         result="what enters every matrix of a chunk of layers",
         after=("fetch", "prune", "inspect", "prepare", "collect"),  # a chunk after the one before
-        jobs=_collect,
+        jobs=_each_chunk("collect_activations", Variants.learned_bases),
         work=lambda plan, wildcards: plan.estimates.collect(int(wildcards.last) - int(wildcards.first) + 1),
         code=("cospadi.calibration.collect",),
         threads="collect",
@@ -306,7 +295,7 @@ STAGES = table_of(
         files="{of}gradients/layers_*.h5",
         only="gradients as metric",
         after=("fetch", "prune", "inspect", "prepare", "collect", "gradients"),  # a chunk after the one behind
-        jobs=_gradients,
+        jobs=_each_chunk("collect_gradients", Variants.gradient_bases),
         work=lambda plan, wildcards: plan.estimates.gradients(int(wildcards.last) - int(wildcards.first) + 1),
         code=("cospadi.calibration.gradients",),
         threads="collect",
@@ -331,10 +320,8 @@ STAGES = table_of(
         result="what bytes are worth to the matrices of a unit",
         only="bytes by matrix",
         after=("fetch", "prune", "inspect", "prepare", "gram", "gradients"),
-        jobs=_profile,
-        work=lambda plan, wildcards: plan.estimates.profile(
-            plan.factorizing(wildcards.variant), len(layers_of(wildcards.unit))
-        ),
+        jobs=_each_unit("profile_matrices", _measuring),
+        work=_of_unit(Estimates.profile),
         code=_profiling_code,
         threads="learn",
         uses_gpu=True,
@@ -346,7 +333,7 @@ STAGES = table_of(
         result="bytes of every matrix of a variant",
         only="bytes by matrix",
         after=("inspect", "prepare", "profile"),
-        jobs=_allocate,
+        jobs=_each_variant("allocate_bytes", _parting),
         work=lambda plan, wildcards: Work(300 * MEBI, 30),
         code=_learning_code,
     ),
@@ -356,8 +343,8 @@ STAGES = table_of(
         result="factors of a unit of layers",
         files="{of}/factors/*.safetensors",
         after=("fetch", "prune", "inspect", "prepare", "gram", "gradients", "drift", "allocate"),
-        jobs=_units("learn_dictionary", lambda plan, variant: not plan.learns_in_turn(variant)),
-        work=_learn,
+        jobs=_each_unit("learn_dictionary", lambda plan: filterfalse(plan.learns_in_turn, plan.factorized)),
+        work=_of_unit(Estimates.learn),
         code=_learning_code,
         threads="learn",
         uses_gpu=True,
@@ -371,10 +358,8 @@ STAGES = table_of(
         only="layers in turn",
         # a unit after the one before
         after=("fetch", "prune", "inspect", "prepare", "gram", "gradients", "allocate", "in_turn"),
-        jobs=_units("learn_in_turn", lambda plan, variant: plan.learns_in_turn(variant)),
-        work=lambda plan, wildcards: plan.estimates.learn_in_turn(
-            plan.factorizing(wildcards.variant), len(layers_of(wildcards.unit))
-        ),
+        jobs=_each_unit("learn_in_turn", lambda plan: filter(plan.learns_in_turn, plan.factorized)),
+        work=_of_unit(Estimates.learn_in_turn),
         code=lambda plan, wildcards: _learning_code(plan, wildcards, "cospadi.handing"),
         threads="collect",
         uses_gpu=True,
@@ -386,10 +371,8 @@ STAGES = table_of(
         result="the packed tensors of the checkpoint",
         files="{of}/codes/*.safetensors",
         after=("fetch", "prune", "inspect", "prepare", "gram", "gradients", "learn", "in_turn"),
-        jobs=_units("quantize_codes"),
-        work=lambda plan, wildcards: plan.estimates.quantize(
-            plan.factorizing(wildcards.variant), len(layers_of(wildcards.unit))
-        ),
+        jobs=_each_unit("quantize_codes", lambda plan: plan.factorized),
+        work=_of_unit(Estimates.quantize),
         code=_of_variant("cospadi.quantization"),
         threads="quantize",
     ),
@@ -399,7 +382,7 @@ STAGES = table_of(
         result="the variant that each matrix is taken from",
         only="parts of variants",
         after=("fetch", "prepare", "learn", "in_turn", "quantize"),
-        jobs=_choose,
+        jobs=_each_variant("choose_variants", lambda plan: plan.choosing),
         work=_choosing,
         code=_choosing_code,
         threads="evaluate",
@@ -411,7 +394,7 @@ STAGES = table_of(
         result="the same tensors, in the place of its own",
         only="parts of variants",
         after=("fetch", "learn", "in_turn", "quantize", "choose"),
-        jobs=_take,
+        jobs=_each_unit("take_unit", lambda plan: plan.choosing),
         work=Work(1000 * MEBI, 30),
         code=_of_variant("cospadi.choosing"),
     ),
