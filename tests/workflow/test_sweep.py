@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from cospadi.config import LARGEST, check_config, schema
+from cospadi.checking import LARGEST
+from cospadi.config import check_config, schema
 from cospadi.errors import ConfigError
 from cospadi.methods import METHODS
 from cospadi.methods.base import FILE

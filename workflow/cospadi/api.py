@@ -119,7 +119,7 @@ def _check(
     weight: Any, gram: Any, method: str, ratio: float, codes: dict[str, Any], rounding: str, options: dict[str, Any]
 ) -> None:
     """Everything that is wrong with the arguments; options by the schema that a config is checked with."""
-    from cospadi.config import option_faults
+    from cospadi.checking import option_faults
 
     faults = []
     if not 0 < ratio < 1:

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from cospadi import config as compression
-from cospadi.config import Schema
+from cospadi.checking import Schema
 from cospadi.errors import ConfigError, CospadiError
 from cospadi.machine import read_machine
 from cospadi.plan import Plan

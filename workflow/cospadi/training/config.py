@@ -11,7 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from cospadi.config import Schema, document, read_schema, without_references
+from cospadi.checking import Schema, document
+from cospadi.config import read_schema, without_references
 from cospadi.sources import needs_template
 
 # each a section of the config and a folder of the results
