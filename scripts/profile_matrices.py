@@ -17,8 +17,8 @@ def main(snakemake, log):
         from cospadi.calibration.alone import Alone
 
         how = {"n_windows": variant["measured_windows"], "device": device, "log": log}
-        batch_tokens = params.collection["batch_tokens"]
-        measure = Alone(job.model, structure, job.windows, params.layers[0], batch_tokens=batch_tokens, **how)
+        how |= {key: params.collection[key] for key in ("batch_tokens", "heldout_fraction")}
+        measure = Alone(job.model, structure, job.windows, params.layers[0], **how)
     profile_unit(
         Path(job.model),
         chosen(structure, variant["targets"]),

@@ -579,6 +579,10 @@ def test_documentation_follows_the_schema(name, module, documentation):
             {"warm_start": "b", "share_within": [["gate_proj", "up_proj"]]},
             "variants.a.warm_start: b has several dictionaries for gate_proj, up_proj, here it is one",
         ),
+        ({"menu": [1.0]}, "variants.a.menu: [1.0] is of allocation menu or measured, here it is uniform; leave it out"),
+        ({"measured_windows": 2}, "variants.a.measured_windows: 2 is of allocation measured, here it is uniform"),
+        ({"method": "trellis", "refine": {}}, "variants.a.refine: paths and scales of a trellis are decided together"),
+        ({"method": "ectcq", "refine": {}}, "variants.a.refine: numbers and steps are decided together"),
     ],
 )
 def test_options_of_learning_that_do_not_go_together(minimal, options, expected):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,15 @@ def test_the_command_writes_a_file_once(tiny_model, tiny_text, tmp_path, capsys)
     assert yaml.safe_load((tmp_path / "a.yaml").read_text())["model"]["source"] == "local"
     with pytest.raises(SystemExit, match="is there already"):
         main(arguments)
+
+
+@pytest.mark.parametrize("name", ["500", "1e3", "null", "2024-01-01"])
+def test_a_folder_may_be_called_like_a_number(tiny_model, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_model("llama"), name)
+    main([name, "--output", "a.yaml"])
+    config = yaml.safe_load(Path("a.yaml").read_text())
+    assert config["run"] == config["model"]["name"] == name
 
 
 def test_what_cannot_be_planned_is_refused_and_nothing_is_written(tmp_path):

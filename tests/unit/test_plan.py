@@ -19,8 +19,10 @@ from cospadi.digests import code_digest, files_digest
 from cospadi.errors import ConfigError, UnsupportedModelError
 from cospadi.files import TensorFile, read_json, write_json, write_tensors
 from cospadi.formats.values import modules_of
+from cospadi.methods.few_bits import stored_nbytes
 from cospadi.outside import ALL, TOKENIZER, WEIGHTS, remember_fetched
 from cospadi.plan import Plan, layers_of, one_of
+from cospadi.resources import Shapes
 from cospadi.runs import plan_of
 
 PACKAGE = digests_module.PACKAGE
@@ -38,10 +40,10 @@ MODEL = {
 }
 
 
-def make_plan(model=MODEL, **sections) -> Plan:
+def make_plan(model=MODEL, *, rotate=None, **sections) -> Plan:
     config = {
         "run": "r",
-        "model": {"name": "m", "source": "hub", "repo": "owner/m"},
+        "model": {"name": "m", "source": "hub", "repo": "owner/m", "rotate": rotate},
         "calibration": {"source": "self"},
         "variants": {"a": {"method": "cospadi", "ratio": 0.2}, "b": {"method": "svd_llm", "ratio": 0.4}},
         "evaluation": {"perplexity": None},
@@ -232,6 +234,8 @@ def test_a_family_that_cannot_be_folded_into_is_refused_before_any_work():
         )
     fold, far, repaid = caught.value.faults
     assert repaid.startswith("variants.turn.residual_share: 0.5; Gemma3ForCausalLM has a norm between")
+    with pytest.raises(ConfigError, match=r"model\.rotate: 0; Gemma3ForCausalLM is no family whose norms"):
+        make_plan(gemma, rotate=0)
     assert re.match(r"variants.cut: .*Gemma3ForCausalLM has a norm behind it", fold)
     assert far == "variants.far.blocks: 99; the model has 30 blocks"
     assert make_plan(gemma, variants={"cut": {"method": "uidl", "blocks": 4}}).pruned == ["cut"]
@@ -679,7 +683,7 @@ def test_a_budget_of_a_gpu_leaves_what_is_in_its_memory_besides():
     assert second.startswith("variants.b.budget: 200MB on the GPU; matrices of ectcq are decoded")
 
 
-LAYER = "model.layers.0"
+LAYER, MLP = "model.layers.0", ("gate_proj", "up_proj", "down_proj")
 TABLE = {f"{LAYER}.self_attn.{name}_proj": 30_000 for name in "qkvo"} | {
     f"{LAYER}.mlp.gate_proj + {LAYER}.mlp.up_proj": 80_000,
     f"{LAYER}.mlp.down_proj": "dense",
@@ -731,6 +735,40 @@ def test_a_table_of_bytes_is_checked_before_any_work(tmp_path):
     (fault,) = faults_of_table(tmp_path, table_of({f"{gate} + {up}": 131_000}))
     # 4 x 7000 + 131,000 + 2 x 512 x 64 of 0.8 x 2 x (4 x 64^2 + 3 x 64 x 512)
     assert fault == "gives 224536 bytes, 41036 more than the 183500 that ratio 0.2 leaves; ratio 0.0211 leaves as many"
+
+
+def test_a_table_of_just_the_bytes_that_a_method_takes_is_enough(tmp_path):
+    path = tmp_path / "mine.tsv"
+    asked = {"method": "rtn", "ratio": 0.8, "allocation": "file", "allocation_file": str(path)}
+    for width in range(64, 320, 16):
+        model = {**MODEL, "hidden_size": width, "intermediate_size": 64, "num_hidden_layers": 1}
+        model |= {"num_attention_heads": 1, "num_key_value_heads": 1}
+        # two bits a weight and a scale for 64, the least, as a menu writes it and a person feeds it back
+        sizes = {name: stored_nbytes(shape, "int2", 64) for name, shape in Shapes(model).matrices.items()}
+        rows = {f"{LAYER}.{'mlp' if name in MLP else 'self_attn'}.{name}": nbytes for name, nbytes in sizes.items()}
+
+        def planned(rows: dict[str, int], model=model) -> None:
+            path.write_text("".join(f"{name}\t{nbytes}\n" for name, nbytes in {"matrices": "bytes", **rows}.items()))
+            make_plan(model, variants={"a": asked})
+
+        planned(rows)
+        with pytest.raises(ConfigError, match="2 bits a weight and their scales take"):
+            planned({**rows, f"{LAYER}.self_attn.q_proj": sizes["q_proj"] - 1})
+
+
+def test_a_menu_that_the_ratio_cannot_pay_for_is_refused_before_any_work():
+    menu = {"method": "rtn", "ratio": 0.8, "metric": "gradients"}
+    make_plan(variants={"a": {**menu, "allocation": "menu", "menu": [0.9, 2.0]}})
+    for allocation, sizes in (("menu", [1.2, 2.0]), ("measured", [0.5, 1.5])):  # half of it is too little for any
+        with pytest.raises(ConfigError) as caught:
+            make_plan(variants={"a": {**menu, "allocation": allocation, "menu": sizes}})
+        (fault,) = caught.value.faults
+        assert fault.startswith(f"variants.a.menu: {sizes}; the matrices take ") and "bytes at least" in fault
+
+
+def test_a_model_in_float32_has_as_many_bytes():
+    half, whole = (make_plan({**MODEL, "dtype": dtype}).final_nbytes("dense") for dtype in ("bfloat16", "float32"))
+    assert half == pytest.approx(269060552, rel=0.005) and whole == pytest.approx(2 * half, rel=0.005)
 
 
 # --- resources -------------------------------------------------------------------------------------------------------

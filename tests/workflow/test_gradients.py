@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -179,6 +180,7 @@ def test_parts_of_finished_variants_make_a_better_one(run):
     with open(run.results / "frontier.tsv") as file:
         (row,) = (row for row in csv.DictReader(file, delimiter="\t") if row["variant"] == "mix")
     assert (row["class"], row["method"]) == ("any-bits", "choose")
+    assert run.planned("results/tiny/mix/gguf/F32.gguf") == {"export_gguf": 1, "total": 1}
 
 
 def test_the_fewest_bytes_within_an_increase_of_perplexity_are_searched_for(run):
@@ -244,8 +246,11 @@ def test_a_table_that_is_edited_is_followed(run, tmp_path):
         stored(run, "rtn")[name]["squared_error"] for name in same
     ]
     assert table_of(run.results / "mine/allocation.tsv")[last]["bytes"] == "dense"
-    # the file is an input: what it says now is what is learned next
+    # what the file says now is what is learned next, whatever its time
+    (run.folder / "mine.tsv").touch()
+    assert run.planned(target) == {}
     (run.folder / "mine.tsv").write_text(f"bytes\tmatrices\n{lines}".replace(f"dense\t{last}", f"{sizes[0]}\t{last}"))
+    os.utime(run.folder / "mine.tsv", (0, 0))
     assert run.planned(target)["learn_dictionary"] == 1
 
 

@@ -44,7 +44,7 @@ TOLD: dict[str, list[Any]] = {
     "rhos": [[1], [1.5, 16.0]],
     "warm_start": [None, "start"],
     "allocation_file": [None],
-    "menu": [[0.05], [1, 20]],
+    "menu": [[0.05, 1], [1, 20]],
     "budget": [None, "250KB", "0.3 MB", "244.14 KiB"],
     "repo": ["owner/model"],
     "revision": ["main", "0123abc", "refs/pr/1"],
@@ -79,6 +79,8 @@ BESIDE: dict[tuple[str, str], dict[str, Any]] = {
         for method in METHODS
         for option in ("allocation", "column_power", "activation_share")
     },
+    **{(method, "menu"): {"metric": "gradients", "allocation": "menu"} for method in METHODS},
+    **{(method, "measured_windows"): {"allocation": "measured"} for method in METHODS},
     # layers that are learned together are not learned in turn
     **{
         (method, option): ({"target": "sequential"} if option.endswith("_share") else {})
@@ -86,6 +88,7 @@ BESIDE: dict[tuple[str, str], dict[str, Any]] = {
         for method in METHODS
         for option in ("target", "refine", "drift_share", "residual_share")
     },
+    ("ectcq", "refine"): {"metric": "gradients"},  # whose columns have scales
 }
 
 
@@ -131,7 +134,7 @@ def variants() -> Iterator[tuple[tuple[str, ...], Any, dict[str, Any]]]:
                 without = {"ratio"} if option in ("bits", "budget") and value is not None else set()
                 given = {name: needed[name] for name in needed.keys() - without}
                 yield place, value, {**given, **BESIDE.get(place, {}), option: value}
-            for alternative in alternatives(part).values():
+            for alternative in alternatives(part).values() if (method, option) != ("trellis", "refine") else ():
                 for name, child in alternative["properties"].items():
                     around, beside = BESIDE.get((method, option), {}), BESIDE.get((option, name), {})
                     for value in values(name, child):

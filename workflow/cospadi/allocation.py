@@ -67,12 +67,18 @@ class Profile:
         return tuple(name.rsplit(".", 1)[-1] for name in self.matrices)
 
     def points(self, storage: Mapping[str, Any]) -> list[Point]:
-        """The figure ``points``, bytes and errors, without those that take as much as the matrices themselves, which
-        are one more point: `AS_IS`, without error.
+        """The figure ``points``, bytes and errors, and one more for the matrices themselves: `AS_IS`, of the error
+        `as_is`; without those that take as much and err as much.
         """
         whole = as_is_nbytes(self.shapes, storage)
-        measured = [Point(nbytes, error) for nbytes, error in self.figures["points"] if nbytes < whole]
-        return [*measured, Point(whole, 0.0, AS_IS)]
+        measured = [Point(nbytes, error) for nbytes, error in self.figures["points"]]
+        better = [point for point in measured if point.nbytes < whole or point.error < self.as_is]
+        return [*better, Point(whole, self.as_is, AS_IS)]
+
+    @property
+    def as_is(self) -> float:
+        """Error of the matrices as they are, where the codec of the values cannot hold them exactly."""
+        return self.figures.get("as_is", 0.0)
 
 
 class Menu(Protocol):

@@ -237,11 +237,10 @@ def _learn(job: _Job, groups: Sequence[Sequence[Matrix]], *, n_layers: int) -> I
             options = job.method.own(job.options)
             if options.get("max_seconds") is not None:
                 left = job.options["max_seconds"] * n_layers - (problem_started - started)
-                costs = [_cost(other) for other in groups[index:]]
-                options["max_seconds"] = max(1e-3, left * costs[0] / sum(costs))
+                options["max_seconds"] = share_of_time(left, group, groups[index:])
             nbytes = _nbytes(job, problem)
             if nbytes is None:
-                found = [Factorization(None, group[i].weight(), support="dense", **job.storage) for i in kept]
+                found = [Factorization.as_it_is(group[i].weight(), job.storage) for i in kept]
             else:
                 found = job.method.fit(problem, nbytes, _how(job, problem), **options)
                 found = [group[i].restored(factors) for i, factors in zip(kept, found, strict=True)]
@@ -334,6 +333,11 @@ def _report(matrix: Matrix, weight: np.ndarray, factors: Factorization, size: fl
     if heldout_size > 0:
         report["relative_error_heldout"] = math.sqrt(max(matrix.squared_norm(difference, heldout), 0.0) / heldout_size)
     return report
+
+
+def share_of_time(seconds: float, group: Sequence[Matrix], groups: Sequence[Sequence[Matrix]]) -> float:
+    """What one of some problems may take of the seconds that there are for all of them, by what each costs."""
+    return max(1e-3, seconds * _cost(group) / sum(map(_cost, groups)))
 
 
 def _cost(group: Sequence[Matrix]) -> int:

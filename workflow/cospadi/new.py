@@ -41,7 +41,7 @@ _TEMPLATE = """\
 # Written by `make new` for {cores} cores and {memory:.0f} GB of memory. Every key: docs/configuration.md.
 #   make run CONFIG={file}       make status CONFIG={file}
 
-run: {name}
+{run}
 
 model:
 {model}
@@ -143,6 +143,7 @@ def config_for(
     grouped = model_config.get("num_key_value_heads") or model_config["num_attention_heads"]
     values = {
         "name": section["name"],
+        "run": yaml.safe_dump({"run": section["name"]}).strip(),  # which may look like a number
         "architecture": model_config["architectures"][0],
         "layers": shapes.n_layers,
         "hidden": shapes.hidden_size,

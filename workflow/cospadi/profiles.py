@@ -16,7 +16,7 @@ from cospadi.errors import ArtifactError
 from cospadi.files import ModelFolder, read_json, write_json
 from cospadi.formats.values import storage_of
 from cospadi.gram import check_grams
-from cospadi.learning import gradients_of, provenance
+from cospadi.learning import gradients_of, provenance, share_of_time
 from cospadi.methods import METHODS, menus
 from cospadi.methods.base import FILE, MEASURED, MENU
 from cospadi.problem import Problem, in_turn, matrices_of, shared
@@ -81,7 +81,10 @@ def profile_unit(
         if kept:
             problem = Problem([group[i] for i in kept], weights=[group[i].weighted(weights[i]) for i in kept])
             nbytes = nbytes_left(problem.shapes, variant["ratio"])
-            figures = allocator.profile(problem, nbytes, storage=storage, device=device, **options)
+            given = dict(options)
+            if given.get("max_seconds") is not None:
+                given["max_seconds"] = share_of_time(given["max_seconds"] * len(layers), group, groups)
+            figures = allocator.profile(problem, nbytes, storage=storage, device=device, **given)
             problems.append({"matrices": problem.names, "shapes": problem.shapes, "figures": figures})
             log(f"{' + '.join(problem.names)}: measured")
     write_json(output, {**provenance(structure, layers, variant, calibration), "problems": problems})

@@ -1,3 +1,7 @@
+from cospadi.digests import files_digest
+from cospadi.outside import untimed
+
+
 # Which matrix gets how many bytes, for the variants that part them: measured unit by unit, decided once.
 rule profile_matrices:
     input:
@@ -32,7 +36,7 @@ rule allocate_bytes:
         structure=lambda wildcards: plan.structure_of(plan.base_of(wildcards.variant)),
         windows=rules.prepare_calibration.output[0],
         profiles=lambda wildcards: plan.profiles_of(wildcards.variant),
-        given=lambda wildcards: plan.allocation_file(wildcards.variant),
+        given=lambda wildcards: [untimed(file) for file in plan.allocation_file(wildcards.variant)],
     output:
         allocation="<results>/{variant}/allocation.json",
         table="<results>/{variant}/allocation.tsv",
@@ -45,6 +49,7 @@ rule allocate_bytes:
     resources:
         **plan.resources("allocate"),
     params:
+        given=lambda wildcards: files_digest(plan.allocation_file(wildcards.variant)),
         units=lambda wildcards: {unit: layers_of(unit) for unit in plan.units(wildcards.variant)},
         variant=lambda wildcards: plan.learning(wildcards.variant),
         collection=plan.collection(),

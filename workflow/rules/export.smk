@@ -8,7 +8,7 @@ rule export_gguf:
     benchmark:
         "<benchmarks>/export_gguf/{variant}-{kind}.tsv"
     wildcard_constraints:
-        variant=one_of(plan.factorized),
+        variant=one_of(plan.factorized + plan.choosing),
         kind="F32|F16|BF16|Q8_0|Q4_0|Q4_1",
     conda:
         "../../envs/cospadi.yaml"
@@ -33,7 +33,7 @@ rule export_compressed_tensors:
     benchmark:
         "<benchmarks>/export_compressed_tensors/{variant}.tsv"
     wildcard_constraints:
-        variant=one_of(plan.factorized),
+        variant=one_of(plan.factorized + plan.choosing),
     conda:
         "../../envs/cospadi.yaml"
     threads: plan.threads("compressed_tensors")

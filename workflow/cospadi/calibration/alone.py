@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cospadi.arrays import slices
+from cospadi.calibration.activations import first_heldout
 from cospadi.calibration.walk import Chunk, Windows, read_windows
 from cospadi.structure import load_head
 
@@ -35,10 +36,11 @@ class Alone:
     first : int
         The unit's first layer.
     n_windows : int
-        How many windows count, at most: the last ones, which are those that nothing is fitted to where some are kept
-        out.
+        How many windows count, at most: the last ones, of those that are kept out where some are.
     batch_tokens : int
         Tokens a forward pass.
+    heldout_fraction : float
+        Of the windows, the last ones, that nothing is fitted to.
     device : str
     log : callable
     """
@@ -52,12 +54,15 @@ class Alone:
         *,
         n_windows: int,
         batch_tokens: int,
+        heldout_fraction: float = 0.0,
         device: str = "cpu",
         log: Callable[[str], None] = print,
     ) -> None:
         import torch
 
         read = read_windows(windows, structure["vocab_size"])
+        kept_out = len(read.input_ids) - first_heldout(len(read.input_ids), heldout_fraction)
+        n_windows = min(n_windows, kept_out or n_windows)
         self._windows = Windows(read.input_ids[-n_windows:], read.attention_mask[-n_windows:], *read[2:])
         self._mask = torch.from_numpy(self._windows.attention_mask).bool()
         self._prefixes = [layer["prefix"] for layer in structure["layers"]]

@@ -85,6 +85,11 @@ class Factorization(Product):
             raise ValueError(f"no sum of {what}: parts have one shape, and the first is no mixture")
         return replace(first, plus=rest, diagnostics=self.diagnostics)
 
+    @classmethod
+    def as_it_is(cls, weight: np.ndarray, storage: Mapping[str, Any]) -> Factorization:
+        """Of a weight (d_in, d_out) all of which stays, as exactly as the codec of its values (`storage_of`) can."""
+        return cls(None, weight, support="dense", **storage)
+
     def with_storage(self, **changes: Any) -> Factorization:
         """A copy with other codecs, block size or rounding, in all parts."""
         return replace(self, plus=[part.with_storage(**changes) for part in self.plus], **changes)

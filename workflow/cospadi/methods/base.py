@@ -114,8 +114,8 @@ ALLOCATION_OPTIONS: dict[str, dict[str, Any]] = {
     ),
     "measured_windows": option(
         "integer",
-        f"With allocation {MEASURED}: calibration windows that the model reads for every size of every problem; the "
-        "last ones, which nothing else is fitted to where calibration.heldout_fraction keeps them out.",
+        f"With allocation {MEASURED}: calibration windows, at most, that the model reads for every size of every "
+        "problem: the last ones, of those that calibration.heldout_fraction keeps out of all else where it keeps some.",
         minimum=1,
         default=4,
     ),
@@ -320,6 +320,10 @@ def allocation_faults(settings: Mapping[str, Any]) -> Iterator[str]:
         yield f"allocation: {FILE} needs a table; set allocation_file"
     if given != FILE and path is not None:
         yield f"allocation_file: {path} is read with allocation {FILE} alone, here it is {given}"
+    for key, rules in (("menu", (MENU, MEASURED)), ("measured_windows", (MEASURED,))):
+        value = settings.get(key, default := ALLOCATION_OPTIONS[key]["default"])
+        if given not in rules and value != default:
+            yield f"{key}: {value} is of allocation {' or '.join(rules)}, here it is {given}; leave it out"
 
 
 # Options of layers that are learned in turn, which methods that learn the whole model at once do not have

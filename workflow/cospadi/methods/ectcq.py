@@ -28,7 +28,7 @@ from cospadi.methods.base import (
     budget_faults,
     price_faults,
 )
-from cospadi.problem import Problem, Target, side_by_side
+from cospadi.problem import GRADIENTS, Problem, Target, side_by_side
 from cospadi.registry import option
 from cospadi.runtime.cospadi_registry import CODECS
 from cospadi.work import LOOP, Work
@@ -113,7 +113,12 @@ def work(targets: Sequence[Target], nbytes: int, options: Mapping[str, Any], sto
 
 
 def faults(settings: Mapping[str, Any], problems: Problems = ()) -> Iterator[str]:
-    """Ratios that leave less than the least, and an allocation without prices."""
+    """Ratios that leave less than the least, an allocation without prices, and training of what is all decided."""
+    if settings.get("refine") is not None and (settings["metric"] != GRADIENTS or settings["column_power"] == 0):
+        yield (
+            f"refine: numbers and steps are decided together, nothing is left to train; set it to null, or metric to "
+            f"{GRADIENTS} and column_power above 0, by which columns have scales"
+        )
     yield from price_faults(settings)
     yield from budget_faults(settings, problems, room)
 

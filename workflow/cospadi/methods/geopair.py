@@ -31,13 +31,15 @@ from cospadi.methods.base import (
     sharing_faults,
     work_of,
 )
-from cospadi.problem import Metric, Problem, Target, side_by_side
+from cospadi.problem import GRADIENTS, Metric, Problem, Target, side_by_side
 from cospadi.registry import option, with_defaults
 from cospadi.solvers.starts import dictionary_start
 from cospadi.structure import PROJECTIONS
 from cospadi.work import FACTOR, PRODUCT, Cost, Work
 
 ROUNDS = 20
+# Matrices that read the inputs of another: their Gram is one
+_READS_WITH = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 _DEFAULTS = {"group_size": 2, "share": list(PROJECTIONS), "eta": 1e-3}
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -132,6 +134,15 @@ def faults(settings: Mapping[str, Any], problems: Problems = ()) -> Iterator[str
     rho = settings.get("rho", 2.5)
     if settings.get("group_size", 1) > 2:
         yield f"group_size: {settings['group_size']}; a Sylvester equation is for two layers at most"
+    alone = settings.get("metric") == GRADIENTS  # a metric each
+    for problem in problems:
+        sites = {
+            (one.layer, one.projection if alone else _READS_WITH.get(one.projection, one.projection)) for one in problem
+        }
+        if len(sites) > 2:
+            names = ", ".join(dict.fromkeys(one.projection for one in problem))
+            which = f" with metric {GRADIENTS}" if alone else ""
+            yield f"share_within: {names} have {len(sites)} metrics{which}; a Sylvester equation is for two at most"
     yield from sharing_faults(problems)
     yield from budget_faults(
         settings, problems, lambda shape, nbytes: sparse_shape(*shape, nbytes=nbytes, rho=rho, **storage)

@@ -2,8 +2,8 @@
 
 A problem is learned at several sizes; each gives its bytes in the file and the nats a token that its error costs, by
 the metric of gradients, or as measured in the model where it alone is exchanged. One price a byte for the whole model
-then chooses among the points of all problems. To stay as it is, at its own bytes and no error, is one point of every
-problem.
+then chooses among the points of all problems. To stay as it is, at its own bytes and the error of the codec of the
+values (none in 16 bits), is one point of every problem.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def profile(
     device: str = "cpu",
     **options: Any,
 ) -> dict[str, Any]:
-    """``points``: bytes in the file and what they cost in nats a token at each size that the method can do, once."""
+    """``points``: bytes in the file and what they cost in nats a token at each size that the method can do, once;
+    ``as_is``: what the matrices as they are cost, where the codec of the values does not hold them exactly.
+    """
     if options.get("max_seconds") is not None:
         options["max_seconds"] /= len(sizes)
     found: dict[int, float] = {}
@@ -61,10 +63,11 @@ def profile(
             factors = method.fit(problem, size, Fit(storage=storage, device=device), **options)
         except ConfigError:  # too few bytes for this matrix are none of its choices
             continue
+        factors = [matrix.restored(one) for matrix, one in zip(problem.matrices, factors, strict=True)]
         taken, rise = _stored(problem, factors, measure)
         size = size if taken > _USED * size else taken
         found[size] = min(rise, found.get(size, rise))
-    return {"points": sorted(found.items())}
+    return {"points": sorted(found.items()), "as_is": _as_is(problem, storage, measure)}
 
 
 def _bytes_of(sizes: Sequence[float], nbytes: int, shapes: Sequence[tuple[int, int]]) -> list[int]:
@@ -73,14 +76,23 @@ def _bytes_of(sizes: Sequence[float], nbytes: int, shapes: Sequence[tuple[int, i
 
 
 def _stored(problem: Problem, factors: Sequence[Factorization], measure: Measure | None) -> tuple[int, float]:
-    """Bytes of a problem's factors in the file, and the nats a token that their error costs."""
+    """Bytes of factors of a problem's matrices in the file, and the nats a token that their error costs."""
     tensors: dict[str, np.ndarray] = {}
     stored: dict[str, np.ndarray] = {}
     for matrix, one in zip(problem.matrices, factors, strict=True):
-        packed, spec = matrix.restored(one).pack(matrix.name)
+        packed, spec = one.pack(matrix.name)
         stored[matrix.name] = unpack(packed, spec, matrix.name).reconstruct()
         tensors |= packed  # a dictionary that they share is there once
     return sum(tensor.nbytes for tensor in tensors.values()), (measure or _predicted(problem))(stored)
+
+
+def _as_is(problem: Problem, storage: Mapping[str, Any], measure: Measure | None) -> float:
+    """The nats a token that it costs to store a problem's matrices as they are, in the codec of the values."""
+    weights = [matrix.weight() for matrix in problem.matrices]
+    factors = [Factorization.as_it_is(weight, storage) for weight in weights]
+    if all(np.array_equal(one.quantized().codes, weight) for one, weight in zip(factors, weights, strict=True)):
+        return 0.0
+    return _stored(problem, factors, measure)[1]
 
 
 def _predicted(problem: Problem) -> Measure:
@@ -117,7 +129,7 @@ def rises(profiles: Sequence[Profile], shares: Sequence[int | None]) -> list[flo
     found = []
     for one, nbytes in zip(profiles, shares, strict=True):
         within = [rise for size, rise in one.figures["points"] if nbytes is not None and size <= nbytes]
-        found.append(0.0 if nbytes is None else min(within, default=None))
+        found.append(one.as_is if nbytes is None else min(within, default=None))
     return found
 
 

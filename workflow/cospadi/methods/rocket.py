@@ -15,6 +15,7 @@ means it. There is no refinement by Adam, which the paper does not mention and i
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -196,7 +197,9 @@ def _fits(mask: Any, nbytes: int, d_in: int, storage: Mapping[str, Any]) -> bool
 def profile(
     problem: Problem, nbytes: int, *, storage: Mapping[str, Any], device: str = "cpu", **options: Any
 ) -> dict[str, Any]:
-    """``points``: bytes and ``||W - W~||_F / ||W||_F`` at every ratio that may be chosen, all in one analysis."""
+    """``points``: bytes and ``||W - W~||_F / ||W||_F`` at every ratio that may be chosen, all in one analysis;
+    ``as_is``: the same of the weight as it is, in the codec of the values.
+    """
     options = METHOD.complete(options)
     analysis = _analyse(problem, device, options)
     sizes = {nbytes, *(nbytes_left(problem.shapes, ratio) for ratio in options["candidate_ratios"])}
@@ -206,7 +209,13 @@ def profile(
             points.append([size, _best(analysis, problem.shape, size, storage, options).error])
         except ConfigError:  # a ratio that is too high for this matrix is none of its choices
             continue
-    return {"points": points}
+    off = [
+        one.weighted(weight - Factorization.as_it_is(weight, storage).quantized().codes)
+        for one in problem.matrices
+        for weight in [one.weight()]
+    ]
+    as_is = np.linalg.norm(np.concatenate(off, axis=1)) / np.linalg.norm(problem.weight)
+    return {"points": points, "as_is": float(as_is)}
 
 
 def share(profiles: Sequence[Profile], nbytes: int, *, storage: Mapping[str, Any], **options: Any) -> list[int | None]:
@@ -224,7 +233,9 @@ def share(profiles: Sequence[Profile], nbytes: int, *, storage: Mapping[str, Any
 
     caps = sorted({point.error for points in choices for point in points})
     first = bisect.bisect_left(
-        caps, True, key=lambda cap: sum(min(point.nbytes for point in points) for points in allowed(cap)) <= nbytes
+        caps,
+        True,
+        key=lambda cap: sum(min((p.nbytes for p in points), default=math.inf) for points in allowed(cap)) <= nbytes,
     )
     menus = {index: Points(points) for index, points in enumerate(allowed(caps[min(first, len(caps) - 1)]))}
     chosen = choose(menus, nbytes, highest=max(1.0, caps[-1]))

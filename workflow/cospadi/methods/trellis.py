@@ -96,7 +96,9 @@ def work(targets: Sequence[Target], nbytes: int, options: Mapping[str, Any], sto
 
 
 def faults(settings: Mapping[str, Any], problems: Problems = ()) -> Iterator[str]:
-    """Ratios that leave less than the fewest bits take."""
+    """Ratios that leave less than the fewest bits take, and training of what is all decided."""
+    if settings.get("refine") is not None:
+        yield "refine: paths and scales of a trellis are decided together, nothing is left to train; set it to null"
     yield from budget_faults(settings, problems, most_bits)
 
 

@@ -118,7 +118,9 @@ def model_nbytes(
     *_, targets, others = _parts(config, variant or {"steps": []}, shapes, model_config)
     if settings and settings.get("ratio") is None:
         return None
-    return others + nbytes_left(targets, settings["ratio"] if settings else 0)
+    if not settings:
+        return others + _width(model_config) * sum(map(math.prod, targets))
+    return others + nbytes_left(targets, settings["ratio"])
 
 
 def _factorizing(variant: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from cospadi.budget import as_is_nbytes, nbytes_left
 from cospadi.errors import ArtifactError, ConfigError
 from cospadi.files import ModelFolder, TensorFile, data_files
 from cospadi.formats.values import storage_of
-from cospadi.methods.base import planned_problems
+from cospadi.methods.base import MEASURED, MENU, planned_problems
 from cospadi.plan.names import at_step, layers_of
 from cospadi.plan.variants import Variants
 from cospadi.problem import Target
@@ -40,6 +40,8 @@ def planning_faults(variants: Variants, shapes: Shapes, model_config: Mapping[st
     yield from _pruning_faults(variants, model_config["architectures"][0])
     yield from _method_faults(variants, shapes)
     yield from _residual_faults(variants, model_config["architectures"][0])
+    yield from _rotation_faults(variants.config["model"], model_config["architectures"][0])
+    yield from _menu_faults(variants, shapes)
     for name in variants.factorized:
         for path in filter(_is_file, variants.allocation_file(name)):
             where = at_step(name, variants.config["variants"][name], 1)
@@ -87,8 +89,51 @@ def _residual_faults(variants: Variants, architecture: str) -> Iterator[str]:
             )
 
 
+def _rotation_faults(model: Mapping[str, Any], architecture: str) -> Iterator[str]:
+    if model.get("rotate") is not None and architecture not in FOLDABLE:
+        yield (
+            f"model.rotate: {model['rotate']}; {architecture} is no family whose norms can be folded; set it to null. "
+            f"It works with {', '.join(FOLDABLE)}"
+        )
+
+
 def _is_file(path: str) -> bool:
     return Path(path).is_file()  # that one is missing is told already
+
+
+def _menu_faults(variants: Variants, shapes: Shapes) -> Iterator[str]:
+    """Menus whose least sizes, of those that a method can do with, take more than the ratio leaves."""
+    for name in variants.factorized:
+        settings = variants.factorizing(name)
+        if not variants.allocates(name) or settings["allocation"] not in (MENU, MEASURED):
+            continue
+        method, storage = methods.METHODS[settings["method"]], storage_of(settings["codes"])
+        least: dict[tuple, int] = {}  # of problems of the same shapes, which most are
+        taken, every = 0, []
+        for unit in variants.units(name):
+            for targets in planned_problems(settings, method, shapes.matrices, len(layers_of(unit))):
+                own = tuple(target.shape for target in targets)
+                if own not in least:
+                    sizes = [int(size * nbytes_left(own, settings["ratio"])) for size in settings["menu"]]
+                    able = [nbytes for nbytes in sizes if not list(_ratio_faults(settings, targets, nbytes))]
+                    least[own] = min([as_is_nbytes(own, storage), *able])
+                taken, every = taken + least[own], [*every, *own]
+        nbytes = nbytes_left(every, settings["ratio"])
+        if taken > nbytes:
+            where = at_step(name, variants.config["variants"][name], 1)
+            yield (
+                f"{where}.menu: {settings['menu']}; the matrices take {taken} bytes at least, "
+                f"ratio {settings['ratio']:.6g} leaves {nbytes}; add 1.0, or a smaller one"
+            )
+
+
+def _ratio_faults(settings: Mapping[str, Any], targets: list[Target], nbytes: int) -> Iterator[str]:
+    """Why a method cannot do with so many bytes of a problem."""
+    # half a byte more, so that of the ratio, which is no exact number, as many whole ones are left
+    ratio = 1 - (nbytes + 0.5) / nbytes_left([target.shape for target in targets], 0)
+    for fault in methods.METHODS[settings["method"]].faults({**settings, "ratio": ratio}, [targets]):
+        if fault.startswith("ratio: "):
+            yield fault.removeprefix("ratio: ")
 
 
 def _table_faults(variants: Variants, name: str, path: str, shapes: Shapes) -> Iterator[str]:
@@ -117,15 +162,13 @@ def _table_faults(variants: Variants, name: str, path: str, shapes: Shapes) -> I
             yield f"line {row.line}: {shown} {what}"
             continue
         sizes = [target.shape for target in targets]
-        dense = as_is_nbytes(sizes, storage)
-        taken += dense if row.nbytes is None else row.nbytes
+        dense = nbytes_left(sizes, 0)
+        taken += as_is_nbytes(sizes, storage) if row.nbytes is None else row.nbytes
         if row.nbytes is not None and row.nbytes > dense:
             yield f"line {row.line}: {row.nbytes} bytes for {shown}, which takes {dense} as it is; write {AS_IS}"
         elif row.nbytes is not None:
-            ratio = 1 - row.nbytes / nbytes_left(sizes, 0)
-            for fault in method.faults({**settings, "ratio": ratio}, [targets]):
-                if fault.startswith("ratio: "):
-                    yield f"line {row.line}: {shown}: {fault.removeprefix('ratio: ')}"
+            for fault in _ratio_faults(settings, targets, row.nbytes):
+                yield f"line {row.line}: {shown}: {fault}"
     missing = [" + ".join(names) for names in problems.keys() - {row.matrices for row in rows}]
     if missing:
         some = ", ".join(sorted(missing)[:_NAMED])
