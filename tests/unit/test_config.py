@@ -454,28 +454,31 @@ def test_overrides_replace_model_text_and_variants_and_merge_the_rest(minimal):
     assert config["calibration"]["source"] == "self"
 
 
-@pytest.mark.parametrize("name", ["llama-3.2-1b", "llama-3-8b", "qwen3-8b"])
-def test_configs_of_the_project_are_right(name, monkeypatch):
+@pytest.fixture
+def config_of(monkeypatch):
+    """A config of the project, complete: merged into the demo's as Snakemake does."""
     monkeypatch.chdir(PROJECT)
-    base = yaml.safe_load((PROJECT / "config.yaml").read_text())
-    overrides = yaml.safe_load((PROJECT / "config" / f"{name}.yaml").read_text())
-    merged = {**base, **overrides}
-    for section in ("calibration", "evaluation", "threads"):
-        merged[section] = {**base[section], **overrides[section]}
-    config = check_config(merged, overrides=overrides)
+
+    def read(name):
+        base, overrides = (yaml.safe_load(Path(file).read_text()) for file in ("config.yaml", f"config/{name}.yaml"))
+        merged = {**base, **overrides}
+        for section in {"calibration", "evaluation", "threads"} & overrides.keys():
+            merged[section] = {**base[section], **overrides[section]}
+        return check_config(merged, overrides=overrides)
+
+    return read
+
+
+@pytest.mark.parametrize("name", ["llama-3.2-1b", "llama-3-8b", "qwen3-8b"])
+def test_configs_of_the_project_are_right(name, config_of):
+    config = config_of(name)
     assert config["calibration"]["samples"] == 256 and config["calibration"]["length"] == 1024
     assert {variant["ratio"] for variant in config["variants"].values()} == {0.2, 0.3, 0.4}
     assert len(config["evaluation"]["tasks"]) == 9
 
 
-def test_replaceme_config_is_right(monkeypatch):
-    monkeypatch.chdir(PROJECT)
-    base = yaml.safe_load((PROJECT / "config.yaml").read_text())
-    overrides = yaml.safe_load((PROJECT / "config" / "replaceme.yaml").read_text())
-    merged = {**base, **overrides}
-    for section in ("calibration", "evaluation"):
-        merged[section] = {**base[section], **overrides[section]}
-    config = check_config(merged, overrides=overrides)
+def test_replaceme_config_is_right(config_of):
+    config = config_of("replaceme")
     assert list(config["variants"]) == [
         *(f"replaceme_ls-{count}" for count in (4, 6, 8)),
         "replaceme_cosine-6",
@@ -491,13 +494,8 @@ def test_replaceme_config_is_right(monkeypatch):
     assert config["variants"]["replaceme_ls-4_cospadi-20"]["steps"][0] == config["variants"]["replaceme_ls-4"]
 
 
-def test_masa_config_is_right(monkeypatch):
-    monkeypatch.chdir(PROJECT)
-    base = yaml.safe_load((PROJECT / "config.yaml").read_text())
-    overrides = yaml.safe_load((PROJECT / "config" / "masa.yaml").read_text())
-    config = check_config(
-        {**base, **overrides, "evaluation": {**base["evaluation"], **overrides["evaluation"]}}, overrides=overrides
-    )
+def test_masa_config_is_right(config_of):
+    config = config_of("masa")
     names = ["masa-20", "masa-30", "masa_shared-20", "svd_llm_attention-20", "svd_llm_attention-30"]
     assert list(config["variants"]) == names
     for name, variant in config["variants"].items():

@@ -41,7 +41,6 @@ MATRICES = {
     },
 }
 WORD_PERPLEXITY = {"dense": 30.0, "cospadi-20": 40.0, "svd_llm-20": 120.0}
-SVG = "{http://www.w3.org/2000/svg}"
 
 
 def write(path: Path, value) -> None:
@@ -140,6 +139,11 @@ def write_scores(results: Path, variant: str, **scores) -> None:
     model = results / ("dense-model" if variant == "dense" else f"{variant}/model")
     of = {"format_version": 1, "fingerprint": fingerprint(ModelFolder(model)), "dtype": "float32"}
     write(results / variant / "eval.json", {**of, "seconds": {"total": 1.0}, **scores})
+
+
+def texts_in(drawing: Path) -> set[str]:
+    found = ElementTree.parse(drawing).iter("{http://www.w3.org/2000/svg}text")
+    return {"".join(text.itertext()).strip() for text in found}
 
 
 def rows(path: Path) -> dict[str, dict[str, str]]:
@@ -283,8 +287,7 @@ def test_plots_show_every_variant(finished):
     texts = {}
     for name in PLOTS:
         assert (finished / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-        drawing = ElementTree.parse(finished / "plots" / f"{name}.svg")
-        texts[name] = {"".join(text.itertext()).strip() for text in drawing.iter(f"{SVG}text")}
+        texts[name] = texts_in(finished / "plots" / f"{name}.svg")
     assert {"self_attn.q_proj", "mlp.down_proj", "layer", "cospadi-20", "svd_llm-20"} <= texts["errors"]
     assert {"cospadi-20  40", "svd_llm-20  120", "dense  30"} <= texts["pareto"]
     assert {"fetch_model", "learn_dictionary", "minutes since the first job started"} <= texts["trace"]
@@ -302,8 +305,7 @@ def test_allocation_is_drawn_for_variants_that_part_bytes_and_for_no_others(tmp_
     texts = {}
     for name, variants in (("none", {"same": equal}), ("one", {"same": equal, "parted": parted})):
         plot_allocation({"variants": variants}, [tmp_path / f"{name}.svg"])
-        drawing = ElementTree.parse(tmp_path / f"{name}.svg")
-        texts[name] = {"".join(text.itertext()).strip() for text in drawing.iter(f"{SVG}text")}
+        texts[name] = texts_in(tmp_path / f"{name}.svg")
     assert texts["none"] == {"Every variant of this run left all its matrices the same share of their bytes"}
     assert {"parted", "self_attn.q_proj", "mlp.up_proj", "bits a weight in the file"} <= texts["one"]
     assert "same" not in texts["one"]
@@ -475,8 +477,7 @@ def test_accuracy_is_drawn_with_its_front(rivals, tmp_path):
     for name, accuracy in [("dense", 0.6), ("a-20", 0.5), ("b-20", 0.55), ("a-40", 0.4), ("b-40", 0.45)]:
         rivals["variants"][name]["mean_accuracy"] = accuracy
     plots.plot_accuracy(rivals, [tmp_path / "accuracy.svg"])
-    drawing = ElementTree.parse(tmp_path / "accuracy.svg")
-    texts = {"".join(text.itertext()).strip() for text in drawing.iter(f"{SVG}text")}
+    texts = texts_in(tmp_path / "accuracy.svg")
     assert {"dense  0.6", "b-20  0.55", "a-40  0.4"} <= texts and not any("c-20" in text for text in texts)
 
 
@@ -486,8 +487,7 @@ def test_many_variants_are_named_in_a_legend_of_groups(tmp_path):
     names = [f"{method}-{ratio}" for method in ("a", "b_long") for ratio in range(10, 90, 10)]
     variants = {name: measured(name, 1000 - 10 * int(name.split("-")[1]), 12.0 + len(name)) for name in names}
     plots.plot_pareto({"variants": {"dense": measured("dense", 1000, 10.0), **variants}}, [tmp_path / "pareto.svg"])
-    drawing = ElementTree.parse(tmp_path / "pareto.svg")
-    texts = {"".join(text.itertext()).strip() for text in drawing.iter(f"{SVG}text")}
+    texts = texts_in(tmp_path / "pareto.svg")
     assert {"a", "b_long"} <= texts and not any(text.startswith("a-") for text in texts)
 
 
