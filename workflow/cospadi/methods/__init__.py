@@ -35,25 +35,9 @@ from cospadi.problem import Target, shared
 from cospadi.structure import PROJECTIONS
 
 _MODULES = (
-    cospadi,
-    hybrid,
-    sparse,
-    svd_llm,
-    svd_llm_v2,
-    compot,
-    rocket,
-    geopair,
-    basis_sharing,
-    masa,
-    magnitude,
-    wanda,
-    sparsegpt,
-    alps,
-    rtn,
-    gptq,
-    ectcq,
-    trellis,
-    entquant,
+    *(cospadi, hybrid, sparse, svd_llm, svd_llm_v2, compot, rocket, geopair, basis_sharing, masa),
+    *(magnitude, wanda, sparsegpt, alps),
+    *(rtn, gptq, ectcq, trellis, entquant),
 )
 METHODS: dict[str, Method] = {module.METHOD.name: module.METHOD for module in _MODULES}
 

@@ -15,5 +15,5 @@ METHOD = replace(
     name="basis_sharing",
     summary="Truncated SVD with one basis for the same projection of consecutive layers (Basis Sharing).",
     options=with_defaults(svd_llm.METHOD.options, DEFAULTS),
-    modules=lambda options: [__name__, *svd_llm.modules(options)],
+    modules=lambda options: [__name__, *svd_llm.METHOD.modules(options)],
 )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,7 +30,7 @@ from cospadi.methods.base import (
 from cospadi.problem import GRADIENTS, Problem, Target, side_by_side
 from cospadi.registry import option
 from cospadi.runtime.cospadi_registry import CODECS
-from cospadi.work import LOOP, Work
+from cospadi.work import Work
 
 if TYPE_CHECKING:
     from cospadi.solvers import entropy
@@ -106,10 +105,8 @@ def _least(shape: tuple[int, int]) -> int:
 
 def work(targets: Sequence[Target], nbytes: int, options: Mapping[str, Any], storage: Mapping[str, Any]) -> Work:
     """Work of a problem: passes over its numbers, each with a product to feed errors forward."""
-    d_in, d_out = side_by_side([target.shape for target in targets])
-    found = single_weights.work(targets, products=_PASSES, inversions=2)
-    seconds = _PASSES * d_in * d_out * _SECONDS_A_NUMBER
-    return replace(found, core=found.core + {LOOP: seconds}, gpu=found.gpu + {LOOP: seconds})
+    seconds = _PASSES * _SECONDS_A_NUMBER
+    return single_weights.work(targets, products=_PASSES, inversions=2, seconds_a_weight=seconds)
 
 
 def faults(settings: Mapping[str, Any], problems: Problems = ()) -> Iterator[str]:

@@ -5,16 +5,14 @@ The paper codes the bytes of float8 by one table; here the tables of `ectcq` cod
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cospadi.formats.factorization import Factorization
 from cospadi.methods import ectcq, single_weights
 from cospadi.methods.base import Fit, Method, Problems, budget_faults
-from cospadi.problem import Problem, Target, side_by_side
+from cospadi.problem import Problem
 from cospadi.runtime.cospadi_registry import CODECS
-from cospadi.work import LOOP, Work
 
 _CODEC = "ec_scaled"
 # Measured on 576 x 576 and 576 x 1536 (2 cores AMD EPYC Milan, AVX2): all scales that are tried, and a search mostly
@@ -35,13 +33,6 @@ def room(shape: tuple[int, int], nbytes: int) -> int:
     return ectcq.room(shape, nbytes - scales) + scales
 
 
-def work(targets: Sequence[Target], nbytes: int, options: Mapping[str, Any], storage: Mapping[str, Any]) -> Work:
-    """Work of a problem: passes over its numbers."""
-    d_in, d_out = side_by_side([target.shape for target in targets])
-    found, seconds = single_weights.work(targets), d_in * d_out * _SECONDS_A_NUMBER
-    return replace(found, core=found.core + {LOOP: seconds}, gpu=found.gpu + {LOOP: seconds})
-
-
 def faults(settings: Mapping[str, Any], problems: Problems = ()) -> Iterator[str]:
     """Ratios that leave less than the least."""
     yield from budget_faults(settings, problems, room)
@@ -53,7 +44,7 @@ METHOD = Method(
     options={},
     factors="entropy-coded float8",
     fit=fit,
-    work=work,
+    work=lambda targets, nbytes, options, storage: single_weights.work(targets, seconds_a_weight=_SECONDS_A_NUMBER),
     modules=lambda options: [
         *(__name__, ectcq.__name__, "cospadi.solvers.float8", "cospadi.solvers.entropy"),
         *("cospadi.runtime.cospadi_entropy", "cospadi.runtime.cospadi_entropy_source"),

@@ -6,7 +6,7 @@ itself, so its factors are settled: nothing is rounded later.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -61,13 +61,24 @@ def grid(
     ConfigError
         If not even the one of the fewest bits does.
     """
-    most = CODECS[value_codec].bits
+    most, scales = CODECS[value_codec].bits, Diagonal.name if scale_inputs else IDENTITY
     grids = [codec for codec in CODECS.values() if codec.scaled and not codec.variable]
     grids = [codec for codec in grids if codec.shifted != symmetric and codec.bits <= most]
-    for codec in sorted(grids, key=lambda codec: -codec.bits):
-        taken = stored_nbytes(shape, codec.name, block_size, Diagonal.name if scale_inputs else IDENTITY)
+    return most_bits(grids, shape, nbytes, lambda codec: stored_nbytes(shape, codec.name, block_size, scales)).name
+
+
+def most_bits(codecs: Iterable[Any], shape: tuple[int, int], nbytes: int, taken_by: Callable[[Any], int]) -> Any:
+    """The codec of the most bits a weight of which all weights fit in `nbytes`.
+
+    Raises
+    ------
+    ConfigError
+        If not even those of the fewest bits do.
+    """
+    for codec in sorted(codecs, key=lambda codec: -codec.bits):
+        taken = taken_by(codec)
         if taken <= nbytes:
-            return codec.name
+            return codec
     raise ConfigError(
         [
             f"{nbytes} bytes for a {shape[0]}x{shape[1]} matrix: {codec.bits} bits a weight and their scales "
@@ -125,6 +136,13 @@ def input_scales(activity: np.ndarray, power: float) -> np.ndarray:
         return np.ones(len(activity), np.float32)
     scales = np.maximum(activity / most, _RANGE) ** -power
     return (scales / np.sqrt(scales.max() * scales.min())).astype(BFLOAT16).astype(np.float32)
+
+
+def coded(codes: Any, scales: Any, storage: Mapping[str, Any], codec: str, solver: str) -> Factorization:
+    """All weights in a codec, as a solver found them and the file will hold them: nothing is rounded later."""
+    codes, storage = np.ascontiguousarray(to_numpy(codes), np.float32), {**storage, "value_codec": codec}
+    told = {"solver": solver, "codec": codec}
+    return Factorization(None, codes, support="dense", **storage, scales=scales, settled=True, diagnostics=told)
 
 
 def tries(options: Mapping[str, Any]) -> int:

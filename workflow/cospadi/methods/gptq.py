@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
-from cospadi.arrays import to_numpy
 from cospadi.formats.factorization import Factorization
 from cospadi.methods import few_bits, single_weights, sparsegpt
 from cospadi.methods.base import Fit, Method
@@ -42,15 +39,7 @@ def fit(
 
     def rounded(weight: Any, gram: Any) -> Factorization:
         codes, scales = gptq.quantize(weight, gram, **options)
-        return Factorization(
-            None,
-            np.ascontiguousarray(to_numpy(codes), np.float32),
-            support="dense",
-            **{**how.storage, "value_codec": codec},
-            scales=scales,
-            settled=True,
-            diagnostics={"solver": "gptq", "codec": codec},
-        )
+        return few_bits.coded(codes, scales, how.storage, codec, "gptq")
 
     if scale_inputs:
         return [few_bits.scaled(problem, how.device, rounded)]

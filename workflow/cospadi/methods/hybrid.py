@@ -21,6 +21,7 @@ from cospadi.methods import global_threshold, single_weights
 from cospadi.methods.base import EXACT, METRIC_OPTIONS, SHARING_OPTIONS, Fit, Method, Problems, sharing_faults
 from cospadi.methods.single_weights import PATTERN, gram_on, inputs_of, n_entries, scaled
 from cospadi.problem import Problem, Target, side_by_side
+from cospadi.registry import choice, option
 from cospadi.work import Work
 
 AUTO = "auto"
@@ -34,26 +35,23 @@ TRIAL = 1
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "pattern": PATTERN,
-    "atoms": {
-        "type": ["integer", "string", "null"],
-        "minimum": 0,
-        "pattern": f"^{AUTO}$",
-        "default": None,
-        "description": "Learned atoms of a problem. null: a sixth of the inputs where there are twice as many outputs, "
+    "atoms": option(
+        ["integer", "string", "null"],
+        "Learned atoms of a problem. null: a sixth of the inputs where there are twice as many outputs, "
         "an eighteenth where there are as many, else none, and fewer at ratios above 0.4; auto: searched by error. "
         "Never kept where none is better.",
-    },
-    "max_iter": {
-        "type": "integer",
-        "minimum": 1,
-        "default": 3,
-        "description": "Passes through the penalties, 42 iterations of codes and 14 of atoms each.",
-    },
-    "schedule": {
-        "enum": ["short", "long", "adaptive"],
-        "default": "adaptive",
-        "description": "Penalties of the ADMM that finds a support without atoms: 30 iterations, 100, or as ALPS does.",
-    },
+        minimum=0,
+        pattern=f"^{AUTO}$",
+        default=None,
+    ),
+    "max_iter": option(
+        "integer", "Passes through the penalties, 42 iterations of codes and 14 of atoms each.", minimum=1, default=3
+    ),
+    "schedule": choice(
+        ["short", "long", "adaptive"],
+        "Penalties of the ADMM that finds a support without atoms: 30 iterations, 100, or as ALPS does.",
+        default="adaptive",
+    ),
     **global_threshold.OPTION,
     **SHARING_OPTIONS,
     **METRIC_OPTIONS,
@@ -94,14 +92,6 @@ def fit(
 
     Matrices of one problem count by the price of their errors where gradients say it; else alike: each is divided by
     the norm of its outputs on the calibration data while the entries compete.
-
-    Parameters
-    ----------
-    problem : Problem
-    nbytes : int
-    how : Fit
-    pattern, atoms, max_iter, schedule, group_metric
-        As in `OPTIONS`.
     """
     from cospadi.solvers import admm, sparsegpt
     from cospadi.solvers.entries import best_entries
@@ -282,12 +272,6 @@ def work(targets: Sequence[Target], nbytes: int, options: Mapping[str, Any], sto
     return replace(found, memory=found.memory + memory)
 
 
-def modules(options: Mapping[str, Any]) -> list[str]:
-    """This module and its solvers."""
-    solvers = ["cospadi.solvers.admm", "cospadi.solvers.hybrid", "cospadi.solvers.sparsegpt"]
-    return [__name__, *solvers, *global_threshold.modules(options)]
-
-
 def faults(settings: Mapping[str, Any], problems: Problems = ()) -> Iterator[str]:
     """Budgets too small, sharing that cannot be, and atoms beside a pattern that has no place for them."""
     yield from sharing_faults(problems)
@@ -303,7 +287,10 @@ METHOD = Method(
     factors="single weights and atoms",
     fit=fit,
     work=work,
-    modules=modules,
+    modules=lambda options: [
+        *(__name__, "cospadi.solvers.admm", "cospadi.solvers.hybrid", "cospadi.solvers.sparsegpt"),
+        *global_threshold.modules(options),
+    ],
     faults=faults,
     allocator=global_threshold.ALLOCATOR,
 )

@@ -310,11 +310,6 @@ def work(targets: Sequence[Target], nbytes: int, options: Mapping[str, Any], sto
     return Work(20 * layers * largest + 10 * 8 * widest**2, 0, core, gpu)
 
 
-def modules(options: Mapping[str, Any]) -> list[str]:
-    """This module and the SVD."""
-    return [__name__, "cospadi.solvers.svd"]
-
-
 METHOD = Method(
     name="masa",
     summary="Matrix atoms shared by groups of layers, and what they leave in low rank (MASA's matrix PCA).",
@@ -322,7 +317,7 @@ METHOD = Method(
     factors="matrix atoms and low rank",
     fit=fit,
     work=work,
-    modules=modules,
+    modules=lambda options: [__name__, "cospadi.solvers.svd"],
     scope="model",
     scales_columns=False,  # atoms are mixed whole
 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -20,21 +21,22 @@ from cospadi.formats.factorization import Factorization
 from cospadi.formats.values import storage_of
 from cospadi.methods.base import GLOBAL, Fit, Method, Problems, budget_faults, price_faults, work_of
 from cospadi.problem import Metric, Problem, Target, side_by_side
+from cospadi.registry import option
 from cospadi.runtime.cospadi_registry import SUPPORTS
 from cospadi.solvers.entries import kept_of
-from cospadi.work import PRODUCT, Work
+from cospadi.work import LOOP, PRODUCT, Work
 
 # Patterns that a support has of its own
 _PATTERNED = tuple(name for name, support in SUPPORTS.items() if support.pattern is not None)
 
-PATTERN: dict[str, Any] = {
-    "type": "string",
-    "pattern": r"^(matrix|column|row|[1-9][0-9]?:(2|4|8|16|32))$",
-    "default": "matrix",
-    "description": "Where weights may stay. matrix: anywhere; column, row: as many in every output, or every input; "
+PATTERN = option(
+    "string",
+    "Where weights may stay. matrix: anywhere; column, row: as many in every output, or every input; "
     "n:m (2:4, 1:4, 4:8): n of every m inputs, m 2, 4, 8, 16 or 32, under the same 1-bit mask, which removes "
     "15/16 - n/m of the bytes of bfloat16. GPUs with sparse tensor cores multiply 2:4 fast, and no other.",
-}
+    pattern=r"^(matrix|column|row|[1-9][0-9]?:(2|4|8|16|32))$",
+    default="matrix",
+)
 
 
 def support_of(pattern: str) -> str:
@@ -203,10 +205,16 @@ def method(
     )
 
 
-def work(targets: Sequence[Target], *, products: float = 0.0, inversions: float = 0.0) -> Work:
-    """Work of a problem: so many products of a square matrix with the weight, so many inversions of the Gram."""
+def work(
+    targets: Sequence[Target], *, products: float = 0.0, inversions: float = 0.0, seconds_a_weight: float = 0.0
+) -> Work:
+    """Work of a problem: so many products of a square matrix with the weight, so many inversions of the Gram; loops of
+    compiled code that stay on the CPU, by their seconds.
+    """
     d, n = side_by_side([target.shape for target in targets])
-    return work_of(d, n, d, inversions * 2 * d**3, more={PRODUCT: products * 2 * d * d * n})
+    found = work_of(d, n, d, inversions * 2 * d**3, more={PRODUCT: products * 2 * d * d * n})
+    loops = {LOOP: seconds_a_weight * d * n} if seconds_a_weight else {}
+    return replace(found, core=found.core + loops, gpu=found.gpu + loops)
 
 
 def faults(settings: Mapping[str, Any], problems: Problems = ()) -> Iterator[str]:

@@ -31,7 +31,7 @@ METHOD = Method(
     factors="single weights",
     fit=fit,
     work=work,
-    modules=lambda options: [__name__, *hybrid.modules(options)],
+    modules=lambda options: [__name__, *hybrid.METHOD.modules(options)],
     faults=lambda settings, problems=(): hybrid.faults({**settings, "atoms": 0}, problems),
     allocator=hybrid.METHOD.allocator,
 )

@@ -61,11 +61,6 @@ def work(targets: Sequence[Target], nbytes: int, options: Mapping[str, Any], sto
     return work_of(d, n, rank, 10 * min(d, n) ** 3 + 2 * d * n * rank)
 
 
-def modules(options: Mapping[str, Any]) -> list[str]:
-    """This module and the SVD."""
-    return [__name__, "cospadi.solvers.svd"]
-
-
 def faults(settings: Mapping[str, Any], problems: Problems = ()) -> Iterator[str]:
     """Sharing that cannot be, and ratios that leave no rank."""
     storage = storage_of(settings.get("codes", {}))
@@ -80,6 +75,6 @@ METHOD = Method(
     factors="low rank",
     fit=fit,
     work=work,
-    modules=modules,
+    modules=lambda options: [__name__, "cospadi.solvers.svd"],
     faults=faults,
 )

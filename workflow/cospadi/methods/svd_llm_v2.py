@@ -95,7 +95,7 @@ METHOD = Method(
     factors=svd_llm.METHOD.factors,
     fit=fit,
     work=svd_llm.work,
-    modules=lambda options: [__name__, *svd_llm.modules(options)],
+    modules=lambda options: [__name__, *svd_llm.METHOD.modules(options)],
     faults=svd_llm.faults,
     allocator=Allocator(profile=profile, share=share, work=svd_llm.work),
 )

@@ -7,20 +7,18 @@ metric and scales of rows and columns instead of a random rotation.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from cospadi.errors import ConfigError
 from cospadi.formats.factorization import Factorization
-from cospadi.methods import single_weights, sparsegpt
+from cospadi.methods import few_bits, single_weights, sparsegpt
 from cospadi.methods.base import Fit, Method, Problems, budget_faults
-from cospadi.problem import Problem, Target, side_by_side
+from cospadi.problem import Problem, Target
 from cospadi.registry import option
 from cospadi.runtime.cospadi_registry import CODECS
 from cospadi.runtime.cospadi_trellis import Trellis
-from cospadi.work import LOOP, Work
+from cospadi.work import Work
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "sweeps": option(
@@ -52,47 +50,20 @@ def fit(
     codec = most_bits(problem.shape, nbytes)
     gram = np.asarray(problem.metric.gram, np.float64)
     found = trellis.quantize(problem.weight, gram, codec, sweeps=sweeps, damping=damping, log=how.log)
-    return [
-        Factorization(
-            None,
-            found.codes,
-            support="dense",
-            **{**how.storage, "value_codec": codec.name},
-            scales=found.scales,
-            settled=True,
-            diagnostics={"solver": "trellis", "codec": codec.name},
-        )
-    ]
+    return [few_bits.coded(found.codes, found.scales, how.storage, codec.name, "trellis")]
 
 
 def most_bits(shape: tuple[int, int], nbytes: int) -> Trellis:
-    """The codec of the most bits a weight that fits in `nbytes`, scales counted.
-
-    Raises
-    ------
-    ConfigError
-        If not even the one of the fewest bits does.
-    """
-    codecs = sorted((codec for codec in CODECS.values() if isinstance(codec, Trellis)), key=lambda codec: -codec.bits)
-    for codec in codecs:
-        (taken,) = codec.shape_of_codes(shape[::-1], {})
-        if taken <= nbytes:
-            return codec
-    raise ConfigError(
-        [
-            f"{nbytes} bytes for a {shape[0]}x{shape[1]} matrix: {codec.bits} bits a weight and their scales "
-            f"take {taken}, {8 * taken / (shape[0] * shape[1]):.4g} bits a weight"
-        ]
-    )
+    """The codec of the most bits a weight that fits in `nbytes`, scales counted."""
+    codecs = [codec for codec in CODECS.values() if isinstance(codec, Trellis)]
+    return few_bits.most_bits(codecs, shape, nbytes, lambda codec: codec.shape_of_codes(shape[::-1], {})[0])
 
 
 def work(targets: Sequence[Target], nbytes: int, options: Mapping[str, Any], storage: Mapping[str, Any]) -> Work:
     """Work of a problem: the first time and sweeps, each with two products."""
-    d_in, d_out = side_by_side([target.shape for target in targets])
     times = 1 + options["sweeps"]
-    found = single_weights.work(targets, products=3 * times, inversions=2)
-    seconds = times * d_in * d_out * _SECONDS_A_NUMBER
-    return replace(found, core=found.core + {LOOP: seconds}, gpu=found.gpu + {LOOP: seconds})
+    seconds = times * _SECONDS_A_NUMBER
+    return single_weights.work(targets, products=3 * times, inversions=2, seconds_a_weight=seconds)
 
 
 def faults(settings: Mapping[str, Any], problems: Problems = ()) -> Iterator[str]:
