@@ -1,3 +1,6 @@
+from cospadi.exports import GGUF_TYPES
+
+
 rule export_gguf:
     input:
         rules.assemble_model.output[0],
@@ -9,7 +12,7 @@ rule export_gguf:
         "<benchmarks>/export_gguf/{variant}-{kind}.tsv"
     wildcard_constraints:
         variant=one_of(plan.factorized + plan.choosing),
-        kind="F32|F16|BF16|Q8_0|Q4_0|Q4_1",
+        kind="|".join(GGUF_TYPES),
     conda:
         "../../envs/cospadi.yaml"
     threads: plan.threads("gguf")

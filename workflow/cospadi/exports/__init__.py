@@ -15,9 +15,11 @@ from cospadi.formats.factorization import Factorization
 from cospadi.runtime.cospadi_integers import Integers, Shifted
 from cospadi.runtime.cospadi_registry import CODECS
 
-__all__ = ["Grid", "bits_of", "grid_of"]
+__all__ = ["GGUF_TYPES", "Grid", "bits_of", "grid_of"]
 
 INTEGERS = (Integers, Shifted)
+# How a GGUF file may store matrices
+GGUF_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
 
 
 class Grid(NamedTuple):

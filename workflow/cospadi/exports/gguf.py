@@ -19,7 +19,6 @@ from cospadi.errors import ArtifactError
 from cospadi.exports import Grid, bits_of, grid_of
 from cospadi.files import ModelFolder, replacing
 
-TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
 _BLOCK = 32
 # Codec's bits, and whether it has zero points, of what a type holds exactly
 _SAME = {(8, False): "Q8_0", (4, False): "Q4_0", (4, True): "Q4_1"}
@@ -49,7 +48,7 @@ def export(
     ----------
     packed_folder, output : path-like
     kind : str
-        Of `TYPES`: how matrices are stored. Embeddings take ``Q8_0`` where this is a type of blocks, vectors float32.
+        Of `exports.GGUF_TYPES`: how matrices are stored. Embeddings take ``Q8_0`` where this is a type of blocks, vectors float32.
 
     Raises
     ------

@@ -18,8 +18,6 @@ except ImportError as error:
 
 from .cospadi_trellis import MIDDLE, MULTIPLIER, SLOPE
 
-CHUNK = 256  # atoms
-
 _BYTES = tl.constexpr(32)  # of the support, in a chunk
 _BF16 = tl.constexpr("bf16")
 _BF14 = tl.constexpr("bf14")

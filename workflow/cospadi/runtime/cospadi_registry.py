@@ -32,4 +32,12 @@ CODECS: dict[str, Codec] = {
 # of the files between learning and packing, which are no checkpoints
 FACTOR_CODECS: dict[str, Codec] = {**CODECS, Float32.name: Float32()}
 
-SUPPORTS: dict[str, Support] = {support.name: support for support in (Bitmask(), Dense(), Pairs(), Mixture())}
+SUPPORTS: dict[str, Support] = {
+    support.name: support
+    for support in (
+        Bitmask(),
+        Dense(),
+        Pairs(),  # 2:4
+        Mixture(),
+    )
+}
