@@ -48,7 +48,8 @@ def export(
     ----------
     packed_folder, output : path-like
     kind : str
-        Of `exports.GGUF_TYPES`: how matrices are stored. Embeddings take ``Q8_0`` where this is a type of blocks, vectors float32.
+        Of `exports.GGUF_TYPES`: how matrices are stored. Embeddings take ``Q8_0`` where this is a type of blocks,
+        vectors float32.
 
     Raises
     ------
