@@ -30,7 +30,7 @@ METHOD = Method(
     factors="single weights",
     options={"power": POWER},
     fit=fit,
-    work=lambda targets, nbytes, options, storage: Work(8 * targets[0].shape[0] ** 2, 0),
+    work=lambda targets, nbytes, options, storage: Work(3 * 8 * targets[0].shape[0] ** 2, 0),
     modules=lambda options: [__name__],
     faults=faults,
 )
