@@ -766,6 +766,16 @@ def test_a_menu_that_the_ratio_cannot_pay_for_is_refused_before_any_work():
         assert fault.startswith(f"variants.a.menu: {sizes}; the matrices take ") and "bytes at least" in fault
 
 
+def test_the_scales_of_entropy_coded_columns_are_counted_before_any_work():
+    model = {**MODEL, "hidden_size": 40, "intermediate_size": 92, "num_attention_heads": 4, "num_key_value_heads": 2}
+    coded = {"method": "ectcq", "ratio": 0.9}
+    make_plan(model, variants={"a": coded, "b": {**coded, "metric": "gradients", "column_power": 0}})
+    with pytest.raises(
+        ConfigError, match=r"variants\.a\.ratio: 0\.9 leaves 119 bytes for a 40x20 matrix: 150 is the least"
+    ):
+        make_plan(model, variants={"a": {**coded, "metric": "gradients"}})
+
+
 def test_a_model_in_float32_has_as_many_bytes():
     half, whole = (make_plan({**MODEL, "dtype": dtype}).final_nbytes("dense") for dtype in ("bfloat16", "float32"))
     assert half == pytest.approx(269060552, rel=0.005) and whole == pytest.approx(2 * half, rel=0.005)

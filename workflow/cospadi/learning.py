@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from cospadi.budget import nbytes_left
-from cospadi.errors import ArtifactError
+from cospadi.errors import ArtifactError, ConfigError
 from cospadi.files import ModelFolder, TensorFile, read_json, write_json, write_tensors
 from cospadi.formats.factorization import Factorization, dictionary_names, read_specs, tensor_names, unpack
 from cospadi.formats.values import storage_of
@@ -242,7 +242,10 @@ def _learn(job: _Job, groups: Sequence[Sequence[Matrix]], *, n_layers: int) -> I
             if nbytes is None:
                 found = [Factorization.as_it_is(group[i].weight(), job.storage) for i in kept]
             else:
-                found = job.method.fit(problem, nbytes, _how(job, problem), **options)
+                try:
+                    found = job.method.fit(problem, nbytes, _how(job, problem), **options)
+                except ConfigError as error:
+                    raise ConfigError([f"{' + '.join(problem.names)}: {fault}" for fault in error.faults]) from error
                 found = [group[i].restored(factors) for i, factors in zip(kept, found, strict=True)]
             seconds = (time.perf_counter() - problem_started) / len(kept)
             for place, i in enumerate(kept):

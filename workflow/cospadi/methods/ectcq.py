@@ -111,13 +111,14 @@ def work(targets: Sequence[Target], nbytes: int, options: Mapping[str, Any], sto
 
 def faults(settings: Mapping[str, Any], problems: Problems = ()) -> Iterator[str]:
     """Ratios that leave less than the least, an allocation without prices, and training of what is all decided."""
-    if settings.get("refine") is not None and (settings["metric"] != GRADIENTS or settings["column_power"] == 0):
+    scaled = settings.get("metric") == GRADIENTS and settings["column_power"] > 0
+    if settings.get("refine") is not None and not scaled:
         yield (
             f"refine: numbers and steps are decided together, nothing is left to train; set it to null, or metric to "
             f"{GRADIENTS} and column_power above 0, by which columns have scales"
         )
     yield from price_faults(settings)
-    yield from budget_faults(settings, problems, room)
+    yield from budget_faults(settings, problems, lambda shape, nbytes: room(shape, nbytes - 2 * shape[1] * scaled))
 
 
 def profile(
