@@ -14,7 +14,9 @@ import logging
 import struct
 import threading
 import zlib
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -120,7 +122,7 @@ class Entropy(Codec):
 
     def unpack(self, stored: np.ndarray, n: int) -> np.ndarray:
         """Numbers times steps, float32 (n,): column after column, as codes are stored."""
-        return _decode(self, _parsed(np.ascontiguousarray(stored)), np.float32).ravel()
+        return _decoded(_Matrix(self, _parsed(np.ascontiguousarray(stored)), np.float32)).out.ravel()
 
     def unpack_codes(self, stored: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         """Inverse of `pack_codes`: codes (k, d_out), float32, and steps."""
@@ -132,12 +134,9 @@ class Entropy(Codec):
 
     def decode(self, stored: Any, shape: Sequence[int], *, halves: bool = False) -> Any:
         """`unpack` of a torch tensor: float32, or with `halves` bfloat16, numbers of that shape."""
-        import torch
-
         found = _parsed(np.ascontiguousarray(stored.detach().cpu().numpy()))
-        decoded = _decode(self, found, np.uint16 if halves else np.float32)
-        decoded = torch.from_numpy(decoded.view(np.int16) if halves else decoded)
-        return (decoded.view(torch.bfloat16) if halves else decoded).view(*shape).to(stored.device)
+        (numbers,) = _decoded(_Matrix(self, found, np.uint16 if halves else np.float32)).in_torch()
+        return numbers.view(*shape).to(stored.device)
 
     def numbers(self, stored: Any) -> tuple[Any, Any, Any, Any]:
         """Whole numbers of a torch tensor: in 8 bits, and those that are larger.
@@ -153,32 +152,65 @@ class Entropy(Codec):
         Tensor (k,), float32
             The step of every row.
         """
-        import torch
-
         found = _parsed(np.ascontiguousarray(stored.detach().cpu().numpy()))
-        far = np.zeros(found.rows, bool)
-        digits = _decode(self, found, np.int8, far)
-        larger = [np.empty((found.columns, 0), np.float32)]
-        for index in np.unique(np.flatnonzero(far) // found.per_stream):
-            one = _stream(found, index)
-            begin = index * found.per_stream
-            larger.append(_decode(self, one, np.float32)[:, far[begin : begin + one.rows]])
-        parts = (digits, np.flatnonzero(far), np.concatenate(larger, axis=1), found.steps)
-        return tuple(torch.from_numpy(part).to(stored.device) for part in parts)
+        return tuple(part.to(stored.device) for part in _decoded(_Matrix(self, found, np.int8)).in_torch())
 
     def faults_of(self, stored: np.ndarray, shape: tuple[int, int]) -> Iterator[str]:
         """What is wrong inside the stored tensor of codes (k, d_out); tables and streams are looked at in decoding."""
         stored = np.ascontiguousarray(stored)
-        if len(stored) >= _HEADER.size and zlib.crc32(stored[4:]) != int.from_bytes(stored[:4].tobytes(), "little"):
-            yield "is damaged: its checksum is another"
+        if len(stored) >= _HEADER.size and not _has_its_checksum(stored):
+            yield _NO_CHECKSUM
             return
         try:
-            found = _parsed(stored)
+            _of_shape(stored, shape)
         except ValueError as error:
             yield str(error)
-            return
-        if (found.rows, found.columns) != shape:
-            yield f"holds codes of shape ({found.rows}, {found.columns}), expected {shape}"
+
+
+class Decoding:
+    """Matrices that threads of their own decode while whoever began it does other things.
+
+    Parameters
+    ----------
+    stored : mapping
+        Of each tensor by its name the codec, the stored bytes, the shape (k, d_out) of the codes, and what is made of
+        them: float32, uint16 for bfloat16, or int8 for `Entropy.numbers`.
+    n_threads : int
+
+    Attributes
+    ----------
+    faults : list of str
+        What is wrong with sizes; where there is any, nothing is decoded.
+    """
+
+    def __init__(self, stored: Mapping[str, tuple[Entropy, np.ndarray, tuple[int, int], type]], n_threads: int) -> None:
+        self.faults: list[str] = []
+        self._matrices: dict[str, _Matrix] = {}
+        for name, (codec, data, shape, dtype) in stored.items():
+            try:
+                self._matrices[name] = _Matrix(codec, _of_shape(data, shape), dtype, checked=True)
+            except ValueError as error:
+                self.faults.append(f"{name} {error}")
+        self._batch = _batch([] if self.faults else list(self._matrices.values()))
+        self._pool = ThreadPoolExecutor(n_threads)
+        self._running = [self._pool.submit(self._batch.run) for _ in range(n_threads)]
+
+    def wait(self) -> list[str]:
+        """Until all are decoded: what is wrong with them, the checksums included."""
+        for running in self._running:
+            running.result()
+        self._batch.tell()
+        return [f"{name} {matrix.fault}" for name, matrix in self._matrices.items() if matrix.fault]
+
+    def stop(self) -> None:
+        """Begin no more, and wait for those that are begun."""
+        self._batch.stop()
+        self._pool.shutdown()
+
+    def take(self, name: str, dtype: type) -> tuple[Any, ...] | None:
+        """What `decode` or `numbers` gives, once; None where something else was made of this one, or nothing."""
+        matrix = self._matrices.pop(name, None)
+        return matrix.in_torch() if matrix is not None and matrix.out.dtype == dtype else None
 
 
 class _Levels(NamedTuple):
@@ -242,6 +274,18 @@ def _parsed(data: np.ndarray) -> _Parsed:
         raise ValueError("has steps that no weight needs")
     contexts = _Levels(first, n_buckets, levels, wide)
     return _Parsed(rows, columns, per_stream, _steps(exponent, step_bytes), contexts, tables, edges, data)
+
+
+def _of_shape(data: np.ndarray, shape: tuple[int, int]) -> _Parsed:
+    """`_parsed` of codes (k, d_out)."""
+    found = _parsed(data)
+    if (found.rows, found.columns) != shape:
+        raise ValueError(f"holds codes of shape ({found.rows}, {found.columns}), expected {shape}")
+    return found
+
+
+def _has_its_checksum(data: np.ndarray) -> bool:
+    return zlib.crc32(data[4:]) == int.from_bytes(data[:4].tobytes(), "little")
 
 
 def _stream(found: _Parsed, index: int) -> _Parsed:
@@ -356,6 +400,10 @@ _FAULTS_OF_TABLES = (
     "has tables that are cut short",
     "has bytes behind its tables",
 )
+_NO_END = "has a stream that does not end where it should"
+_NO_CHECKSUM = "is damaged: its checksum is another"
+# by the numbers that the source gives them
+_FAULTS = (None, *_FAULTS_OF_TABLES, _NO_END, _NO_CHECKSUM)
 
 
 def _read_tables(data: bytes, n_buckets: int, trellis: bool) -> list[list[int]]:
@@ -438,29 +486,94 @@ def _check_path(numbers: np.ndarray) -> None:
 # --- streams ----------------------------------------------------------------------------------------------------------
 
 
-def _decode(codec: Entropy, found: _Parsed, dtype: type, far: np.ndarray | None = None) -> np.ndarray:
-    """Numbers times steps, (d_out, k): float32, or bfloat16 as uint16. Of int8 the last bits of the numbers alone, and
-    `far` (k,) says which rows have larger ones.
+class _Matrix:
+    """A stored matrix that is to be decoded.
+
+    `out` (d_out, k) are its numbers times steps, float32, or bfloat16 as uint16. Of int8 they are the last bits of the
+    numbers alone, and `far` (k,) says which rows have larger ones. `fault` is what was found wrong in decoding, where
+    `checked` says that the checksum counts, too.
+    """
+
+    def __init__(self, codec: Entropy, found: _Parsed, dtype: type, *, checked: bool = False) -> None:
+        self.codec, self.found, self.checked = codec, found, checked
+        self.out = np.empty((found.columns, found.rows), dtype)
+        self.far = np.zeros(found.rows, bool) if dtype == np.int8 else None
+        self.fault: str | None = None
+
+    def in_torch(self) -> tuple[Any, ...]:
+        """Once it is decoded: its numbers, or of int8 what `Entropy.numbers` gives."""
+        import torch
+
+        if self.far is None:
+            halves = self.out.dtype == np.uint16
+            out = torch.from_numpy(self.out.view(np.int16) if halves else self.out)
+            return (out.view(torch.bfloat16) if halves else out,)
+        found, larger = self.found, [np.empty((self.found.columns, 0), np.float32)]
+        for index in np.unique(np.flatnonzero(self.far) // found.per_stream):
+            one = _decoded(_Matrix(self.codec, _stream(found, index), np.float32))
+            begin = index * found.per_stream
+            larger.append(one.out[:, self.far[begin : begin + one.found.rows]])
+        parts = (self.out, np.flatnonzero(self.far), np.concatenate(larger, axis=1), found.steps)
+        return tuple(map(torch.from_numpy, parts))
+
+
+def _decoded(matrix: _Matrix) -> _Matrix:
+    """The same, decoded.
 
     Raises
     ------
     DamagedStreamError
         If a stream is not what encoding gives.
     """
-    out = np.empty((found.columns, found.rows), dtype)
+    batch = _batch([matrix])
+    batch.run()
+    batch.tell()
+    if matrix.fault:
+        raise DamagedStreamError(matrix.fault)
+    return matrix
+
+
+def _batch(matrices: list[_Matrix]) -> _Batch | _CompiledBatch:
     coder = _coder()
-    if coder is not None:
-        coder.decode(codec, found, out, far)
-        return out
+    return _Batch(matrices) if coder is None else _CompiledBatch(coder, matrices)
+
+
+class _Batch:
+    """Matrices to decode, with NumPy. Any number of threads may `run`, each taking the next, until none is left."""
+
+    def __init__(self, matrices: list[_Matrix]) -> None:
+        self._left = deque(matrices)
+
+    def run(self) -> None:
+        while self._left:
+            try:
+                matrix = self._left.popleft()
+            except IndexError:  # another thread was faster
+                return
+            try:
+                _decode_with_numpy(matrix)
+            except DamagedStreamError as error:
+                matrix.fault = str(error)
+
+    def stop(self) -> None:
+        self._left.clear()
+
+    def tell(self) -> None:
+        """Write into the matrices what is wrong with them."""
+
+
+def _decode_with_numpy(matrix: _Matrix) -> None:
+    codec, found = matrix.codec, matrix.found
+    if matrix.checked and not _has_its_checksum(found.data):
+        raise DamagedStreamError(_NO_CHECKSUM)
     slots = _slots(found.tables.tobytes(), found.contexts.n_buckets, codec.trellis)
     for index, (start, end) in enumerate(itertools.pairwise(found.edges)):
         begin = index * found.per_stream
         rows = min(found.per_stream, found.rows - begin)
-        _decode_with_numpy(codec, found, slots, found.data[start:end], begin, rows, out, far)
-    return out
+        _decode_stream(codec, found, slots, found.data[start:end], begin, rows, matrix.out, matrix.far)
 
 
-def _decode_with_numpy(
+def _decode_stream(
     codec: Entropy,
     found: _Parsed,
     slots: np.ndarray,
@@ -515,7 +628,7 @@ def _decode_with_numpy(
                 out[j, here_at] = _upper(value) if out.dtype == np.uint16 else value
             state = follow(state, number)
     if next(left, None) is not None or (states != _LOWEST).any():
-        raise DamagedStreamError("has a stream that does not end where it should")
+        raise DamagedStreamError(_NO_END)
 
 
 def _upper(values: np.ndarray) -> np.ndarray:
@@ -569,24 +682,64 @@ class _Contexts(ctypes.Structure):
 _KINDS = [np.dtype(name) for name in ("float32", "uint16", "int8")]  # of what is decoded, as the source has them
 
 
+class _Stored(ctypes.Structure):
+    _fields_ = [
+        ("at", _Contexts),
+        *((name, ctypes.c_void_p) for name in ("data", "tables", "steps", "edges")),
+        *((name, ctypes.c_int64) for name in ("size", "tables_size", "n_streams", "per_stream", "rows", "kind")),
+        ("is_checked", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("out", "far")),
+        ("fault", ctypes.c_int64),
+    ]
+
+
+def _contexts(codec: Entropy, found: _Levels) -> _Contexts:
+    address, rows = found.levels.ctypes.data, len(found.wide)
+    sizes = (len(found.levels) - rows, found.first, found.n_buckets, codec.trellis)
+    return _Contexts(*sizes, address, address + rows, found.wide.ctypes.data)
+
+
+class _CompiledBatch:
+    """As `_Batch`, with the compiled coder: all of a thread's matrices are one call."""
+
+    def __init__(self, coder: _Coder, matrices: list[_Matrix]) -> None:
+        self._coder, self._matrices = coder, matrices
+        self._stored = (_Stored * len(matrices))(*map(self._as_stored, matrices))
+        self._begun = ctypes.c_int64()
+        self._n_tables = max((m.found.contexts.n_buckets << m.codec.trellis for m in matrices), default=0)
+
+    @staticmethod
+    def _as_stored(matrix: _Matrix) -> _Stored:
+        found, far = matrix.found, matrix.far
+        return _Stored(
+            _contexts(matrix.codec, found.contexts),
+            *(array.ctypes.data for array in (found.data, found.tables, found.steps, found.edges)),
+            *(len(found.data), len(found.tables), len(found.edges) - 1, found.per_stream, found.rows),
+            *(_KINDS.index(matrix.out.dtype), matrix.checked),
+            *(matrix.out.ctypes.data, None if far is None else far.ctypes.data),
+        )
+
+    def run(self) -> None:
+        self._coder.decode(self._stored, self._begun, self._n_tables)
+
+    def stop(self) -> None:
+        self._begun.value = len(self._stored)
+
+    def tell(self) -> None:
+        for matrix, stored in zip(self._matrices, self._stored, strict=True):
+            matrix.fault = _FAULTS[stored.fault]
+
+
 class _Coder:
     """The compiled coder."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         pointer, integer = ctypes.c_void_p, ctypes.c_int64
         self._decode, self._encode = library.entropy_decode, library.entropy_encode
-        self._decode.argtypes = [pointer] * 5 + [integer] * 3 + [pointer, integer, pointer]
+        self._decode.argtypes = [pointer, integer, pointer, pointer]
         self._encode.argtypes = [pointer] * 5 + [integer] * 2 + [pointer, integer]
-        self._tables = library.entropy_tables
-        self._tables.argtypes = [pointer] + [integer] * 3 + [pointer]
-        self._decode.restype = self._encode.restype = self._tables.restype = integer
+        self._decode.restype, self._encode.restype = None, integer
         self._scratch = threading.local()
-
-    @staticmethod
-    def _contexts(codec: Entropy, found: _Levels) -> _Contexts:
-        address, rows = found.levels.ctypes.data, len(found.wide)
-        sizes = (len(found.levels) - rows, found.first, found.n_buckets, codec.trellis)
-        return _Contexts(*sizes, address, address + rows, found.wide.ctypes.data)
 
     def _room(self, n: int) -> np.ndarray:
         """So many numbers of 32 bits, or more, kept from call to call; each thread of Python has its own."""
@@ -595,25 +748,10 @@ class _Coder:
             room = self._scratch.room = np.empty(n, np.uint32)
         return room
 
-    def decode(self, codec: Entropy, found: _Parsed, out: np.ndarray, far: np.ndarray | None = None) -> None:
-        contexts, tables = self._contexts(codec, found.contexts), found.tables
-        n_tables = found.contexts.n_buckets * (2 if codec.trellis else 1)
+    def decode(self, stored: ctypes.Array[_Stored], begun: ctypes.c_int64, n_tables: int) -> None:
+        """Those that no thread has begun; the largest has so many tables."""
         slots = self._room(n_tables * _SLOTS)
-        fault = self._tables(tables.ctypes.data, len(tables), n_tables, codec.trellis, slots.ctypes.data)
-        if fault:
-            raise DamagedStreamError(_FAULTS_OF_TABLES[fault - 1])
-        wrong = self._decode(
-            ctypes.byref(contexts),
-            *(array.ctypes.data for array in (slots, found.steps, found.data, found.edges)),
-            len(found.edges) - 1,
-            found.per_stream,
-            found.rows,
-            out.ctypes.data,
-            _KINDS.index(out.dtype),
-            None if far is None else far.ctypes.data,
-        )
-        if wrong:
-            raise DamagedStreamError("has a stream that does not end where it should")
+        self._decode(stored, len(stored), ctypes.byref(begun), slots.ctypes.data)
 
     def encode(
         self,
@@ -628,7 +766,7 @@ class _Coder:
     ) -> bytes:
         # no number takes more than a frequency's bits and those of a wide row: two words
         room = np.empty(4 * _LANES + 4 + 4 * rows * numbers.shape[1], np.uint8)
-        addressed = self._contexts(codec, contexts)
+        addressed = _contexts(codec, contexts)
         place = self._encode(
             ctypes.byref(addressed),
             *(array.ctypes.data for array in (frequency, start, numbers, rest)),

@@ -238,27 +238,42 @@ static void finish_rows(const Contexts *at, const uint32_t *tables, Stream *s, i
     }
 }
 
-/* Decode all streams, which lie one after the other from byte edges[i] to edges[i + 1] of `data`, into numbers of a
- * kind, at out[column * rows + row]; of digits `far` says which rows they are not all of. Whatever a stream holds,
- * nothing is read outside of it and nothing written outside its rows. Returns 0, or 1 where one is too short or too
- * long, or states do not end as they began. */
-int64_t entropy_decode(const Contexts *at, const uint32_t *tables, const float *steps, const uint8_t *data,
-                       const int64_t *edges, int64_t n_streams, int64_t per_stream, int64_t rows, void *out,
-                       int64_t kind, uint8_t *far) {
+/* A stored matrix, and where its numbers go. */
+typedef struct {
+    Contexts at;
+    const uint8_t *data;   /* all that is stored, `size` bytes, the checksum of the others in the first four */
+    const uint8_t *tables;
+    const float *steps;
+    const int64_t *edges;  /* of the streams, which lie one after the other: bytes edges[i] to edges[i + 1] of `data` */
+    int64_t size, tables_size, n_streams, per_stream, rows, kind, is_checked;
+    void *out;             /* numbers of a kind, at out[column * rows + row] */
+    uint8_t *far;          /* of digits: which rows they are not all of */
+    int64_t fault;
+} Matrix;
+
+/* What is wrong with a matrix */
+enum { NONE, NO_WHOLE, TABLES_TOO_SHORT, TABLES_TOO_LONG, NO_END, NO_CHECKSUM };
+
+/* Decode all streams. Whatever a stream holds, nothing is read outside of it and nothing written outside its rows.
+ * Returns a fault where one is too short or too long, or states do not end as they began. */
+static int64_t decode_streams(const Matrix *m, const uint32_t *tables) {
+    const Contexts *at = &m->at;
+    const int64_t rows = m->rows, per_stream = m->per_stream, kind = m->kind;
+    void *out = m->out;
     int64_t wrong = 0;
-    for (int64_t done = 0, n; done < n_streams; done += n) {
+    for (int64_t done = 0, n; done < m->n_streams; done += n) {
         Stream streams[AT_ONCE];
-        const int64_t left = n_streams - done, turns = (left + AT_ONCE - 1) / AT_ONCE;
+        const int64_t left = m->n_streams - done, turns = (left + AT_ONCE - 1) / AT_ONCE;
         n = (left + turns - 1) / turns; /* as many in every turn as can be */
         for (int i = 0; i < n; i++) {
             Stream *s = streams + i;
             s->row = (done + i) * per_stream;
             s->rows = rows - s->row < per_stream ? rows - s->row : per_stream;
-            s->data = data + edges[done + i];
-            s->size = edges[done + i + 1] - edges[done + i];
+            s->data = m->data + m->edges[done + i];
+            s->size = m->edges[done + i + 1] - m->edges[done + i];
             s->next = sizeof s->x;
-            s->far = far;
-            if (s->size < s->next || s->size & 1) return 1;
+            s->far = m->far;
+            if (s->size < s->next || s->size & 1) return NO_END;
             memcpy(s->x, s->data, sizeof s->x);
         }
         for (int64_t group = 0; group < per_stream; group += LANES) {
@@ -266,7 +281,7 @@ int64_t entropy_decode(const Contexts *at, const uint32_t *tables, const float *
             int n_even = 0;
             for (int i = 0; i < n; i++) {
                 if (streams[i].rows <= 0) continue;
-                begin_rows(streams + i, at, steps);
+                begin_rows(streams + i, at, m->steps);
                 if (streams[i].lanes == LANES && !streams[i].any_wide) even[n_even++] = streams + i;
             }
             const int64_t together = columns_of(at, tables, even, n_even, 0, out, rows, (int)kind);
@@ -285,30 +300,32 @@ int64_t entropy_decode(const Contexts *at, const uint32_t *tables, const float *
             for (int l = 0; l < LANES; l++) wrong |= streams[i].x[l] != 1u << 16;
         }
     }
-    return wrong;
+    return wrong ? NO_END : NONE;
 }
 
 /* What every slot of tables stands for, from their bytes in a file; a table without frequencies has zeros for ever.
- * Returns 0, or 1 where frequencies do not make SLOTS, 2 where there are too few bytes, 3 where there are more. */
-int64_t entropy_tables(const uint8_t *data, int64_t size, int64_t n_tables, int64_t trellis, uint32_t *slots) {
+ * Returns a fault where frequencies do not make SLOTS, or there are too few bytes, or more. */
+static int64_t read_tables(const Matrix *m, uint32_t *slots) {
+    const uint8_t *data = m->tables;
+    const int64_t size = m->tables_size, trellis = m->at.trellis, n_tables = m->at.buckets << trellis;
     int64_t at = 0;
     for (int64_t table = 0; table < n_tables; table++) {
         uint32_t frequency[256], i = 0;
         const int odd = trellis && table & 1; /* 0 stands for 1, -1 for -1 */
-        if (at == size) return 2;
+        if (at == size) return TABLES_TOO_SHORT;
         const int n = data[at++];
         int64_t sum = 0;
         for (int number = 0; number < n; number++) {
             frequency[number] = 0;
             for (int shift = 0, more = 1; more && shift <= 14; shift += 7) {
-                if (at == size) return 2;
+                if (at == size) return TABLES_TOO_SHORT;
                 frequency[number] |= (uint32_t)(data[at] & 127) << shift;
                 more = data[at++] >> 7;
             }
             sum += 2 * (int64_t)frequency[number];
         }
         if (n && !odd) sum -= frequency[0];
-        if (n > 128 || (n && sum != SLOTS)) return 1;
+        if (n > 128 || (n && sum != SLOTS)) return NO_WHOLE;
         for (int number = odd ? -n : 1 - n; number < n; number++) {
             const uint32_t count = frequency[number >= 0 ? number : odd ? -1 - number : -number];
             const uint32_t word = (uint32_t)number << 24 | (count - 1u) << BITS;
@@ -317,7 +334,63 @@ int64_t entropy_tables(const uint8_t *data, int64_t size, int64_t n_tables, int6
         if (!n)
             for (; i < SLOTS; i++) *slots++ = (SLOTS - 1) << BITS | i;
     }
-    return at == size ? 0 : 3;
+    return at == size ? NONE : TABLES_TOO_LONG;
+}
+
+static uint32_t of_byte[8][256]; /* what a byte, and so many zeros behind it, do to a checksum */
+
+__attribute__((constructor)) static void make_of_byte(void) {
+    for (int behind = 0; behind < 8; behind++)
+        for (uint32_t byte = 0; byte < 256; byte++) {
+            uint32_t crc = behind ? of_byte[behind - 1][byte] : byte;
+            for (int bit = 0; bit < 8; bit++) crc = crc >> 1 ^ (crc & 1 ? 0xedb88320 : 0);
+            of_byte[behind][byte] = crc;
+        }
+}
+
+static uint32_t add_to_checksum(uint32_t crc, const uint8_t *data, int64_t size) {
+    for (; size >= 8; data += 8, size -= 8) {
+        uint64_t word;
+        memcpy(&word, data, 8);
+        word ^= crc;
+        crc = 0;
+        for (int i = 0; i < 8; i++) crc ^= of_byte[7 - i][word >> 8 * i & 255];
+    }
+    for (; size > 0; size--) crc = of_byte[0][(crc ^ *data++) & 255] ^ crc >> 8;
+    return crc;
+}
+
+/* zlib's checksum (CRC-32). */
+static uint32_t checksum(const uint8_t *data, int64_t size) {
+    uint32_t crc = ~0u;
+#if defined(__PCLMUL__) && defined(__AVX2__)
+    if (size >= 16) {
+        /* 16 bytes stand for all before them: moved over the next 16 by two remainders of powers of x */
+        const __m128i over = _mm_set_epi64x(0x00ccaa009e, 0x01751997d0);
+        __m128i sum = _mm_xor_si128(_mm_loadu_si128((const __m128i *)data), _mm_cvtsi32_si128((int)crc));
+        for (data += 16, size -= 16; size >= 16; data += 16, size -= 16) {
+            sum = _mm_xor_si128(_mm_clmulepi64_si128(sum, over, 0x00), _mm_clmulepi64_si128(sum, over, 0x11));
+            sum = _mm_xor_si128(sum, _mm_loadu_si128((const __m128i *)data));
+        }
+        uint8_t last[16];
+        _mm_storeu_si128((__m128i *)last, sum);
+        crc = add_to_checksum(0, last, 16);
+    }
+#endif
+    return ~add_to_checksum(crc, data, size);
+}
+
+/* Decode matrices that no thread has begun, until there are none left: `begun` says how many have been. `slots` is room
+ * for the tables of any of them. */
+void entropy_decode(Matrix *matrices, int64_t n, int64_t *begun, uint32_t *slots) {
+    for (int64_t i; (i = __atomic_fetch_add(begun, 1, __ATOMIC_RELAXED)) < n;) {
+        Matrix *m = matrices + i;
+        uint32_t expected;
+        memcpy(&expected, m->data, 4);
+        m->fault = m->is_checked && checksum(m->data + 4, m->size - 4) != expected ? NO_CHECKSUM : NONE;
+        if (!m->fault) m->fault = read_tables(m, slots);
+        if (!m->fault) m->fault = decode_streams(m, slots);
+    }
 }
 
 /* Encode `rows` rows of numbers (halved for the trellis, without the bits of wide rows) from row `begin` on. `rest` has

@@ -14,7 +14,7 @@ import json
 import math
 import re
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -319,7 +319,10 @@ def header_faults(
 
 
 def content_faults(
-    parts: Mapping[str, Mapping[str, Any]], read: Callable[[str], np.ndarray], codecs: Mapping[str, Codec] = CODECS
+    parts: Mapping[str, Mapping[str, Any]],
+    read: Callable[[str], np.ndarray],
+    codecs: Mapping[str, Codec] = CODECS,
+    besides: Collection[str] = (),
 ) -> list[str]:
     """What is wrong inside the tensors of parts whose specs and headers are right.
 
@@ -329,6 +332,8 @@ def content_faults(
         As `all_parts` or `parts_of` give them.
     read : callable
         ``read(tensor) -> array`` of the dtype and shape in the header; bfloat16 as any two-byte dtype.
+    besides : collection of str
+        Tensors that are looked at elsewhere.
 
     Returns
     -------
@@ -337,10 +342,10 @@ def content_faults(
         set where nothing is stored; values and scales that are NaN or infinite.
     """
     faults: list[str] = []
-    seen: set[str] = set()
+    seen = set(besides)
     for name, part in parts.items():
         for tensor, (kind, _, codec) in stored_tensors(name, part, codecs).items():
-            if tensor in seen:  # shared
+            if tensor in seen:  # shared, too
                 continue
             seen.add(tensor)
             if kind == "support":
@@ -468,12 +473,22 @@ def read_header(path: Path) -> dict[str, Stored]:
     }
 
 
-def stored_faults(matrices: Mapping[str, Any], stored: Mapping[str, Stored]) -> list[str]:
-    """What is wrong with the tensors of a folder: their headers, and where those are right, their contents."""
+def stored_faults(
+    matrices: Mapping[str, Any], stored: Mapping[str, Stored], besides: Collection[str] = ()
+) -> list[str]:
+    """What is wrong with the tensors of a folder: their headers, and where those are right, their contents.
+
+    `besides` are tensors whose contents are looked at elsewhere.
+    """
     faults = header_faults(matrices, {name: (tensor.dtype, tensor.shape) for name, tensor in stored.items()})
-    # mapped once: a map of each tensor takes as long as looking at it
+    return faults or content_faults(all_parts(matrices), reader(stored), besides=besides)
+
+
+def reader(stored: Mapping[str, Stored]) -> Callable[[str], np.ndarray]:
+    """What reads a tensor of a folder by its name, from files that are mapped."""
+    # once: a map of each tensor takes as long as looking at it
     mapped = functools.cache(lambda file: np.asarray(np.memmap(file, np.uint8, "r")))
-    return faults or content_faults(all_parts(matrices), lambda name: stored[name].read(mapped(stored[name].file)))
+    return lambda name: stored[name].read(mapped(stored[name].file))
 
 
 def in_one_line(faults: Sequence[str]) -> str:

@@ -173,15 +173,22 @@ class Packed(nn.Module):
         projecting = 0 if self.dictionary is None or self.scales_inputs else self.in_features * self.n_atoms / sharers
         return projecting + self.n_atoms * self.out_features
 
-    def unpack(self, dtype: torch.dtype, *, trainable: bool = False) -> None:
-        """Keep both factors unpacked beside the packed ones; `unpack_` is for whole models."""
+    def unpack(self, dtype: torch.dtype, *, trainable: bool = False, codes: torch.Tensor | None = None) -> None:
+        """Keep both factors unpacked beside the packed ones; `unpack_` is for whole models.
+
+        `codes` are those that the packed ones give, where they are there already.
+        """
         if trainable and CODECS[self.spec["codes"]["codec"]].whole:
             raise ValueError(
                 f"codes in the codec {self.spec['codes']['codec']!r} cannot be trained, since they are not stored each "
                 "for itself; write the folder dense first (cospadi.checkpoint.densify)"
             )
         self.in_steps = None
-        dictionary, codes = self.factors(dtype)
+        if codes is None:
+            dictionary, codes = self.factors(dtype)
+        else:
+            dictionary = decode_dictionary(self.spec, self.dictionary, self.dictionary_scales, dtype)
+            codes = codes.to(self.values.device, dtype)
         if dictionary is not None:
             self.unpacked_dictionary = nn.Parameter(dictionary.clone(), requires_grad=trainable)
         self.unpacked_codes = nn.Parameter(codes.contiguous(), requires_grad=trainable)
@@ -189,9 +196,14 @@ class Packed(nn.Module):
             mask = decode_support(self.spec, self.support)
             self.unpacked_codes.register_hook(lambda gradient: gradient * mask)
 
-    def unpack_steps(self) -> None:
-        """Keep the numbers of a stream in 8 bits, and its steps: exact, and half of what `unpack` takes in bfloat16."""
-        self.in_steps = Steps(*CODECS[self.spec["codes"]["codec"]].numbers(self.values), self.scales)
+    def unpack_steps(self, numbers: tuple[torch.Tensor, ...] | None = None) -> None:
+        """Keep the numbers of a stream in 8 bits, and its steps: exact, and half of what `unpack` takes in bfloat16.
+
+        `numbers` are those of `Entropy.numbers`, where they are there already.
+        """
+        if numbers is None:
+            numbers = CODECS[self.spec["codes"]["codec"]].numbers(self.values)
+        self.in_steps = Steps(*(part.to(self.values.device) for part in numbers), self.scales)
 
     def store(self) -> None:
         """Write trained unpacked factors into the packed tensors, rounded to their codecs; scales stay as they are."""

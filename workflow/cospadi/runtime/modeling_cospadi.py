@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
@@ -16,10 +17,11 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from .configuration_cospadi import CospadiConfig, check_packing, family_config, register
 from .cospadi_checksums import CHECKSUMS, checksum_faults, write_checksums
-from .cospadi_entropy import DamagedStreamError
-from .cospadi_format import Stored, UnreadableError, all_parts, in_one_line, read_headers, stored_faults
+from .cospadi_entropy import DamagedStreamError, Decoding
+from .cospadi_format import Stored, UnreadableError, all_parts, in_one_line, read_headers, reader, stored_faults
 from .cospadi_linear import DenseLinear, PackedLinear, SharedProjection, pack_, packed_layers, set_kernels, unpack_
 from .cospadi_mixture import Mixture, packed_module
+from .cospadi_registry import CODECS
 
 if TYPE_CHECKING:
     # Nothing of this runs. transformers copies a folder's code by the lines of this form in the module that config.json
@@ -33,7 +35,6 @@ if TYPE_CHECKING:
     from .cospadi_diagonal import Diagonal  # noqa: F401
     from .cospadi_entropy_source import SOURCE as CODER  # noqa: F401
     from .cospadi_integers import Integers  # noqa: F401
-    from .cospadi_registry import CODECS  # noqa: F401
     from .cospadi_supports import Support  # noqa: F401
     from .cospadi_trellis import Trellis  # noqa: F401
     from .cospadi_values import Codec  # noqa: F401
@@ -160,25 +161,35 @@ class CospadiForCausalLM:
         faults = checksum_faults(folder) if verified else []
         if faults:
             raise OSError(f"{path}: {in_one_line(faults)}. {_REMEDY}")
-        faults = stored_faults(config.packing["matrices"], stored)
-        if faults:
-            raise OSError(f"{path}: the weight files do not fit config.json: {in_one_line(faults)}. {_REMEDY}")
+        matrices, device_map = config.packing["matrices"], kwargs.get("device_map")
+        # decoded while transformers makes the model; one on several devices may have no room for all of it here
+        early = {} if device_map is not None else _to_decode(matrices, streams, _asked_dtype(config, kwargs))
+        _refuse(path, stored_faults(matrices, stored, besides=early))
         wants_info = kwargs.pop("output_loading_info", False)
-        if isinstance(kwargs.get("device_map"), dict) and isinstance(kwargs.get("config"), CospadiConfig):
-            _check_offload(path, kwargs["config"].packing, kwargs["device_map"])
+        if isinstance(device_map, dict) and isinstance(kwargs.get("config"), CospadiConfig):
+            _check_offload(path, kwargs["config"].packing, device_map)
         # mismatched sizes are reported, and refused below by name
         kwargs["ignore_mismatched_sizes"] = True
+        read = reader(stored)
+        decoding = Decoding(
+            {name: (codec, read(name), shape, form) for name, (codec, shape, form) in early.items()},
+            torch.get_num_threads(),
+        )
         token = _LOADING.set(stored)
         try:
+            _refuse(path, decoding.faults)
             model, info = super().from_pretrained(path, *model_args, output_loading_info=True, **kwargs)
+            _check_loaded(path, model, info)
+            _check_offload(path, model.config.packing, getattr(model, "hf_device_map", {}))
+            layers = packed_layers(model)
+            for layer in layers.values():
+                layer.freeze_packed()
+            _refuse(path, decoding.wait())
         finally:
             _LOADING.reset(token)
-        _check_loaded(path, model, info)
-        _check_offload(path, model.config.packing, getattr(model, "hf_device_map", {}))
-        layers = packed_layers(model)
-        for layer in layers.values():
-            layer.freeze_packed()
-        _decode_streams(path, {name: layer for name, layer in layers.items() if layer.is_stream}, streams, model.dtype)
+            decoding.stop()
+        decoded = {name: layer for name, layer in layers.items() if layer.is_stream}
+        _keep_decoded(path, decoded, streams, model.dtype, decoding)
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -298,6 +309,10 @@ def _check_shapes(model: PreTrainedModel, stored: Mapping[str, Stored], source: 
         for name, tensor in model.state_dict().items()
         if name in stored and stored[name].shape != tuple(tensor.shape)
     ]
+    _refuse(source, faults)
+
+
+def _refuse(source: Any, faults: Sequence[str]) -> None:
     if faults:
         raise OSError(f"{source}: the weight files do not fit config.json: {in_one_line(faults)}. {_REMEDY}")
 
@@ -328,22 +343,63 @@ def _check_offload(path: Any, packing: dict[str, Any], device_map: dict[str, Any
             )
 
 
-def _decode_streams(path: Any, layers: Mapping[str, PackedLinear], form: str, dtype: Any) -> None:
-    """Decode entropy-coded layers, several at a time; each keeps its stream, to be saved."""
+def _asked_dtype(config: Any, kwargs: Mapping[str, Any]) -> Any:
+    """Dtype that the model will have, as far as it can be told before; the model has the last word."""
+    asked = next((kwargs[name] for name in ("dtype", "torch_dtype") if kwargs.get(name) is not None), "auto")
+    asked = getattr(config, "dtype", None) if asked == "auto" else asked
+    return getattr(torch, asked, None) if isinstance(asked, str) else asked
+
+
+def _to_decode(matrices: Mapping[str, Any], streams: str, dtype: Any) -> dict[str, tuple[Any, tuple[int, int], type]]:
+    """Streams that can be decoded for a model that is not made yet: codec, shape of the codes (k, d_out), form."""
+    parts = {f"{name}.values": part for name, part in all_parts(matrices).items()}
+    forms = {name: _form(part, streams, dtype) for name, part in parts.items()}
+    return {
+        name: (CODECS[part["codes"]["codec"]], (part["dictionary"]["n_atoms"], part["shape"][1]), forms[name])
+        for name, part in parts.items()
+        if forms[name] is not None
+    }
+
+
+def _form(part: Mapping[str, Any], streams: str, dtype: Any) -> type | None:
+    """What a stream is decoded to, in NumPy's words; None where there is none, or more is to be done to its numbers."""
+    codes = part["codes"]
+    codec = CODECS[codes["codec"]]
+    if not codec.variable:
+        return None
+    if streams == "int8" and (not codec.scaled or codes["n_scales"] == part["shape"][1]):
+        return np.int8
+    if codec.scaled:
+        return None
+    return np.uint16 if dtype == torch.bfloat16 else np.float32 if dtype == torch.float32 else None
+
+
+def _keep_decoded(path: Any, layers: Mapping[str, PackedLinear], streams: str, dtype: Any, decoding: Decoding) -> None:
+    """Give entropy-coded layers what was decoded, and decode the others; each keeps its stream, to be saved."""
 
     def decode(name: str) -> None:
-        if layers[name].values.device.type == "meta":  # on the disk: decoded in every product
-            return
         try:
-            if form == "int8" and layers[name].has_steps_alone:
+            if streams == "int8" and layers[name].has_steps_alone:
                 layers[name].unpack_steps()
             else:
                 layers[name].unpack(dtype)
         except DamagedStreamError as error:
             raise OSError(f"{path}: {name}.values {error}. {_REMEDY}") from error
 
+    left = []
+    for name, layer in layers.items():
+        form = _form(layer.spec, streams, dtype)
+        found = decoding.take(f"{name}.values", form)
+        if layer.values.device.type == "meta":  # on the disk: decoded in every product
+            continue
+        if found is None:
+            left.append(name)
+        elif form is np.int8:
+            layer.unpack_steps(found)
+        else:
+            layer.unpack(dtype, codes=found[0])
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(decode, layers))
+        list(pool.map(decode, left))
 
 
 def _check_loaded(path: Any, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
@@ -359,5 +415,4 @@ def _check_loaded(path: Any, model: PreTrainedModel, info: Mapping[str, Any]) ->
         for name in sorted(info["unexpected_keys"])
         if name.rpartition(".")[0] in layers
     ]
-    if faults:
-        raise OSError(f"{path}: the weight files do not fit config.json: {in_one_line(faults)}. {_REMEDY}")
+    _refuse(path, faults)
