@@ -37,6 +37,7 @@ MOST = _IN_TABLE << _WIDEST
 # Steps: so many to an octave, the tenth of a bit exact; a byte has 16 octaves of them
 _OCTAVE = 16
 _MANTISSAS = np.array([round(2 ** (i / _OCTAVE) * 512) / 512 for i in range(_OCTAVE)], np.float64)
+_STEPS = np.ldexp(np.tile(_MANTISSAS, 256 // _OCTAVE), np.repeat(np.arange(256 // _OCTAVE), _OCTAVE))
 # Numbers a stream has, about; streams are decoded by several threads
 _STREAM = 1 << 16
 # A table for fewer numbers costs more than it saves
@@ -176,6 +177,7 @@ class Decoding:
         Of each tensor by its name the codec, the stored bytes, the shape (k, d_out) of the codes, and what is made of
         them: float32, uint16 for bfloat16, or int8 for `Entropy.numbers`.
     n_threads : int
+        Of which one is the caller's: it joins the others in `wait`.
 
     Attributes
     ----------
@@ -193,10 +195,11 @@ class Decoding:
                 self.faults.append(f"{name} {error}")
         self._batch = _batch([] if self.faults else list(self._matrices.values()))
         self._pool = ThreadPoolExecutor(n_threads)
-        self._running = [self._pool.submit(self._batch.run) for _ in range(n_threads)]
+        self._running = [self._pool.submit(self._batch.run) for _ in range(n_threads - 1)]
 
     def wait(self) -> list[str]:
         """Until all are decoded: what is wrong with them, the checksums included."""
+        self._batch.run()
         for running in self._running:
             running.result()
         self._batch.tell()
@@ -255,19 +258,22 @@ def _parsed(data: np.ndarray) -> _Parsed:
     at = _HEADER.size
     step_bytes, levels = data[at : at + rows], data[at + rows : at + 2 * rows + columns]
     at += 2 * rows + columns
-    exceptions = np.frombuffer(data, _WIDE, n_wide, at)
-    at += exceptions.nbytes
-    wide_rows, bits = exceptions["row"].astype(np.int64), exceptions["bits"]
-    if (np.diff(wide_rows, prepend=-1) < 1).any() or (wide_rows >= rows).any():
-        raise ValueError("has wide rows out of order")
-    if (bits < 1).any() or (bits > _WIDEST).any():
-        raise ValueError("has wide rows of more bits than any")
     wide = np.zeros(rows, np.uint8)
-    wide[wide_rows] = bits
+    if n_wide:
+        exceptions = np.frombuffer(data, _WIDE, n_wide, at)
+        at += exceptions.nbytes
+        wide_rows, bits = exceptions["row"].astype(np.int64), exceptions["bits"]
+        if (np.diff(wide_rows, prepend=-1) < 1).any() or (wide_rows >= rows).any():
+            raise ValueError("has wide rows out of order")
+        if (bits < 1).any() or (bits > _WIDEST).any():
+            raise ValueError("has wide rows of more bits than any")
+        wide[wide_rows] = bits
     tables = data[at : at + n_table]
     at += n_table
     sizes = np.frombuffer(data, "<u4", n_streams, at).astype(np.int64)
-    edges = after + np.concatenate([[0], np.cumsum(sizes)])
+    edges = np.zeros(n_streams + 1, np.int64)
+    np.cumsum(sizes, out=edges[1:])
+    edges += after
     if edges[-1] != len(data) or (sizes < 4 * _LANES).any() or (sizes % 2).any():
         raise ValueError("has streams of other sizes than it says")
     if not -100 <= exponent <= 100:
@@ -308,7 +314,7 @@ def steps_near(wanted: np.ndarray) -> np.ndarray:
 
 
 def _steps(exponent: int, stored: np.ndarray) -> np.ndarray:
-    return np.ldexp(_MANTISSAS[stored % _OCTAVE], exponent + stored.astype(np.int64) // _OCTAVE).astype(np.float32)
+    return np.ldexp(_STEPS, exponent).astype(np.float32)[stored]
 
 
 def _step_bytes(steps: np.ndarray) -> tuple[int, bytes]:

@@ -64,12 +64,24 @@ class Packed(nn.Module):
     device : torch.device, optional
     """
 
+    spec: dict[str, Any]
+    in_features: int
+    out_features: int
+    scales_inputs: bool
+    n_atoms: int
+    # filled by `unpack`, never saved
+    unpacked_dictionary: nn.Parameter | None
+    unpacked_codes: nn.Parameter | None
+    unpacked_weight: nn.Parameter | None
+    in_steps: Steps | None  # filled by `unpack_steps`, never saved
+    projection: SharedProjection | None  # set where other layers have the same dictionary
+    _spec_text: str
+    _dtypes: tuple[torch.dtype | None, ...]
+    _binding: _Binding | None
+    _call: Callable[..., torch.Tensor | None] | None  # of the binding
+
     def __init__(self, spec: dict[str, Any], bias: nn.Parameter | None = None, device: Any = None) -> None:
         nn.Module.__init__(self)  # of `nn.Linear` only the name is taken: it would make a weight
-        self.spec = spec
-        self.in_features, self.out_features = spec["shape"]
-        self.scales_inputs = is_diagonal(spec)
-        self.n_atoms = spec["dictionary"]["n_atoms"]
         shapes = tensor_shapes(spec)
         # parameters and not buffers: transformers ties, places and offloads parameters
         for part in PARTS:
@@ -79,17 +91,19 @@ class Packed(nn.Module):
                 stored = nn.Parameter(torch.zeros(shape, dtype=dtype, device=device), requires_grad=False)
             self.register_parameter(part, stored)
         self.register_parameter("bias", bias)
-        # filled by `unpack`, never saved
-        self.unpacked_dictionary: nn.Parameter | None = None
-        self.unpacked_codes: nn.Parameter | None = None
-        self.unpacked_weight: nn.Parameter | None = None
-        self.in_steps: Steps | None = None  # filled by `unpack_steps`, never saved
-        # set where other layers have the same dictionary
-        self.projection: SharedProjection | None = None
-        self._spec_text = json.dumps(spec)
-        self._dtypes = _stored_dtypes(self._spec_text)
-        self._binding: _Binding | None = None
-        self._call: Callable[..., torch.Tensor | None] | None = None  # of the binding
+        # at once: a Module looks at each that is set for itself, which is half of the time that making one takes
+        self.__dict__.update(
+            spec=spec,
+            in_features=spec["shape"][0],
+            out_features=spec["shape"][1],
+            scales_inputs=is_diagonal(spec),
+            n_atoms=spec["dictionary"]["n_atoms"],
+            **dict.fromkeys(("unpacked_dictionary", "unpacked_codes", "unpacked_weight", "in_steps", "projection")),
+            _spec_text=json.dumps(spec),
+            _dtypes=_dtypes(shapes),
+            _binding=None,
+            _call=None,
+        )
 
     def __call__(self, x: torch.Tensor, *more: Any, **named: Any) -> torch.Tensor:
         """As of every Module, in fewer steps where a few rows are all there is to do.
@@ -408,11 +422,11 @@ class Steps(nn.Module):
                     **{"group_size": None, "n_scales": d_out},
                 },
             },
-            device=digits.device,
+            device="meta",
         )
-        self.digits.values.data = digits
-        self.digits.scales.data = torch.ones_like(self.digits.scales) if scales is None else scales.detach()
-        self.digits.freeze_packed()
+        scales = torch.ones(d_out, dtype=torch.bfloat16, device=digits.device) if scales is None else scales.detach()
+        self.digits.values = nn.Parameter(digits, requires_grad=False)
+        self.digits.scales = nn.Parameter(scales, requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Inputs (..., k) to outputs (..., d_out), computed in float32."""
@@ -682,7 +696,10 @@ def _parsed(spec: str) -> dict[str, Any]:
 @functools.lru_cache(maxsize=4096)
 def _stored_dtypes(spec: str) -> tuple[torch.dtype | None, ...]:
     """Dtypes that the file has, in the order of `PARTS`; None for those that the matrix does not have."""
-    shapes = tensor_shapes(_parsed(spec))
+    return _dtypes(tensor_shapes(_parsed(spec)))
+
+
+def _dtypes(shapes: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> tuple[torch.dtype | None, ...]:
     return tuple(shapes[part][1] if part in shapes else None for part in PARTS)
 
 

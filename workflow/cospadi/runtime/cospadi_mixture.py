@@ -26,16 +26,17 @@ def packed_module(spec: dict[str, Any], bias: nn.Parameter | None = None, device
     ValueError
         If the spec is not valid, or names a codec, support or key that this code does not know.
     """
-    faults = spec_faults(spec)
-    if faults:
-        raise ValueError(in_one_line(faults))
     if "plus" in spec:
+        faults = spec_faults(spec)  # of other specs the layer itself looks
+        if faults:
+            raise ValueError(in_one_line(faults))
         return SummedLinear(spec, bias, device)
     return (MixtureLinear if _is_mixture(spec) else PackedLinear)(spec, bias, device)
 
 
 def _is_mixture(spec: dict[str, Any]) -> bool:
-    return SUPPORTS[spec["codes"]["support"]].mixes
+    support = SUPPORTS.get(spec["codes"]["support"])
+    return support is not None and support.mixes
 
 
 class SummedLinear(PackedLinear):

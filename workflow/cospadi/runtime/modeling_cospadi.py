@@ -67,8 +67,9 @@ class CospadiForCausalLM:
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         source = config.name_or_path or "config"
-        check_packing(config.packing, source)
         stored = _LOADING.get()
+        if stored is None:  # else `from_pretrained` has looked at it
+            check_packing(config.packing, source)
         n_layers = getattr(config, "num_hidden_layers", 0)
         if stored is not None and n_layers > len(stored):
             raise ValueError(
@@ -248,11 +249,12 @@ def _new_model(base_model_type: str) -> PreTrainedModel:
 def _replace_linear(model: PreTrainedModel, name: str, spec: dict[str, Any], source: str) -> None:
     parent_name, _, child = name.rpartition(".")
     try:
-        linear = model.get_submodule(name)
+        parent = model.get_submodule(parent_name)
+        linear = parent.get_submodule(child)
     except AttributeError as error:
         family = type(model).__bases__[1].__name__
         raise ValueError(f"{source}: config.json packs {name}, which {family} does not have. Fetch it again") from error
-    shape = list(linear.weight.T.shape) if isinstance(linear, nn.Linear) else None
+    shape = [linear.in_features, linear.out_features] if isinstance(linear, nn.Linear) else None
     if shape != list(spec["shape"]):
         raise ValueError(
             f"{source}: config.json packs {name} with shape {spec['shape']}, the model's linear has {shape}"
@@ -260,7 +262,7 @@ def _replace_linear(model: PreTrainedModel, name: str, spec: dict[str, Any], sou
     packed = packed_module(spec, linear.bias, device=linear.weight.device)
     for module in packed.modules():
         module._is_hf_initialized = True  # transformers has nothing to draw at random here
-    setattr(model.get_submodule(parent_name), child, packed)
+    setattr(parent, child, packed)
 
 
 def _finish(folder: Any, saved_with: Mapping[str, Any]) -> None:
