@@ -50,6 +50,7 @@ KINDS = {"shared": "cospadi", "own": "cospadi, own dictionaries", "hybrid": "hyb
 DECODE_GOALS = {0.2: 1.0, 0.4: 1.25, 0.5: 1.5}
 PREFILL_GOALS = {0.2: 0.9, 0.4: 1.0, 0.5: 1.0}
 MATRIX = (4096, 11008)
+BLOCK = 64  # inputs under one scale, of integers
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 PREFILLS = (128, 512)
 MEASURES = ("decode", "prefill", "matrix", "bits", "fresh")
@@ -315,7 +316,7 @@ def one_matrix(rounds: int) -> list[list[Any]]:
 
 
 def few_bits(rounds: int) -> list[list[Any]]:
-    """One row times the demo's matrices along a trellis, as many in turn as no cache holds."""
+    """One row times the demo's matrices in a few bits a weight, as many in turn as no cache holds."""
     rows = []
     draw = np.random.default_rng(0)
     for d_in, d_out in ((576, 576), (576, 192), (576, 1536), (1536, 576)):
@@ -325,31 +326,26 @@ def few_bits(rounds: int) -> list[list[Any]]:
         for dtype, dense in weights.items():
             x = torch.randn(1, d_in).to(dtype)
             steps["dense", dtype] = lambda x=x, dense=dense: [torch.nn.functional.linear(x, weight) for weight in dense]
-        shares = {}
-        for bits in (4, 3, 2):
-            spec = {"shape": [d_in, d_out], "dictionary": {"codec": "identity", "n_atoms": d_in}}
-            layers = [
-                PackedLinear(
-                    {**spec, "codes": {"codec": f"trellis{bits}", "support": "dense", "n_nonzero": d_in * d_out}}
-                )
-                for _ in range(count)
-            ]
+        limits = {}
+        for kind, bits in (*(("trellis", bits) for bits in (4, 3, 2)), *(("int", bits) for bits in (6, 4, 3, 2))):
+            codes = {"codec": f"{kind}{bits}", "support": "dense", "n_nonzero": d_in * d_out}
+            if kind == "int":
+                codes |= {"group_size": BLOCK, "n_scales": d_out * -(-d_in // BLOCK)}
+            spec = {"shape": [d_in, d_out], "dictionary": {"codec": "identity", "n_atoms": d_in}, "codes": codes}
+            layers = [PackedLinear(spec) for _ in range(count)]
             for layer in layers:  # whose speed does not depend on what they hold
                 layer.values.data.copy_(torch.from_numpy(draw.integers(0, 128, len(layer.values), np.uint8)))
-            shares[bits] = 2 * d_in * d_out / len(layer.values)
+            limits[kind, bits] = 2 * d_in * d_out / sum(part.nbytes for part in layer.parts() if part is not None)
             for dtype in DTYPES.values():
                 x = torch.randn(1, d_in).to(dtype)
-                steps[bits, dtype] = lambda x=x, layers=layers: [layer(x) for layer in layers]
+                steps[(kind, bits), dtype] = lambda x=x, layers=layers: [layer(x) for layer in layers]
         taken = interleaved(steps, max(3, rounds // 4))
-        for bits, limit in shares.items():
-            cells = [
-                shown(1e6 * t / count for t in taken[name, d]) for name in ("dense", bits) for d in DTYPES.values()
-            ]
-            speed = speedup(best(taken, "dense"), best(taken, bits))
-            goal = "1.50" if bits > 2 else ""
-            rows.append(
-                [f"{d_in}x{d_out}, one row, us", f"{bits} bits", "trellis", *cells, speed, f"{limit:.2f}", goal]
-            )
+        for name, limit in limits.items():
+            (kind, bits), both = name, ("dense", name)
+            cells = [shown(1e6 * t / count for t in taken[which, d]) for which in both for d in DTYPES.values()]
+            speed = speedup(*(best(taken, which) for which in both))
+            goal = "1.50" if kind == "trellis" and bits > 2 else ""
+            rows.append([f"{d_in}x{d_out}, one row, us", f"{bits} bits", kind, *cells, speed, f"{limit:.2f}", goal])
     return rows
 
 

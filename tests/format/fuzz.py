@@ -56,7 +56,7 @@ KINDS = {
     "1.self_attn.v_proj": ("uint3", "dense", "diagonal", 0, 9, None),
     "1.self_attn.o_proj": ("bf16", "bitmask", "identity", 0, None, None),
     "1.mlp.gate_proj": ("bf16", "dense", "bf14", 7, None, None),
-    "1.mlp.up_proj": ("int4", "bitmask", "int8", 18, 3, None),
+    "1.mlp.up_proj": ("int3", "bitmask", "int6", 18, 3, None),
     "1.mlp.down_proj": ("ectcq", "dense", "identity", 0, None, None),
 }
 SIZES = {"hidden_size": 36, "intermediate_size": 28, "num_hidden_layers": 2, "num_attention_heads": 2}

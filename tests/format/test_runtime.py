@@ -53,14 +53,17 @@ KINDS = [(codec, support, "bf16") for codec, support in itertools.product(CODECS
 KINDS += [("bf16", "bitmask", dictionary) for dictionary in ("bf14", "int8", "int4", "identity")]
 KINDS += [("int4", "2:4", "identity"), ("int8", "dense", "int8"), ("int4", "dense", "diagonal")]
 KINDS += [("bf14", "bitmask", "diagonal")]
+KINDS += [
+    ("int6", "bitmask", "int3"),
+    ("int3", "dense", "int2"),
+    ("int2", "2:4", "int6"),
+    ("int3", "bitmask", "identity"),
+]
+KINDS += [(f"int{bits}", "dense", "diagonal" if bits == 3 else "identity") for bits in (2, 3, 6)]
 KINDS += [("trellis4", "dense", "identity"), ("trellis3", "dense", "bf16"), ("trellis2", "dense", "identity")]
 # without a compiled kernel
 OTHERS = [("uint3", "bitmask", "int6"), ("uint8", "2:4", "bf16")]
-OTHERS += [
-    (f"{kind}{bits}", "dense", "diagonal" if bits == 3 else "identity")
-    for kind in ("int", "uint")
-    for bits in (2, 3, 4, 6)
-]
+OTHERS += [(f"uint{bits}", "dense", "diagonal" if bits == 3 else "identity") for bits in (2, 3, 4, 6)]
 
 
 def make(shape=(48, 40, 27), *, codec="bf16", support="bitmask", dictionary="bf16", bias=False, seed=0, group_size=16):
@@ -85,7 +88,8 @@ def make(shape=(48, 40, 27), *, codec="bf16", support="bitmask", dictionary="bf1
 
 @pytest.mark.parametrize("group_size", [1, 2, 3, 5, 8, 11, 15, 17, 1000])
 def test_groups_of_every_size_have_their_scales(machine, group_size):
-    kinds = itertools.product(("int8", "int4"), ("dense", "bitmask", "2:4"), ("identity", "int8", "int4"))
+    kinds = [*itertools.product(("int8", "int4"), ("dense", "bitmask", "2:4"), ("identity", "int8", "int4"))]
+    kinds += [("int6", "bitmask", "int2"), ("int3", "dense", "int6"), ("int2", "2:4", "int3")]
     for (codec, support, dictionary), shape in itertools.product(kinds, [(8, 1, 8), (40, 19, 37)]):
         layer, weight = make(shape, codec=codec, support=support, dictionary=dictionary, group_size=group_size)
         for rows in (1, 3, FEW + 1):

@@ -35,6 +35,7 @@ from .cospadi_registry import CODECS as ALL_CODECS
 logger = logging.getLogger("cospadi.runtime")
 
 CODECS = {"bf16": 0, "bf14": 1, "int8": 2, "int4": 3, "identity": 4, "trellis2": 5, "trellis3": 5, "trellis4": 5}
+CODECS |= {f"int{bits}": 6 + bits for bits in (6, 3, 2)}
 SUPPORTS = {"dense": 0, "bitmask": 1, "2:4": 2}
 DTYPES = (torch.bfloat16, torch.float32)
 

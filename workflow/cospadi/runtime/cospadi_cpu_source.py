@@ -27,12 +27,12 @@ SOURCE = r"""
  * What is read from a Matrix was checked when it was bound (`cospadi_starts` and BoundMatrix): sizes, counts of bits,
  * pairs, groups. So nothing is checked here again. */
 
-enum { BF16, BF14, INT8, INT4, IDENTITY, TRELLIS };
+enum { BF16, BF14, INT8, INT4, IDENTITY, TRELLIS, FEW }; /* integers of other numbers of bits: FEW + bits */
 enum { DENSE, BITMASK, TWO_OF_FOUR };
 enum { FIRST = 1, LAST = 2, UNPACK = 4, MANY = 8 };
 enum { BLOCK = 16 };  /* columns between two entries of `starts` */
 enum { FORESEEN = 1 << 14 }; /* bytes of rows of D up to which the next ones are asked for ahead */
-enum { MARGIN = 32 }; /* values before the end that are decoded from a padded copy */
+enum { MARGIN = 48 }; /* values before the end that are decoded from a padded copy */
 
 typedef struct {
     int64_t d_in, d_out, k, n_nonzero;
@@ -83,10 +83,28 @@ static inline uint16_t word_of(float value) {
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+#define INLINE static inline __attribute__((always_inline))
+
+/* 8 values of up to 7 bits from a bit of p on; of 8 bytes that are read */
+INLINE uint64_t few_of(const uint8_t *p, int shift) {
+    uint64_t word;
+    memcpy(&word, p, 8);
+    return word >> shift;
+}
+
 /* ---- a vector of floats, for three kinds of machines ---- */
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VBMI__)
+#if defined(__AVX2__)
 #include <immintrin.h>
+INLINE __m256i few_integers(int bits, uint64_t word) { /* each half of the lanes moves a word of 32 bits */
+    const __m256i both = _mm256_set_m128i(_mm_set1_epi32((int)(word >> 4 * bits)), _mm_set1_epi32((int)word));
+    const __m256i left = _mm256_setr_epi32(32 - bits, 32 - 2 * bits, 32 - 3 * bits, 32 - 4 * bits,
+                                           32 - bits, 32 - 2 * bits, 32 - 3 * bits, 32 - 4 * bits);
+    return _mm256_srai_epi32(_mm256_sllv_epi32(both, left), 32 - bits);
+}
+#endif
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VBMI__)
 #define KIND "avx512"
 #define LANES 16
 #define ROWS 8
@@ -117,6 +135,10 @@ static inline V int4(uint64_t nibbles) {
     __m512i low = _mm512_set1_epi32((int)nibbles);
     __m512i both = _mm512_mask_set1_epi32(low, 0xff00, (int)(nibbles >> 32));
     return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_sllv_epi32(both, shift), 28));
+}
+INLINE V few(int bits, const uint8_t *p, int shift) {
+    const __m256i first = few_integers(bits, few_of(p, shift)), second = few_integers(bits, few_of(p + bits, shift));
+    return _mm512_cvtepi32_ps(_mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1));
 }
 /* the 4 bytes that hold value i when the first starts at bit 0, 2, 4 or 6 of byte 0, and where in them it starts */
 #define BYTES(s, i) (s + 14 * i) / 8, (s + 14 * i) / 8 + 1, (s + 14 * i) / 8 + 2, (s + 14 * i) / 8 + 3
@@ -157,7 +179,6 @@ static inline void split_halves(const float *z, float *halves, int64_t stride) {
 #endif
 #else
 #if defined(__AVX2__) && defined(__FMA__)
-#include <immintrin.h>
 #define KIND "avx2"
 #define LANES 8
 #define ROWS 4
@@ -194,6 +215,9 @@ static inline V int8(const uint8_t *p) {
 static inline V int4(uint64_t nibbles) {
     const __m256i shift = _mm256_setr_epi32(28, 24, 20, 16, 12, 8, 4, 0);
     return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_sllv_epi32(_mm256_set1_epi32((int)nibbles), shift), 28));
+}
+INLINE V few(int bits, const uint8_t *p, int shift) {
+    return _mm256_cvtepi32_ps(few_integers(bits, few_of(p, shift)));
 }
 #define HALVES
 typedef __m256i Words;
@@ -260,6 +284,10 @@ static inline V first_or(int n, V a, V b) { EACH(i < n ? a.f[i] : b.f[i]); }
 static inline V bf16(const uint8_t *p) { EACH(float_of((uint16_t)(p[2 * i] | p[2 * i + 1] << 8))); }
 static inline V int8(const uint8_t *p) { EACH((int8_t)p[i]); }
 static inline V int4(uint64_t nibbles) { EACH((int32_t)((uint32_t)(nibbles >> (4 * i)) << 28) >> 28); }
+INLINE V few(int bits, const uint8_t *p, int shift) {
+    const uint64_t word = few_of(p, shift);
+    EACH((int32_t)((uint32_t)(word >> bits * i) << (32 - bits)) >> (32 - bits));
+}
 #endif
 static inline V bf14(const uint8_t *p, int shift) {
     float values[LANES];
@@ -280,8 +308,6 @@ static inline void store_bf16(uint16_t *p, V a) {
     for (int i = 0; i < LANES; i++) p[i] = word_of(values[i]);
 }
 #endif
-
-#define INLINE static inline __attribute__((always_inline))
 
 static uint8_t pair_bits[256]; /* two 4-bit pairs of 2:4 metadata to the 8 bits they stand for */
 
@@ -327,33 +353,51 @@ static int64_t count_column(const Matrix *m, const uint8_t *row) {
     return count;
 }
 
+INLINE int bits_of(int codec) {
+    return codec == BF16 ? 16 : codec == BF14 ? 14 : codec == INT8 ? 8 : codec == INT4 ? 4 : codec - FEW;
+}
+
+INLINE int64_t family(int64_t codec) { return codec < FEW ? codec : FEW; }
+
+/* A codec of a family. Code is compiled for each but those of FEW, which share theirs: of them the compiler knows that
+ * they are no others. */
+INLINE int codec_of(int family, int64_t codec) {
+    if (family == FEW && (codec < FEW + 2 || codec > FEW + 7)) __builtin_unreachable();
+    return family == FEW ? (int)codec : family;
+}
+
+INLINE int is_scaled(int codec) { return codec != BF16 && codec != BF14; }
+
 INLINE V decode(int codec, const uint8_t *stream, int64_t n) {
+    const int64_t bit = bits_of(codec) * n;
     if (codec == BF16) return bf16(stream + 2 * n);
     if (codec == INT8) return int8(stream + n);
-    if (codec == BF14) return bf14(stream + (14 * n >> 3), (int)(14 * n & 7));
+    if (codec == BF14) return bf14(stream + (bit >> 3), (int)(bit & 7));
+    if (codec != INT4) return few(bits_of(codec), stream + (bit >> 3), (int)(bit & 7));
     uint64_t nibbles;
     memcpy(&nibbles, stream + (n >> 1), 8);
     if (n & 1) nibbles = nibbles >> 4 | (uint64_t)stream[(n >> 1) + 8] << 60;
     return int4(nibbles);
 }
 
-static int64_t bytes_before(int codec, int64_t n) {
-    return codec == BF16 ? 2 * n : codec == INT8 ? n : codec == BF14 ? (14 * n + 7) >> 3 : (n + 1) >> 1;
-}
+static int64_t bytes_before(int codec, int64_t n) { return (bits_of(codec) * n + 7) >> 3; }
+
+#define EVERY_FAMILY_BUT_BF16(DO) DO(BF14) DO(INT8) DO(INT4) DO(FEW)
+#define EVERY_FAMILY(DO) DO(BF16) EVERY_FAMILY_BUT_BF16(DO)
 
 /* near the end of a stream: from a copy with room behind it */
 static __attribute__((noinline)) V decode_end(int codec, const uint8_t *stream, int64_t n, int64_t total) {
     uint8_t end[160] = {0};
-    int64_t first = n & ~(int64_t)3; /* 4 values are whole bytes in every codec */
+    int64_t first = n & ~(int64_t)7; /* 8 values are whole bytes in every codec */
     int64_t skip = bytes_before(codec, first);
     int64_t length = bytes_before(codec, total) - skip;
     memcpy(end, stream + skip, (size_t)(length < 96 ? length : 96));
-    switch (codec) {
-    case BF16: return decode(BF16, end, n - first);
-    case BF14: return decode(BF14, end, n - first);
-    case INT8: return decode(INT8, end, n - first);
-    default: return decode(INT4, end, n - first);
+    switch (family(codec)) {
+#define OF(family) case family: return decode(codec_of(family, codec), end, n - first);
+        EVERY_FAMILY(OF)
+#undef OF
     }
+    return zero();
 }
 
 INLINE V decode_safely(int codec, const uint8_t *stream, int64_t n, int64_t total) {
@@ -405,8 +449,8 @@ INLINE Words step_words(const Matrix *m, int support, const uint8_t *row, int64_
 INLINE void add_rows(const Task *t, int codec, int rows, int64_t i, float *z) {
     const Matrix *m = t->m;
     const int64_t total = m->d_in * m->k;
-    const int64_t group = codec == INT8 || codec == INT4 ? i / m->dictionary_group : 0;
-    const uint8_t *scales = codec == INT8 || codec == INT4 ? (const uint8_t *)m->dictionary_scales : NULL;
+    const int64_t group = is_scaled(codec) ? i / m->dictionary_group : 0;
+    const uint8_t *scales = is_scaled(codec) ? (const uint8_t *)m->dictionary_scales : NULL;
     const int64_t n_scales = scales ? ((m->d_in - 1) / m->dictionary_group + 1) * m->k : 0;
     const uint8_t *next = m->dictionary + bytes_before(codec, (i + rows) * m->k);
     const int64_t step = bytes_before(codec, rows * LANES);
@@ -464,7 +508,7 @@ INLINE void project_with(const Task *t, int codec, int64_t first, int64_t last, 
     int64_t i = first;
     while (i < last) {
         int64_t end = last;
-        if ((codec == INT8 || codec == INT4) && (i / m->dictionary_group + 1) * m->dictionary_group < end)
+        if (is_scaled(codec) && (i / m->dictionary_group + 1) * m->dictionary_group < end)
             end = (i / m->dictionary_group + 1) * m->dictionary_group;
         for (; i + ROWS <= end; i += ROWS) add_rows(t, codec, ROWS, i, z);
         for (; i < end; i++) add_rows(t, codec, 1, i, z);
@@ -472,7 +516,7 @@ INLINE void project_with(const Task *t, int codec, int64_t first, int64_t last, 
 }
 
 static void project(const Task *t, int64_t first, int64_t last, float *z) {
-    switch (t->m->dictionary_codec) {
+    switch (family(t->m->dictionary_codec)) {
     case BF16:
 #if defined(HALVES) && LANES == 8
         for (; first + WORD_ROWS <= last && (first + WORD_ROWS) * t->m->k + 2 * LANES <= t->m->d_in * t->m->k;
@@ -482,9 +526,9 @@ static void project(const Task *t, int64_t first, int64_t last, float *z) {
 #endif
         project_with(t, BF16, first, last, z);
         break;
-    case BF14: project_with(t, BF14, first, last, z); break;
-    case INT8: project_with(t, INT8, first, last, z); break;
-    default: project_with(t, INT4, first, last, z);
+#define OF(family) case family: project_with(t, codec_of(family, t->m->dictionary_codec), first, last, z); break;
+        EVERY_FAMILY_BUT_BF16(OF)
+#undef OF
     }
 }
 
@@ -497,7 +541,7 @@ typedef struct {
 } Walk;
 
 INLINE Walk walk_from(const Matrix *m, int codec, int64_t n, int64_t n_scales) {
-    return (Walk){n, m->group, 0, codec == INT8 || codec == INT4 ? m->scales + n_scales : NULL};
+    return (Walk){n, m->group, 0, is_scaled(codec) ? m->scales + n_scales : NULL};
 }
 
 /* where a vector can hold values of more than two groups */
@@ -516,8 +560,8 @@ INLINE V step(const Matrix *m, int codec, int support, const uint8_t *row, int64
     uint32_t mask = positions_at(support, row, i, (m->k + 7) / 8);
     int64_t count = support != DENSE ? __builtin_popcount(mask) : m->k - i < LANES ? m->k - i : LANES;
     V value = decode_safely(codec, m->values, w->n, m->n_nonzero);
-    if ((codec == INT8 || codec == INT4) && m->group < LANES) value = scaled_singly(m, value, count, w);
-    else if ((codec == INT8 || codec == INT4) && count) {
+    if (is_scaled(codec) && m->group < LANES) value = scaled_singly(m, value, count, w);
+    else if (is_scaled(codec) && count) {
         V scale = splat(float_of(w->scales[w->group]));
         if (count > w->left) scale = first_or((int)w->left, scale, splat(float_of(w->scales[w->group + 1])));
         value = mul(value, scale);
@@ -651,11 +695,8 @@ INLINE void columns_with(const Task *t, int codec, int support, int64_t first, i
     }
 }
 
-#define EVERY_CASE \
-    CASE(BF16, DENSE) CASE(BF16, BITMASK) CASE(BF16, TWO_OF_FOUR) \
-    CASE(BF14, DENSE) CASE(BF14, BITMASK) CASE(BF14, TWO_OF_FOUR) \
-    CASE(INT8, DENSE) CASE(INT8, BITMASK) CASE(INT8, TWO_OF_FOUR) \
-    CASE(INT4, DENSE) CASE(INT4, BITMASK) CASE(INT4, TWO_OF_FOUR)
+#define EVERY_SUPPORT(family) CASE(family, DENSE) CASE(family, BITMASK) CASE(family, TWO_OF_FOUR)
+#define EVERY_CASE EVERY_FAMILY(EVERY_SUPPORT)
 
 /* ---- a trellis: codes of a few bits that are read with those before them in their row ----
  *
@@ -939,8 +980,9 @@ static void columns(const Task *t, int64_t first, int64_t last) {
         trellis_columns(t, first * BLOCK, last * BLOCK < d_out ? last * BLOCK : d_out);
         return;
     }
-#define CASE(codec, support) case 4 * codec + support: columns_with(t, codec, support, first, last); break;
-    switch (4 * t->m->codec + t->m->support) { EVERY_CASE }
+#define CASE(family, support) \
+    case 4 * family + support: columns_with(t, codec_of(family, t->m->codec), support, first, last); break;
+    switch (4 * family(t->m->codec) + t->m->support) { EVERY_CASE }
 #undef CASE
 }
 
@@ -962,7 +1004,7 @@ INLINE void stored_with(const Matrix *m, int codec, Walk *w, int64_t count, floa
     for (int64_t c = 0; c < count; c += LANES)
         store(values + c, decode_safely(codec, m->values, w->n + c, m->n_nonzero));
     w->n += count;
-    if (codec != INT8 && codec != INT4) return;
+    if (!is_scaled(codec)) return;
     for (int64_t c = 0; c < count;) {
         const float scale = float_of(w->scales[w->group]);
         const int64_t end = count - c < w->left ? count : c + w->left;
@@ -973,11 +1015,10 @@ INLINE void stored_with(const Matrix *m, int codec, Walk *w, int64_t count, floa
 }
 
 static void stored(const Matrix *m, Walk *w, int64_t count, float *values) {
-    switch (m->codec) {
-    case BF16: stored_with(m, BF16, w, count, values); break;
-    case BF14: stored_with(m, BF14, w, count, values); break;
-    case INT8: stored_with(m, INT8, w, count, values); break;
-    default: stored_with(m, INT4, w, count, values);
+    switch (family(m->codec)) {
+#define OF(family) case family: stored_with(m, codec_of(family, m->codec), w, count, values); break;
+        EVERY_FAMILY(OF)
+#undef OF
     }
 }
 
@@ -1120,8 +1161,9 @@ static void unpack(const Task *t, int64_t first, int64_t last) {
         unpack_trellis(t, first * BLOCK, last * BLOCK < t->m->d_out ? last * BLOCK : t->m->d_out);
         return;
     }
-#define CASE(codec, support) case 4 * codec + support: unpack_with(t, codec, support, first, last); break;
-    switch (4 * t->m->codec + t->m->support) { EVERY_CASE }
+#define CASE(family, support) \
+    case 4 * family + support: unpack_with(t, codec_of(family, t->m->codec), support, first, last); break;
+    switch (4 * family(t->m->codec) + t->m->support) { EVERY_CASE }
 #undef CASE
 }
 
