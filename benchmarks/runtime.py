@@ -81,7 +81,20 @@ def main() -> None:
     parser.add_argument(
         "--crossover", action="store_true", help="time both paths of a product by the rows of its input"
     )
+    parser.add_argument(
+        "--folders",
+        type=Path,
+        nargs=2,
+        metavar=("DENSE", "PACKED"),
+        help="time nothing but how these two are loaded, with the most threads of --threads",
+    )
     arguments = parser.parse_args()
+    if arguments.folders:
+        dense, packed = arguments.folders
+        threads = max(arguments.threads)
+        rows = fresh_processes({"dense": dense, Packed("", str(packed)): packed}, threads)
+        print(table([[row[0], threads, *row[1:]] for row in rows], HEADERS))
+        return
     if arguments.cpu_time:
         global clock
         clock, arguments.threads = time.thread_time, [1]
@@ -130,12 +143,12 @@ def table(rows: list[list], headers: list[str]) -> str:
 class Packed(NamedTuple):
     """A packed model: its ratio, and which of `KINDS` it is."""
 
-    ratio: float
+    ratio: float | str
     kind: str
 
     def cells(self) -> list[Any]:
         """Its cells in the table."""
-        return [self.ratio, KINDS[self.kind]]
+        return [self.ratio, KINDS.get(self.kind, self.kind)]
 
     def factors(self, d_in: int, d_out: int) -> Factorization:
         """Random factors of matrices that stand side by side."""
@@ -386,7 +399,7 @@ import torch, transformers, cospadi
 from transformers import AutoModelForCausalLM
 from pathlib import Path
 transformers.utils.logging.disable_progress_bar()
-torch.set_num_threads(1)
+torch.set_num_threads(int(sys.argv[2]))
 AutoModelForCausalLM.from_config(transformers.LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1,
     num_attention_heads=1, vocab_size=8))
 def resident():
@@ -400,13 +413,13 @@ print(seconds, loaded, resident())
 """
 
 
-def fresh_processes(folders: dict[Name, Path]) -> list[list[Any]]:
+def fresh_processes(folders: dict[Name, Path], threads: int = 1) -> list[list[Any]]:
     """Load time and resident memory, each in a process of its own."""
     found: dict[Name, list[list[float]]] = {name: [] for name in folders}
     for _ in range(3):
         for name, folder in folders.items():
             done = subprocess.run(
-                [sys.executable, "-c", _FRESH, folder],
+                [sys.executable, "-c", _FRESH, folder, str(threads)],
                 check=True,
                 capture_output=True,
                 text=True,
@@ -416,7 +429,7 @@ def fresh_processes(folders: dict[Name, Path]) -> list[list[Any]]:
     rows = []
     seconds = {name: sorted(run[0] for run in runs) for name, runs in found.items()}
     for name in packed_only(folders):
-        dense, packed = ((seconds[which][1], seconds[which][0]) for which in ("dense", name))
+        dense, packed = ((float(np.median(seconds[which])), seconds[which][0]) for which in ("dense", name))
         cells = [shown(dense, 2), "", shown(packed, 2), "", speedup(dense, packed)]
         rows.append(["load, s", *name.cells(), *cells, "", "1.00"])
     for name in packed_only(folders):

@@ -3,9 +3,6 @@
 SOURCE = r"""
 #include <stdint.h>
 #include <string.h>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 /* Streams of docs/format.md ("Entropy-coded matrices"): rows of S in groups of LANES, each with a state of its own,
  * and one sequence of 16-bit words for all. A table has an entry for each of SLOTS slots: number in the upper 8 bits
@@ -391,14 +388,7 @@ void entropy_decode(Matrix *matrices, int64_t n, int64_t *begun, uint32_t *slots
         uint32_t expected;
         memcpy(&expected, m->data, 4);
         m->fault = m->is_checked && checksum(m->data + 4, m->size - 4) != expected ? NO_CHECKSUM : NONE;
-        if (m->fault) continue;
-#if defined(MADV_POPULATE_WRITE)
-        /* all pages of it in one call of the system, which is faster than one by one; where it fails, they come then */
-        const uintptr_t page = 4095, start = ((uintptr_t)m->out + page) & ~page;
-        const uintptr_t end = ((uintptr_t)m->out + (uintptr_t)(m->at.columns * m->rows * WIDTH[m->kind])) & ~page;
-        if (end > start) madvise((void *)start, end - start, MADV_POPULATE_WRITE);
-#endif
-        m->fault = read_tables(m, slots);
+        if (!m->fault) m->fault = read_tables(m, slots);
         if (!m->fault) m->fault = decode_streams(m, slots);
     }
 }
