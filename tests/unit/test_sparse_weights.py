@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cospadi.gram import relative_error
-from cospadi.solvers import admm, hybrid, sparsegpt
+from cospadi.solvers import admm, exchange, hybrid, sparsegpt
 from cospadi.solvers.entries import best_entries
 
 
@@ -137,6 +137,56 @@ def test_admm_is_never_above_its_start(pattern, schedule, seed):
     assert (found != 0).sum() <= mask.sum()
     errors = [relative_error(weight, (codes / metric.scale).T, gram) for codes in (start, found)]
     assert errors[1] < errors[0]
+
+
+def restricted_error(h: np.ndarray, row: np.ndarray, keep: np.ndarray) -> float:
+    code = np.zeros_like(row)
+    code[keep] = np.linalg.solve(h[np.ix_(keep, keep)], (h @ row)[keep])
+    return (row - code) @ h @ (row - code)
+
+
+@pytest.mark.parametrize("namespace", [np, torch])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 2), (3, 8)])
+def test_the_exchange_that_is_tried_first_is_the_best(namespace, n, m):
+    """By figures of that row itself: against all exchanges inside groups, each with its own least squares."""
+    for seed in range(4):
+        weight, gram = problem(16, 1, seed)
+        metric, rows, _ = scaled(weight, gram)
+        h, row = metric.gram.astype(np.float64), rows[0].astype(np.float64)
+        kept = best_entries(np.random.default_rng(seed).random((1, 16)), 0, f"{n}:{m}")
+        code = np.zeros(16)
+        code[kept[0]] = np.linalg.solve(h[np.ix_(kept[0], kept[0])], (h @ row)[kept[0]])
+        errors = []
+        for i, j in itertools.product(np.flatnonzero(kept[0]), np.flatnonzero(~kept[0])):
+            if i // m == j // m:
+                other = kept[0].copy()
+                other[[i, j]] = False, True
+                errors.append(restricted_error(h, row, other))
+        given = [namespace.asarray(array) for array in (h, (h @ row)[None], code[None])]
+        figures = exchange._figures(given[0], given[2], m)
+        ones = namespace.ones_like(given[2][:, 0])
+        found = np.asarray(exchange._step(given[0], *figures, admm.fit_values, *given[1:], ones))[0]
+        if min(errors) < restricted_error(h, row, kept[0]):
+            assert restricted_error(h, row, found != 0) == pytest.approx(min(errors), rel=1e-6)
+        else:
+            np.testing.assert_array_equal(found != 0, kept[0])
+
+
+@pytest.mark.parametrize(("namespace", "pattern"), [(np, "2:4"), (torch, "2:4"), (np, "1:4"), (np, "3:8")])
+def test_exchanges_end_below_what_admm_ends_with(namespace, pattern):
+    n, m = map(int, pattern.split(":"))
+    weight, gram = problem(48, 300)
+    metric, rows, targets = scaled(weight, gram)
+    found = admm.support_by_admm(metric, targets, 0, rows, admm.SCHEDULES["long"], pattern)
+    found = admm.fit_values(metric.gram, targets, found, 50)
+    given = [namespace.asarray(array) for array in (metric.gram, targets, found)]
+    better = np.asarray(exchange.exchanged(*given, m, admm.fit_values))
+    errors = [admm.squared_error(metric.gram, rows - codes) for codes in (found, better)]
+    assert errors[1] < 0.995 * errors[0]
+    assert ((better != 0).reshape(-1, m).sum(1) == n).all()
+    # a row alone, too: none is above what it was
+    each = [((rows - codes) @ metric.gram * (rows - codes)).sum(1) for codes in (found, better)]
+    assert (each[1] <= each[0] * (1 + 1e-4)).all()
 
 
 @pytest.mark.parametrize("relax", [1.0, 1.6])

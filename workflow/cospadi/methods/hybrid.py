@@ -22,6 +22,7 @@ from cospadi.methods.base import EXACT, METRIC_OPTIONS, SHARING_OPTIONS, Fit, Me
 from cospadi.methods.single_weights import PATTERN, gram_on, inputs_of, n_entries, scaled
 from cospadi.problem import Problem, Target, side_by_side
 from cospadi.registry import choice, option
+from cospadi.solvers.entries import kept_of
 from cospadi.work import Work
 
 AUTO = "auto"
@@ -259,9 +260,10 @@ def work(targets: Sequence[Target], nbytes: int, options: Mapping[str, Any], sto
     elif (atoms_by_rule(d, n, nbytes, options["pattern"]) if atoms is None else atoms) == 0:
         rounds = 0
     penalties = {"short": 6, "long": 20}.get(options["schedule"], 20)
+    exchanges = 100 if kept_of(options["pattern"]) else 0
     found = single_weights.work(
         targets,
-        products=(5 * penalties + 40 * rounds) * (1 + bool(n_metrics)),
+        products=(5 * penalties + 40 * rounds + exchanges) * (1 + bool(n_metrics)),
         inversions=(5 + penalties * (1 + rounds)) * (1 + n_metrics),
     )
     # the scaled Gram in both precisions and inverses in one, of which so many stay (`solvers.admm`)

@@ -17,7 +17,8 @@ import numpy as np
 
 from cospadi.solvers._arrays import Array, array_namespace, inverse_spd, over_outer, plus_diagonal, row_dots
 from cospadi.solvers._threads import in_pieces, one_blas_thread, over_rows
-from cospadi.solvers.entries import best_entries
+from cospadi.solvers.entries import best_entries, kept_of
+from cospadi.solvers.exchange import exchanged
 
 # Ridge on the scaled Gram, so that inputs that depend on each other have one answer
 RIDGE = 1e-5
@@ -199,13 +200,19 @@ def sparse_codes(
     Returns
     -------
     array (d_out, d_in)
-        The better of what ADMM ends with, on the best values, and the start, cut to its largest entries and improved.
+        The better of what ADMM ends with, on the best values, and the start, cut to its largest entries and improved;
+        with ``"n:m"`` some entries are then exchanged in their groups (`exchange`).
     """
     found = support_by_admm(metric, targets, n_nonzero, start, schedule, pattern)
     kept = start * best_entries(abs(start), n_nonzero, pattern)
     found = values_of(metric, targets, found, CG_STEPS)
     kept = values_of(metric, targets, kept, START_CG_STEPS)
-    return found if _energy(metric, targets, found) <= _energy(metric, targets, kept) else kept
+    best = found if _energy(metric, targets, found) <= _energy(metric, targets, kept) else kept
+    quota = kept_of(pattern)
+    if quota is None:
+        return best
+    best = over_parts(metric.parts, lambda one, b, c: exchanged(one.gram, b, c, quota[1], fit_values), targets, best)
+    return values_of(metric, targets, best, CG_STEPS)
 
 
 def support_by_admm(
