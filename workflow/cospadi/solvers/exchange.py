@@ -20,7 +20,7 @@ from cospadi.solvers._arrays import Array, array_namespace, row_dots
 from cospadi.solvers._threads import over_rows
 
 # Rows whose figures are looked at, tries of every row, and conjugate gradient steps after each
-SAMPLE, ROUNDS, CG_STEPS = 12, 16, 20
+SAMPLE, ROUNDS, CG_STEPS = 8, 12, 12
 # At first those exchanges of a row are tried together that promise this share of the best; a row that fails with those
 # that promise the larger share is done
 SHARE, LAST_SHARE = 0.3, 0.98
