@@ -23,7 +23,7 @@ SNAKEMAKE := $(BIN)/snakemake --cores $(CORES)
 RULES := Snakefile workflow/*.smk workflow/rules
 
 .DEFAULT_GOAL := help
-.PHONY: help env new plan calibrate run status frontier densify export verify test fuzz slurm-test lint format bench bench-runtime clean clean-activations
+.PHONY: help env new plan calibrate run status frontier densify export verify test fuzz slurm-test lint format audit bench bench-runtime clean clean-activations
 
 help: ## List the targets e.g. make help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | sed 's/ e\.g\. /\n\t  /' | expand -t 26
@@ -91,6 +91,14 @@ format: env ## Format Python and Snakemake files e.g. make format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/snakefmt $(RULES)
+
+# --strict: a pin that the advisories do not know, or that cannot be asked for, is no pin without a vulnerability
+audit: env ## Compare the pins in envs/ with the known vulnerabilities; needs pypi.org e.g. make audit
+	test -x $(VENV)/audit/bin/pip-audit || { $(PYTHON) -m venv $(VENV)/audit && $(VENV)/audit/bin/python -m pip install --quiet pip-audit; }
+	@for pins in lock torch; do \
+	  $(VENV)/audit/bin/pip-audit --strict --disable-pip --require-hashes --progress-spinner off -r envs/$$pins.txt || \
+	  { echo "envs/$$pins.txt is not audited to its end: a vulnerability is listed above, or the advisories of pypi.org could not be reached"; exit 1; }; \
+	done
 
 clean-activations: ## Remove the activations that killed runs left, the largest files; while none is running e.g. make clean-activations
 	find results -type d -name activations -prune -exec rm -rf {} +

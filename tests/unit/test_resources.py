@@ -92,6 +92,24 @@ def test_the_demo_stays_within_what_is_asked_for(stage, variant):
     assert seconds < 60 * work.runtime(threads=threads) / 4
 
 
+# Peak in GB with one thread and a projection of Llama-3-8B's shapes (docs/cluster.md)
+WIDE = {
+    ("learn", "sparsegpt", "down_proj"): 4.82,
+    ("learn", "ectcq", "down_proj"): 5.18,
+    ("learn", "hybrid", "v_proj"): 1.24,
+    ("quantize", "sparsegpt", "down_proj"): 3.66,
+}
+
+
+@pytest.mark.parametrize(("stage", "method", "projection"), WIDE)
+def test_a_wide_site_takes_what_is_planned(stage, method, projection):
+    options = {"hybrid": {"ratio": 0.4, "schedule": "short", "max_iter": 1}, "ectcq": {"ratio": 0.8}}
+    settings = {"method": method, "ratio": 0.2, "targets": [projection], **options.get(method, {})}
+    plan = plan_of("Meta-Llama-3-8B", variants={"a": settings}, layers_per_job=1)
+    work = plan.work(stage, wildcards(variant="a", unit="layer_00"))
+    assert 0.8 <= work.memory / 1e9 / WIDE[stage, method, projection] <= 1.25
+
+
 @pytest.mark.parametrize(
     ("name", "size"),
     [("dense", 269060552), ("ours-40", 184201076), ("cospadi-20", 226473152), ("svd_llm-40", 183871152)],

@@ -259,9 +259,11 @@ class Estimates:
         at_once, flops = 0.0, 0.0
         for d_in, d_out in matrices:
             k = min(d_in, d_out)  # atoms, about: bytes are for fewer, but for many bits in the codes
-            at_once = max(at_once, 2 * 8 * d_in**2 + 4 * 8 * d_in * d_out + 4 * 4 * k * d_out)
+            optimal = settings.get("codes", {}).get("rounding") == "optimal"
+            squares, codes = (2, 4) if optimal else (1, 1)
+            at_once = max(at_once, squares * 8 * d_in**2 + 4 * 8 * d_in * d_out + codes * 4 * k * d_out)
             flops += 4 * d_in**2 * d_out + 4 * d_in * d_out * k
-            if settings.get("codes", {}).get("rounding") == "optimal":
+            if optimal:
                 # columns are solved one by one on their supports, with few bits of nearly all atoms, and some again
                 flops += 3 * d_out * k**3 / 3
         # what is packed stays until it is written, once as an array and once as bytes
@@ -295,7 +297,7 @@ class Estimates:
         # unpacked factors, the zeros of the codes among them, are larger than dense weights; a layer is made at a time
         width = _value_bytes(evaluation["dtype"])
         weights = 1.5 * width * shapes.parameters + 4 * shapes.layer_parameters
-        memory = TORCH + (weights if packed else 1.1 * width * shapes.parameters) + logits
+        memory = TORCH + (weights if packed else 1.3 * width * shapes.parameters) + logits
         return Work(memory, 7, Cost({FORWARD: flops}), Cost({GPU_FORWARD: flops}), moved=4 * shapes.parameters)
 
     def search(self, trials: int) -> Work:

@@ -36,5 +36,6 @@ METHOD = method(
     solver="admm",
     products=80,  # with an inverse, one an iteration
     inversions=25,  # a new one every three iterations
+    squares=3,  # the scaled Gram in both precisions, an inverse in one
     allocation=global_threshold,
 )

@@ -387,7 +387,8 @@ def work_of(
     # measured by tracemalloc for htp: 12, 45 and 22 MiB for 576 x 576, 576 x 1536 and 1536 x 576; this gives 13, 44, 29
     solver = 8 * 4 * n_atoms * d_out + 6 * 4 * d_in * d_out + 3 * 8 * min(d_in, d_out) ** 2
     error = 3 * 8 * d_in * d_out  # measured in float64 once the solver is done
-    memory = 3 * square + 2 * 4 * d_in * d_out + max(solver, error)
+    # the Gram and its factor
+    memory = 2 * square + 2 * 4 * d_in * d_out + max(solver, error)
     whitening_and_error = d_in**3 / 3 + 6 * d_in * d_in * d_out
     core = Cost({FACTOR: whitening_and_error + solver_flops}) + more
     # only the products move to a GPU: eigenvectors and whitening stay where they are, a quarter of the time

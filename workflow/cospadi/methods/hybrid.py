@@ -269,8 +269,8 @@ def work(targets: Sequence[Target], nbytes: int, options: Mapping[str, Any], sto
     # the scaled Gram in both precisions and inverses in one, of which so many stay (`solvers.admm`)
     square = 4 * d**2
     inverses = max(square, min(penalties * square, 2**30))
-    # the split, its dual, what they start from and move to, of every matrix side by side
-    memory = (3 * square + inverses) * (1 + n_metrics) + 10 * 4 * n * d
+    # the split, its dual, what they start from and move to, products, of every matrix side by side and its atoms
+    memory = (3 * square + inverses) * (1 + n_metrics) + 17 * 4 * n * d
     return replace(found, memory=found.memory + memory)
 
 

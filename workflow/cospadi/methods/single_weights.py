@@ -160,6 +160,7 @@ def method(
     options: Mapping[str, Mapping[str, Any]] | None = None,
     products: float = 0.0,
     inversions: float = 0.0,
+    squares: float | None = None,
     allocation: ModuleType | None = None,
 ) -> Method:
     """A method that says which weights stay and what they become; the rest is the same for all such.
@@ -174,8 +175,8 @@ def method(
         The module of `solvers` that it uses.
     options : mapping
         By default ``pattern`` alone.
-    products, inversions : float
-        What it computes, as in `work`.
+    products, inversions, squares : float
+        What it computes and holds, as in `work`.
     allocation : module, optional
         Of a method whose bytes can be parted among matrices: `methods.global_threshold`.
     """
@@ -195,7 +196,9 @@ def method(
         options=own if allocation is None else {**own, **allocation.OPTION},
         factors="single weights",
         fit=fit,
-        work=lambda targets, nbytes, options, storage: work(targets, products=products, inversions=inversions),
+        work=lambda targets, nbytes, options, storage: work(
+            targets, products=products, inversions=inversions, squares=squares
+        ),
         modules=lambda options: [
             *(__name__, keep.__module__, f"cospadi.solvers.{solver}"),
             *(allocation.modules(options) if allocation else ()),
@@ -206,15 +209,25 @@ def method(
 
 
 def work(
-    targets: Sequence[Target], *, products: float = 0.0, inversions: float = 0.0, seconds_a_weight: float = 0.0
+    targets: Sequence[Target],
+    *,
+    products: float = 0.0,
+    inversions: float = 0.0,
+    squares: float | None = None,
+    seconds_a_weight: float = 0.0,
 ) -> Work:
     """Work of a problem: so many products of a square matrix with the weight, so many inversions of the Gram; loops of
     compiled code that stay on the CPU, by their seconds.
+
+    In memory are the Gram and what is made of it, float64: `squares` in all, by default its inverse if there is one.
     """
     d, n = side_by_side([target.shape for target in targets])
-    found = work_of(d, n, d, inversions * 2 * d**3, more={PRODUCT: products * 2 * d * d * n})
+    found = work_of(d, n, 0, inversions * 2 * d**3, more={PRODUCT: products * 2 * d * d * n})
     loops = {LOOP: seconds_a_weight * d * n} if seconds_a_weight else {}
-    return replace(found, core=found.core + loops, gpu=found.gpu + loops)
+    squares = 1 + bool(inversions) if squares is None else squares
+    # the weight, what is left of it and what it becomes, in both precisions
+    memory = squares * 8 * d**2 + 40 * d * n
+    return replace(found, memory=memory, core=found.core + loops, gpu=found.gpu + loops)
 
 
 def faults(settings: Mapping[str, Any], problems: Problems = ()) -> Iterator[str]:

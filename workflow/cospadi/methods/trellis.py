@@ -63,7 +63,7 @@ def work(targets: Sequence[Target], nbytes: int, options: Mapping[str, Any], sto
     """Work of a problem: the first time and sweeps, each with two products."""
     times = 1 + options["sweeps"]
     seconds = times * _SECONDS_A_NUMBER
-    return single_weights.work(targets, products=3 * times, inversions=2, seconds_a_weight=seconds)
+    return single_weights.work(targets, products=3 * times, inversions=2, squares=5, seconds_a_weight=seconds)
 
 
 def faults(settings: Mapping[str, Any], problems: Problems = ()) -> Iterator[str]:

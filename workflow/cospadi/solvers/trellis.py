@@ -137,7 +137,8 @@ def _fitted(
     along, itself = (wanted * image).sum(0), (path * image).sum(0)
     columns = _scales(np.where(itself > 0, along / np.maximum(itself, 1e-300), 0).clip(0))
     path = values * columns.astype(np.float64)
-    product = metric * (path @ path.T)
+    product = path @ path.T
+    product *= metric
     target = ((metric @ wanted) * path).sum(1)
     dead = np.diagonal(product) <= 0
     product[dead, dead] = 1
