@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from cospadi.files import ModelFolder, TensorFile, read_json
 from cospadi.formats.factorization import tensor_names, unpack
+from cospadi.runs import plan_of
+from cospadi.status import status
 
 from .conftest import Run, check_finished, rows
 
@@ -153,7 +155,7 @@ def test_a_measured_allocation_says_what_each_matrix_alone_does_to_the_predictio
         assert len(points) == 3 and points[0][1] > points[-1][1] > 0
 
 
-def test_parts_of_finished_variants_make_a_better_one(run):
+def test_parts_of_finished_variants_make_a_better_one(run, monkeypatch):
     table, found = table_of(run.results / "mix/allocation.tsv"), stored(run, "mix")
     chosen = read_json(run.results / "mix/choice.json")["matrices"]
     assert len(chosen) == 21 and len(set(chosen.values())) > 1
@@ -181,6 +183,9 @@ def test_parts_of_finished_variants_make_a_better_one(run):
         (row,) = (row for row in csv.DictReader(file, delimiter="\t") if row["variant"] == "mix")
     assert (row["class"], row["method"]) == ("any-bits", "choose")
     assert run.planned("results/tiny/mix/gguf/F32.gguf") == {"export_gguf": 1, "total": 1}
+    monkeypatch.chdir(run.folder)
+    (shown,) = (line.split() for line in status(plan_of("run.yaml")).splitlines() if line.startswith("mix"))
+    assert shown[1:3] == ["3/3", "3/3"] and shown[4] == "yes"
 
 
 def test_the_fewest_bytes_within_an_increase_of_perplexity_are_searched_for(run):

@@ -30,7 +30,7 @@ def variants_table(plan: Plan) -> str:
     results, rows = Path(plan.results), []
     for name in (DENSE, *plan.variants):
         done = packed = error = ""
-        if name in plan.factorized:
+        if name in plan.factorized + plan.choosing:
             layers = plan.n_layers_of(plan.base_of(name))
             factors, codes = (learned(results / name / part) for part in ("factors", "codes"))
             done, packed = f"{factors.layers}/{layers}", f"{codes.layers}/{layers}"
