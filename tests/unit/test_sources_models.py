@@ -39,19 +39,31 @@ def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path: Path, weights: dict[str, np.ndarray], pre: str = "smollm") -> None:
-    from gguf import GGMLQuantizationType, GGUFWriter, TokenType, quantize
-
-    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *byte_alphabet(), "20", "2020", "Ġt"]
-    writer = GGUFWriter(path, "llama")
+def sized(writer):
+    """A writer that was told the sizes of the tiny model."""
     writer.add_name("Tiny")
-    writer.add_license("apache-2.0")
     writer.add_context_length(512)
     writer.add_embedding_length(HIDDEN)
     writer.add_block_count(LAYERS)
     writer.add_feed_forward_length(INNER)
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(KEY_HEADS)
+    return writer
+
+
+def close(writer) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def write_gguf(path: Path, weights: dict[str, np.ndarray], pre: str = "smollm") -> None:
+    from gguf import GGMLQuantizationType, GGUFWriter, TokenType, quantize
+
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *byte_alphabet(), "20", "2020", "Ġt"]
+    writer = sized(GGUFWriter(path, "llama"))
+    writer.add_license("apache-2.0")
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(len(tokens))
@@ -70,10 +82,7 @@ def write_gguf(path: Path, weights: dict[str, np.ndarray], pre: str = "smollm") 
             writer.add_tensor(name, quantize(weight, GGMLQuantizationType.Q8_0), raw_dtype=GGMLQuantizationType.Q8_0)
         else:
             writer.add_tensor(name, weight)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    close(writer)
 
 
 def random_weights() -> dict[str, np.ndarray]:
@@ -293,14 +302,7 @@ def write_gemma(path: Path, weights: dict[str, np.ndarray]) -> None:
     )
     tokens = [*control, *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
     kinds = [TokenType.CONTROL] * len(control) + [TokenType.BYTE] * 256 + [TokenType.NORMAL] * len(pieces)
-    writer = GGUFWriter(path, "gemma3")
-    writer.add_name("Tiny")
-    writer.add_context_length(512)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_block_count(LAYERS)
-    writer.add_feed_forward_length(INNER)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KEY_HEADS)
+    writer = sized(GGUFWriter(path, "gemma3"))
     writer.add_key_length(HIDDEN // HEADS)
     writer.add_value_length(HIDDEN // HEADS)
     writer.add_sliding_window(24)
@@ -317,10 +319,7 @@ def write_gemma(path: Path, weights: dict[str, np.ndarray]) -> None:
     writer.add_unk_token_id(3)
     for name, weight in weights.items():
         writer.add_tensor(name, weight + 1 if name.endswith("norm.weight") else weight)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    close(writer)
 
 
 def test_gguf_of_gemma(tmp_path):
@@ -399,47 +398,30 @@ def test_relative_path_of_a_local_model_starts_at_root(tiny_model):
     assert planning_config(section, root=folder.parent)["model_type"] == "llama"
 
 
-def damage_truncate(folder: Path) -> None:
-    shard = sorted(folder.glob("*.safetensors"))[-1]
-    shard.write_bytes(shard.read_bytes()[:-10])
+def last_shard(folder: Path) -> Path:
+    return max(folder.glob("*.safetensors"))
 
 
-def damage_lose_shard(folder: Path) -> None:
-    sorted(folder.glob("*.safetensors"))[-1].unlink()
+def cut(file: Path) -> None:
+    os.truncate(file, file.stat().st_size - 10)
 
 
-def damage_lose_tensor(folder: Path) -> None:
+def expect_more(folder: Path) -> None:
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     index["weight_map"]["model.layers.9.weight"] = next(iter(index["weight_map"].values()))
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def damage_config(folder: Path) -> None:
-    (folder / "config.json").write_text('{"hidden_size": ')
-
-
-def damage_no_model_type(folder: Path) -> None:
-    (folder / "config.json").write_text("{}")
-
-
-def damage_lose_tokenizer(folder: Path) -> None:
-    (folder / "tokenizer.json").unlink()
-
-
-def damage_tokenizer(folder: Path) -> None:
-    (folder / "tokenizer.json").write_text("{}")
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (damage_truncate, r"\.safetensors: not a complete safetensors file"),
-        (damage_lose_shard, r"\.safetensors: the file does not exist"),
-        (damage_lose_tensor, r"holds no tensor model.layers.9.weight, which the index expects"),
-        (damage_config, r"config.json: not valid JSON"),
-        (damage_no_model_type, r"config.json: .*no model_type"),
-        (damage_lose_tokenizer, r"holds no tokenizer"),
-        (damage_tokenizer, r"tokenizer.json: not a tokenizer"),
+        (lambda folder: cut(last_shard(folder)), r"\.safetensors: not a complete safetensors file"),
+        (lambda folder: last_shard(folder).unlink(), r"\.safetensors: the file does not exist"),
+        (expect_more, r"holds no tensor model.layers.9.weight, which the index expects"),
+        (lambda folder: (folder / "config.json").write_text('{"hidden_size": '), r"config.json: not valid JSON"),
+        (lambda folder: (folder / "config.json").write_text("{}"), r"config.json: .*no model_type"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), r"holds no tokenizer"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}"), r"tokenizer.json: not a tokenizer"),
     ],
 )
 def test_damaged_local_model_is_refused(copy_of, damage, message):
