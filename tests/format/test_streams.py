@@ -133,10 +133,18 @@ def test_a_stream_whose_checksum_was_made_to_fit_is_refused_when_it_is_decoded(f
     stored = tensors[f"{name}.values"].copy()
     stored[-40] ^= 0xFF
     stored[:4] = np.frombuffer(zlib.crc32(stored[4:].tobytes()).to_bytes(4, "little"), np.uint8)
+    # a step is right whatever it is, so that the checksum alone tells
+    other_step = {f"{name}.values": np.concatenate([stored[:24], stored[24:25] ^ 1, stored[25:]])}
+    for change, fault in (
+        ({f"{name}.values": stored}, "has a stream that does not end where it should"),
+        (other_step, "is damaged: its checksum is another"),
+    ):
+        safetensors.numpy.save_file(tensors | change, broken / "model.safetensors", {"format": "pt"})
+        for device_map in (None, "cpu"):  # decoded while the model is made, and after that
+            with pytest.raises(OSError, match=f"{name}.values {fault}"):
+                CospadiForCausalLM.from_pretrained(broken, device_map=device_map)
     tensors[f"{name}.values"] = stored
     safetensors.numpy.save_file(tensors, broken / "model.safetensors", {"format": "pt"})
-    with pytest.raises(OSError, match=f"{name}.values has a stream that does not end where it should"):
-        CospadiForCausalLM.from_pretrained(broken)
     with pytest.raises(ArtifactError, match=f"the codes of {name} are stored in what has a stream"):
         densify(broken, tmp_path / "dense")
     assert json.loads((broken / "config.json").read_text())["model_type"] == "cospadi"
