@@ -270,7 +270,7 @@ def work(targets: Sequence[Target], nbytes: int, options: Mapping[str, Any], sto
     square = 4 * d**2
     inverses = max(square, min(penalties * square, 2**30))
     # the split, its dual, what they start from and move to, products, of every matrix side by side and its atoms
-    memory = (3 * square + inverses) * (1 + n_metrics) + 20 * 4 * n * d
+    memory = (3 * square + inverses) * (1 + n_metrics) + 16 * 4 * n * d
     return replace(found, memory=found.memory + memory)
 
 
