@@ -223,7 +223,7 @@ def test_swaps_that_bring_the_predictions_nearer_to_the_dense_model_stay(run):
         one["dense_nbytes"] for one in stored(run, "mix").values()
     )
     log_p, log_q = (
-        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(kept_out(run)).logits.log_softmax(-1)
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(kept_out(run)).logits.detach().log_softmax(-1)
         for folder in (run.folder / run.config["model"]["path"], run.results / "mix/model")
     )
     # packed values of what stays as it is are bfloat16
@@ -240,7 +240,8 @@ def test_a_table_that_is_edited_is_followed(run, tmp_path):
     given |= {name: str(sizes[0]) for name in given if name.endswith("o_proj")}
     lines = "".join(f"{nbytes}\t{name}\n" for name, nbytes in given.items())
     (run.folder / "mine.tsv").write_text(f"bytes\tmatrices\n{lines}")
-    run.config["variants"]["mine"] = {**MENU, "ratio": 0.5, "allocation": "file", "allocation_file": "mine.tsv"}
+    ours = {"method": "rtn", "metric": "gradients", "ratio": 0.5}
+    run.config["variants"]["mine"] = {**ours, "allocation": "file", "allocation_file": "mine.tsv"}
     target = "results/tiny/mine/codes/layers_00-02.json"
     assert run.planned(target) == {"allocate_bytes": 1, "learn_dictionary": 1, "quantize_codes": 1, "total": 3}
     run.snakemake(target)
