@@ -766,6 +766,18 @@ def test_a_menu_that_the_ratio_cannot_pay_for_is_refused_before_any_work():
         assert fault.startswith(f"variants.a.menu: {sizes}; the matrices take ") and "bytes at least" in fault
 
 
+def test_more_metrics_than_a_sylvester_equation_has_are_refused_before_any_work():
+    pair, inputs = {"method": "geopair", "ratio": 0.3}, ["q_proj", "k_proj", "v_proj"]
+    make_plan(variants={"a": {**pair, "share_within": [inputs, ["gate_proj", "up_proj"]]}})  # a metric a layer
+    alone = {**pair, "metric": "gradients", "group_size": 1, "share": []}  # a metric a matrix
+    make_plan(variants={"a": {**alone, "share_within": [["gate_proj", "up_proj"]]}})
+    with pytest.raises(
+        ConfigError,
+        match=r"variants\.a\.share_within: q_proj, k_proj, v_proj have 3 metrics with metric gradients; .* two",
+    ):
+        make_plan(variants={"a": {**alone, "share_within": [inputs]}})
+
+
 def test_the_scales_of_entropy_coded_columns_are_counted_before_any_work():
     model = {**MODEL, "hidden_size": 40, "intermediate_size": 92, "num_attention_heads": 4, "num_key_value_heads": 2}
     coded = {"method": "ectcq", "ratio": 0.9}
