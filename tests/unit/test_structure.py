@@ -13,7 +13,7 @@ import pytest
 
 from cospadi.errors import ArtifactError, UnsupportedModelError
 from cospadi.files import ModelFolder, write_tensors
-from cospadi.structure import SUPPORTED, check_supported, inspect_model, load_layers, n_layers
+from cospadi.structure import PART_OF, SITES, SUPPORTED, check_supported, inspect_model, load_layers, n_layers
 
 FAMILIES = {
     # family: output widths of q and of k and v; biases of those; tied head
@@ -120,6 +120,8 @@ def test_structure_of_every_family(tiny_model, family):
             ("mlp.gate_proj", 48, [(f"{mlp}.gate_proj", 48, 96, False), (f"{mlp}.up_proj", 48, 96, False)]),
             ("mlp.down_proj", 96, [(f"{mlp}.down_proj", 96, 48, False)]),
         ]
+        names = [[name.removeprefix(f"{prefix}.") for name, *_ in matrices] for *_, matrices in found]
+        assert names == [[f"{PART_OF[name].name}.{name}" for name in site] for site in SITES]
     target = 4 * (2 * 48 * q_out + 2 * 48 * kv_out + 3 * 48 * 96)
     total = AutoModelForCausalLM.from_pretrained(folder).num_parameters()
     assert structure["target_parameters"] == target

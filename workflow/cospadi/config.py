@@ -40,6 +40,7 @@ from cospadi.registry import entry_schema
 from cospadi.sources import MODEL_SOURCES, TEXT_SOURCES
 from cospadi.sources.rotation import OPTIONS as ROTATION
 from cospadi.sources.texts import SPLIT_OPTIONS
+from cospadi.structure import PROJECTIONS
 from cospadi.sweep import by_section, expanded
 
 SCHEMAS = Path(__file__).parent / "schemas"
@@ -62,6 +63,7 @@ def schema() -> Schema:
     whole = copy.deepcopy(read_schema("config.schema.yaml"))
     parts = whole["$defs"]
     common = parts.pop("variant")["properties"]
+    common["targets"]["items"] = {"enum": list(PROJECTIONS)}
     for key, bits in (("value_bits", CODEC_OF_BITS), ("dictionary_bits", DICTIONARY_BITS)):
         common["codes"]["properties"][key]["enum"] = list(bits)
     parting = {**common, **copy.deepcopy(ALLOCATION_OPTIONS)}  # a method with a rule of its own adds a word to it

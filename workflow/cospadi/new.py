@@ -23,7 +23,7 @@ from cospadi.resources import Shapes
 from cospadi.runs import plan_run
 from cospadi.sources import planning_config
 from cospadi.stage import choose_device, choose_dtype
-from cospadi.structure import check_supported
+from cospadi.structure import PARTS, check_supported
 from cospadi.tokenizer import has_chat_template
 from cospadi.work import Work
 
@@ -66,14 +66,14 @@ variants: # dense, the model as it is, is always evaluated too
   ours-40: # single weights beside a few learned atoms; 0.4 of the matrices' bytes go
     method: hybrid
     ratio: 0.4
-    share_within: [[q_proj, k_proj, v_proj], [gate_proj, up_proj]] # they read the same input: atoms are stored once
+    share_within: {same_input} # they read the same input: atoms are stored once
   sparsegpt-40: # a strong and fast rival at equal bytes
     method: sparsegpt
     ratio: 0.4
   cospadi-20:
     method: cospadi
     ratio: 0.2
-    share_within: [[q_proj, k_proj, v_proj], [gate_proj, up_proj]]
+    share_within: {same_input}
     rho: 2.5 # atoms over nonzeros; 2 in the paper
 
 evaluation: # a model at a time, {evaluate}
@@ -163,6 +163,7 @@ def config_for(
         **{"samples": samples, "tokens": samples * length, "per_input": samples * length // widest, "widest": widest},
         **{"length": length, "positions": positions, "batch": max(2048, length)},
         **{"device": device, "dtype": dtype, "reason": reason},
+        "same_input": yaml.safe_dump([list(part.readers) for part in PARTS], default_flow_style=True).strip(),
         "chat": json.dumps(section["source"] == "local" and has_chat_template(Path(section["path"]))),
     }
     sized = {"mode": "stream", "blocks": 1, "per_job": 1, "learn_threads": 1}

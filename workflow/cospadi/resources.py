@@ -15,6 +15,7 @@ from cospadi.methods.base import MEASURED, planned_problems
 from cospadi.methods.menus import allocator_of
 from cospadi.problem import GRADIENTS, SEQUENTIAL
 from cospadi.sources import MODEL_SOURCES
+from cospadi.structure import SITES
 from cospadi.work import (
     FORWARD,
     GPU_FORWARD,
@@ -55,7 +56,7 @@ class Shapes:
             "up_proj": (hidden, inner),
             "down_proj": (inner, hidden),
         }
-        self.site_widths = (hidden, queries, hidden, inner)
+        self.site_widths = [self.matrices[site[0]][0] for site in SITES]
         self.gram_entries = sum(width**2 for width in self.site_widths)
         self.layer_parameters = sum(d_in * d_out for d_in, d_out in self.matrices.values())
         # norms and biases of a layer, at most

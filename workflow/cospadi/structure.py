@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -31,8 +31,25 @@ SUPPORTED = ("Gemma3ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM", "Qwe
 # families whose block adds the MLP's output to the residual as it is; Gemma 3 has a norm between the two
 FOLDABLE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
-# what the linear layers of a block are called in every one of them
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+class Part(NamedTuple):
+    """One of the two parts of a block, by names of modules: ``stream + writer(...readers(norm(stream))...)``."""
+
+    name: str
+    norm: str
+    readers: tuple[str, ...]
+    writer: str
+
+
+# what is known of a block of every supported family before the model is there (Gemma 3 has more norms)
+PARTS = (
+    Part("self_attn", "input_layernorm", ("q_proj", "k_proj", "v_proj"), "o_proj"),
+    Part("mlp", "post_attention_layernorm", ("gate_proj", "up_proj"), "down_proj"),
+)
+# projections that read the same input, site after site; all of them; and where each is
+SITES = tuple(site for part in PARTS for site in (part.readers, (part.writer,)))
+PROJECTIONS = tuple(projection for site in SITES for projection in site)
+PART_OF = {projection: part for part in PARTS for projection in (*part.readers, part.writer)}
 
 # dtypes a weight may have: name in the safetensors header, name in torch
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}

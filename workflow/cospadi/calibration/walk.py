@@ -21,7 +21,7 @@ from cospadi.calibration.activations import FORMAT_VERSION, WINDOWS_REMEDY, read
 from cospadi.errors import ArtifactError, NumericalError
 from cospadi.provenance import check_provenance, tokens_digest
 from cospadi.stage import choose_device, choose_dtype
-from cospadi.structure import find_blocks, load_layers, read_structure
+from cospadi.structure import PARTS, find_blocks, load_layers, read_structure
 
 if TYPE_CHECKING:
     import torch
@@ -264,10 +264,10 @@ class Edit(Protocol):
         """A block of code in which the chunk is edited."""
 
 
-# where a kind of place is: module in the block, and side of it
-_MODULES = {"output": ("", "output"), "mlp": ("mlp", "output"), "residual": ("post_attention_layernorm", "input")}
-# and where what the outputs of a matrix are added to is, in the families of `structure.FOLDABLE`
-ADDED_TO = {"o_proj": ("", "input"), "down_proj": _MODULES["residual"]}
+# where what the outputs of a matrix are added to is, in the families of `structure.FOLDABLE`: module in the block, side
+ADDED_TO = {part.writer: (part.norm, "input") for part in PARTS}
+# and where a kind of place is
+_MODULES = {"output": ("", "output"), "mlp": ("mlp", "output"), "residual": ADDED_TO["down_proj"]}
 
 
 class Place(NamedTuple):

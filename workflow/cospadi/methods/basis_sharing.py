@@ -6,9 +6,10 @@ from dataclasses import replace
 
 from cospadi.methods import svd_llm
 from cospadi.registry import with_defaults
+from cospadi.structure import PARTS
 
 # The published protocol: pairs of layers share q, k, v, gate and up; o and down keep their own basis
-DEFAULTS = {"group_size": 2, "share": ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]}
+DEFAULTS = {"group_size": 2, "share": [projection for part in PARTS for projection in part.readers]}
 
 METHOD = replace(
     svd_llm.METHOD,

@@ -34,12 +34,10 @@ from cospadi.methods.base import (
 from cospadi.problem import GRADIENTS, Metric, Problem, Target, side_by_side
 from cospadi.registry import option, with_defaults
 from cospadi.solvers.starts import dictionary_start
-from cospadi.structure import PROJECTIONS
+from cospadi.structure import PROJECTIONS, SITES
 from cospadi.work import FACTOR, PRODUCT, Cost, Work
 
 ROUNDS = 20
-# Matrices that read the inputs of another: their Gram is one
-_READS_WITH = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 _DEFAULTS = {"group_size": 2, "share": list(PROJECTIONS), "eta": 1e-3}
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -136,9 +134,8 @@ def faults(settings: Mapping[str, Any], problems: Problems = ()) -> Iterator[str
         yield f"group_size: {settings['group_size']}; a Sylvester equation is for two layers at most"
     alone = settings.get("metric") == GRADIENTS  # a metric each
     for problem in problems:
-        sites = {
-            (one.layer, one.projection if alone else _READS_WITH.get(one.projection, one.projection)) for one in problem
-        }
+        inputs = [(projection,) for projection in PROJECTIONS] if alone else SITES
+        sites = {(one.layer, site) for one in problem for site in inputs if one.projection in site}
         if len(sites) > 2:
             names = ", ".join(dict.fromkeys(one.projection for one in problem))
             which = f" with metric {GRADIENTS}" if alone else ""

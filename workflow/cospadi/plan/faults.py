@@ -19,11 +19,9 @@ from cospadi.plan.variants import Variants
 from cospadi.problem import Target
 from cospadi.pruning import PRUNERS, removed_count
 from cospadi.resources import Shapes
-from cospadi.structure import FOLDABLE
+from cospadi.structure import FOLDABLE, PART_OF
 from cospadi.tokenizer import TOKENIZER_FILES, has_tokenizer
 
-# where the projections are in a block of every supported family
-_PARENTS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
 _NAMED = 3  # tensors at fault that a message names
 
 
@@ -184,8 +182,7 @@ def _table_faults(variants: Variants, name: str, path: str, shapes: Shapes) -> I
 
 
 def _matrix_name(layer: int, projection: str) -> str:
-    parent = next(parent for parent, projections in _PARENTS.items() if projection in projections)
-    return f"model.layers.{layer}.{parent}.{projection}"
+    return f"model.layers.{layer}.{PART_OF[projection].name}.{projection}"
 
 
 def _position_faults(config: Mapping[str, Any], model_config: Mapping[str, Any]) -> Iterator[str]:
@@ -249,10 +246,8 @@ def _expected(shapes: Shapes) -> dict[str, tuple[int, int]]:
     """Names and shapes of the weights that every supported family has."""
     expected = {"model.embed_tokens.weight": (shapes.vocabulary, shapes.hidden_size)}
     for layer in range(shapes.n_layers):
-        for projections in _PARENTS.values():
-            for projection in projections:
-                d_in, d_out = shapes.matrices[projection]
-                expected[f"{_matrix_name(layer, projection)}.weight"] = (d_out, d_in)
+        for projection, (d_in, d_out) in shapes.matrices.items():
+            expected[f"{_matrix_name(layer, projection)}.weight"] = (d_out, d_in)
     return expected
 
 

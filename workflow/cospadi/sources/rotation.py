@@ -18,7 +18,7 @@ import numpy as np
 from cospadi.errors import ArtifactError
 from cospadi.files import ModelFolder, read_json, write_json
 from cospadi.registry import option
-from cospadi.structure import FOLDABLE
+from cospadi.structure import FOLDABLE, PART_OF
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "rotate": option(
@@ -31,14 +31,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     )
 }
 
-# What reads the residual stream and after which norm, and what adds to it; below a layer
-_READERS = {
-    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
-}
-_WRITERS = ("self_attn.o_proj", "mlp.down_proj")
 _EMBEDDING, _HEAD, _NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
-_LAYER = re.compile(r"(model\.layers\.\d+)\.(.+)\.(weight|bias)")
+_LAYER = re.compile(r"(model\.layers\.\d+)\..+\.(\w+)\.(weight|bias)")
 
 
 def planned(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,13 +73,14 @@ def rotate(path: str | Path, seed: int, *, log: Callable[[str], None] = print) -
             return tensor.double() @ basis
         if name == _HEAD:
             return tensor.double() * norms[_NORM] @ basis
-        layer, matrix, part = found.groups() if (found := _LAYER.fullmatch(name)) else ("", "", "")
-        if matrix in _WRITERS:  # bias or weight: what is added to the stream
-            return (basis.T @ tensor.double()) if part == "weight" else tensor.double() @ basis
-        norm = next((norm for norm, readers in _READERS.items() if matrix in readers), None)
-        if norm is None or part == "bias":
+        layer, projection, kind = found.groups() if (found := _LAYER.fullmatch(name)) else ("", "", "")
+        part = PART_OF.get(projection)
+        if part is None or (kind == "bias" and projection in part.readers):
             return tensor
-        return tensor.double() * norms[f"{layer}.{norm}.weight"] @ basis
+        if projection in part.readers:
+            return tensor.double() * norms[f"{layer}.{part.norm}.weight"] @ basis
+        # what is added to the stream
+        return (basis.T @ tensor.double()) if kind == "weight" else tensor.double() @ basis
 
     for file in sorted(set(folder.weight_map.values())):
         tensors = load_file(path / file)

@@ -15,6 +15,7 @@ import numpy as np
 
 from cospadi.errors import ArtifactError
 from cospadi.files import write_json
+from cospadi.structure import PARTS
 
 # The blank first, as byte-level tokenizers write it
 _COMMON = "Ġetaoinshrdlucmfwygpbvk"
@@ -70,7 +71,7 @@ def write_random(
                 value = residual * draw.standard_normal(shape, np.float32)
             else:
                 value = _decaying(shape, decay, draw)
-                if name.split(".")[-2] in ("o_proj", "down_proj"):
+                if any(name.endswith(f".{part.writer}.weight") for part in PARTS):
                     value *= residual / (2 * config["num_hidden_layers"]) ** 0.5
             tensors[name] = torch.from_numpy(value).to(torch.bfloat16)
             total += tensors[name].nbytes

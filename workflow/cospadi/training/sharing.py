@@ -13,8 +13,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-QKV = ("q_proj", "k_proj", "v_proj")
-QKVO = (*QKV, "o_proj")
+from cospadi.structure import PARTS
+
+QKV = PARTS[0].readers
+QKVO = (*QKV, PARTS[0].writer)
 COEFFICIENTS = ("mlp", "free", "sequential", "cyclic")
 
 
