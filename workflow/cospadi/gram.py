@@ -366,11 +366,7 @@ def eigen_whitening(gram: np.ndarray, *, eta: float = 0.0) -> EigenWhitening:
     NumericalError
         If the Gram holds NaN or infinity, is not symmetric, or is zero.
     """
-    gram = np.asarray(gram, dtype=np.float64)
-    _check_gram(gram, "Gram")
-    mean = float(np.mean(np.diag(gram)))
-    if mean <= 0:
-        raise NumericalError("the Gram is zero: no calibration data reached this matrix")
+    gram, mean = _with_mean(gram, eta)
     # in the order of LAPACK, and in its own place
     scaled = np.divide(gram, mean, order="F")
     values, vectors = scipy.linalg.eigh(scaled, overwrite_a=True, check_finite=False)
@@ -406,13 +402,7 @@ def whitening_factor(gram: np.ndarray, *, eta: float = 0.0) -> Whitening:
     NumericalError
         If the Gram holds NaN or infinity, is not symmetric, has an eigenvalue far below zero, or is zero.
     """
-    if not 0 <= eta < math.inf:
-        raise ValueError(f"eta is {eta}; allowed is eta >= 0")
-    gram = np.asarray(gram, dtype=np.float64)
-    _check_gram(gram, "Gram")
-    mean = float(np.mean(np.diag(gram)))
-    if mean <= 0:
-        raise NumericalError("the Gram is zero: no calibration data reached this matrix")
+    gram, mean = _with_mean(gram, eta)
 
     def scaled(shift: float = 0.0) -> np.ndarray:
         """The Gram relative to its mean diagonal, in the order of LAPACK, which works in its place."""
@@ -495,6 +485,18 @@ def _gram_of_rows(rows: h5py.Dataset, start: int, stop: int, dtype: str) -> np.n
         with np.errstate(over="ignore"):  # an overflow is found in the sum
             gram += block.T @ block  # NumPy knows that this product is symmetric and does half the work
     return symmetrize(gram)
+
+
+def _with_mean(gram: np.ndarray, eta: float) -> tuple[np.ndarray, float]:
+    """A Gram that can be whitened with ridge `eta`, in float64, and its mean diagonal."""
+    if not 0 <= eta < math.inf:
+        raise ValueError(f"eta is {eta}; allowed is eta >= 0")
+    gram = np.asarray(gram, dtype=np.float64)
+    _check_gram(gram, "Gram")
+    mean = float(np.mean(np.diag(gram)))
+    if mean <= 0:
+        raise NumericalError("the Gram is zero: no calibration data reached this matrix")
+    return gram, mean
 
 
 def _check_gram(gram: np.ndarray, where: str) -> None:

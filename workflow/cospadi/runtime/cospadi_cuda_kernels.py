@@ -362,26 +362,7 @@ def unpack_codes(
 
 
 @triton.jit
-def _planes(stored, row, inside, byte, k, row_bytes, BITS: tl.constexpr, RAGGED: tl.constexpr):
-    """Bytes of rows of a trellis: those of eight columns, which begin at `byte`, after the two before them.
-
-    32 rows lie side by side; RAGGED: the last ones may be fewer. What is not there is 0.
-    """
-    group = row // 32
-    step = 32
-    if RAGGED:
-        step = tl.minimum(k - group * 32, 32)
-    here = stored + group * 32 * row_bytes + row % 32 + byte * step
-    place = tl.zeros_like(row) + byte  # Triton's interpreter takes no scalars for masks
-    planes = ()
-    for at in tl.static_range(-2, BITS):
-        known = inside & (place + at >= 0) & (place + at < row_bytes)
-        planes = planes + (tl.load(here + at * step, mask=known, other=0),)
-    return planes
-
-
-@triton.jit
-def _words(low, high, ASM: tl.constexpr):
+def _word(low, high, ASM: tl.constexpr):
     """Words of two bytes, int32; with ASM the upper half is the same once more."""
     if ASM:  # of four rows at once, by an instruction each
         return tl.inline_asm_elementwise(
@@ -395,6 +376,29 @@ def _words(low, high, ASM: tl.constexpr):
         )
     else:
         return low.to(tl.int32) | (high.to(tl.int32) << 8)
+
+
+@triton.jit
+def _words(stored, row, inside, byte, k, row_bytes, BITS: tl.constexpr, RAGGED: tl.constexpr, ASM: tl.constexpr):
+    """Words that begin at each byte of rows of a trellis: at those of eight columns, which begin at `byte`, and the two
+    before them, but the last.
+
+    32 rows lie side by side; RAGGED: the last ones may be fewer. What is not there is 0.
+    """
+    group = row // 32
+    step = 32
+    if RAGGED:
+        step = tl.minimum(k - group * 32, 32)
+    here = stored + group * 32 * row_bytes + row % 32 + byte * step
+    place = tl.zeros_like(row) + byte  # Triton's interpreter takes no scalars for masks
+    planes = ()
+    for at in tl.static_range(-2, BITS):
+        known = inside & (place + at >= 0) & (place + at < row_bytes)
+        planes = planes + (tl.load(here + at * step, mask=known, other=0),)
+    words = ()
+    for at in tl.static_range(BITS + 1):
+        words = words + (_word(planes[at], planes[at + 1], ASM),)
+    return words
 
 
 @triton.jit
@@ -447,10 +451,7 @@ def trellis_products(
     for start in range(0, k, BLOCK_IN):
         row = start + tl.arange(0, BLOCK_IN)
         inside = row < k
-        planes = _planes(stored, row, inside, byte, k, row_bytes, BITS, RAGGED)
-        words = ()
-        for at in tl.static_range(BITS + 1):
-            words = words + (_words(planes[at], planes[at + 1], ASM),)
+        words = _words(stored, row, inside, byte, k, row_bytes, BITS, RAGGED, ASM)
         unit = tl.load(scales + row, mask=inside, other=0).to(tl.float32)
         inputs = ()
         for index in tl.static_range(ROWS):
@@ -491,10 +492,7 @@ def unpack_trellis(
     byte = tl.program_id(0) * BITS
     row = tl.program_id(1) * BLOCK_IN + tl.arange(0, BLOCK_IN)
     inside = row < k
-    planes = _planes(stored, row, inside, byte, k, row_bytes, BITS, RAGGED)
-    words = ()
-    for at in tl.static_range(BITS + 1):
-        words = words + (_words(planes[at], planes[at + 1], ASM),)
+    words = _words(stored, row, inside, byte, k, row_bytes, BITS, RAGGED, ASM)
     unit = tl.load(scales + row, mask=inside, other=0).to(tl.float32)
     for column in tl.static_range(8):
         to = tl.program_id(0) * 8 + column
