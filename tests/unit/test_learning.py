@@ -369,6 +369,27 @@ def test_a_matrix_without_outputs_stays_as_it_is(unit, tmp_path, method, sharing
     )
 
 
+def test_a_table_of_bytes_knows_nothing_of_matrices_without_outputs(unit, tmp_path):
+    """What is left of a group gets its part of the group's bytes."""
+    changed = changed_model(unit, tmp_path / "model", gate_proj=lambda weight: weight * 0)
+    gate, up, down = (f"model.layers.0.{name}" for name in ("gate_proj", "up_proj", "down_proj"))
+    sizes = {f"model.layers.0.{name}": 500 for name in ("q_proj", "k_proj")} | {f"{gate} + {up}": 3001, down: "dense"}
+    (tmp_path / "table.tsv").write_text(
+        "".join(f"{key}\t{value}\n" for key, value in {"matrices": "bytes", **sizes}.items())
+    )
+    variant = {"method": "svd_llm", "ratio": 0.3, "codes": {"value_bits": 16, "rounding": "nearest"}}
+    variant |= {
+        "share_within": [["gate_proj", "up_proj"]],
+        "allocation": "file",
+        "allocation_file": str(tmp_path / "table.tsv"),
+    }
+    allocate([], changed[1], UNITS, variant, tmp_path / "given.json", **table_in(tmp_path))
+    allotted = read_allocation(tmp_path / "given.json", changed[1], variant)
+    _, learned, quantized = run(changed, tmp_path, [0], allotted=allotted, **variant)
+    assert learned["kept_dense"].keys() == {gate}
+    assert 1500 - 2 * (D + INNER) < quantized["matrices"][up]["nbytes"] <= 1500
+
+
 @pytest.mark.parametrize("options", [{}, {"share": ["q_proj"], "group_metric": "exact"}, {"share": ["gate_proj"]}])
 def test_weights_and_grams_are_read_once_a_job(unit, tmp_path, monkeypatch, options):
     from cospadi import problem

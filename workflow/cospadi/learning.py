@@ -238,7 +238,7 @@ def _learn(job: _Job, groups: Sequence[Sequence[Matrix]], *, n_layers: int) -> I
             if options.get("max_seconds") is not None:
                 left = job.options["max_seconds"] * n_layers - (problem_started - started)
                 options["max_seconds"] = share_of_time(left, group, groups[index:])
-            nbytes = _nbytes(job, problem)
+            nbytes = _nbytes(job, problem, group)
             if nbytes is None:
                 found = [Factorization.as_it_is(group[i].weight(), job.storage) for i in kept]
             else:
@@ -275,17 +275,24 @@ def _learn_in_turn(
         yield from (one._replace(factors=factors.get(one.name)) for one in learned)
 
 
-def _nbytes(job: _Job, problem: Problem) -> int | None:
-    """Bytes that a problem may take; None where its matrices stay as they are."""
+def _nbytes(job: _Job, problem: Problem, group: Sequence[Matrix]) -> int | None:
+    """Bytes that a problem may take; None where its matrices stay as they are.
+
+    A person's table has bytes of all matrices of the `group`: those of them that have outputs get their part.
+    """
     if job.allotted is None:
         return nbytes_left(problem.shapes, job.ratio)
-    if tuple(problem.names) not in job.allotted:
+    if tuple(problem.names) in job.allotted:
+        return job.allotted[tuple(problem.names)]
+    whole = tuple(matrix.name for matrix in group)
+    if whole not in job.allotted:
         raise ArtifactError(
             "allocation.json",
             f"has no bytes for {' + '.join(problem.names)}",
             "Delete it and the profiles of the variant, and run again",
         )
-    return job.allotted[tuple(problem.names)]
+    nbytes = job.allotted[whole]
+    return nbytes and nbytes * nbytes_left(problem.shapes, 0) // nbytes_left([matrix.shape for matrix in group], 0)
 
 
 def _read_drift(path: Path, belongs: Mapping[str, Any]) -> list[float]:
