@@ -679,22 +679,31 @@ def test_variants_that_do_not_compare_are_not_chosen_from(minimal):
         "d": {"method": "masa", **priced},
         "e": {"method": "rtn", **priced, "ratio": 0.6, "targets": ["q_proj"]},
         "cut": {"steps": [{"method": "uidl", "blocks": 1}, {"method": "svd_llm", **priced}]},
+        "turn": {"method": "svd_llm", **priced, "target": "sequential"},
+        "owed": {"method": "svd_llm", **priced, "target": "sequential", "drift_share": 0, "residual_share": 0.5},
+        "own": {"method": "svd_llm", **priced, "target": "sequential", "drift_share": 0},
     }
     minimal["variants"]["mix"] = {
         "method": "choose",
         "bits": 4,
-        "choose_from": ["a", "plain", "b", "c", "d", "e", "cut", "x"],
+        "choose_from": ["a", "plain", "b", "c", "d", "e", "cut", "x", "turn", "owed", "own"],
     }
     where, known = (
         "variants.mix.choose_from:",
-        "is no variant that learns matrix by matrix, in one step; one of plain, a, b, c, e",
+        "is no variant that learns matrix by matrix, in one step; one of plain, a, b, c, e, turn, owed, own",
+    )
+    other = (
+        "makes up for what its own matrices before each got wrong, and here others are before them; "
+        "set its drift_share and residual_share to 0, or its target to independent"
     )
     assert sorted(faults(minimal)) == [
         f"{where} b has column_power 0.25, a has 0.5; they have to be alike",
         f"{where} c has group_size 2, a has 1; they have to be alike",
         *(f"{where} {name} {known}" for name in ("cut", "d")),
         f"{where} e has targets ['q_proj'], a has None; they have to be alike",
+        f"{where} owed {other}",
         f"{where} plain does not say what its errors cost; set its metric to gradients",
+        f"{where} turn {other}",
         f"{where} x {known}",
     ]
     minimal["variants"] = {name: minimal["variants"][name] for name in ("a", "mix")}

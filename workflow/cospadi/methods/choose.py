@@ -6,11 +6,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cospadi.methods import METHODS
-from cospadi.problem import GRADIENTS
+from cospadi.problem import GRADIENTS, INDEPENDENT, SEQUENTIAL
 from cospadi.registry import Entry, option
 
 # What the losses of variants are measured by, and what parts the model into units: alike in all of them
 _ALIKE = ("metric", "column_power", "activation_share", "targets", "group_size")
+# By how much a weight that is fitted is another than the model's, which losses are measured against (target sequential)
+_MADE_UP = ("drift_share", "residual_share")
 
 INCREASE = "max_perplexity_increase"
 SEARCH = "search"
@@ -69,6 +71,11 @@ def choice_faults(variants: Mapping[str, Any], heldout_fraction: float) -> Itera
                 yield f"{where} is no variant that learns matrix by matrix, in one step; one of {', '.join(comparable)}"
             elif comparable[source]["metric"] != GRADIENTS:
                 yield f"{where} does not say what its errors cost; set its metric to {GRADIENTS}"
+            elif comparable[source]["target"] == SEQUENTIAL and any(comparable[source][key] > 0 for key in _MADE_UP):
+                yield (
+                    f"{where} makes up for what its own matrices before each got wrong, and here others are before "
+                    f"them; set its {' and '.join(_MADE_UP)} to 0, or its target to {INDEPENDENT}"
+                )
             else:
                 first = first or source
                 for key, here, there in _differing(learned[first], learned[source]):
