@@ -253,14 +253,20 @@ def test_what_a_run_measured_stands_beside(tmp_path):
     folder.mkdir(parents=True)
     (folder / "layer_00.tsv").write_text("s\tmax_rss\n2.5\t200\n")
     (folder / "layer_01.tsv").write_text("s\tmax_rss\n6.0\tNA\n")
+    assert measured(tmp_path, gram)[:2] == (200 * MEBI, 6.0)
+    log = tmp_path / "logs/compute_gram/layer_01.log"  # of a job that Snakemake had no time to look at
+    log.parent.mkdir(parents=True)
+    log.write_text("10:00:00 done in 5.9 s\n")  # by an older version
+    assert measured(tmp_path, gram)[0] == 200 * MEBI
+    log.write_text("10:00:00 a line\n10:00:05 done in 5.9 s, 640.5 MB of memory at most\n")
     for layer in range(30):
         path = tmp_path / f"gram/layer_{layer:02d}.h5"
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(bytes(10**6))
-    assert measured(tmp_path, gram) == (200 * MEBI, 6.0, 30e6)
+    assert measured(tmp_path, gram) == (640.5e6, 6.0, 30e6)
     lines = table(rows, tmp_path).splitlines()
     assert "GB measured" in lines[0]
-    assert next(line for line in lines if line.startswith("compute_gram")).split()[-3:] == ["0.21", "0.1", "0.03"]
+    assert next(line for line in lines if line.startswith("compute_gram")).split()[-3:] == ["0.64", "0.1", "0.03"]
     assert "CPU hours" in lines[-2]
 
 

@@ -57,6 +57,29 @@ def test_log_file_has_every_line_and_the_console_some(job, console):
     assert "done in" in log_of(job)
 
 
+def test_a_job_says_how_much_memory_it_held_however_short(tmp_path):
+    """In a process of its own, whose peak is no other test's."""
+    program = f"""
+from types import SimpleNamespace
+from cospadi import stage
+job = SimpleNamespace(rule="learn", wildcards=[], threads=1, log=["{tmp_path}/a.log"])
+stage.script(lambda _job, _log: bytearray(300_000_000).count(1), job)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+    most = stage.ended((tmp_path / "a.log").read_text().splitlines())
+    assert 300e6 < most < 360e6
+    assert stage.ended(["10:00:00 iter 3/5"]) is None and stage.ended([]) is None
+
+
+def test_memory_is_known_without_proc_too(monkeypatch):
+    def refuse(_path):
+        raise FileNotFoundError
+
+    known = stage.peak_memory()
+    monkeypatch.setattr(stage.Path, "read_text", refuse)
+    assert known == pytest.approx(stage.peak_memory(), rel=0.5)
+
+
 def test_what_libraries_print_goes_to_the_log(job, console, capfd):
     def main(_job, _log):
         print("from print")

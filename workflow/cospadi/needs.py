@@ -22,6 +22,7 @@ from cospadi.errors import CospadiError
 from cospadi.files import read_json
 from cospadi.plan import DENSE, Plan
 from cospadi.runs import plan_of
+from cospadi.stage import ended
 from cospadi.stages import Staged
 from cospadi.work import Machine, Work
 
@@ -74,20 +75,24 @@ def needs(plan: Staged, cores: int | None = None) -> list[Need]:
 
 
 def measured(results: Path, need: Need) -> tuple[float, float, float | None] | None:
-    """Largest memory (bytes) and seconds in the benchmark files of a row's jobs, and bytes of all that they left.
+    """Largest memory (bytes) and seconds of a row's jobs, by their logs and benchmark files; bytes of what they left.
 
     None where there are none; the bytes are None where the stage's files are small, shared or temporary.
     """
-    found = []
-    for path in (results / "benchmarks").glob(need.benchmarks):
+    found, memory, folder = [], [0.0], results / "benchmarks"
+    for path in folder.glob(need.benchmarks):
         with open(path, newline="") as file:
             found += list(csv.DictReader(file, delimiter="\t"))
+        log = (results / "logs" / path.relative_to(folder)).with_suffix(".log")
+        if log.exists():
+            memory.append(ended(log.read_text(errors="replace").splitlines()) or 0.0)
     if not found:
         return None
-    # Snakemake writes NA for a job too short to be looked at
-    memory = max((float(row["max_rss"]) for row in found if row["max_rss"] != "NA"), default=0.0)
+    # What jobs say of themselves misses no peak. Snakemake looks now and then, at what a job started too; NA is a job
+    # too short for that
+    memory += [float(row["max_rss"]) * 2**20 for row in found if row["max_rss"] != "NA"]
     left = sum(path.stat().st_size for path in results.glob(need.files)) if need.files else None
-    return memory * 2**20, max(float(row["s"]) for row in found), left
+    return max(memory), max(float(row["s"]) for row in found), left
 
 
 def table(rows: Sequence[Need], results: Path | None = None) -> str:

@@ -13,13 +13,15 @@ import io
 import itertools
 import logging
 import os
+import re
+import resource
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -42,6 +44,8 @@ _BFLOAT16_FLAGS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "bf16": "Arm
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 # the log file has every line; the console warnings, and one line a job in this many seconds
 _CONSOLE_SECONDS = 2.0
+# the last line of the log of a job that ended well
+_END = re.compile(r" done in [\d.]+ s(?:, ([\d.]+) MB of memory at most)?$")
 # files whose locks say that a GPU is taken
 _held: list[TextIO] = []
 
@@ -80,7 +84,26 @@ def script(main: Callable[[Any, Log], None], snakemake: Any) -> None:
             shown = (machine_fault("a file", error) if isinstance(error, OSError) else None) or error
             say(f"[{name}] {type(shown).__name__}: {shown}{where}")
             raise SystemExit(1) from None
-        print(f"{time.strftime('%H:%M:%S')} done in {time.perf_counter() - started:.1f} s", file=file)
+        seconds, most = time.perf_counter() - started, peak_memory()
+        print(f"{time.strftime('%H:%M:%S')} done in {seconds:.1f} s, {most / 1e6:.1f} MB of memory at most", file=file)
+
+
+def ended(lines: Sequence[str]) -> float | None:
+    """Most bytes of memory that a job held at once, by the lines of its log; 0 where a log is too old to say so.
+
+    None for a job that has not ended, or failed.
+    """
+    found = _END.search(lines[-1]) if lines else None
+    return found and 1e6 * float(found[1] or 0)
+
+
+def peak_memory() -> int:
+    """Most bytes of memory that this process has held at once, as the system counts them: the shortest peak is seen."""
+    try:
+        return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+    except (OSError, TypeError):  # no Linux; of what a process was before it became this one, this one may tell too
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most if sys.platform == "darwin" else most * 1024
 
 
 def set_threads(count: int) -> None:

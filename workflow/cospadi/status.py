@@ -19,6 +19,7 @@ from cospadi.needs import Need, measured, needs
 from cospadi.plan import DENSE, Plan
 from cospadi.progress import learned
 from cospadi.runs import plan_of
+from cospadi.stage import ended
 from cospadi.stages import Staged
 
 # A log that got no line for so long is of a job that was stopped
@@ -88,7 +89,7 @@ def unfinished(results: Path) -> Iterator[str]:
     """Last line of the log of every job that has not ended: it is running, was stopped, or failed."""
     for log in sorted((results / "logs").rglob("*.log")):
         lines = log.read_text(errors="replace").strip().splitlines()
-        if not lines or " done in " in lines[-1] or log.name == "report.log":
+        if not lines or ended(lines) is not None or log.name == "report.log":
             continue
         age = time.time() - log.stat().st_mtime
         failed = any(line.startswith("Traceback") for line in lines)
