@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import pytest
 
 from cospadi.budget import low_rank, nbytes_left
 from cospadi.calibration import windows
+from cospadi.calibration.alone import Alone
 from cospadi.calibration.collect import collect
 from cospadi.calibration.gradients import collect_gradients, sampling_draws
 from cospadi.calibration.walk import read_windows
@@ -238,6 +240,42 @@ def test_a_menu_gives_every_problem_its_bytes_and_says_what_comes_of_it(made, tm
     assert best <= uniform * (1 + 1e-5)
     assert n_as_is or bits == 16
     assert any(line.startswith(f"predicted rise {best:.4g} nats a token; with the same ratio") for line in lines)
+
+
+def test_the_sizes_of_a_menu_share_the_seconds_of_a_layer(made, tmp_path, monkeypatch):
+    method, seconds = METHODS["cospadi"], []
+
+    def fit(*problem, max_seconds, **options):
+        seconds.append(max_seconds)
+        return method.fit(*problem, max_seconds=max_seconds, **options)
+
+    monkeypatch.setitem(METHODS, "cospadi", replace(method, fit=fit))
+    endless = {"max_iter": 10**6, "tol": 0, "max_seconds": 0.7}
+    variant = settings("cospadi", **method.defaults() | endless | {"allocation": "menu", "menu": [0.7, 1.0]})
+    files, profile = {"gradient_files": [made.gradients[1]], "log": lambda line: None}, tmp_path / "profile.json"
+    profile_unit(made.model, made.structure, [made.grams[1]], [1], variant, profile, **files)
+    assert len(seconds) == 2 * 7 and sum(seconds) == pytest.approx(0.7)
+    tables = {"output": tmp_path / "allocation.json", "table": tmp_path / "allocation.tsv"}
+    allocate([profile], made.structure, {"layer_01": [1]}, variant, **tables, log=lambda line: None)
+    allotted = read_allocation(tables["output"], made.structure, variant)
+    found = learned(made, tmp_path, variant, [1], allotted=allotted)[0]["matrices"]
+    # a million rounds would take half an hour
+    assert len(found) == 7 and all(len(one.get("history", ())) < 100_000 for one in found.values())
+
+
+@pytest.mark.parametrize(
+    ("asked", "kept_out", "count", "told"),
+    [
+        (1, 0.34, 1, ""),
+        (4, 0.34, 2, ", all that are kept out; measured_windows asks for 4"),
+        (9, 0.0, SAMPLES, ", all that are there; measured_windows asks for 9"),
+    ],
+)
+def test_of_fewer_windows_than_are_asked_for_the_log_tells(made, asked, kept_out, count, told):
+    lines, how = [], {"batch_tokens": BATCH * LENGTH, "heldout_fraction": kept_out}
+    Alone(made.model, made.structure, made.windows, 3, n_windows=asked, **how, log=lines.append)
+    tokens = read_windows(made.windows, made.structure["vocab_size"]).attention_mask[-count:].sum()
+    assert lines == [f"measuring on {tokens} tokens of {count} windows{told}"]
 
 
 @pytest.mark.parametrize("method", list(METHODS))

@@ -28,7 +28,7 @@ STREAM, TURN = "ectcq", "turn"  # whose layers are learned in turn
 CHOICES = ["hybrid", STREAM, "rtn"]
 INCREASE = 1.005
 PARTS = ["self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"]
-ALONE = {"method": "rtn", "ratio": 0.7, "allocation": "measured", "menu": [0.6, 1, 1.4], "measured_windows": 2}
+ALONE = {"method": "rtn", "ratio": 0.7, "allocation": "measured", "menu": [0.6, 1, 1.4], "measured_windows": 3}
 MENU = {"method": "rtn", "ratio": 0.7, "metric": "gradients", "allocation": "menu", "menu": [0.6, 0.8, 1, 1.4]}
 
 
@@ -136,6 +136,8 @@ def test_a_measured_allocation_says_what_each_matrix_alone_does_to_the_predictio
     table, path = table_of(run.results / "alone/allocation.tsv"), run.folder / run.config["model"]["path"]
     assert len({row["bits"] for row in table.values()}) > 1
     ids = kept_out(run)
+    log = (run.results / "logs/profile_matrices/alone/layers_00-02.log").read_text()
+    assert f"measuring on {ids.numel()} tokens of 2 windows, all that are kept out; measured_windows asks for 3" in log
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     codes = TensorFile(run.results / "alone/codes/layers_00-02.safetensors")
     with torch.inference_mode():

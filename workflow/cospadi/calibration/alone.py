@@ -62,7 +62,9 @@ class Alone:
 
         read = read_windows(windows, structure["vocab_size"])
         kept_out = len(read.input_ids) - first_heldout(len(read.input_ids), heldout_fraction)
-        n_windows = min(n_windows, kept_out or n_windows)
+        most, which = (kept_out, "kept out") if kept_out else (len(read.input_ids), "there")
+        fewer = f", all that are {which}; measured_windows asks for {n_windows}" if n_windows > most else ""
+        n_windows = min(n_windows, most)
         self._windows = Windows(read.input_ids[-n_windows:], read.attention_mask[-n_windows:], *read[2:])
         self._mask = torch.from_numpy(self._windows.attention_mask).bool()
         self._prefixes = [layer["prefix"] for layer in structure["layers"]]
@@ -77,7 +79,7 @@ class Alone:
         self._chunk = Chunk(model_folder, range(first, structure["n_layers"]), **how)
         self._head = load_head(model_folder, structure, **how)
         self._as_it_is = list(self._leaving())
-        log(f"measuring on {int(self._mask.sum())} tokens of {count} windows")
+        log(f"measuring on {int(self._mask.sum())} tokens of {count} windows{fewer}")
 
     def __call__(self, weights: Mapping[str, np.ndarray]) -> float:
         """Mean divergence in nats a token, with matrices (d_in, d_out) by name in the place of the model's own."""
