@@ -17,7 +17,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,6 +42,11 @@ _STEPS = np.ldexp(np.tile(_MANTISSAS, 256 // _OCTAVE), np.repeat(np.arange(256 /
 _STREAM = 1 << 16
 # A table for fewer numbers costs more than it saves
 _FEWEST = 1000
+# Numbers of more than 8 bits that a matrix has room for, where it is decoded to so many; of more, it is decoded again
+_FEW_LARGER = 1024
+# Rows that it has room for besides, for the next 8 bits of those; with more, it is copied
+_FEW_MORE = 16
+_NONE = np.empty(0, np.int64)
 _HEADER = struct.Struct("<IIIHhBBHI")
 _WIDE = np.dtype([("row", "<u4"), ("bits", "u1")])
 
@@ -139,19 +144,17 @@ class Entropy(Codec):
         (numbers,) = _decoded(_Matrix(self, found, np.uint16 if halves else np.float32)).in_torch()
         return numbers.view(*shape).to(stored.device)
 
-    def numbers(self, stored: Any) -> tuple[Any, Any, Any, Any]:
-        """Whole numbers of a torch tensor: in 8 bits, and those that are larger.
+    def numbers(self, stored: Any) -> tuple[Any, Any, Any]:
+        """Whole numbers of a torch tensor in 8 bits. A row with larger ones is there once more for their next 8 bits.
 
         Returns
         -------
-        Tensor (d_out, k), int8
-            The last 8 bits of each number, in two's complement.
+        Tensor (d_out, k + n), int8
+            The last 8 bits of each number, in two's complement, and behind them the next ones of n rows of S.
         Tensor (n,), int64
-            Rows of S with numbers that are more than that.
-        Tensor (d_out, n), float32
-            All numbers of these rows.
-        Tensor (k,), float32
-            The step of every row.
+            These rows; those with three times as many bits are there twice.
+        Tensor (k + n,), float32
+            Steps, of the next bits 256 times as long each time.
         """
         found = _parsed(np.ascontiguousarray(stored.detach().cpu().numpy()))
         return tuple(part.to(stored.device) for part in _decoded(_Matrix(self, found, np.int8)).in_torch())
@@ -292,15 +295,6 @@ def _of_shape(data: np.ndarray, shape: tuple[int, int]) -> _Parsed:
 
 def _has_its_checksum(data: np.ndarray) -> bool:
     return zlib.crc32(data[4:]) == int.from_bytes(data[:4].tobytes(), "little")
-
-
-def _stream(found: _Parsed, index: int) -> _Parsed:
-    """One stream of a stored matrix alone, its numbers under steps of 1."""
-    rows = slice(index * found.per_stream, min((index + 1) * found.per_stream, found.rows))
-    levels, wide = found.contexts.levels, found.contexts.wide[rows]
-    contexts = found.contexts._replace(levels=np.concatenate([levels[rows], levels[found.rows :]]), wide=wide)
-    edges, steps = found.edges[index : index + 2], np.ones(len(wide), np.float32)
-    return replace(found, rows=len(wide), steps=steps, contexts=contexts, edges=edges)
 
 
 # --- steps ------------------------------------------------------------------------------------------------------------
@@ -496,31 +490,63 @@ class _Matrix:
     """A stored matrix that is to be decoded.
 
     `out` (d_out, k) are its numbers times steps, float32, or bfloat16 as uint16. Of int8 they are the last bits of the
-    numbers alone, and `far` (k,) says which rows have larger ones. `fault` is what was found wrong in decoding, where
-    `checked` says that the checksum counts, too.
+    numbers alone, and `larger` (n, 3) are row, column and number of those that are more, as far as there is `room`;
+    `n_larger` counts all. `fault` is what was found wrong in decoding, where `checked` says that the checksum counts,
+    too.
     """
 
-    def __init__(self, codec: Entropy, found: _Parsed, dtype: type, *, checked: bool = False) -> None:
+    def __init__(
+        self, codec: Entropy, found: _Parsed, dtype: type, *, checked: bool = False, room: int = _FEW_LARGER
+    ) -> None:
         self.codec, self.found, self.checked = codec, found, checked
-        self.out = np.empty((found.columns, found.rows), dtype)
-        self.far = np.zeros(found.rows, bool) if dtype == np.int8 else None
+        more = _FEW_MORE if dtype == np.int8 else 0
+        self._memory = np.empty(found.columns * (found.rows + more), dtype)
+        self.out = self._memory[: found.columns * found.rows].reshape(found.columns, found.rows)
+        self.larger = np.empty((room if dtype == np.int8 else 0, 3), np.int32)
+        self.n_larger = 0
         self.fault: str | None = None
+
+    def keep(self, rows: np.ndarray, column: int, numbers: np.ndarray) -> None:
+        """Of numbers in one column, those that are more than 8 bits."""
+        for row, number in zip(rows.tolist(), numbers.tolist(), strict=True):
+            if not -128 <= number < 128:
+                if self.n_larger < len(self.larger):
+                    self.larger[self.n_larger] = row, column, number
+                self.n_larger += 1
 
     def in_torch(self) -> tuple[Any, ...]:
         """Once it is decoded: its numbers, or of int8 what `Entropy.numbers` gives."""
         import torch
 
-        if self.far is None:
+        if self.out.dtype != np.int8:
             halves = self.out.dtype == np.uint16
             out = torch.from_numpy(self.out.view(np.int16) if halves else self.out)
             return (out.view(torch.bfloat16) if halves else out,)
-        found, larger = self.found, [np.empty((self.found.columns, 0), np.float32)]
-        for index in np.unique(np.flatnonzero(self.far) // found.per_stream):
-            one = _decoded(_Matrix(self.codec, _stream(found, index), np.float32))
-            begin = index * found.per_stream
-            larger.append(one.out[:, self.far[begin : begin + one.found.rows]])
-        parts = (self.out, np.flatnonzero(self.far), np.concatenate(larger, axis=1), found.steps)
-        return tuple(map(torch.from_numpy, parts))
+        if self.n_larger > len(self.larger):
+            return _decoded(_Matrix(self.codec, self.found, np.int8, room=self.n_larger)).in_torch()
+        return tuple(map(torch.from_numpy, self._digits() if self.n_larger else (self.out, _NONE, self.found.steps)))
+
+    def _digits(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What `Entropy.numbers` gives where some are larger, in the memory of `out` if there is enough."""
+        row, column, number = self.larger[: self.n_larger].T
+        rows, place = np.unique(row.astype(np.int64), return_inverse=True)
+        left = np.zeros((len(self.out), len(rows)), np.int32)
+        left[column, place] = number + 128 >> 8
+        step, found = self.found.steps[rows], []
+        while len(rows):
+            step = 256 * step
+            found.append((left.astype(np.int8), rows, step))
+            left = left + 128 >> 8
+            kept = left.any(0)
+            rows, left, step = rows[kept], left[:, kept], step[kept]
+        more, rows, steps = (np.concatenate(part, -1) for part in zip(*found, strict=True))
+        columns, k = self.out.shape
+        size = columns * (k + len(rows))
+        memory = self._memory if size <= len(self._memory) else np.empty(size, np.int8)
+        digits = memory[:size].reshape(columns, -1)
+        digits[:, :k] = self.out
+        digits[:, k:] = more
+        return digits, rows, np.concatenate([self.found.steps, steps])
 
 
 def _decoded(matrix: _Matrix) -> _Matrix:
@@ -576,19 +602,11 @@ def _decode_with_numpy(matrix: _Matrix) -> None:
     for index, (start, end) in enumerate(itertools.pairwise(found.edges)):
         begin = index * found.per_stream
         rows = min(found.per_stream, found.rows - begin)
-        _decode_stream(codec, found, slots, found.data[start:end], begin, rows, matrix.out, matrix.far)
+        _decode_stream(matrix, slots, found.data[start:end], begin, rows)
 
 
-def _decode_stream(
-    codec: Entropy,
-    found: _Parsed,
-    slots: np.ndarray,
-    stream: np.ndarray,
-    begin: int,
-    rows: int,
-    out: np.ndarray,
-    far: np.ndarray | None,
-) -> None:
+def _decode_stream(matrix: _Matrix, slots: np.ndarray, stream: np.ndarray, begin: int, rows: int) -> None:
+    codec, found, out = matrix.codec, matrix.found, matrix.out
     stream = stream.copy()  # from an even address
     states = stream[: 4 * _LANES].view("<u4").astype(np.int64)
     words = stream[4 * _LANES :].view("<u2").astype(np.int64)
@@ -626,9 +644,9 @@ def _decode_stream(
                 refill(here)
             here_at = slice(begin + group, begin + group + lanes)
             whole = 2 * number + odd if codec.trellis else number
-            if far is not None:
+            if out.dtype == np.int8:
                 out[j, here_at] = whole.astype(np.int8)
-                far[here_at] |= abs(2 * whole + 1) > 255
+                matrix.keep(np.arange(begin + group, begin + group + lanes), j, whole)
             else:
                 value = whole.astype(np.float32) * step
                 out[j, here_at] = _upper(value) if out.dtype == np.uint16 else value
@@ -694,8 +712,8 @@ class _Stored(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("data", "tables", "steps", "edges")),
         *((name, ctypes.c_int64) for name in ("size", "tables_size", "n_streams", "per_stream", "rows", "kind")),
         ("is_checked", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("out", "far")),
-        ("fault", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("out", "larger")),
+        *((name, ctypes.c_int64) for name in ("room", "n_larger", "fault")),
     ]
 
 
@@ -716,13 +734,13 @@ class _CompiledBatch:
 
     @staticmethod
     def _as_stored(matrix: _Matrix) -> _Stored:
-        found, far = matrix.found, matrix.far
+        found = matrix.found
         return _Stored(
             _contexts(matrix.codec, found.contexts),
             *(array.ctypes.data for array in (found.data, found.tables, found.steps, found.edges)),
             *(len(found.data), len(found.tables), len(found.edges) - 1, found.per_stream, found.rows),
             *(_KINDS.index(matrix.out.dtype), matrix.checked),
-            *(matrix.out.ctypes.data, None if far is None else far.ctypes.data),
+            *(matrix.out.ctypes.data, matrix.larger.ctypes.data, len(matrix.larger)),
         )
 
     def run(self) -> None:
@@ -733,7 +751,7 @@ class _CompiledBatch:
 
     def tell(self) -> None:
         for matrix, stored in zip(self._matrices, self._stored, strict=True):
-            matrix.fault = _FAULTS[stored.fault]
+            matrix.fault, matrix.n_larger = _FAULTS[stored.fault], stored.n_larger
 
 
 class _Coder:

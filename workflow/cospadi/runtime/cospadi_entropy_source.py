@@ -29,10 +29,26 @@ static inline unsigned follow(unsigned state, int number) {
     return ((number ^ state ^ state >> 1) & 1) << 2 | state >> 1;
 }
 
+/* Of digits: the numbers of a matrix that are more than 8 bits. `n` counts those without room, too. */
+typedef struct {
+    struct { int32_t row, column, number; } *kept;
+    int64_t room, n;
+} Larger;
+
+static void keep(Larger *to, int64_t row, int64_t column, int32_t number) {
+    if ((uint32_t)number + 128 < 256) return;
+    if (to->n < to->room) {
+        to->kept[to->n].row = (int32_t)row;
+        to->kept[to->n].column = (int32_t)column;
+        to->kept[to->n].number = number;
+    }
+    to->n++;
+}
+
 /* A stream that is being decoded, and the LANES rows of it that are next. */
 typedef struct {
     const uint8_t *data;
-    uint8_t *far;        /* of digits: set for a row of the matrix with a number that is more than 8 bits */
+    Larger *larger;
     int64_t size, next;  /* bytes, of which so many have been read */
     int64_t row, rows;   /* the first row that is next, and how many are left, that one included */
     int lanes;           /* rows that are next */
@@ -73,7 +89,7 @@ static inline __attribute__((always_inline)) int64_t decode_columns(
     const __m256i low = _mm256_set1_epi32(SLOTS - 1), one = _mm256_set1_epi32(1), zero = _mm256_setzero_si256();
     const __m256i first = _mm256_set1_epi32((int)at->first), top = _mm256_set1_epi32((int)at->buckets - 1);
     const int64_t apart = stride * WIDTH[kind];
-    __m256i x[AT_ONCE], s[AT_ONCE], levels[AT_ONCE], beyond[AT_ONCE];
+    __m256i x[AT_ONCE], s[AT_ONCE], levels[AT_ONCE];
     __m256 steps[AT_ONCE];
     const uint8_t *from[AT_ONCE];
     char *to[AT_ONCE];
@@ -84,7 +100,6 @@ static inline __attribute__((always_inline)) int64_t decode_columns(
         steps[i] = _mm256_loadu_ps(streams[i]->step);
         from[i] = streams[i]->data + streams[i]->next;
         to[i] = out + streams[i]->row * WIDTH[kind] + j * apart;
-        beyond[i] = zero;
     }
     for (;;) {
         int64_t columns = at->columns - j;
@@ -130,7 +145,11 @@ static inline __attribute__((always_inline)) int64_t decode_columns(
                 const __m256 value = _mm256_mul_ps(_mm256_cvtepi32_ps(number), steps[i]);
                 if (kind == DIGITS) {
                     const __m256i moved = _mm256_add_epi32(number, _mm256_set1_epi32(128));
-                    beyond[i] = _mm256_or_si256(beyond[i], _mm256_srli_epi32(moved, 8));
+                    if (!_mm256_testz_si256(moved, _mm256_set1_epi32(~255))) {
+                        int32_t found[LANES];
+                        _mm256_storeu_si256((__m256i *)found, number);
+                        for (int l = 0; l < LANES; l++) keep(streams[i]->larger, streams[i]->row + l, j, found[l]);
+                    }
                     __m256i bytes = _mm256_and_si256(number, _mm256_set1_epi32(255));
                     bytes = _mm256_packus_epi32(bytes, bytes);
                     bytes = _mm256_packus_epi16(bytes, bytes);
@@ -151,10 +170,6 @@ static inline __attribute__((always_inline)) int64_t decode_columns(
         _mm256_storeu_si256((__m256i *)streams[i]->x, x[i]);
         _mm256_storeu_si256((__m256i *)streams[i]->state, s[i]);
         streams[i]->next = from[i] - streams[i]->data;
-        if (kind == DIGITS) {
-            const int none = _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(beyond[i], zero)));
-            for (int l = 0; l < LANES; l++) streams[i]->far[streams[i]->row + l] |= !(none >> l & 1);
-        }
     }
     return j;
 }
@@ -222,7 +237,7 @@ static void finish_rows(const Contexts *at, const uint32_t *tables, Stream *s, i
         if (kind == DIGITS) {
             for (int l = 0; l < lanes; l++) {
                 ((int8_t *)out)[place + l] = (int8_t)number[l];
-                s->far[s->row + l] |= (unsigned)(number[l] + 128) > 255;
+                keep(s->larger, s->row + l, j, number[l]);
             }
         } else if (kind == HALVES) {
             uint16_t upper[LANES];
@@ -247,7 +262,7 @@ typedef struct {
     const int64_t *edges;  /* of the streams, which lie one after the other: bytes edges[i] to edges[i + 1] of `data` */
     int64_t size, tables_size, n_streams, per_stream, rows, kind, is_checked;
     void *out;             /* numbers of a kind, at out[column * rows + row] */
-    uint8_t *far;          /* of digits: which rows they are not all of */
+    Larger larger;
     int64_t fault;
 } Matrix;
 
@@ -256,7 +271,7 @@ enum { NONE, NO_WHOLE, TABLES_TOO_SHORT, TABLES_TOO_LONG, NO_END, NO_CHECKSUM };
 
 /* Decode all streams. Whatever a stream holds, nothing is read outside of it and nothing written outside its rows.
  * Returns a fault where one is too short or too long, or states do not end as they began. */
-static int64_t decode_streams(const Matrix *m, const uint32_t *tables) {
+static int64_t decode_streams(Matrix *m, const uint32_t *tables) {
     const Contexts *at = &m->at;
     const int64_t rows = m->rows, per_stream = m->per_stream, kind = m->kind;
     void *out = m->out;
@@ -272,7 +287,7 @@ static int64_t decode_streams(const Matrix *m, const uint32_t *tables) {
             s->data = m->data + m->edges[done + i];
             s->size = m->edges[done + i + 1] - m->edges[done + i];
             s->next = sizeof s->x;
-            s->far = m->far;
+            s->larger = &m->larger;
             if (s->size < s->next || s->size & 1) return NO_END;
             memcpy(s->x, s->data, sizeof s->x);
         }

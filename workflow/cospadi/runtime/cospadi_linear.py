@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import json
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -47,6 +48,9 @@ _OF_KERNELS = (IDENTITY, Diagonal.name)
 # Several copies of this module can be loaded in one process, each checkpoint's own; an operator has one name in torch
 _NAMESPACE = f"cospadi_{hashlib.sha256(__name__.encode()).hexdigest()[:12]}"
 
+# torch asks `inspect` where an operator is made, which else looks up the file of every module that is loaded
+inspect.modulesbyfile[__file__] = __name__
+
 
 class Packed(nn.Module):
     """A product with a weight that is kept as packed dictionary and codes.
@@ -62,6 +66,8 @@ class Packed(nn.Module):
         One entry of ``quantization_config.matrices``.
     bias : Parameter (d_out,), optional
     device : torch.device, optional
+    tensors : mapping, optional
+        The packed tensors by what they are of the matrix, where they are there already; default: zeros.
     """
 
     spec: dict[str, Any]
@@ -80,18 +86,21 @@ class Packed(nn.Module):
     _binding: _Binding | None
     _call: Callable[..., torch.Tensor | None] | None  # of the binding
 
-    def __init__(self, spec: dict[str, Any], bias: nn.Parameter | None = None, device: Any = None) -> None:
+    def __init__(
+        self,
+        spec: dict[str, Any],
+        bias: nn.Parameter | None = None,
+        device: Any = None,
+        tensors: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
         nn.Module.__init__(self)  # of `nn.Linear` only the name is taken: it would make a weight
         shapes = tensor_shapes(spec)
+        if tensors is None:
+            tensors = {part: torch.zeros(shape, dtype=dtype, device=device) for part, (shape, dtype) in shapes.items()}
+        parameters = {part: nn.Parameter(tensor, requires_grad=False) for part, tensor in tensors.items()}
+        # at once: a Module looks at each that is set for itself, which is half of the time that making one takes.
         # parameters and not buffers: transformers ties, places and offloads parameters
-        for part in PARTS:
-            stored = None
-            if part in shapes:
-                shape, dtype = shapes[part]
-                stored = nn.Parameter(torch.zeros(shape, dtype=dtype, device=device), requires_grad=False)
-            self.register_parameter(part, stored)
-        self.register_parameter("bias", bias)
-        # at once: a Module looks at each that is set for itself, which is half of the time that making one takes
+        self._parameters.update({part: parameters.get(part) for part in PARTS}, bias=bias)
         self.__dict__.update(
             spec=spec,
             in_features=spec["shape"][0],
@@ -368,11 +377,6 @@ class _Digits(PackedLinear):
         pass
 
 
-def _lowest_digit(numbers: torch.Tensor) -> torch.Tensor:
-    """What the lowest 8 bits of whole numbers in two's complement stand for."""
-    return (numbers + 128).remainder(256) - 128
-
-
 class Steps(nn.Module):
     """A product with whole numbers times a step for every input: steps go into the input, and 8 bits hold a number.
 
@@ -380,39 +384,24 @@ class Steps(nn.Module):
 
     Parameters
     ----------
-    digits : Tensor (d_out, k), int8
-        The last 8 bits of the numbers.
+    digits : Tensor (d_out, k + n), int8
     rows : Tensor (n,)
-        Inputs whose numbers are not all of so few bits.
-    numbers : Tensor (d_out, n), float32
-        Those of these inputs.
-    steps : Tensor (k,), float32
+        Inputs that are there once more.
+    steps : Tensor (k + n,), float32
     scales : Tensor (d_out,), bfloat16, optional
         Of the columns; default: 1.
     """
 
     def __init__(
-        self,
-        digits: torch.Tensor,
-        rows: torch.Tensor,
-        numbers: torch.Tensor,
-        steps: torch.Tensor,
-        scales: torch.Tensor | None,
+        self, digits: torch.Tensor, rows: torch.Tensor, steps: torch.Tensor, scales: torch.Tensor | None
     ) -> None:
         super().__init__()
-        any_larger, step = len(rows) > 0, steps[rows]
-        parts = [(torch.arange(len(steps), device=steps.device), steps, digits)]
-        while len(rows):
-            step, numbers = 256 * step, (numbers - _lowest_digit(numbers)) / 256
-            left = numbers.any(0)
-            rows, step, numbers = rows[left], step[left], numbers[:, left]
-            parts.append((rows, step, _lowest_digit(numbers).to(torch.int8)))
-        if any_larger:
-            rows, steps, digits = (torch.cat(part, -1) for part in zip(*parts, strict=True))
+        all_rows = torch.cat([torch.arange(len(steps) - len(rows), device=rows.device), rows]) if len(rows) else None
         # as whole numbers, which casting leaves as they are
         self.register_buffer("bits_of_steps", steps.view(torch.int32), persistent=False)
-        self.register_buffer("rows", rows if any_larger else None, persistent=False)
+        self.register_buffer("rows", all_rows, persistent=False)
         d_out, k = digits.shape
+        scales = torch.ones(d_out, dtype=torch.bfloat16, device=digits.device) if scales is None else scales.detach()
         self.digits = _Digits(
             {
                 "shape": [k, d_out],
@@ -422,11 +411,8 @@ class Steps(nn.Module):
                     **{"group_size": None, "n_scales": d_out},
                 },
             },
-            device="meta",
+            tensors={"values": digits, "scales": scales},
         )
-        scales = torch.ones(d_out, dtype=torch.bfloat16, device=digits.device) if scales is None else scales.detach()
-        self.digits.values = nn.Parameter(digits, requires_grad=False)
-        self.digits.scales = nn.Parameter(scales, requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Inputs (..., k) to outputs (..., d_out), computed in float32."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from .configuration_cospadi import CospadiConfig, check_packing, family_config, register
@@ -77,7 +79,9 @@ class CospadiForCausalLM:
                 f"{_REMEDY}"
             )
         try:
-            super().__init__(config, *args, **kwargs)
+            # what is loaded needs no numbers first: half of the time that making a model takes
+            with no_init_weights() if stored is not None else contextlib.nullcontext():
+                super().__init__(config, *args, **kwargs)
         except Exception as error:  # each family has its own ways to stumble over a wrong value
             if args or kwargs:
                 raise
