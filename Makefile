@@ -35,19 +35,19 @@ help: ## List the targets e.g. make help
 	@echo "  PYTHON=python3.11, TORCH=system   for the set-up: another Python; the torch that this Python already has"
 
 new: env ## Write a config that fits MODEL, a folder or a name on the hub e.g. make new MODEL=Qwen/Qwen2.5-0.5B TEXT=my.jsonl
-	$(BIN)/python -m cospadi.new $(if $(TEXT),--text $(TEXT)) $(if $(OUTPUT),--output $(OUTPUT)) $(MODEL)
+	$(BIN)/python -m cospadi.new $(if $(TEXT),--text "$(TEXT)") $(if $(OUTPUT),--output "$(OUTPUT)") $(if $(MODEL),"$(MODEL)")
 
 plan: env ## Say what a run will take: jobs, core-hours, memory, disk, size of every model e.g. make plan CONFIG=config/paper.yaml
-	$(BIN)/python -m cospadi.needs $(if $(CONFIG),--configfile $(CONFIG)) $(if $(filter-out all,$(CORES)),--cores $(CORES)) $(if $(RESULTS),--results $(RESULTS))
+	$(BIN)/python -m cospadi.needs $(if $(CONFIG),--configfile "$(CONFIG)") $(if $(filter-out all,$(CORES)),--cores $(CORES)) $(if $(RESULTS),--results "$(RESULTS)")
 
 calibrate: env ## Measure this machine in half a minute, for plan, time limits and status e.g. make calibrate
 	$(BIN)/python -m cospadi.machine
 
 run: env ## Run the workflow: compress, evaluate, report e.g. make run CONFIG=config/paper.yaml CORES=8
-	$(SNAKEMAKE) $(if $(CONFIG),--configfile $(CONFIG))
+	$(SNAKEMAKE) $(if $(CONFIG),--configfile "$(CONFIG)")
 
 status: env ## Say what of a run is done and what is left, also while it runs e.g. make status CONFIG=config/paper.yaml
-	$(BIN)/python -m cospadi.status $(if $(CONFIG),--configfile $(CONFIG))
+	$(BIN)/python -m cospadi.status $(if $(CONFIG),--configfile "$(CONFIG)")
 
 frontier: ## Every method at every size (hours); docs/frontier.tsv and its plots from that e.g. make frontier CORES=8
 	$(MAKE) run CONFIG=config/frontier.yaml

@@ -372,7 +372,7 @@ def test_corrupted_hidden_states_are_found_by_their_checksum(job):
 
 def test_a_disk_that_is_too_small_is_noticed_before_the_work(job, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000))
-    with pytest.raises(ArtifactError, match=r"0.00 GiB are free"):
+    with pytest.raises(ArtifactError, match=r"0.0001 GB are free"):
         job()
     assert [path.name for path in tmp_path.iterdir()] == ["calibration.h5"]
 

@@ -289,11 +289,18 @@ def test_files_are_files_and_folders_are_folders(minimal, tmp_path):
     minimal["model"] = {"name": "m", "source": "local", "path": __file__}
     minimal["text"] = {"name": "t", "source": "file", "path": str(tmp_path)}
     minimal["evaluation"]["task_path"] = str(tmp_path / "none")
-    assert [fault.partition(" ")[2].replace(str(tmp_path), "tmp") for fault in faults(minimal)] == [
+    expected = [
         f"'tmp/none' does not exist (looked in {Path.cwd()})",
         f"{__file__!r} is a file; expected a folder",
         "'tmp' is a folder; expected a file",
     ]
+    assert [fault.partition(" ")[2].replace(str(tmp_path), "tmp") for fault in faults(minimal)] == expected
+    minimal["lenght"] = 3  # found with the rest, whatever else is wrong
+    minimal["model"]["rotated"] = 3
+    found = [fault.partition(" ")[2].replace(str(tmp_path), "tmp") for fault in faults(minimal)]
+    assert [fault for fault in found if fault in expected] == expected and len(found) == 5
+    minimal["model"]["path"] = ["a"]
+    assert len(faults(minimal)) == 5
 
 
 _STRANGE = (

@@ -102,9 +102,29 @@ def test_a_folder_may_be_called_like_a_number(tiny_model, tmp_path, monkeypatch,
     assert config["run"] == config["model"]["name"] == name
 
 
+def test_letters_and_spaces_of_any_kind_may_be_in_paths(tiny_model, tiny_text, tmp_path, capsys):
+    folder, text = tmp_path / "мой проект" / "model é ", tmp_path / "мой проект" / "my text.jsonl"
+    shutil.copytree(tiny_model("llama"), folder)
+    shutil.copy(tiny_text / "calibration.jsonl", text)
+    file = tmp_path / "a b.yaml"
+    main([str(folder), "--text", str(text), "--output", str(file)])
+    assert f"make run CONFIG='{file}'" in capsys.readouterr().out and f"CONFIG='{file}'" in file.read_text()
+    assert f"path: {tmp_path}/мой проект/my text.jsonl" in file.read_text()
+    config = yaml.safe_load(file.read_text())
+    assert config["model"] == {"name": "model", "source": "local", "path": str(folder)}
+    assert plan_run(config).model_folder == str(folder)
+
+
+def test_a_folder_that_is_not_there_and_not_on_the_hub_is_said_to_be_neither(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(CospadiError, match=r"models/nowhere: there is no such folder, and .*the hub cannot be reached"):
+        config_for("models/nowhere", resources=tmp_path)
+
+
 def test_what_cannot_be_planned_is_refused_and_nothing_is_written(tmp_path):
-    with pytest.raises(SystemExit, match="neither a folder nor a name on the hub"):
-        main(["nowhere", "--output", str(tmp_path / "a.yaml")])
+    for nowhere in ("nowhere", "./nowhere", "../a/nowhere", "/nowhere/b"):
+        with pytest.raises(SystemExit, match="neither a folder nor a name on the hub"):
+            main([nowhere, "--output", str(tmp_path / "a.yaml")])
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["BloomForCausalLM"], "model_type": "bloom"}))
     with pytest.raises(UnsupportedModelError, match="BloomForCausalLM"):
         config_for(str(tmp_path))

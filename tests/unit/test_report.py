@@ -17,6 +17,7 @@ import pytest
 
 from cospadi.errors import ArtifactError
 from cospadi.files import ModelFolder, write_tensors
+from cospadi.progress import learned
 from cospadi.provenance import fingerprint
 from cospadi.report import PLOTS, closing_message, collect, summarize
 from cospadi.report.frontier import front, sizes, write_frontier
@@ -94,10 +95,11 @@ def make_run(folder: Path) -> Path:
                 }
                 codes[matrix] = {"nbytes": nbytes, "dense_nbytes": dense_nbytes, "relative_error": error}
             unit = f"layer_{layer:02d}"
-            learned = {"unit": unit, "method": RUN["variants"][variant]["method"], "seconds": 2.5, "matrices": factors}
+            about = {"format_version": 1, "unit": unit}
+            learned = {**about, "method": RUN["variants"][variant]["method"], "seconds": 2.5, "matrices": factors}
             write(results / variant / "factors" / f"{unit}.json", learned)
             every = sum(matrix["dense_nbytes"] for matrix in codes.values())
-            stored = {"unit": unit, "dense_nbytes_all": every, "matrices": codes}
+            stored = {**about, "dense_nbytes_all": every, "matrices": codes}
             write(results / variant / "codes" / f"{unit}.json", stored)
         make_model(results / variant / "model", shards=2)
         (results / variant / "model" / "tokenizer.json").write_bytes(b"x" * 1000)
@@ -338,9 +340,31 @@ def test_run_without_iterations_perplexity_and_samples(results, dense_model):
 @pytest.mark.parametrize("missing", ["factors/layer_01.json", "codes/layer_00.json", "eval.json"])
 def test_missing_file_is_named(missing, results, dense_model):
     (results / "svd_llm-20" / missing).unlink()
-    with pytest.raises(ArtifactError, match=f"svd_llm-20/{missing}: the file does not exist. Run snakemake again"):
+    with pytest.raises(
+        ArtifactError, match=f"svd_llm-20/{missing}: the file does not exist.*run again: what is missing"
+    ):
         summarize(RUN, results, dense_model=dense_model)
     assert not (results / "summary.tsv").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("", "not valid JSON.*Delete it"),
+        ("[1]", "holds a list"),
+        ('{"matrices": {}}', "says nothing of its format_version"),
+        ('{"format_version": 1}', "has no object matrices.*Delete it"),
+        ('{"format_version": 1, "matrices": {"a": 2}}', "has no object matrices"),
+    ],
+)
+@pytest.mark.parametrize("file", ["factors/layer_01.json", "codes/layer_00.json"])
+def test_what_is_no_report_of_a_unit_is_named(file, content, problem, results, dense_model):
+    before = learned(results / "svd_llm-20" / file.partition("/")[0])
+    (results / "svd_llm-20" / file).write_text(content)
+    with pytest.raises(ArtifactError, match=f"svd_llm-20/{file}: {problem}"):
+        collect(RUN, results, dense_model=dense_model)
+    after = learned(results / "svd_llm-20" / file.partition("/")[0])
+    assert after.layers == before.layers - 1  # status goes on without it
 
 
 def test_missing_variant_and_missing_unit(results, dense_model):

@@ -11,15 +11,16 @@ import pytest
 import yaml
 
 from cospadi import needs as needs_module
+from cospadi import schedule as schedule_module
 from cospadi.budget import nbytes_left
 from cospadi.config import check_config
-from cospadi.errors import ConfigError
+from cospadi.errors import ConfigError, UnsupportedModelError
 from cospadi.formats.values import storage_of
 from cospadi.methods import cospadi
 from cospadi.needs import measured, needs, table
 from cospadi.plan import Plan
 from cospadi.problem import Target
-from cospadi.resources import Estimates
+from cospadi.resources import Estimates, Shapes
 from cospadi.runs import KINDS, Kind, check_run, kind_of, plan_run
 from cospadi.stages import drawing
 from cospadi.work import JOB_MEMORY, MEBI, PRODUCT, READ, REFERENCE, SLACK, SPARE, START_MINUTES, Cost, Machine, Work
@@ -65,6 +66,17 @@ def plan_of(model: str = "SmolLM2-135M-Instruct", **sections) -> Plan:
 def wildcards(**changes) -> SimpleNamespace:
     values = {"base": "", "first": "00", "last": "14", "layer": "03", "unit": "layer_03", "variant": "cospadi-20"}
     return SimpleNamespace(**{**values, **changes})
+
+
+@pytest.mark.parametrize("value", [0, -1, None, "12", True, 1.5, []])
+@pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "vocab_size", "num_key_value_heads", "head_dim"])
+def test_sizes_of_a_model_are_positive_integers(key, value):
+    config = json.loads((MODELS / "Llama-3.2-1B.json").read_text()) | {key: value}
+    if value is None and key in ("num_key_value_heads", "head_dim"):
+        assert Shapes(config).matrices["k_proj"] == (2048, 2048 if key == "num_key_value_heads" else 512)
+        return
+    with pytest.raises(UnsupportedModelError, match=rf"config.json: {key} is .*; a positive integer is needed"):
+        Shapes(config)
 
 
 def test_learning_all_layers_at_once_takes_what_a_group_needs():
@@ -290,6 +302,12 @@ def test_the_command_does_without_a_config_of_the_working_directory(capsys, monk
     assert ["train_model", "vision/dense", "3"] in [row[:3] for row in rows]
     with pytest.raises(SystemExit, match=r"config.yaml: 1 fault\n  - cannot be read \(No such file or directory\)"):
         needs_module.main([])
+    with pytest.raises(SystemExit, match="--results: nowhere has no folder benchmarks"):
+        needs_module.main(["--configfile", "mine.yaml", "--results", "nowhere"])
+    for main in (needs_module.main, schedule_module.main):
+        with pytest.raises(SystemExit):
+            main(["--configfile", "mine.yaml", "--cores", "0"])
+        assert "'0' is no number of cores, from 1 up" in capsys.readouterr().err
     (tmp_path / "broken.yaml").write_text("run: [")
     with pytest.raises(SystemExit, match=r"broken.yaml: 1 fault\n  - not YAML"):
         needs_module.main(["--configfile", "broken.yaml"])
@@ -358,7 +376,8 @@ def test_faults_of_the_config_and_of_its_plan_come_in_one_message():
     config["variants"]["gone"]["blokcs"] = 1
     with pytest.raises(ConfigError) as caught:
         plan_run(config)
-    assert all("gone" in fault for fault in caught.value.faults)  # what the schema refuses comes before the rest
+    # what the schema refuses comes before the rest, but for files that are not there
+    assert [("nowhere.json" in fault, "gone" in fault) for fault in caught.value.faults] == [(1, 0), (0, 1)]
 
 
 def test_needs_of_training_count_every_model_and_every_stage():

@@ -178,6 +178,10 @@ def test_jsonl_field(tmp_path):
         ('{"text": "a"}\n{"body": "b", "id": 1}', "line 2 has no text field 'text'; fields: body, id.*text.field"),
         ('{"text": "a"}\n["b"]', "line 2 has no text field"),
         ('{"text": 3}', "line 1 has no text field"),
+        (r'{"text": "a\udc00"}', r"line 1 has half of a character \('\\udc00'\)"),
+        (r'{"text": "a", "title": "\udc00"}', "line 1 has half of a character"),
+        ('{"text": "a"}\n' + 100_000 * "[", "line 2 is not JSON"),
+        ('{"text": ' + 5000 * "9" + "}", "line 1 is not JSON"),
     ],
 )
 def test_bad_jsonl_names_the_line(tmp_path, content, message):
@@ -202,7 +206,7 @@ def test_unreadable_files(tmp_path):
 def test_one_document_cannot_be_split(tmp_path):
     (tmp_path / "my.txt").write_text("only one\n\n\nonly one\n")
     section = section_of("file", path=str(tmp_path / "my.txt"))
-    with pytest.raises(ArtifactError, match="1 different documents with text, at least 2 needed"):
+    with pytest.raises(ArtifactError, match="1 different documents with text; at least 2 needed"):
         fetch_text(section, tmp_path / "out", log=quiet)
     fetch_text(section | {"heldout_fraction": 0}, tmp_path / "out", log=quiet)
     assert parts(tmp_path / "out") == ([("my 1", "only one")], [])
@@ -370,8 +374,10 @@ def test_what_a_tokenizer_adds_by_itself_does_not_stand_in_a_conversation_twice(
         (None, None, r"talking: the tokenizer has no chat template.*trained to chat.*text.source: jsonl"),
         (None, "{{ raise_exception('roles must alternate') }}", r"refuses chats 1 \(roles must alternate\)"),
         ('{"messages": []}', TEMPLATE, "line 1 has no list of messages"),
-        ('{"messages": [{"role": "user"}]}', TEMPLATE, "line 1 has no list of messages"),
-        ('{"text": "a"}', TEMPLATE, "line 1 has no list of messages .*'messages'.*text.field"),
+        ('{"messages": [{"role": "user"}]}', TEMPLATE, "line 1, message 1 of 1: role and content are not both text"),
+        ('{"messages": [{"role": "a", "content": "b"}, 3]}', TEMPLATE, "line 1, message 2 of 2: role and content"),
+        (r'{"messages": [{"role": "a", "content": "\ud800"}]}', TEMPLATE, r"line 1 has half of a character"),
+        ('{"text": "a"}', TEMPLATE, "line 1 has no list of messages .*'messages'; fields: text.*text.field"),
     ],
 )
 def test_conversations_that_cannot_be_read_are_refused(talking, tmp_path, content, template, message):
@@ -388,7 +394,9 @@ def test_conversations_that_cannot_be_read_are_refused(talking, tmp_path, conten
 
 def test_a_mixture_holds_out_of_every_source_and_no_text_is_on_both_sides(talking, tmp_path):
     (tmp_path / "plain.txt").write_text("\n\n".join(f"Paragraph {n}" for n in range(20)))
-    (tmp_path / "more.jsonl").write_text("".join(json.dumps({"text": f"Paragraph {n}"}) + "\n" for n in range(15, 40)))
+    # as an editor of Windows writes it: with a mark before the text, and other white space in what is there already
+    lines = "".join(json.dumps({"text": f"Paragraph\r\n{n} "}) + "\r\n" for n in range(15, 40))
+    (tmp_path / "more.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
     section = section_of(
         "mixture",
         sources=[

@@ -53,7 +53,7 @@ _WEIGHT_DTYPES = {
     "F32": np.dtype(np.float32),
     "F64": np.dtype(np.float64),
 }
-_REMEDY = "Run quantize_codes for this unit again"
+_REMEDY = "Delete it and run again"
 _FOLDER_REMEDY = "Name a folder written by assemble_model; if this is one, fetch or assemble it again"
 
 

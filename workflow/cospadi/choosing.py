@@ -19,6 +19,7 @@ from cospadi.errors import ArtifactError
 from cospadi.files import ModelFolder, TensorFile, read_json, write_json, write_tensors
 from cospadi.formats.factorization import Factorization, read_specs, tensor_names
 from cospadi.learning import FORMAT_VERSION
+from cospadi.progress import read_report
 from cospadi.provenance import CALIBRATION, check_provenance, digest_of
 from cospadi.runtime.cospadi_registry import CODECS
 
@@ -116,7 +117,7 @@ def choose_variants(
         files = {name: Unit.of(folder, unit) for name, folder in variants.items()}
         stored = {name: _reports(file.stored) for name, file in files.items()}
         sizes = {matrix: one["dense_nbytes"] for found in stored.values() for matrix, one in found.items()}
-        for group in _together(sizes, [read_json(file.learned, _REMEDY)["matrices"] for file in files.values()]):
+        for group in _together(sizes, [read_report(file.learned)["matrices"] for file in files.values()]):
             whole = sum(sizes[matrix] for matrix in group)
             points = {name: _point(name, group, found, sizes) for name, found in stored.items()}
             points = {name: point for name, point in points.items() if point.nbytes < whole}
@@ -151,7 +152,7 @@ def _names(chosen: Mapping[tuple[str, ...], Point]) -> dict[str, str | None]:
 
 
 def _reports(path: Path) -> dict[str, Any]:
-    found = read_json(path, _REMEDY)["matrices"]
+    found = read_report(path)["matrices"]
     silent = next((name for name, one in found.items() if "predicted_rise" not in one), None)
     if silent is not None:
         raise ArtifactError(path, f"says nothing of the predicted rise of {silent}", "Set its metric to gradients")
@@ -303,12 +304,12 @@ def take_unit(
     whole = 0
     for name, folder in variants.items():
         files = Unit.of(folder, unit)
-        codes = TensorFile(files.codes, _REMEDY)
+        codes = TensorFile(files.codes)
         check_provenance(files.codes, codes.metadata, belongs, "Run the variants of choose_from again, on one model")
         belongs |= {key: codes.metadata.get(key) for key in ("fingerprint", *CALIBRATION)}
-        stored, learned = read_json(files.stored, _REMEDY), read_json(files.learned, _REMEDY)
+        stored, learned = read_report(files.stored), read_report(files.learned)
         whole = stored["dense_nbytes_all"]
-        found = read_specs(codes, CODECS, _REMEDY)
+        found = read_specs(codes, CODECS, "Delete it and run again")
         kept |= {matrix: why for matrix, why in stored["kept_dense"].items() if chosen.get(matrix, name) == name}
         for matrix, spec in found.items():
             report = stored["matrices"][matrix]

@@ -181,10 +181,10 @@ def checked(
         faults += _size_faults(result["variants"])
     concrete = checking.against(whole, result, faults)
     allowed = not faults
+    result = checking.completed(concrete, result) if allowed else result
+    faults += checking.file_faults(concrete, result)
     if allowed:
-        result = checking.completed(concrete, result)
         faults += cross_checks(result)
-        faults += checking.file_faults(concrete, result)
         for _, settings in _steps(result.get("variants")):
             for key in _unused(settings):
                 settings.pop(key, None)

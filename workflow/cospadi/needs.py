@@ -144,13 +144,20 @@ def sizes_table(plan: Plan) -> str:
     return tabulate(rows, headers=["variant", "MB of weights", "of dense"], floatfmt=".4g")
 
 
+def core_count(text: str) -> int:
+    """A number of cores on a command line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of cores, from 1 up")
+    return int(text)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(prog="python -m cospadi.needs", description=__doc__)
     parser.add_argument("--configfile", type=Path, help="what differs from config.yaml")
     parser.add_argument("--model", type=Path, help="a config.json to take the shapes from; default: the run's model")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], help="instead of the config's")
-    parser.add_argument("--cores", type=int, help="most threads of a job; default: this machine's cores")
+    parser.add_argument("--cores", type=core_count, help="most threads of a job; default: this machine's cores")
     parser.add_argument("--results", type=Path, help="a finished run, to compare with what it measured")
     options = parser.parse_args(arguments)
     try:
@@ -160,6 +167,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _table_of(options: argparse.Namespace) -> str:
+    if options.results is not None and not Path(options.results, "benchmarks").is_dir():
+        raise CospadiError(f"--results: {options.results} has no folder benchmarks, as a run's results have")
     changes = {"device": options.device} if options.device else {}
     model_config = read_json(options.model, "Give a model's config.json") if options.model else None
     plan = plan_of(options.configfile, changes, model_config)

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from cospadi.errors import ConfigError, CospadiError
+from cospadi.errors import ArtifactError, ConfigError, CospadiError
 from cospadi.files import replacing
 from cospadi.machine import read_machine
 from cospadi.plan import Plan
@@ -129,11 +131,16 @@ def config_for(
     memory = memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     section = _model_section(model)
     complete = {"revision": "main", "rotate": None, **section}
-    model_config = planning_config(complete, resources=resources)
+    try:
+        model_config = planning_config(complete, resources=resources)
+    except ArtifactError as error:
+        if section["source"] == "local":
+            raise
+        raise ArtifactError(model, f"there is no such folder, and {error.problem}", error.remedy) from error
     check_supported(model_config)
     shapes = Shapes(model_config)
     texts = _text_section(text)
-    positions = model_config.get("max_position_embeddings") or 1024
+    positions = shapes.positions or 1024
     length = min(1024, positions)
     widest = max(shapes.site_widths)
     wanted = min(max(TOKENS_AN_INPUT * widest, LEAST_TOKENS), MOST_TOKENS)
@@ -153,7 +160,7 @@ def config_for(
         "embeddings": "tied to the head" if model_config.get("tie_word_embeddings") else "apart from the head",
         "cores": cores,
         "memory": memory / GIGA,
-        "file": file,
+        "file": shlex.quote(str(file)),
         "model": _indented(section),
         "text_comment": " # none: give `make new` a file, TEXT=my.jsonl, for a perplexity too" if texts is None else "",
         "text": "  null" if texts is None else _indented(texts),
@@ -216,7 +223,7 @@ def _model_section(model: str) -> dict[str, Any]:
     folder = Path(model)
     if folder.is_dir():
         return {"name": _name(folder.resolve().name), "source": "local", "path": str(folder)}
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", model, re.ASCII):
         raise ConfigError([f"MODEL: {model!r} is neither a folder nor a name on the hub (owner/name)"], "make new")
     return {"name": _name(model.partition("/")[2]), "source": "hub", "repo": model}
 
@@ -232,11 +239,11 @@ def _text_section(text: str | None) -> dict[str, Any] | None:
 
 def _name(text: str) -> str:
     """A name that a config may have."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).lstrip("._-")[:100] or "model"
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text)[:100].strip("._-") or "model"
 
 
 def _indented(section: Mapping[str, Any]) -> str:
-    lines = yaml.safe_dump(dict(section), sort_keys=False, width=1000).splitlines()
+    lines = yaml.safe_dump(dict(section), sort_keys=False, allow_unicode=True, width=math.inf).splitlines()
     return "\n".join(f"  {line}" for line in lines)
 
 
@@ -254,10 +261,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         content = config_for(options.model, text=options.text, file=file)
         plan_run(yaml.safe_load(content), source=str(file))  # the folder of a local model is looked at too
         with replacing(file) as temporary:
-            temporary.write_text(content)
+            temporary.write_text(content, encoding="utf-8")
     except CospadiError as error:
         raise SystemExit(str(error)) from None
-    print(f"{file} fits this model and this machine; read it, then: make run CONFIG={file}")
+    print(f"{file} fits this model and this machine; read it, then: make run CONFIG={shlex.quote(str(file))}")
 
 
 if __name__ == "__main__":

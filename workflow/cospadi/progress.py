@@ -1,13 +1,36 @@
-"""Progress: how much of a variant is learned, read from what its finished jobs wrote, also while others run."""
+"""Progress: what finished jobs wrote of a variant's matrices, and how much of it is learned, also while others run."""
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from cospadi.errors import ArtifactError
+from cospadi.files import read_object
+from cospadi.provenance import check_provenance
+
+FORMAT_VERSION = 1
+
+
+def read_report(path: str | Path, remedy: str = "Delete it and run again") -> dict[str, Any]:
+    """What a job wrote of the matrices of a unit, of learning (``factors/*.json``) or of packing (``codes/*.json``).
+
+    Raises
+    ------
+    ArtifactError
+        If the file is missing, is none, or is of another version.
+    """
+    report = read_object(path, remedy)
+    check_provenance(path, report, {"format_version": FORMAT_VERSION}, remedy)
+    matrices = report.get("matrices")
+    if not isinstance(matrices, dict) or not all(isinstance(matrix, dict) for matrix in matrices.values()):
+        raise ArtifactError(path, "has no object matrices, of a report each", remedy)
+    return report
 
 
 @dataclass(frozen=True)
@@ -55,9 +78,5 @@ def progress(diagnostics: str | Path, n_layers: int) -> str:
 
 def _diagnostics(folder: Path) -> Iterator[dict]:
     for file in sorted(folder.glob("layer*.json")):
-        try:
-            unit = json.loads(file.read_text())
-        except (OSError, ValueError):  # just being written anew
-            continue
-        if "matrices" in unit:
-            yield unit
+        with contextlib.suppress(ArtifactError):  # just being written anew
+            yield read_report(file)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cospadi.budget import nbytes_left
+from cospadi.errors import UnsupportedModelError
 from cospadi.formats.values import storage_of
 from cospadi.methods import METHODS
 from cospadi.methods.base import MEASURED, planned_problems
@@ -38,15 +39,23 @@ _TASK_DOCUMENTS = 3500
 
 
 class Shapes:
-    """Sizes by ``config.json``, for estimates alone; the true list of matrices is `structure.inspect_model`'s."""
+    """Sizes by ``config.json``, for plans; the true list of matrices is `structure.inspect_model`'s.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If a size is missing or is no positive integer.
+    """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        self.hidden_size = hidden = config["hidden_size"]
-        self.vocabulary = config["vocab_size"]
-        self.n_layers = config["num_hidden_layers"]
-        inner, heads = config["intermediate_size"], config["num_attention_heads"]
-        head_dim = config.get("head_dim") or hidden // heads
-        queries, keys = heads * head_dim, (config.get("num_key_value_heads") or heads) * head_dim
+        self.hidden_size = hidden = _size(config, "hidden_size")
+        self.vocabulary = _size(config, "vocab_size")
+        self.n_layers = _size(config, "num_hidden_layers")
+        # None: not said
+        self.positions = _size(config, "max_position_embeddings", None)
+        inner, heads = _size(config, "intermediate_size"), _size(config, "num_attention_heads")
+        head_dim = _size(config, "head_dim", None) or hidden // heads
+        queries, keys = heads * head_dim, _size(config, "num_key_value_heads", heads) * head_dim
         self.matrices = {
             "q_proj": (hidden, queries),
             "k_proj": (hidden, keys),
@@ -65,6 +74,16 @@ class Shapes:
             self.small_parameters += sum(d_out for _, d_out in self.matrices.values())
         self.embedding_parameters = self.vocabulary * hidden * (1 if config.get("tie_word_embeddings") else 2)
         self.parameters = self.n_layers * self.layer_parameters + self.embedding_parameters
+
+
+def _size(config: Mapping[str, Any], key: str, *default: int | None) -> int:
+    """An entry of ``config.json``, or the default where it is missing or null."""
+    value = config.get(key)
+    if value is None and default:
+        return default[0]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UnsupportedModelError(f"config.json: {key} is {value!r}; a positive integer is needed")
+    return value
 
 
 class Estimates:

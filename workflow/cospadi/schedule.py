@@ -20,6 +20,7 @@ from typing import Any
 from tabulate import tabulate
 
 from cospadi.errors import CospadiError
+from cospadi.needs import core_count
 from cospadi.plan import Plan
 from cospadi.report.trace import Job, recorded
 from cospadi.runs import plan_of
@@ -171,8 +172,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(prog="python -m cospadi.schedule", description=__doc__)
     parser.add_argument("--configfile", type=Path, help="what differs from config.yaml; default: the demo")
-    parser.add_argument("--cores", type=int, nargs="+", default=[1, 2, 4, 8], help="how many to try; default: 1 2 4 8")
-    parser.add_argument("--ran-on", type=int, default=os.cpu_count(), help="cores of the run; default: this machine's")
+    tried, here = [1, 2, 4, 8], os.cpu_count()
+    parser.add_argument("--cores", type=core_count, nargs="+", default=tried, help="how many to try; default: 1 2 4 8")
+    parser.add_argument("--ran-on", type=core_count, default=here, help="cores of the run; default: this machine's")
     options = parser.parse_args(arguments)
     try:
         plan = plan_of(options.configfile)

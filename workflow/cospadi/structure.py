@@ -81,7 +81,8 @@ def check_supported(config: Mapping[str, Any]) -> None:
     UnsupportedModelError
         If the architecture is not one of `SUPPORTED`, or the weights are quantized already.
     """
-    found = config.get("architectures") or []
+    named = config.get("architectures")
+    found = [str(name) for name in named] if isinstance(named, list) else []
     supported = f"Supported are {', '.join(SUPPORTED)}"
     # said before the name is: what a mixture or a wrapper lacks is more than support by name
     experts = next((key for key in _EXPERTS if _of_either(config, key)), None)
@@ -104,26 +105,13 @@ def check_supported(config: Mapping[str, Any]) -> None:
             f"architecture {', '.join(found) or 'not named in config.json'} is not supported; "
             f"supported are {', '.join(SUPPORTED)}"
         )
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
+    quantized = config.get("quantization_config")
+    if quantized:
+        method = quantized.get("quant_method", "unknown") if isinstance(quantized, Mapping) else quantized
         raise UnsupportedModelError(
             f"the weights are quantized already (quant_method {method}); take the model in bfloat16, float16 or "
             f"float32. Supported architectures are {', '.join(SUPPORTED)}"
         )
-
-
-def n_layers(config: Mapping[str, Any]) -> int:
-    """Number of decoder blocks by ``config.json``.
-
-    Raises
-    ------
-    UnsupportedModelError
-        If the entry ``num_hidden_layers`` is missing or is no positive integer.
-    """
-    value = config.get("num_hidden_layers")
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UnsupportedModelError(f"config.json: num_hidden_layers is {value!r}; a positive integer is needed")
-    return value
 
 
 def layer_name(index: int) -> str:

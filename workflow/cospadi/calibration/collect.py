@@ -299,6 +299,6 @@ def _check_disk(
     if needed > free:
         raise ArtifactError(
             rows_out,
-            f"{needed / 2**30:.2f} GiB are needed and {free / 2**30:.2f} GiB are free",
+            f"{needed / 1e9:.3g} GB are needed and {free / 1e9:.3g} GB are free",
             "Free space, take fewer blocks a job, fewer calibration windows, or collect in mode stream",
         )

@@ -25,7 +25,7 @@ from cospadi.report import closing_message
 from cospadi.resources import Estimates, Shapes
 from cospadi.sources import needs_template, planning_config, structural
 from cospadi.stages import Staged
-from cospadi.structure import check_supported, n_layers
+from cospadi.structure import check_supported
 
 __all__ = ["DENSE", "STAGES", "Plan", "code_digest", "layers_of", "modules_of", "one_of"]
 
@@ -65,7 +65,7 @@ class Plan(Paths, Staged):
         config, faults, told = with_ratios(config, shapes, model_config)
         Staged.__init__(self, config)
         self.told = told
-        Paths.__init__(self, config, n_layers(model_config))
+        Paths.__init__(self, config, shapes.n_layers)
         self._model_config = model_config
         self._shapes = shapes
         self._digests: dict[str, str | None] = {}

@@ -86,7 +86,7 @@ def with_ratios(
                     "on what is chosen; give bytes of the file"
                 )
                 continue
-            tokens = budget.tokens or min(CONTEXT, model_config.get("max_position_embeddings", CONTEXT))
+            tokens = budget.tokens or min(CONTEXT, shapes.positions or CONTEXT)
             keys = shapes.matrices["k_proj"][1]
             parts[f"keys and values of {tokens} tokens"] = 2 * width * n_layers * keys * tokens
             if decoded:

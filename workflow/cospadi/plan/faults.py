@@ -46,7 +46,7 @@ def planning_faults(variants: Variants, shapes: Shapes, model_config: Mapping[st
             yield from (
                 f"{where}.allocation_file: {path}: {fault}" for fault in _table_faults(variants, name, path, shapes)
             )
-    yield from _position_faults(variants.config, model_config)
+    yield from _position_faults(variants.config, shapes.positions)
 
 
 def _pruning_faults(variants: Variants, architecture: str) -> Iterator[str]:
@@ -185,9 +185,8 @@ def _matrix_name(layer: int, projection: str) -> str:
     return f"model.layers.{layer}.{PART_OF[projection].name}.{projection}"
 
 
-def _position_faults(config: Mapping[str, Any], model_config: Mapping[str, Any]) -> Iterator[str]:
+def _position_faults(config: Mapping[str, Any], positions: int | None) -> Iterator[str]:
     """Windows that are longer than the model has positions."""
-    positions = model_config.get("text_config", model_config).get("max_position_embeddings")
     windows = {"calibration.length": config["calibration"]["length"]}
     if config["evaluation"]["perplexity"] is not None:
         windows["evaluation.perplexity.window"] = config["evaluation"]["perplexity"]["window"]

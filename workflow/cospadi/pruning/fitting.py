@@ -119,7 +119,7 @@ class _Fit:
             if needed > free:
                 raise ArtifactError(
                     self._rows.path,
-                    f"the rows need {needed / 2**30:.2f} GiB more and {free / 2**30:.2f} GiB are free",
+                    f"the rows need {needed / 1e9:.3g} GB more and {free / 1e9:.3g} GB are free",
                     "Free space, take fewer calibration windows, or objective: least_squares, which stores no rows",
                 )
             self._rows.add(*tensors)

@@ -9,11 +9,12 @@ from typing import Any
 
 from cospadi.errors import ArtifactError
 from cospadi.files import ModelFolder, read_json, read_object
+from cospadi.progress import read_report
 from cospadi.provenance import check_provenance, fingerprint
 
 FORMAT_VERSION = 1
 DENSE = "dense"
-_REMEDY = "Run snakemake again: it makes what is missing"
+_REMEDY = "Delete it if it is there, and run again: what is missing is made"
 _ACCURACIES = ("acc_norm", "acc", "exact_match")
 
 
@@ -171,8 +172,7 @@ def _read_units(
     refined: list[dict[str, Any]] = []
     seconds, all_nbytes = 0.0, 0
     for unit in units:
-        learned = read_json(folder / "factors" / f"{unit}.json", _REMEDY)
-        stored = read_json(folder / "codes" / f"{unit}.json", _REMEDY)
+        learned, stored = (read_report(folder / part / f"{unit}.json", _REMEDY) for part in ("factors", "codes"))
         if learned["matrices"].keys() != stored["matrices"].keys():
             differing = sorted(learned["matrices"].keys() ^ stored["matrices"].keys())
             raise ArtifactError(

@@ -94,14 +94,16 @@ def from_chat(target: Path, root: Path, log: Log, *, path: str, field: str) -> t
     documents: list[Document] = []
     for number, line in _json_lines(file):
         messages = line.get(field) if isinstance(line, dict) else None
-        good = isinstance(messages, list) and all(
-            isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
-            for message in messages
-        )
-        if not good or not messages:
-            problem = f"line {number} has no list of messages {{role, content}} in field {field!r}"
+        if not isinstance(messages, list) or not messages:
+            problem = f"line {number} has no list of messages in field {field!r}; fields: {_fields(line)}"
             raise ArtifactError(file, problem, "Correct text.field, or the file")
-        documents.append((f"{file.stem} {number}", Chat(json.dumps(messages))))
+        for place, message in enumerate(messages, 1):
+            text = [message.get(key) for key in ("role", "content")] if isinstance(message, dict) else [None]
+            if not all(isinstance(part, str) for part in text):
+                problem = f"line {number}, message {place} of {len(messages)}: role and content are not both text"
+                raise ArtifactError(file, problem, "Correct the file, or leave that conversation out")
+        whole = json.dumps(messages, ensure_ascii=False)
+        documents.append((f"{file.stem} {number}", Chat(_encodable(whole, file, f"line {number}"))))
     return documents, {"Conversations from the file": str(file), "Field": field}
 
 
@@ -170,7 +172,7 @@ def _json_lines(file: Path) -> Iterator[tuple[int, Any]]:
             continue
         try:
             yield number, json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
             raise ArtifactError(file, f"line {number} is not JSON ({error})", "Correct the file") from error
 
 
@@ -298,7 +300,7 @@ SOURCES += (
 def _read_text(path: Path) -> str:
     try:
         with explaining(path):
-            return path.read_text(encoding="utf-8")
+            return path.read_text(encoding="utf-8-sig")  # some editors write a mark before the text
     except FileNotFoundError as error:
         raise ArtifactError(path, "the file does not exist", "Correct text.path in the config") from error
     except (UnicodeDecodeError, OSError) as error:
@@ -307,9 +309,24 @@ def _read_text(path: Path) -> str:
 
 def _document(document: Any, field: str, title: str, path: Path, where: str) -> Document:
     if not isinstance(document, dict) or not isinstance(document.get(field), str):
-        known = ", ".join(sorted(document)) if isinstance(document, dict) else "none"
-        raise ArtifactError(path, f"{where} has no text field {field!r}; fields: {known}", "Correct text.field")
-    return str(document.get("title") or title), document[field]
+        raise ArtifactError(
+            path, f"{where} has no text field {field!r}; fields: {_fields(document)}", "Correct text.field"
+        )
+    both = str(document.get("title") or title), document[field]
+    return tuple(_encodable(text, path, where) for text in both)
+
+
+def _fields(document: Any) -> str:
+    return ", ".join(sorted(document)) if isinstance(document, dict) else "none"
+
+
+def _encodable(text: str, path: Path, where: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        problem = f"{where} has half of a character ({text[error.start]!r}), which no text may hold"
+        raise ArtifactError(path, problem, "Correct the file") from error
+    return text
 
 
 def split_documents(
@@ -320,7 +337,8 @@ def split_documents(
     Parameters
     ----------
     documents : sequence of (title, text) or (title, text, source)
-        Empty ones and exact repeats are dropped; of a mixture each source is split by itself.
+        Empty ones are dropped, and repeats, whatever white space is between their words; of a mixture each source is
+        split by itself.
     heldout_fraction : float
         Share of the documents held out, in [0, 1); 0 holds none out, otherwise at least one is.
     seed : int
@@ -337,16 +355,17 @@ def split_documents(
     """
     first_seen: dict[str, Document | Mixed] = {}
     for document in documents:
-        if document[1].strip():
-            first_seen.setdefault(document[1], document)
+        if words := " ".join(document[1].split()):
+            first_seen.setdefault(words, document)
     numbers = dict.fromkeys(document[2:] for document in documents) or [()]
     groups = [[document for document in first_seen.values() if document[2:] == number] for number in numbers]
     needed = 2 if heldout_fraction > 0 else 1
     heldout: set[str] = set()
     for number, distinct in zip(numbers, groups, strict=True):
         if len(distinct) < needed:
-            where = f"source {number[0]}: " if number else ""
-            raise ValueError(f"{where}{len(distinct)} different documents with text, at least {needed} needed")
+            where, others = (f"source {number[0]}: ", ", that no source before it has") if number else ("", "")
+            count = f"{len(distinct)} different documents with text{others}"
+            raise ValueError(f"{where}{count}; at least {needed} needed")
         order = list(range(len(distinct)))
         random.Random(seed).shuffle(order)
         count = min(max(needed - 1, round(heldout_fraction * len(distinct))), len(distinct) - 1)
