@@ -158,7 +158,7 @@ RULES: dict[str, tuple[Callable[[Folder], None], str]] = {
     ),
     "codec": (spec(Q, "codes", codec="float32"), f"{Q}: codec 'float32' is not known"),
     "codec of another type": (spec(Q, "codes", codec=["bf16"]), rf"{Q}: codec \['bf16'\] is not known"),
-    "support": (spec(Q, "codes", support="1:4"), f"{Q}: support '1:4' is not known"),
+    "support": (spec(Q, "codes", support="5:7"), f"{Q}: support '5:7' is not known"),
     "pairs of too few atoms": (spec(OUT, "codes", n_nonzero=7), f"{OUT}: n_nonzero is 7"),
     "atoms that are no fours": (
         lambda folder: specs_of(folder)[Q]["codes"].update(support="2:4"),

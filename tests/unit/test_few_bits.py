@@ -19,9 +19,11 @@ from cospadi.config import check_config
 from cospadi.errors import ConfigError
 from cospadi.files import BFLOAT16
 from cospadi.formats.factorization import Factorization, unpack
+from cospadi.methods import METHODS
 from cospadi.runtime import cospadi_cpu
 from cospadi.runtime.cospadi_entropy import DamagedStreamError, _parsed, follow, steps_near
-from cospadi.runtime.cospadi_registry import CODECS
+from cospadi.runtime.cospadi_integers import Integers
+from cospadi.runtime.cospadi_registry import CODECS, FACTOR_CODECS
 from cospadi.runtime.cospadi_trellis import VALUES
 from cospadi.solvers import float8, trellis
 from cospadi.solvers.entropy import _follow_trellis
@@ -77,6 +79,18 @@ def test_as_many_bits_as_fit_are_stored_in_as_many_bytes(method, group, symmetri
     assert errors[-1] < 0.01  # steps of 8 bits
     with pytest.raises(ConfigError, match="2 bits a weight and their scales take"):
         factorize(w, gram, method=method, bits=1.9, block_size=group, symmetric=symmetric)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_of_a_codec_more_those_learn_anew_that_may_choose_it(monkeypatch, method):
+    other = Integers(5)
+    monkeypatch.setattr(Integers, "__module__", "cospadi.runtime.cospadi_other")
+    for codecs in (CODECS, FACTOR_CODECS):
+        monkeypatch.setitem(codecs, other.name, other)
+    assert factorize(weight(), inputs(), method=method, bits=bits_of("int5", 64)).value_codec == "int5"
+    for symmetric in (True, False):
+        modules = METHODS[method].modules({**METHODS[method].defaults(), "symmetric": symmetric})
+        assert ("cospadi.runtime.cospadi_other" in modules) == symmetric
 
 
 @settings(max_examples=25, deadline=None)

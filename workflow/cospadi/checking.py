@@ -267,7 +267,7 @@ def _close(name: Any, known: Iterable[str]) -> str | None:
 
 
 def did_you_mean(name: Any, known: Iterable[Any]) -> str:
-    close = _close(name, [str(value) for value in known])
+    close = _close(name, [str(value) for value in known]) if isinstance(name, str) else None  # numbers are not misspelt
     return f" (did you mean {close}?)" if close else ""
 
 

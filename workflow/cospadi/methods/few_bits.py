@@ -25,6 +25,7 @@ from cospadi.problem import Problem
 from cospadi.registry import option
 from cospadi.runtime.cospadi_diagonal import Diagonal
 from cospadi.runtime.cospadi_registry import CODECS
+from cospadi.runtime.cospadi_values import Codec
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "symmetric": option(
@@ -62,9 +63,12 @@ def grid(
         If not even the one of the fewest bits does.
     """
     most, scales = CODECS[value_codec].bits, Diagonal.name if scale_inputs else IDENTITY
-    grids = [codec for codec in CODECS.values() if codec.scaled and not codec.variable]
-    grids = [codec for codec in grids if codec.shifted != symmetric and codec.bits <= most]
+    grids = [codec for codec in _grids(symmetric) if codec.bits <= most]
     return most_bits(grids, shape, nbytes, lambda codec: stored_nbytes(shape, codec.name, block_size, scales)).name
+
+
+def _grids(symmetric: bool) -> list[Codec]:
+    return [codec for codec in CODECS.values() if codec.scaled and not codec.variable and codec.shifted != symmetric]
 
 
 def most_bits(codecs: Iterable[Any], shape: tuple[int, int], nbytes: int, taken_by: Callable[[Any], int]) -> Any:
@@ -152,8 +156,8 @@ def tries(options: Mapping[str, Any]) -> int:
 
 def modules(options: Mapping[str, Any]) -> list[str]:
     """The modules of all such methods whose code decides the result."""
-    more = ["cospadi.runtime.cospadi_diagonal"] if options["scale_inputs"] else []
-    return [__name__, "cospadi.runtime.cospadi_integers", *more]
+    used = _grids(options["symmetric"]) + [CODECS[Diagonal.name]] * options["scale_inputs"]
+    return [__name__, *sorted({type(codec).__module__ for codec in used})]
 
 
 def faults(settings: Mapping[str, Any], problems: Problems = ()) -> Iterator[str]:

@@ -10,6 +10,9 @@ import numpy as np
 
 from .cospadi_values import Codec, decode_words, encode_words, pack_words, unpack_words
 
+# Bits of those that there are; their code decides what methods learn that choose among them
+WIDTHS = (8, 6, 4, 3, 2)
+
 
 class Integers(Codec):
     """Integers of 2 to 8 bits in two's complement: 8 keep the shape of the numbers, fewer are one stream."""

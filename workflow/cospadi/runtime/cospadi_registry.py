@@ -8,7 +8,7 @@ from __future__ import annotations
 from .cospadi_bf14 import Bf14
 from .cospadi_diagonal import Diagonal
 from .cospadi_entropy import Entropy
-from .cospadi_integers import Integers, Shifted
+from .cospadi_integers import WIDTHS, Integers, Shifted
 from .cospadi_supports import Bitmask, Dense, Mixture, Pairs, Support
 from .cospadi_trellis import Trellis
 from .cospadi_values import Bf16, Codec, Float32
@@ -19,8 +19,8 @@ CODECS: dict[str, Codec] = {
         Bf16(),
         Bf14(),
         Diagonal(),
-        *(Integers(bits) for bits in (8, 6, 4, 3, 2)),
-        *(Shifted(bits) for bits in (8, 6, 4, 3, 2)),
+        *(Integers(bits) for bits in WIDTHS),
+        *(Shifted(bits) for bits in WIDTHS),
         Entropy("ec", trellis=False),
         Entropy("ectcq", trellis=True),
         Entropy("ec_scaled", trellis=False, scaled=True),
