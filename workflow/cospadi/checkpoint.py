@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import shutil
 import sys
 from collections import Counter
@@ -21,8 +22,17 @@ import safetensors.numpy
 
 from cospadi.budget import dense_nbytes
 from cospadi.cards import packed_card
-from cospadi.errors import ArtifactError, CospadiError
-from cospadi.files import BFLOAT16, ModelFolder, TensorFile, data_files, explaining, read_object, replacing, write_json
+from cospadi.errors import ArtifactError, CospadiError, listed
+from cospadi.files import (
+    SAFETENSORS_DTYPES,
+    ModelFolder,
+    TensorFile,
+    data_files,
+    explaining,
+    read_object,
+    replacing,
+    write_json,
+)
 from cospadi.formats.factorization import Factorization, dictionary_names, read_specs, tensor_names, unpack
 from cospadi.learning import FORMAT_VERSION as CODES_VERSION
 from cospadi.provenance import CALIBRATION, check_provenance, fingerprint
@@ -32,6 +42,7 @@ from cospadi.runtime.cospadi_format import (
     FORMAT_VERSION,
     LOAD_HINT,
     MODEL_TYPE,
+    WEIGHT_DTYPES,
     UnreadableError,
     all_parts,
     config_faults,
@@ -47,12 +58,6 @@ from cospadi.tokenizer import check_equal, class_to_store, has_tokenizer, load_t
 MAX_SHARD_BYTES = 5 * 2**30
 
 _RUNTIME = Path(__file__).parent / "runtime"
-_WEIGHT_DTYPES = {
-    "BF16": BFLOAT16,
-    "F16": np.dtype(np.float16),
-    "F32": np.dtype(np.float32),
-    "F64": np.dtype(np.float64),
-}
 _REMEDY = "Delete it and run again"
 _FOLDER_REMEDY = "Name a folder written by assemble_model; if this is one, fetch or assemble it again"
 
@@ -180,9 +185,7 @@ def check_codes(
         if name.endswith(".weight") and name.split(".")[-2] in (targets or PROJECTIONS)
     }
     if wanted - there:
-        missing = ", ".join(sorted(wanted - there)[:3])
-        more = f" and {len(wanted - there) - 3} more" if len(wanted - there) > 3 else ""
-        raise ArtifactError("codes", f"no file has the codes of {missing}{more}", _REMEDY)
+        raise ArtifactError("codes", f"no file has the codes of {listed(sorted(wanted - there))}", _REMEDY)
 
 
 def target_bytes(folder: str | Path) -> dict[str, Any]:
@@ -235,24 +238,13 @@ def densify(packed_folder: str | Path, output: str | Path, *, max_shard_bytes: i
     model, packing = open_packed(packed_folder)
     check_loads(model.path)
     specs = packing["matrices"]
-    dtype_name = packing["weight_dtype"]
-    packed_into = _placement(specs)
-    matrix_of = {part: matrix for matrix, parts in packed_into.items() for part in parts}
-
-    tensors: dict[str, StoredTensor] = {}
-    for name in model.weight_map:
-        if name not in matrix_of:
-            tensors[name] = StoredTensor.of(model.file_of(name), name)
-    for weight in packed_into:
-        matrix = weight.removesuffix(".weight")
-        d_in, d_out = specs[matrix]["shape"]
-        tensors[weight] = StoredTensor(
-            weight,
-            d_in * d_out * _WEIGHT_DTYPES[dtype_name].itemsize,
-            functools.partial(_dense_weight, model, matrix, specs[matrix], _WEIGHT_DTYPES[dtype_name]),
-        )
-
-    write_folder(output, dense_config(model), list(tensors.values()), base=model.path, max_shard_bytes=max_shard_bytes)
+    dtype = SAFETENSORS_DTYPES[packing["weight_dtype"]]
+    packed = {part for name, spec in specs.items() for part in tensor_names(name, spec)}
+    tensors = [StoredTensor.of(model.file_of(name), name) for name in model.weight_map if name not in packed]
+    for matrix, spec in specs.items():
+        read = functools.partial(_dense_weight, model, matrix, spec, dtype)
+        tensors.append(StoredTensor(f"{matrix}.weight", math.prod(spec["shape"]) * dtype.itemsize, read))
+    write_folder(output, dense_config(model), tensors, base=model.path, max_shard_bytes=max_shard_bytes)
 
 
 def verify(folder: str | Path) -> dict[str, int]:
@@ -363,10 +355,10 @@ def _check_target(base: ModelFolder, name: str, spec: Mapping[str, Any]) -> str:
             f"{weight} has shape {entry['shape']}, the codes are for {spec['shape'][::-1]}",
             "The codes belong to another model: delete them and run again",
         )
-    if entry["dtype"] not in _WEIGHT_DTYPES:
+    if entry["dtype"] not in WEIGHT_DTYPES:
         raise ArtifactError(
             base.path,
-            f"{weight} has dtype {entry['dtype']}; allowed: {', '.join(_WEIGHT_DTYPES)}",
+            f"{weight} has dtype {entry['dtype']}; allowed: {', '.join(WEIGHT_DTYPES)}",
             "Start from the model's unquantized weights",
         )
     return entry["dtype"]

@@ -11,6 +11,11 @@ from pathlib import Path
 from typing import Any
 
 
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """The first few of some names, and how many there are more."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 class CospadiError(Exception):
     """Base of all errors raised on purpose by this package."""
 

@@ -20,7 +20,7 @@ from cospadi.formats.values import storage_of
 from cospadi.gram import check_gradients, check_grams
 from cospadi.methods import METHODS, Method
 from cospadi.methods.base import Fit
-from cospadi.problem import Gradients, Matrix, Metric, Problem, in_turn, matrices_of, shared
+from cospadi.problem import Gradients, Matrix, Metric, OnDemand, Problem, in_turn, matrices_of, shared
 from cospadi.provenance import check_provenance, digest_of
 from cospadi.runtime.cospadi_registry import FACTOR_CODECS
 from cospadi.structure import layer_name
@@ -214,10 +214,8 @@ def _learn(job: _Job, groups: Sequence[Sequence[Matrix]], *, n_layers: int) -> I
     means: dict[frozenset[Metric], Metric] = {}  # q, k and v follow each other and share a metric
     for index, group in enumerate(in_turn(groups)):
         in_memory = job.method.scope == "problem"
-        weights = [matrix.weight() for matrix in group] if in_memory else None
-        sizes = [
-            matrix.squared_norm(matrix.weight() if weights is None else weights[i]) for i, matrix in enumerate(group)
-        ]
+        weights = [matrix.weight() for matrix in group] if in_memory else OnDemand(group, Matrix.weight)
+        sizes = [matrix.squared_norm(weight) for matrix, weight in zip(group, weights, strict=True)]
         for matrix, size in zip(group, sizes, strict=True):
             if size <= 0:
                 yield _Learned(matrix.name, None, {"reason": _why_dense(matrix)})
@@ -227,7 +225,7 @@ def _learn(job: _Job, groups: Sequence[Sequence[Matrix]], *, n_layers: int) -> I
             metrics = frozenset(group[i].metric for i in kept)
             problem = Problem(
                 [group[i] for i in kept],
-                weights=weights and [group[i].weighted(weights[i]) for i in kept],
+                weights=[group[i].weighted(weights[i]) for i in kept] if in_memory else None,
                 metric=means.get(metrics),
                 drift=job.drift,
                 in_memory=in_memory,
@@ -240,7 +238,7 @@ def _learn(job: _Job, groups: Sequence[Sequence[Matrix]], *, n_layers: int) -> I
                 options["max_seconds"] = share_of_time(left, group, groups[index:])
             nbytes = _nbytes(job, problem, group)
             if nbytes is None:
-                found = [Factorization.as_it_is(group[i].weight(), job.storage) for i in kept]
+                found = [Factorization.as_it_is(weights[i], job.storage) for i in kept]
             else:
                 try:
                     found = job.method.fit(problem, nbytes, _how(job, problem), **options)
@@ -250,8 +248,7 @@ def _learn(job: _Job, groups: Sequence[Sequence[Matrix]], *, n_layers: int) -> I
             seconds = (time.perf_counter() - problem_started) / len(kept)
             for place, i in enumerate(kept):
                 factors, found[place] = found[place], None  # each is freed once it is packed
-                weight = group[i].weight() if weights is None else weights[i]
-                report = _report(group[i], weight, factors, sizes[i])
+                report = _report(group[i], weights[i], factors, sizes[i])
                 yield _Learned(group[i].name, factors, {**report, "seconds": seconds})
         later = {frozenset(matrix.metric for matrix in other) for other in groups[index + 1 :]}
         means = {key: mean for key, mean in means.items() if key in later}

@@ -481,7 +481,7 @@ class Problem:
         """Weight of each matrix, float32 (d_in, d_out), with its columns weighted."""
         if self._weights is not None:
             return self._weights
-        weights = _OnDemand(self.matrices, lambda matrix: matrix.weighted(matrix.weight()))
+        weights = OnDemand(self.matrices, lambda matrix: matrix.weighted(matrix.weight()))
         return list(weights) if self._in_memory else weights
 
     @property
@@ -501,7 +501,7 @@ class Problem:
                     recent.pop(0).forget()
             return whitening
 
-        return _OnDemand(self.matrices, make)
+        return OnDemand(self.matrices, make)
 
     def split(self, factorization: Factorization) -> list[Factorization]:
         """Factors of each matrix from those of the matrices side by side: one dictionary, each its columns of codes."""
@@ -523,7 +523,7 @@ def split_codes(factorization: Factorization, widths: Sequence[int]) -> list[Fac
     return [factorization.columns(slice(*edge)) for edge in itertools.pairwise(edges)]
 
 
-class _OnDemand(Sequence):
+class OnDemand(Sequence):
     """A sequence whose entries are made anew each time they are asked for."""
 
     def __init__(self, matrices: Sequence[Matrix], make: Callable[[Matrix], Any]) -> None:

@@ -18,7 +18,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from cospadi.errors import ArtifactError, ConfigError
+from cospadi.errors import ArtifactError, ConfigError, listed
 from cospadi.evaluation.divergence import Comparison, recording
 from cospadi.evaluation.generation import generate
 from cospadi.evaluation.heldout import read_pieces
@@ -197,8 +197,7 @@ def _load(
     except Exception as error:  # transformers and safetensors raise what they like
         raise ArtifactError(model_folder, f"cannot be loaded ({type(error).__name__}: {error})", remedy) from error
     if report["missing_keys"]:
-        missing = ", ".join(sorted(report["missing_keys"])[:3])
-        raise ArtifactError(model_folder, f"lacks {len(report['missing_keys'])} tensors ({missing} ...)", remedy)
+        raise ArtifactError(model_folder, f"lacks {listed(sorted(report['missing_keys']))}", remedy)
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise ArtifactError(
             model_folder,

@@ -10,7 +10,7 @@ from typing import Any
 from cospadi import methods
 from cospadi.allocation import AS_IS, read_table
 from cospadi.budget import as_is_nbytes, nbytes_left
-from cospadi.errors import ArtifactError, ConfigError
+from cospadi.errors import ArtifactError, ConfigError, listed
 from cospadi.files import ModelFolder, TensorFile, data_files
 from cospadi.formats.values import storage_of
 from cospadi.methods.base import MEASURED, MENU, planned_problems
@@ -21,8 +21,6 @@ from cospadi.pruning import PRUNERS, removed_count
 from cospadi.resources import Shapes
 from cospadi.structure import FOLDABLE, PART_OF
 from cospadi.tokenizer import TOKENIZER_FILES, has_tokenizer
-
-_NAMED = 3  # tensors at fault that a message names
 
 
 def planning_faults(variants: Variants, shapes: Shapes, model_config: Mapping[str, Any]) -> Iterator[str]:
@@ -169,8 +167,7 @@ def _table_faults(variants: Variants, name: str, path: str, shapes: Shapes) -> I
                 yield f"line {row.line}: {shown}: {fault}"
     missing = [" + ".join(names) for names in problems.keys() - {row.matrices for row in rows}]
     if missing:
-        some = ", ".join(sorted(missing)[:_NAMED])
-        yield f"says nothing of {len(missing)} of {len(problems)} problems ({some}{' ...' if missing[_NAMED:] else ''})"
+        yield f"says nothing of {len(missing)} of {len(problems)} problems ({listed(sorted(missing))})"
     every = [target.shape for targets in problems.values() for target in targets]
     nbytes = nbytes_left(every, settings["ratio"])
     if taken > nbytes:
@@ -224,7 +221,8 @@ def local_model_faults(path: str, shapes: Shapes) -> Iterator[str]:
     expected = _expected(shapes)
     missing += [name for name in expected if name not in folder.weight_map]
     if missing:
-        yield f"model.path: {path}: lacks {_listed(missing)}. Fetch the model again"
+        what = "tensor" if len(missing) == 1 else "tensors"
+        yield f"model.path: {path}: lacks {what} {listed(missing)}. Fetch the model again"
     for name, shape in expected.items():
         shard = shards.get(folder.weight_map.get(name, ""))
         found = tuple(shard.entries[name]["shape"]) if shard is not None and name in shard else shape
@@ -248,8 +246,3 @@ def _expected(shapes: Shapes) -> dict[str, tuple[int, int]]:
         for projection, (d_in, d_out) in shapes.matrices.items():
             expected[f"{_matrix_name(layer, projection)}.weight"] = (d_out, d_in)
     return expected
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return f"{'tensor' if len(names) == 1 else 'tensors'} {', '.join(names[:_NAMED])}{more}"

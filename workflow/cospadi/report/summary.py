@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cospadi.errors import ArtifactError
+from cospadi.errors import ArtifactError, listed
 from cospadi.files import ModelFolder, read_json, read_object
 from cospadi.progress import read_report
 from cospadi.provenance import check_provenance, fingerprint
@@ -177,7 +177,7 @@ def _read_units(
             differing = sorted(learned["matrices"].keys() ^ stored["matrices"].keys())
             raise ArtifactError(
                 folder / "codes" / f"{unit}.json",
-                f"does not describe the matrices of factors/{unit}.json (differing: {', '.join(differing[:3])})",
+                f"does not describe the matrices of factors/{unit}.json (differing: {listed(differing)})",
                 "Delete it and run again",
             )
         seconds += learned["seconds"]
