@@ -586,6 +586,11 @@ def test_documentation_follows_the_schema(name, module, documentation):
         ),
         ({"menu": [1.0]}, "variants.a.menu: [1.0] is of allocation menu or measured, here it is uniform; leave it out"),
         ({"measured_windows": 2}, "variants.a.measured_windows: 2 is of allocation measured, here it is uniform"),
+        ({"allocation": "menu"}, "a.allocation: menu compares what errors in different matrices cost; set metric to"),
+        (
+            {"method": "ectcq", "allocation": "global"},
+            "a.allocation: global compares what errors in different matrices",
+        ),
         ({"method": "trellis", "refine": {}}, "variants.a.refine: paths and scales of a trellis are decided together"),
         ({"method": "ectcq", "refine": {}}, "variants.a.refine: numbers and steps are decided together"),
     ],

@@ -10,7 +10,7 @@ from cospadi.budget import as_is_nbytes, nbytes_left
 from cospadi.errors import ConfigError
 from cospadi.formats.values import storage_of
 from cospadi.methods import METHODS, global_threshold
-from cospadi.methods.base import Fit
+from cospadi.methods.base import Fit, allocation_faults
 from cospadi.methods.single_weights import entries_nbytes, n_entries
 from cospadi.problem import Matrix, Metric, Outputs, Problem
 from cospadi.solvers.saliency import RIDGE, saliencies
@@ -112,7 +112,7 @@ def test_shares_are_those_of_the_pooled_weights():
 def test_a_threshold_needs_prices_and_weights_that_are_free(method):
     complete = METHODS[method].defaults() | {"ratio": 0.4, "metric": "activations", "allocation": "global"}
     assert METHODS[method].allocates(complete)
-    assert "set metric to gradients" in "".join(METHODS[method].faults(complete))
+    assert "set metric to gradients" in "".join(allocation_faults(complete))
     complete["metric"] = "gradients"
     assert not list(METHODS[method].faults(complete))
     assert "pattern 2:4" in "".join(METHODS[method].faults({**complete, "pattern": "2:4"}))

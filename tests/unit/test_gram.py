@@ -17,7 +17,7 @@ from cospadi import arrays
 from cospadi import gram as gram_module
 from cospadi.calibration.activations import writing
 from cospadi.errors import ArtifactError, ConfigError, NumericalError
-from cospadi.gram import compute_gram, read_gram, relative_error, sites, whitening_factor
+from cospadi.gram import compute_gram, eigen_whitening, read_gram, relative_error, sites, whitening_factor
 from cospadi.solvers._arrays import inverse_spd
 from cospadi.solvers.admm import Scaled
 from cospadi.solvers.sparsegpt import inverse_factor
@@ -290,8 +290,9 @@ def test_ridge_is_relative_to_the_mean_diagonal():
         expected = scale * (gram + 0.01 * np.mean(np.diag(gram)) * np.eye(12))
         assert np.allclose(whitening.factor.T @ whitening.factor, expected, rtol=1e-12, atol=1e-13 * expected.max())
         assert (whitening.eta, whitening.shift) == (0.01, 0.0)
-    with pytest.raises(ValueError, match="eta"):
-        whitening_factor(gram, eta=-1.0)
+    for whitening in (whitening_factor, eigen_whitening):
+        with pytest.raises(ValueError, match="eta is -1"):
+            whitening(gram, eta=-1.0)
 
 
 @pytest.mark.parametrize(

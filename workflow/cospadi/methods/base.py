@@ -314,8 +314,8 @@ def sharing_faults(problems: Problems) -> Iterator[str]:
 def allocation_faults(settings: Mapping[str, Any]) -> Iterator[str]:
     """Keys of `ALLOCATION_OPTIONS` that contradict each other, in complete settings."""
     given, path = settings.get("allocation"), settings.get("allocation_file")
-    if given == MENU and settings["metric"] != GRADIENTS:
-        yield f"allocation: {MENU} compares what errors in different matrices cost; set metric to {GRADIENTS}"
+    if given in (MENU, GLOBAL) and settings["metric"] != GRADIENTS:
+        yield f"allocation: {given} compares what errors in different matrices cost; set metric to {GRADIENTS}"
     if given == FILE and path is None:
         yield f"allocation: {FILE} needs a table; set allocation_file"
     if given != FILE and path is not None:
@@ -342,12 +342,6 @@ def in_turn_faults(settings: Mapping[str, Any]) -> Iterator[str]:
         yield f"{key}: layers are learned in turn, and here several are learned together ({settings['method']})"
     if settings["codes"]["rounding"] == "optimal":
         yield f"{key}: codes.rounding {settings['codes']['rounding']} goes back to the weight as it is; take nearest"
-
-
-def price_faults(settings: Mapping[str, Any]) -> Iterator[str]:
-    """An allocation that compares what errors in different matrices cost, without the metric that knows it."""
-    if settings.get("allocation") == GLOBAL and settings.get("metric") != GRADIENTS:
-        yield f"allocation: {GLOBAL} compares what errors in different matrices cost; set metric to {GRADIENTS}"
 
 
 def budget_faults(

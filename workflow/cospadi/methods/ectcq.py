@@ -16,17 +16,7 @@ from cospadi.allocation import Profile
 from cospadi.errors import ConfigError
 from cospadi.formats.factorization import Factorization
 from cospadi.methods import single_weights, sparsegpt
-from cospadi.methods.base import (
-    GLOBAL,
-    UNIFORM,
-    Allocator,
-    Fit,
-    Method,
-    Problems,
-    allocation_option,
-    budget_faults,
-    price_faults,
-)
+from cospadi.methods.base import GLOBAL, UNIFORM, Allocator, Fit, Method, Problems, allocation_option, budget_faults
 from cospadi.problem import GRADIENTS, Problem, Target, side_by_side
 from cospadi.registry import option
 from cospadi.runtime.cospadi_registry import CODECS
@@ -117,7 +107,6 @@ def faults(settings: Mapping[str, Any], problems: Problems = ()) -> Iterator[str
             f"refine: numbers and steps are decided together, nothing is left to train; set it to null, or metric to "
             f"{GRADIENTS} and column_power above 0, by which columns have scales"
         )
-    yield from price_faults(settings)
     yield from budget_faults(settings, problems, lambda shape, nbytes: room(shape, nbytes - 2 * shape[1] * scaled))
 
 

@@ -19,7 +19,7 @@ from cospadi.errors import ConfigError
 from cospadi.formats.dictionaries import IDENTITY
 from cospadi.formats.factorization import Factorization
 from cospadi.formats.values import storage_of
-from cospadi.methods.base import GLOBAL, Fit, Method, Problems, budget_faults, price_faults, work_of
+from cospadi.methods.base import GLOBAL, Fit, Method, Problems, budget_faults, work_of
 from cospadi.problem import Metric, Problem, Target, side_by_side
 from cospadi.registry import option
 from cospadi.runtime.cospadi_registry import SUPPORTS
@@ -234,7 +234,6 @@ def faults(settings: Mapping[str, Any], problems: Problems = ()) -> Iterator[str
     """Ratios that leave no weight, or less than the pattern takes."""
     storage = storage_of(settings.get("codes", {}))
     pattern = settings["pattern"]
-    yield from price_faults(settings)
     if settings.get("allocation") == GLOBAL and kept_of(pattern) is not None:
         yield f"allocation: {GLOBAL}; pattern {pattern} keeps as many of every matrix"
     yield from budget_faults(
