@@ -15,7 +15,7 @@ from fuzz import Folder, make_seeds
 
 from cospadi.checkpoint import assemble, densify, target_bytes
 from cospadi.errors import ArtifactError
-from cospadi.files import ModelFolder, TensorFile, read_object, write_tensors
+from cospadi.files import ModelFolder, TensorFile, read_json, write_tensors
 from cospadi.formats.factorization import read_specs, unpack
 from cospadi.runtime.cospadi_registry import CODECS, FACTOR_CODECS
 from cospadi.runtime.modeling_cospadi import CospadiForCausalLM
@@ -347,7 +347,7 @@ def test_a_header_whose_own_entry_is_no_object_is_an_error_that_names_the_file(t
             TensorFile(path)
     (tmp_path / "list.json").write_text("[1]")
     with pytest.raises(ArtifactError, match=r"list\.json: holds a list"):
-        read_object(tmp_path / "list.json")
+        read_json(tmp_path / "list.json")
 
 
 @pytest.mark.parametrize(

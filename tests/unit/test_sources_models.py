@@ -613,10 +613,11 @@ def test_planning_needs_no_heavy_import():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-def test_planning_refuses_what_is_no_model_configuration(tmp_path):
+@pytest.mark.parametrize(("content", "problem"), [("[]", "holds a list"), ("{}", "no model_type"), ("{", "not valid")])
+def test_planning_refuses_what_is_no_model_configuration(tmp_path, content, problem):
     path = tmp_path / "config.json"
-    path.write_text("[]")
-    with pytest.raises(ArtifactError, match=r"no model_type.*Correct model.config"):
+    path.write_text(content)
+    with pytest.raises(ArtifactError, match=rf"{problem}.*Correct model.config"):
         planning_config({"source": "wheel_gguf", "config": str(path)})
 
 

@@ -29,7 +29,7 @@ from cospadi.files import (
     TensorFile,
     data_files,
     explaining,
-    read_object,
+    read_json,
     replacing,
     write_json,
 )
@@ -377,7 +377,7 @@ def _placement(specs: Mapping[str, Any]) -> dict[str, list[str]]:
 def open_packed(folder: str | Path) -> tuple[ModelFolder, dict[str, Any]]:
     """A packed folder whose specs and weight files are as docs/format.md says, and its ``quantization_config``."""
     path = Path(folder)
-    config = read_object(path / "config.json", _FOLDER_REMEDY)
+    config = read_json(path / "config.json", _FOLDER_REMEDY)
     faults = config_faults(config)
     if faults:
         raise ArtifactError(path / "config.json", in_one_line(faults), _FOLDER_REMEDY)

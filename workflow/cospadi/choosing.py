@@ -297,7 +297,9 @@ def take_unit(
         If the variants are of different models or calibrations, or one lacks a matrix that was chosen of it.
     """
     started, unit, base = time.perf_counter(), taken.codes.stem, ModelFolder(model)
-    chosen = read_json(choice, _REMEDY)["matrices"]
+    chosen = read_json(choice, _REMEDY)
+    check_provenance(choice, chosen, {"format_version": FORMAT_VERSION}, _REMEDY)
+    chosen = chosen["matrices"]
     tensors, specs, reports, diagnostics = {}, {}, {}, {}
     belongs: dict[str, Any] = {"format_version": FORMAT_VERSION, "layers": list(layers)}
     kept: dict[str, str] = {}

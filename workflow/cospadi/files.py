@@ -176,32 +176,21 @@ def write_json(path: str | Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
-def read_json(path: str | Path, remedy: str = "Delete it and run again") -> Any:
-    """Read a JSON file.
-
-    Raises
-    ------
-    ArtifactError
-        If the file is missing or is not JSON.
-    """
-    try:
-        with explaining(path):
-            return json.loads(Path(path).read_text())
-    except FileNotFoundError as error:
-        raise ArtifactError(path, "the file does not exist", remedy) from error
-    except (ValueError, RecursionError) as error:  # also bytes that are no text, and numbers of thousands of digits
-        raise ArtifactError(path, f"not valid JSON ({error})", remedy) from error
-
-
-def read_object(path: str | Path, remedy: str = "Delete it and run again") -> dict[str, Any]:
-    """Read a JSON file that holds one object.
+def read_json(path: str | Path, remedy: str = "Delete it and run again") -> dict[str, Any]:
+    """Read a JSON file, which holds one object, as all of the project's and of a model's do.
 
     Raises
     ------
     ArtifactError
         If the file is missing, is not JSON, or holds another value.
     """
-    value = read_json(path, remedy)
+    try:
+        with explaining(path):
+            value = json.loads(Path(path).read_text())
+    except FileNotFoundError as error:
+        raise ArtifactError(path, "the file does not exist", remedy) from error
+    except (ValueError, RecursionError) as error:  # also bytes that are no text, and numbers of thousands of digits
+        raise ArtifactError(path, f"not valid JSON ({error})", remedy) from error
     if not isinstance(value, dict):
         raise ArtifactError(path, f"holds a {type(value).__name__}, expected an object of keys and values", remedy)
     return value
@@ -329,11 +318,11 @@ class ModelFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._remedy = "Fetch the model again; safetensors weights are required (no .bin files)"
-        self.config = read_object(self.path / "config.json", self._remedy)
+        self.config = read_json(self.path / "config.json", self._remedy)
         index = self.path / "model.safetensors.index.json"
         single_file = self.path / "model.safetensors"
         if index.exists():
-            weight_map = read_object(index, self._remedy).get("weight_map")
+            weight_map = read_json(index, self._remedy).get("weight_map")
             if not isinstance(weight_map, dict) or not all(_is_file_name(file) for file in weight_map.values()):
                 raise ArtifactError(index, "its weight_map is no object of tensors and names of files", self._remedy)
         else:

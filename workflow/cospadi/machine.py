@@ -20,7 +20,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from cospadi.errors import ArtifactError, CospadiError
-from cospadi.files import read_object, write_json
+from cospadi.files import read_json, write_json
 from cospadi.stage import choose_dtype, has_gpu, set_threads
 from cospadi.work import FACTOR, FORWARD, GPU_FORWARD, GPU_PRODUCT, GRAM, LOOP, PRODUCT, READ, REFERENCE, START, Machine
 
@@ -47,7 +47,7 @@ def read_machine(path: str | Path = FILE) -> Machine:
     """
     if not Path(path).exists():
         return REFERENCE
-    found = read_object(path, _REMEDY)
+    found = read_json(path, _REMEDY)
     rates = found.get("rates")
     if found.get("format_version") != FORMAT_VERSION or not isinstance(rates, dict):
         raise ArtifactError(path, f"is no measurement of a machine of version {FORMAT_VERSION}", _REMEDY)

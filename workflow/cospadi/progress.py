@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cospadi.errors import ArtifactError
-from cospadi.files import read_object
+from cospadi.files import read_json
 from cospadi.provenance import check_provenance
 
 FORMAT_VERSION = 1
@@ -25,7 +25,7 @@ def read_report(path: str | Path, remedy: str = "Delete it and run again") -> di
     ArtifactError
         If the file is missing, is none, or is of another version.
     """
-    report = read_object(path, remedy)
+    report = read_json(path, remedy)
     check_provenance(path, report, {"format_version": FORMAT_VERSION}, remedy)
     matrices = report.get("matrices")
     if not isinstance(matrices, dict) or not all(isinstance(matrix, dict) for matrix in matrices.values()):

@@ -192,8 +192,6 @@ def read_structure(path: str | Path) -> dict[str, Any]:
     """
     remedy = "Delete it and run again to inspect the model anew"
     structure = read_json(path, remedy)
-    if not isinstance(structure, dict):
-        raise ArtifactError(path, f"holds a {type(structure).__name__}, no structure of a model", remedy)
     check_provenance(path, structure, {"format_version": FORMAT_VERSION}, remedy)
     return structure
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from cospadi.errors import ConfigError
-from cospadi.files import read_object
+from cospadi.files import read_json
 from cospadi.provenance import check_provenance, digest_of
 
 FORMAT_VERSION = 1
@@ -142,7 +142,7 @@ def read_distances(
         If they are of another model or version, or of other windows.
     """
     remedy = "Delete it and run again to measure the distances anew"
-    distances = read_object(path, remedy)
+    distances = read_json(path, remedy)
     belongs = {"format_version": FORMAT_VERSION, "fingerprint": structure["fingerprint"], "samples": samples}
     check_provenance(path, distances, {**belongs, **(calibration or {})}, remedy)
     return distances
@@ -196,7 +196,7 @@ def read_selection(
         If it is of another model, step or version, or of other windows.
     """
     remedy = "Delete it and run again to choose the blocks anew"
-    selection = read_object(path, remedy)
+    selection = read_json(path, remedy)
     check_provenance(path, selection, {**provenance(structure, settings), **(calibration or {})}, remedy)
     return selection
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cospadi.errors import ArtifactError, listed
-from cospadi.files import ModelFolder, read_json, read_object
+from cospadi.files import ModelFolder, read_json
 from cospadi.progress import read_report
 from cospadi.provenance import check_provenance, fingerprint
 
@@ -223,7 +223,7 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def _read_scores(path: Path, model: Path, asked: Sequence[str]) -> dict[str, Any]:
-    evaluation = read_object(path, _REMEDY)
+    evaluation = read_json(path, _REMEDY)
     belongs = {"format_version": FORMAT_VERSION, "fingerprint": fingerprint(ModelFolder(model))}
     check_provenance(path, evaluation, belongs, "Delete it and run again to evaluate the model anew")
     perplexity = evaluation.get("perplexity", {})

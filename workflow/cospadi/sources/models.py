@@ -52,7 +52,7 @@ _HUB_FILES = {
 def read_planning_config(path: Path, remedy: str) -> dict[str, Any]:
     """Content of a ``config.json`` that jobs are planned with."""
     config = read_json(path, remedy)
-    if not isinstance(config, dict) or "model_type" not in config:
+    if "model_type" not in config:
         raise ArtifactError(path, "not the configuration of a model (no model_type)", remedy)
     return config
 
