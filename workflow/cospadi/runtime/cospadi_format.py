@@ -485,9 +485,9 @@ def stored_faults(
 
 
 def reader(stored: Mapping[str, Stored]) -> Callable[[str], np.ndarray]:
-    """What reads a tensor of a folder by its name, from files that are mapped."""
+    """What reads a tensor of a folder by its name, from files that are mapped; who writes into one has a copy."""
     # once: a map of each tensor takes as long as looking at it
-    mapped = functools.cache(lambda file: np.asarray(np.memmap(file, np.uint8, "r")))
+    mapped = functools.cache(lambda file: np.asarray(np.memmap(file, np.uint8, "c")))
     return lambda name: stored[name].read(mapped(stored[name].file))
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -50,8 +50,16 @@ _REMEDY = "Fetch or assemble the folder again"
 # What entropy-coded matrices are decoded to
 STREAMS = ("dense", "int8")
 
-# Headers of the folder that is being loaded, for the model that is made for it
-_LOADING: ContextVar[Mapping[str, Stored] | None] = ContextVar("loading", default=None)
+
+class _Folder(NamedTuple):
+    """What is being loaded: every tensor by its name, and the streams among them that transformers need not read."""
+
+    stored: Mapping[str, Stored]
+    streams: Collection[str]
+
+
+# for the model that is made
+_LOADING: ContextVar[_Folder | None] = ContextVar("loading", default=None)
 # what the `save_pretrained` that runs now was given
 _SAVING: ContextVar[Mapping[str, Any] | None] = ContextVar("saving", default=None)
 
@@ -69,7 +77,7 @@ class CospadiForCausalLM:
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         source = config.name_or_path or "config"
-        stored = _LOADING.get()
+        stored, streams = _LOADING.get() or (None, ())
         if stored is None:  # else `from_pretrained` has looked at it
             check_packing(config.packing, source)
         n_layers = getattr(config, "num_hidden_layers", 0)
@@ -100,6 +108,9 @@ class CospadiForCausalLM:
         for name, owner in _owners(config.packing):
             self._share_dictionary(name, owner)
         self.all_tied_weights_keys.update(self.shared_dictionaries)
+        layers = packed_layers(self) if streams else {}
+        for name in streams:  # `from_pretrained` sets them: transformers takes 0.2 ms for each name of a tensor
+            layers[name.removesuffix(".values")].values = None
 
     def _share_dictionary(self, name: str, owner_name: str) -> None:
         layer, owner = self.get_submodule(name), self.get_submodule(owner_name)
@@ -180,13 +191,16 @@ class CospadiForCausalLM:
             {name: (codec, read(name), shape, form) for name, (codec, shape, form) in early.items()},
             torch.get_num_threads(),
         )
-        token = _LOADING.set(stored)
+        token = _LOADING.set(_Folder(stored, early))
         try:
             _refuse(path, decoding.faults)
             model, info = super().from_pretrained(path, *model_args, output_loading_info=True, **kwargs)
             _check_loaded(path, model, info)
             _check_offload(path, model.config.packing, getattr(model, "hf_device_map", {}))
             layers = packed_layers(model)
+            for name in early:
+                values = torch.from_numpy(read(name)).to(model.device)
+                layers[name.removesuffix(".values")].values = nn.Parameter(values, requires_grad=False)
             for layer in layers.values():
                 layer.freeze_packed()
             _refuse(path, decoding.wait())
@@ -240,9 +254,12 @@ def family_model(base_model_type: str) -> type[PreTrainedModel]:
     base_config = CONFIG_MAPPING[base_model_type]
     if base_config not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"the family {base_model_type!r} has no causal language model in the installed transformers")
-    bases = (CospadiForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING[base_config])
+    base = MODEL_FOR_CAUSAL_LM_MAPPING[base_config]
+    # streams that transformers is not to read; of other names `stored_faults` knows which have no place
+    ignored = [*(base._keys_to_ignore_on_load_unexpected or ()), r"\.values$"]
+    more = {"config_class": config_class, "_keys_to_ignore_on_load_unexpected": ignored}
     # the name is the one in config.json's auto_map, where transformers looks it up again
-    return type("CospadiForCausalLM", bases, {"__module__": __name__, "config_class": config_class})
+    return type("CospadiForCausalLM", (CospadiForCausalLM, base), {"__module__": __name__, **more})
 
 
 def _new_model(base_model_type: str) -> PreTrainedModel:
