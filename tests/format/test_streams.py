@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import shutil
@@ -66,6 +67,19 @@ def test_a_loaded_model_computes_what_the_dense_one_does_with_either_coder(folde
     set_kernels(cpu="auto")
     assert torch.equal(found["auto"], found["torch"])
     torch.testing.assert_close(found["auto"], expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_streams_are_the_bytes_of_the_file_which_nothing_that_is_written_to_them_reaches(folder):
+    file = folder / "packed" / "model.safetensors"
+    before, stored = file.read_bytes(), safetensors.numpy.load_file(file)
+    model, info = CospadiForCausalLM.from_pretrained(folder / "packed", dtype=torch.float32, output_loading_info=True)
+    assert not any(info.values())
+    for name, layer in packed_layers(model).items():
+        assert layer.values.numpy().tobytes() == stored[f"{name}.values"].tobytes() and not layer.values.requires_grad
+        layer.values.zero_()
+    assert file.read_bytes() == before
+    copied = copy.deepcopy(model)
+    assert torch.equal(logits(copied), logits(model)) and copied.state_dict().keys() == model.state_dict().keys()
 
 
 def test_memory_holds_the_rows_in_the_dtype_of_the_model_and_saving_gives_the_same_bytes(folder, tmp_path):

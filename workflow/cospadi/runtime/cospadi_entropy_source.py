@@ -80,6 +80,14 @@ __attribute__((constructor)) static void make_places(void) {
         for (int i = 0, next = 0; i < 8; next += mask >> i++ & 1) places[mask] |= (uint64_t)next << (8 * i);
 }
 
+/* One by one: an eighth more numbers a second than a gather gives. */
+static inline __m256i looked_up(const uint32_t *tables, __m256i slots) {
+    uint32_t s[8];
+    _mm256_storeu_si256((__m256i *)s, slots);
+    return _mm256_setr_epi32((int)tables[s[0]], (int)tables[s[1]], (int)tables[s[2]], (int)tables[s[3]],
+                             (int)tables[s[4]], (int)tables[s[5]], (int)tables[s[6]], (int)tables[s[7]]);
+}
+
 /* Columns from column j on of LANES rows of each of n streams, none of them wide, as long as there are LANES words to
  * read in each: the column that comes then. What a number needs of the one before it takes a processor's time several
  * times over; numbers of other streams fill it. */
@@ -118,7 +126,7 @@ static inline __attribute__((always_inline)) int64_t decode_columns(
                 if (trellis) b = _mm256_add_epi32(_mm256_add_epi32(b, b), _mm256_srli_epi32(s[i], 2));
                 slot[i] = _mm256_or_si256(_mm256_slli_epi32(b, BITS), _mm256_and_si256(x[i], low));
             }
-            for (int i = 0; i < n; i++) e[i] = _mm256_i32gather_epi32((const int *)tables, slot[i], 4);
+            for (int i = 0; i < n; i++) e[i] = looked_up(tables, slot[i]);
             for (int i = 0; i < n; i++) {
                 const __m256i frequency = _mm256_add_epi32(_mm256_and_si256(_mm256_srli_epi32(e[i], BITS), low), one);
                 x[i] = _mm256_mullo_epi32(frequency, _mm256_srli_epi32(x[i], BITS));

@@ -198,8 +198,9 @@ class CospadiForCausalLM:
             _check_loaded(path, model, info)
             _check_offload(path, model.config.packing, getattr(model, "hf_device_map", {}))
             layers = packed_layers(model)
+            untouched = reader(stored)  # pages of the other map are in memory, and go when all are decoded
             for name in early:
-                values = torch.from_numpy(read(name)).to(model.device)
+                values = torch.from_numpy(untouched(name)).to(model.device)
                 layers[name.removesuffix(".values")].values = nn.Parameter(values, requires_grad=False)
             for layer in layers.values():
                 layer.freeze_packed()
