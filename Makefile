@@ -19,6 +19,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-deps
 # remembered, so that TORCH=system is said once
 TORCH := $(or $(shell cat $(VENV)/.torch 2>/dev/null),lock)
 
+IS_RUN = test -f results/$(RUN)/config.yaml || { echo "results/$(RUN)/config.yaml is not there: RUN= is what the config of a run calls \`run\`"; exit 1; }
 SNAKEMAKE := $(BIN)/snakemake --cores $(CORES)
 RULES := Snakefile workflow/*.smk workflow/rules
 
@@ -56,9 +57,11 @@ frontier: ## Every method at every size (hours); docs/frontier.tsv and its plots
 	cp results/frontier/plots/accuracy.png docs/frontier-accuracy.png
 
 densify: env ## Write results/RUN/VARIANT/dense, an ordinary model folder e.g. make densify RUN=demo VARIANT=ours-40
+	@$(IS_RUN)
 	$(SNAKEMAKE) --configfile results/$(RUN)/config.yaml -- results/$(RUN)/$(VARIANT)/dense
 
 export: env ## Write results/RUN/VARIANT as FORMAT=gguf (TYPE=BF16, Q8_0, Q4_0 ...) or FORMAT=compressed-tensors
+	@$(IS_RUN)
 	@test -n "$(EXPORTED)" || { echo "FORMAT=$(FORMAT) is not known; say FORMAT=gguf or FORMAT=compressed-tensors"; exit 1; }
 	$(SNAKEMAKE) --configfile results/$(RUN)/config.yaml -- results/$(RUN)/$(VARIANT)/$(EXPORTED)
 

@@ -307,6 +307,14 @@ METHODS_AND_SOLVERS = {
 PARTED = {"v2", "profile v2", "allocate v2"}
 
 
+def test_layers_and_units_that_are_not_there_are_told():
+    plan = make_plan(variants={"turn": METHODS_AND_SOLVERS["turn"]})
+    with pytest.raises(ConfigError, match=r"layer 99 is not there; the model has layers 0 to \d+"):
+        plan.activations_of(99)
+    with pytest.raises(ConfigError, match=r"layers_03-77: turn is learned in turn, in layers?_00"):
+        plan.streams_before("turn", "layers_03-77")
+
+
 def test_comments_docstrings_and_layout_are_no_code(package):
     plan = make_plan(variants=METHODS_AND_SOLVERS)
     before = digests(plan)
@@ -554,6 +562,19 @@ def local_faults(folder, **sections) -> list[str]:
 
 def test_a_whole_local_model_has_no_faults(local):
     assert local_faults(local) == []
+
+
+def test_conversations_without_a_template_are_refused_before_any_work(local):
+    (local / "chats.jsonl").touch()
+    chat = {"source": "chat", "path": str(local / "chats.jsonl")}
+    for text in (chat, {"source": "mixture", "sources": [chat, chat]}):
+        (fault,) = local_faults(local, text={"name": "t", **text})
+        assert fault.startswith(f"text: conversations, but {local} has no chat template (chat_template.jinja). Take")
+    (local / "tokenizer_config.json").write_text("[]")
+    (fault,) = local_faults(local, text={"name": "t", **chat})
+    assert fault.startswith(f"model.path: {local}/tokenizer_config.json: holds a list")
+    (local / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
+    assert local_faults(local, text={"name": "t", **chat}) == []
 
 
 def test_all_that_a_local_model_lacks_is_found_when_planning(local):

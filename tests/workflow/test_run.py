@@ -238,6 +238,8 @@ def test_one_lost_factor_file_is_one_job(run):
     assert run.planned(target) == {"learn_dictionary": 1, "total": 1}
     run.snakemake(target)
     assert (run.folder / target).exists()
+    beyond = run.snakemake("--dry-run", target.replace("03", "09"), succeeds=False)
+    assert "layer 9 is not there; the model has layers 0 to 3" in beyond
 
 
 def test_files_of_another_calibration_are_refused_by_name(run, tmp_path):

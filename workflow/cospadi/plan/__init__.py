@@ -72,7 +72,7 @@ class Plan(Paths, Staged):
         self.estimates = Estimates(config, model_config)
         faults += planning_faults(self, shapes, model_config)
         if reads_folder:
-            faults += local_model_faults(self.model_folder, shapes)
+            faults += local_model_faults(self.model_folder, shapes, needs_template(config["text"]))
         if faults:
             raise ConfigError(faults)
 

@@ -20,7 +20,7 @@ from cospadi.problem import Target
 from cospadi.pruning import PRUNERS, removed_count
 from cospadi.resources import Shapes
 from cospadi.structure import FOLDABLE, PART_OF
-from cospadi.tokenizer import TOKENIZER_FILES, has_tokenizer
+from cospadi.tokenizer import TOKENIZER_FILES, has_chat_template, has_tokenizer
 
 
 def planning_faults(variants: Variants, shapes: Shapes, model_config: Mapping[str, Any]) -> Iterator[str]:
@@ -192,7 +192,7 @@ def _position_faults(config: Mapping[str, Any], positions: int | None) -> Iterat
             yield f"{where}: {length}; the model has {positions} positions (max_position_embeddings)"
 
 
-def local_model_faults(path: str, shapes: Shapes) -> Iterator[str]:
+def local_model_faults(path: str, shapes: Shapes, chats: bool) -> Iterator[str]:
     """What is missing or damaged in a local model's folder. Headers are read, no weights.
 
     Parameters
@@ -201,6 +201,8 @@ def local_model_faults(path: str, shapes: Shapes) -> Iterator[str]:
         The config's ``model.path``.
     shapes : Shapes
         Of its ``config.json``.
+    chats : bool
+        Whether its template has to make text of conversations.
     """
     try:
         folder = ModelFolder(path)
@@ -233,6 +235,9 @@ def local_model_faults(path: str, shapes: Shapes) -> Iterator[str]:
             )
     try:
         data_files(folder.path)
+        if chats and not has_chat_template(folder.path):
+            remedy = "Take the model's version that was trained to chat, or give text (text.source: jsonl)"
+            yield f"text: conversations, but {path} has no chat template (chat_template.jinja). {remedy}"
     except ArtifactError as error:
         yield f"model.path: {error}"
     if not has_tokenizer(folder.path):

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from cospadi.errors import ConfigError
 from cospadi.methods import METHODS
 from cospadi.methods.base import FILE
 from cospadi.methods.choose import CHOOSE
@@ -112,8 +113,17 @@ class Variants:
         return parts(layers, self.config["calibration"]["blocks_per_job"] or layers)
 
     def chunk_with(self, layer: int, base: str) -> range:
-        """The chunk of a base that a layer is in."""
-        return next(chunk for chunk in self.chunks_of(base) if layer in chunk)
+        """The chunk of a base that a layer is in.
+
+        Raises
+        ------
+        ConfigError
+            If the base has no such layer: someone asked for a file of it.
+        """
+        found = [chunk for chunk in self.chunks_of(base) if layer in chunk]
+        if not found:
+            raise ConfigError([f"layer {layer} is not there; the model has layers 0 to {self.n_layers_of(base) - 1}"])
+        return found[0]
 
     def learns_model(self, variant: str) -> bool:
         """Whether a variant's method learns all layers in one job."""
