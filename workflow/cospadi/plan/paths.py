@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from cospadi.errors import ConfigError, listed
+from cospadi.errors import CospadiError, listed
 from cospadi.evaluation import HELDOUT_TASKS
 from cospadi.plan.names import chunk_name, filled, layers_of
 from cospadi.plan.variants import DENSE, Variants
@@ -95,7 +95,7 @@ class Paths(Variants):
         """Hidden states that learning a unit in turn goes on from; none for the first unit."""
         units = self.units(variant)
         if unit not in units:
-            raise ConfigError([f"{unit}: {variant} is learned in turn, in {listed(units)}"])
+            raise CospadiError(f"{unit}: {variant} is learned in turn, in {listed(units)}")
         before = units[: units.index(unit)][-1:]
         return [f"{self.results}/{variant}/streams/{one}.h5" for one in before]
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from cospadi.errors import ConfigError
+from cospadi.errors import CospadiError
 from cospadi.methods import METHODS
 from cospadi.methods.base import FILE
 from cospadi.methods.choose import CHOOSE
@@ -117,12 +117,12 @@ class Variants:
 
         Raises
         ------
-        ConfigError
+        CospadiError
             If the base has no such layer: someone asked for a file of it.
         """
         found = [chunk for chunk in self.chunks_of(base) if layer in chunk]
         if not found:
-            raise ConfigError([f"layer {layer} is not there; the model has layers 0 to {self.n_layers_of(base) - 1}"])
+            raise CospadiError(f"layer {layer} is not there; the model has layers 0 to {self.n_layers_of(base) - 1}")
         return found[0]
 
     def learns_model(self, variant: str) -> bool:
