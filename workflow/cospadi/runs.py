@@ -117,11 +117,18 @@ def plan_run(
     except Exception as error:  # with what is wrong already, a plan may not be possible
         if not faults:
             raise
-        faults = [*faults, *([str(error)] if isinstance(error, CospadiError) else [])]
+        faults = [*faults, *([str(error)] if isinstance(error, CospadiError) and not _told(error, faults) else [])]
     if faults:
         raise ConfigError(sorted(set(faults)), source)
     plan.machine = read_machine()
     return plan
+
+
+def _told(error: CospadiError, faults: Iterable[str]) -> bool:
+    """Whether the file that an error is about, or its folder, is said to be missing already."""
+    path = getattr(error, "path", None)
+    places = () if path is None else (path, path.parent)
+    return any(f"{str(place)!r} does not exist" in fault for fault in faults for place in places)
 
 
 def plan_of(
