@@ -396,6 +396,18 @@ def test_the_rate_is_hit(trellis, bits):
         factorize(weight(), inputs(), method="ectcq", bits=0.5, trellis=trellis)
 
 
+@pytest.mark.parametrize("trellis", [True, False])
+@pytest.mark.parametrize("bits", [0.7, 0.9])
+def test_few_passes_hit_the_rate_where_most_numbers_are_zero(trellis, bits):
+    """There a step twice as long saves much less than a bit, the more so where few inputs carry all energy."""
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(3000, 384)) * np.exp(2 * rng.normal(size=384))
+    w = weight(384, 192)
+    found = factorize(w, x.T @ x, method="ectcq", bits=bits, trellis=trellis)
+    assert bits - 0.01 - 64 / w.size <= 8 * found.nbytes / w.size <= bits
+    assert found.diagnostics["n_passes"] <= 6
+
+
 def test_each_step_of_insight_pays_at_equal_bits():
     """Rounding, error feedback, entropy coding, the trellis: where numbers pay for scales and tables of their own."""
     w, gram = weight(192, 400), inputs(192)

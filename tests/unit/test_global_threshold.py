@@ -135,11 +135,11 @@ def test_torch_and_numpy_count_the_same_weights(monkeypatch):
     assert np.abs(np.cumsum(other["counts"]) - np.cumsum(counts["counts"])).max() <= 2
 
 
-def step_problem(layer: int, price: float) -> Problem:
+def step_problem(layer: int, price: float, *, d_in: int = 96, column_power: float = 0.0) -> Problem:
     rng = np.random.default_rng(layer)
-    x = rng.normal(size=(2000, 96)) * np.linspace(0.3, 2, 96)
-    weight = (rng.normal(size=(96, 256)) * np.linspace(1, 2, 96)[:, None]).astype(np.float32)
-    outputs = Outputs(lambda: np.full(256, 2 * price), 0.0)
+    x = rng.normal(size=(2000, d_in)) * np.linspace(0.3, 2, d_in)
+    weight = (rng.normal(size=(d_in, 256)) * np.linspace(1, 2, d_in)[:, None]).astype(np.float32)
+    outputs = Outputs(lambda: np.linspace(price, 3 * price, 256), column_power)
     return Problem(
         [Matrix(f"layers.{layer}.m_proj", layer, "s", weight.shape, Metric.of(x.T @ x), lambda: weight, outputs)]
     )
@@ -179,3 +179,20 @@ def test_no_matrix_is_left_without_bits():
     np.testing.assert_allclose(bits, [0.75, 3.25], atol=0.01)
     with pytest.raises(ConfigError, match="is the least"):
         method.allocator.share(profiles, nbytes_left([(96, 256)], 0.99), storage=STORAGES[16], **options)
+
+
+@pytest.mark.parametrize(("d_in", "d_out"), [(24, 256), (96, 256), (576, 256)])
+def test_what_a_matrix_is_left_with_is_enough_for_it(d_in, d_out):
+    """Steps, tables and scales of columns counted."""
+    method, options = METHODS["ectcq"], {"trellis": True, "damping": 0.01}
+    problems = [step_problem(layer, price, d_in=d_in, column_power=0.5) for layer, price in enumerate([1e-12, 1.0])]
+    profiles = [
+        Profile(tuple(one.names), tuple(one.shapes), method.allocator.profile(one, 0, storage=STORAGES[16], **options))
+        for one in problems
+    ]
+    nbytes = nbytes_left([shape for one in profiles for shape in one.shapes], 1 - 4 / 16)
+    found = method.allocator.share(profiles, nbytes, storage=STORAGES[16], **options)
+    for problem, own in zip(problems, found, strict=True):
+        (factors,) = method.fit(problem, own, Fit(storage=STORAGES[16]), **options)
+        scaled = factors.with_columns_times(np.full(d_out, 1.5, np.float32))
+        assert own - (0.01 * d_in * d_out + 64) / 8 <= scaled.nbytes <= own

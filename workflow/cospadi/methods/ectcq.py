@@ -63,9 +63,14 @@ def fit(
 
     codec = CODECS["ectcq" if trellis else "ec"]
     gram = np.asarray(problem.metric.gram, np.float64)
-    nbytes = room(problem.shape, nbytes) - sum(2 * one.shape[1] for one in problem.matrices if not one.alike)
+    nbytes = room(problem.shape, nbytes) - _of_columns(problem)
     found = entropy.quantize(problem.weight, gram, codec, nbytes, damping=damping, log=how.log)
     return [coded(found, {**how.storage, "value_codec": codec.name}, codec.name)]
+
+
+def _of_columns(problem: Problem) -> int:
+    """Bytes of the scales of weighted columns."""
+    return sum(2 * one.shape[1] for one in problem.matrices if not one.alike)
 
 
 def coded(found: entropy.Found, storage: Mapping[str, Any], solver: str) -> Factorization:
@@ -113,30 +118,31 @@ def faults(settings: Mapping[str, Any], problems: Problems = ()) -> Iterator[str
 def profile(
     problem: Problem, nbytes: int, *, storage: Mapping[str, Any], device: str = "cpu", **options: Any
 ) -> dict[str, Any]:
-    """``bits`` a number of every input, where all matrices have the steps at which an error costs the same."""
+    """``bits`` a number of every input, where all matrices have the steps at which an error costs the same; bytes of
+    ``scales`` besides."""
     from cospadi.solvers import entropy
 
     (price,) = problem.prices
     found = entropy.rates(problem.weight, np.asarray(problem.metric.gram, np.float64), damping=options["damping"])
-    return {"bits": (np.maximum(found, -_FAR) + math.log2(price) / 2).tolist()}
+    return {"bits": (np.maximum(found, -_FAR) + math.log2(price) / 2).tolist(), "scales": _of_columns(problem)}
 
 
 def share(profiles: Sequence[Profile], nbytes: int, *, storage: Mapping[str, Any], **options: Any) -> list[int]:
     """Bytes by one step for the whole model: what each matrix's numbers take there."""
-    inputs = [np.array(one.figures["bits"]) for one in profiles]
+    inputs, scales = [np.array(one.figures["bits"]) for one in profiles], [one.figures["scales"] for one in profiles]
     shapes = [side_by_side(one.shapes) for one in profiles]
     mean = 8 * nbytes / sum(d_in * d_out for d_in, d_out in shapes)
     bounds = [
-        (max(_least(shape), min(LEAST_ALLOTTED, mean) * math.prod(shape) / 8), room(shape, 2 * math.prod(shape)))
-        for shape in shapes
+        (max(_least(shape) + own, min(LEAST_ALLOTTED, mean) * math.prod(shape) / 8), room(shape, 2 * math.prod(shape)))
+        for shape, own in zip(shapes, scales, strict=True)
     ]
 
     def at(longer: float) -> list[int]:
         found = []
-        for bits, (_, d_out), (least, most) in zip(inputs, shapes, bounds, strict=True):
+        for bits, own, (_, d_out), (least, most) in zip(inputs, scales, shapes, bounds, strict=True):
             # the rate of a Gaussian falls to none where the step is longer than it is wide
             taken = np.log2(1 + 4.0 ** np.clip(bits - longer, -_FAR, _FAR)).sum() / 2 * d_out / 8
-            found.append(math.floor(min(max(taken, least), most)))
+            found.append(math.floor(min(max(taken + own, least), most)))
         return found
 
     low, high = min(one.min() for one in inputs) - MOST_BITS, max(one.max() for one in inputs) + MOST_BITS

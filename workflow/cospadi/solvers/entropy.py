@@ -27,6 +27,9 @@ SHRINK = {False: 0.083, True: 0.267}
 # Bits a weight that the search may leave, eight bytes besides, and passes it may take
 NEAR = 0.01
 MAX_PASSES = 12
+# Bits that a step twice as long saves: one where there are many of them, fewer where most numbers are zero already.
+# Only factors that are far apart say how many
+SAVED, FAR_APART = (0.1, 1.0), 0.05
 
 
 class Found(NamedTuple):
@@ -105,7 +108,7 @@ def search(
     Parameters
     ----------
     attempt : callable
-        Whose weights take about a bit less where the factor is larger by one: the logarithm of a step.
+        Whose weights take up to a bit less where the factor, the logarithm of a step, is larger by one.
     shape : (int, int)
         Of the matrix, (d_in, d_out).
     factor : float
@@ -118,27 +121,30 @@ def search(
     """
     size = shape[0] * shape[1]
     bits = 8 * nbytes / size
-    best, low, high = None, -math.inf, math.inf
+    best, low, high, saved, before = None, -math.inf, math.inf, SAVED[1], None
     for n_passes in range(1, MAX_PASSES + 1):
         found = attempt(factor)
-        left = bits - 8 * found.nbytes / size
+        taken = 8 * found.nbytes / size
+        left = bits - taken
         if log is not None:
-            log(f"iter {n_passes} bits {8 * found.nbytes / size:.4f} of {bits:.4f}")
+            log(f"iter {n_passes} bits {taken:.4f} of {bits:.4f}")
         if left >= 0 and (best is None or found.nbytes > best.nbytes):
             best = found
         if 0 <= left <= NEAR + 64 / size:
             break
-        # a step twice as long takes a bit less; between what is too long and what is too short at the latest
+        # by what the last change saved; between what is too long and what is too short at the latest
         low, high = (low, min(high, factor)) if left > 0 else (max(low, factor), high)
-        factor -= left - NEAR / 3
+        if before is not None and abs(factor - before[0]) > FAR_APART:
+            saved = min(max((before[1] - taken) / (factor - before[0]), SAVED[0]), SAVED[1])
+        before = factor, taken
+        factor -= (left - NEAR / 3) / saved
         if not low < factor < high:
             factor = (low + high) / 2 if math.isfinite(low + high) else factor
         if high - low < 1e-4:
             break
     if best is None:
-        raise ConfigError(
-            [f"{nbytes} bytes for a {shape[0]}x{shape[1]} matrix: its tables and scales alone take {found.nbytes}"]
-        )
+        matrix, taken = f"{shape[0]}x{shape[1]} matrix", f"the longest steps of {n_passes} passes take {found.nbytes}"
+        raise ConfigError([f"{nbytes} bytes for a {matrix}: {taken}"])
     return best._replace(n_passes=n_passes)
 
 
