@@ -62,8 +62,9 @@ def completed(part: Schema, value: Any) -> Any:
 def file_faults(part: Schema, value: Any, path: tuple[str, ...] = ()) -> Iterator[str]:
     """Files and folders of this machine that are named and are not there."""
     if isinstance(value, dict):
-        for key in part.get("properties", {}).keys() & value.keys():
-            yield from file_faults(part["properties"][key], value[key], (*path, str(key)))
+        for key, child in part.get("properties", {}).items():
+            if key in value:
+                yield from file_faults(child, value[key], (*path, str(key)))
     elif isinstance(value, list):
         for index, (child, entry) in enumerate(zip(part.get("prefixItems", ()), value, strict=False)):
             yield from file_faults(child, entry, (*path, str(index)))
