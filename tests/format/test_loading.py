@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -230,6 +231,18 @@ def test_the_oldest_transformers_is_said(packed_model):
     assert f"transformers>={cospadi_format.TRANSFORMERS}" in project["dependencies"]
     card = (packed_model("qwen2").packed / "README.md").read_text()
     assert f"transformers {cospadi_format.TRANSFORMERS} or newer" in card
+
+
+def test_a_config_of_defaults_alone_is_of_its_family():
+    """transformers 5.0 makes one for each that it logs."""
+    import transformers  # brings the format along
+
+    from cospadi.runtime.configuration_cospadi import family_config
+
+    config = family_config("llama")()
+    assert isinstance(config, transformers.LlamaConfig)
+    assert copy.copy(config).base_model_type == config.base_model_type == "llama"
+    assert config.to_dict()["vocab_size"] == config.vocab_size
 
 
 def test_import_of_the_package_is_enough(packed_model, tmp_path):

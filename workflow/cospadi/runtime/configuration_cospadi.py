@@ -193,8 +193,10 @@ def family_config(base_model_type: str | None, source: str = "config") -> type[P
 
 @functools.cache
 def _family_config(base_model_type: str) -> type[PreTrainedConfig]:
-    # the name is the one in config.json's auto_map, where transformers looks it up again
-    family = type("CospadiConfig", (CospadiConfig, CONFIG_MAPPING[base_model_type]), {"__module__": __name__})
+    # the name is the one in config.json's auto_map, where transformers looks it up again. Old versions make configs of
+    # nothing but defaults, which are of the family, too
+    of_all = {"__module__": __name__, "base_model_type": base_model_type}
+    family = type("CospadiConfig", (CospadiConfig, CONFIG_MAPPING[base_model_type]), of_all)
     if is_torch_available():  # without it there are configs and tokenizers all the same
         from transformers import AutoModelForCausalLM
 
