@@ -10,7 +10,7 @@ from cospadi.budget import as_is_nbytes, nbytes_left
 from cospadi.errors import ConfigError
 from cospadi.formats.values import storage_of
 from cospadi.methods import METHODS, global_threshold
-from cospadi.methods.base import Fit, allocation_faults
+from cospadi.methods.base import Fit, Method, allocation_faults
 from cospadi.methods.single_weights import entries_nbytes, n_entries
 from cospadi.problem import Matrix, Metric, Outputs, Problem
 from cospadi.solvers.saliency import RIDGE, saliencies
@@ -145,13 +145,17 @@ def step_problem(layer: int, price: float, *, d_in: int = 96, column_power: floa
     )
 
 
-def test_one_step_for_the_model_gives_a_bit_for_four_times_the_price():
-    method, options = METHODS["ectcq"], {"trellis": True, "damping": 0.01}
-    problems = [step_problem(layer, price) for layer, price in enumerate([1.0, 4.0, 16.0])]
-    profiles = [
+def profiles_of(method: Method, problems: list[Problem], options: dict) -> list[Profile]:
+    return [
         Profile(tuple(one.names), tuple(one.shapes), method.allocator.profile(one, 0, storage=STORAGES[16], **options))
         for one in problems
     ]
+
+
+def test_one_step_for_the_model_gives_a_bit_for_four_times_the_price():
+    method, options = METHODS["ectcq"], {"trellis": True, "damping": 0.01}
+    problems = [step_problem(layer, price) for layer, price in enumerate([1.0, 4.0, 16.0])]
+    profiles = profiles_of(method, problems, options)
     nbytes = nbytes_left([shape for one in profiles for shape in one.shapes], 1 - 4 / 16)
     found = method.allocator.share(profiles, nbytes, storage=STORAGES[16], **options)
     assert nbytes - 3 <= sum(found) <= nbytes
@@ -170,10 +174,7 @@ def test_one_step_for_the_model_gives_a_bit_for_four_times_the_price():
 def test_no_matrix_is_left_without_bits():
     method, options = METHODS["ectcq"], {"trellis": True, "damping": 0.01}
     problems = [step_problem(layer, price) for layer, price in enumerate([1e-12, 1.0])]
-    profiles = [
-        Profile(tuple(one.names), tuple(one.shapes), method.allocator.profile(one, 0, storage=STORAGES[16], **options))
-        for one in problems
-    ]
+    profiles = profiles_of(method, problems, options)
     nbytes = nbytes_left([shape for one in profiles for shape in one.shapes], 1 - 2 / 16)
     bits = np.array(method.allocator.share(profiles, nbytes, storage=STORAGES[16], **options)) * 8 / (96 * 256)
     np.testing.assert_allclose(bits, [0.75, 3.25], atol=0.01)
@@ -186,10 +187,7 @@ def test_what_a_matrix_is_left_with_is_enough_for_it(d_in, d_out):
     """Steps, tables and scales of columns counted."""
     method, options = METHODS["ectcq"], {"trellis": True, "damping": 0.01}
     problems = [step_problem(layer, price, d_in=d_in, column_power=0.5) for layer, price in enumerate([1e-12, 1.0])]
-    profiles = [
-        Profile(tuple(one.names), tuple(one.shapes), method.allocator.profile(one, 0, storage=STORAGES[16], **options))
-        for one in problems
-    ]
+    profiles = profiles_of(method, problems, options)
     nbytes = nbytes_left([shape for one in profiles for shape in one.shapes], 1 - 4 / 16)
     found = method.allocator.share(profiles, nbytes, storage=STORAGES[16], **options)
     for problem, own in zip(problems, found, strict=True):

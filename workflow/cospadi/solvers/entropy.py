@@ -143,8 +143,8 @@ def search(
         if high - low < 1e-4:
             break
     if best is None:
-        matrix, taken = f"{shape[0]}x{shape[1]} matrix", f"the longest steps of {n_passes} passes take {found.nbytes}"
-        raise ConfigError([f"{nbytes} bytes for a {matrix}: {taken}"])
+        matrix = f"{nbytes} bytes for a {shape[0]}x{shape[1]} matrix"
+        raise ConfigError([f"{matrix}: the longest steps of {n_passes} passes take {found.nbytes}"])
     return best._replace(n_passes=n_passes)
 
 
