@@ -98,7 +98,7 @@ def test_two_checks_share_no_state(minimal):
         ("variants.a.method", "cospody", "variants.a.method: cospody is not known (did you mean cospadi?)"),
         ("variants.a.ratio", 1.2, "variants.a.ratio: 1.2 is not allowed; from 0.01 to 0.95"),
         ("variants.a.rank", 3, "variants.a.rank: unknown key"),
-        ("variants.a.codes.value_bits", 15, "variants.a.codes.value_bits: 15 is not allowed; one of 16, 14, "),
+        ("variants.a.codes.value_bits", 15, "variants.a.codes.value_bits: 15 is not allowed; one of 16, 14, 8"),
         ("variants.a.targets", ["q_prj"], "variants.a.targets.0: q_prj is not allowed (did you mean q_proj?); one of"),
         ("variants.a.share", ["gate"], "variants.a.share.0: gate is not allowed (did you mean gate_proj?); one of"),
         ("variants.a.share_within", [["q_proj", "kproj"]], "variants.a.share_within.0.1: kproj is not allowed"),

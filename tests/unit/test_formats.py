@@ -110,11 +110,7 @@ def test_unknown_rounding_is_refused():
 
 def test_every_width_of_the_config_has_its_codec():
     widths = {16: "bf16", 14: "bf14", **{bits: f"int{bits}" for bits in (8, 6, 4, 3, 2)}}
-    assert (
-        widths.items() <= CODEC_OF_BITS.items()
-        and {16, 8, 6, 4, 3, 2} <= {*DICTIONARY_BITS}
-        and 14 not in DICTIONARY_BITS
-    )
+    assert widths == CODEC_OF_BITS and DICTIONARY_BITS == (16, 8, 6, 4, 3, 2)
 
 
 def test_every_codec_and_support_has_a_line_in_the_description_of_the_format():
@@ -126,7 +122,7 @@ def test_every_codec_and_support_has_a_line_in_the_description_of_the_format():
 def test_two_codecs_of_as_many_bits_are_refused(monkeypatch):
     monkeypatch.setitem(CODECS, "other4", CODECS["int4"])
     monkeypatch.delitem(sys.modules, "cospadi.formats.values")
-    with pytest.raises(ValueError, match=r"bf16, .*int4, .*int4 two have as many bits"):
+    with pytest.raises(ValueError, match="bf16, bf14, int8, int6, int4, int3, int2, int4 two have as many bits"):
         importlib.import_module("cospadi.formats.values")
 
 
@@ -293,6 +289,5 @@ def test_factors_pack_to_the_counted_bytes_and_back(support, value_codec, dictio
     assert not stored.codes[codes == 0].any() or support == "dense"
     errors = {"bf16": 0.01, "bf14": 0.03, "int8": 0.02, "int6": 0.06, "int4": 0.2, "int3": 0.35, "int2": 0.6}
     # of a zero point more, and the same number of steps between the extremes
-    if value_codec.removeprefix("u") in errors:
-        assert np.abs(stored.codes - codes).max() < errors[value_codec.removeprefix("u")] * 4
+    assert np.abs(stored.codes - codes).max() < errors[value_codec.removeprefix("u")] * 4
     np.testing.assert_allclose(stored.reconstruct(), stored(np.eye(d_in, dtype=np.float32)), rtol=0, atol=1e-5)
