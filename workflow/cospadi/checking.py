@@ -19,6 +19,8 @@ from typing import Any
 import yaml
 from jsonschema import Draft202012Validator, ValidationError, validators
 
+from cospadi.errors import MissingFile
+
 # Where no maximum is named; larger ones are no longer exact as floating-point numbers
 LARGEST = 2**53
 # No config comes near; one that contains itself gets there
@@ -72,7 +74,7 @@ def file_faults(part: Schema, value: Any, path: tuple[str, ...] = ()) -> Iterato
         where, file = place(*path), Path(value)
         try:
             if not file.exists():
-                yield f"{where}: {value!r} does not exist (looked in {Path.cwd()})"
+                yield MissingFile.at(file, f"{where}: {value!r} does not exist (looked in {Path.cwd()})")
             elif file.is_dir() != (part["format"] == "folder"):
                 yield f"{where}: {value!r} is {'a folder' if file.is_dir() else 'a file'}; expected a {part['format']}"
         except (OSError, ValueError) as error:

@@ -43,6 +43,19 @@ class ConfigError(CospadiError):
         super().__init__(f"{source}: {len(self.faults)} {noun}\n{lines}")
 
 
+class MissingFile(str):
+    """A fault of a configuration: the file or folder at `path` is not there."""
+
+    path: Path
+
+    @classmethod
+    def at(cls, path: Path, fault: str) -> MissingFile:
+        """The line to show, and what it is about."""
+        one = cls(fault)
+        one.path = path
+        return one
+
+
 class ArtifactError(CospadiError):
     """A file the workflow reads is missing, damaged, or does not fit the others.
 

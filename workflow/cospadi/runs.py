@@ -15,7 +15,7 @@ import yaml
 
 from cospadi import config as compression
 from cospadi.checking import Schema
-from cospadi.errors import ConfigError, CospadiError
+from cospadi.errors import ConfigError, CospadiError, MissingFile
 from cospadi.machine import read_machine
 from cospadi.plan import Plan
 from cospadi.stages import Stage, Staged, draw
@@ -128,7 +128,7 @@ def _told(error: CospadiError, faults: Iterable[str]) -> bool:
     """Whether the file that an error is about, or its folder, is said to be missing already."""
     path = getattr(error, "path", None)
     places = () if path is None else (path, path.parent)
-    return any(f"{str(place)!r} does not exist" in fault for fault in faults for place in places)
+    return any(isinstance(fault, MissingFile) and fault.path in places for fault in faults)
 
 
 def plan_of(
