@@ -716,8 +716,8 @@ def test_variants_that_do_not_compare_are_not_chosen_from(minimal):
         f"{where} e has targets ['q_proj'], a has None; they have to be alike",
         f"{where} owed {other}",
         f"{where} plain does not say what its errors cost; set its metric to gradients",
-        f"{where} trained is refined block by block: its matrices fit those that were trained with them, and what their "
-        "errors cost is not known; leave its refine out",
+        f"{where} trained is refined block by block: its matrices fit those that were trained with them, and what "
+        "their errors cost is not known; leave its refine out",
         f"{where} turn {other}",
         f"{where} x {known}",
     ]

@@ -144,6 +144,23 @@ def test_auto_is_planned_as_the_larger_of_its_dtypes(stage):
     assert works["auto"].disk >= smaller.disk
 
 
+@pytest.mark.parametrize(
+    ("settings", "times"),
+    [
+        ({"method": "sparsegpt"}, 2),  # float32 for bfloat16
+        ({"method": "sparse", "codes": {"value_bits": 4, "rounding": "optimal"}}, 8),
+        ({"method": "ectcq"}, 1),  # written as they will stay
+        ({"method": "gptq"}, 1),
+    ],
+)
+def test_factors_wait_to_be_packed_in_float32_unless_they_are_settled(settings, times):
+    plan = plan_of(variants={"one": {"ratio": 0.75, **settings}})
+    need = next(row for row in needs(plan, cores=1) if row.stage == "learn")
+    shapes = Shapes(json.loads((MODELS / "SmolLM2-135M-Instruct.json").read_text()))
+    packed = nbytes_left(list(shapes.matrices.values()) * shapes.n_layers, 0.75)
+    assert need.n_jobs * need.work.disk == pytest.approx(times * packed, rel=1e-3)
+
+
 def test_what_is_asked_for():
     second = Cost({PRODUCT: REFERENCE.rates[PRODUCT]})
     work = Work(1000 * MEBI, 30.0, second * 240, second * 12)

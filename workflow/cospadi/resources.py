@@ -12,9 +12,10 @@ from cospadi.budget import nbytes_left
 from cospadi.errors import UnsupportedModelError
 from cospadi.formats.values import storage_of
 from cospadi.methods import METHODS
-from cospadi.methods.base import MEASURED, planned_problems
+from cospadi.methods.base import MEASURED, Method, planned_problems
 from cospadi.methods.menus import allocator_of
 from cospadi.problem import GRADIENTS, SEQUENTIAL
+from cospadi.runtime.cospadi_registry import FACTOR_CODECS
 from cospadi.sources import MODEL_SOURCES
 from cospadi.structure import SITES
 from cospadi.work import (
@@ -203,7 +204,7 @@ class Estimates:
             shapes = [target.shape for target in targets]
             nbytes = nbytes_left(shapes, settings["ratio"])
             works.append(method.work(targets, nbytes, options, storage))
-            factors += 2 * nbytes  # in float32 until they are packed
+            factors += nbytes * _before_rounding(method, storage)
             if method.scope == "problem":  # Grams of the other layers that share, until the last has been measured
                 grams = max(grams, 8 * (len({target.layer for target in targets}) - 1) * shapes[0][0] ** 2)
         core, gpu = in_all(works)
@@ -328,6 +329,11 @@ class Estimates:
         states = 4 * tokens * shapes.hidden_size
         memory = evaluated.memory + 8 * shapes.parameters + states
         return Work(memory, 7, Cost({FORWARD: flops}), Cost({GPU_FORWARD: flops}), moved=4 * shapes.parameters)
+
+
+def _before_rounding(method: Method, storage: Mapping[str, Any]) -> float:
+    """How many times their bytes in the checkpoint factors take until they are packed: float32, unless settled."""
+    return 1.0 if method.own_codec else 32 / FACTOR_CODECS[storage["value_codec"]].bits
 
 
 def _value_bytes(dtype: str) -> int:
