@@ -694,16 +694,15 @@ def test_variants_that_do_not_compare_are_not_chosen_from(minimal):
         "turn": {"method": "svd_llm", **priced, "target": "sequential"},
         "owed": {"method": "svd_llm", **priced, "target": "sequential", "drift_share": 0, "residual_share": 0.5},
         "own": {"method": "svd_llm", **priced, "target": "sequential", "drift_share": 0},
-        "trained": {"method": "svd_llm", **priced, "refine": {}},
     }
     minimal["variants"]["mix"] = {
         "method": "choose",
         "bits": 4,
-        "choose_from": ["a", "plain", "b", "c", "d", "e", "cut", "x", "turn", "owed", "own", "trained"],
+        "choose_from": ["a", "plain", "b", "c", "d", "e", "cut", "x", "turn", "owed", "own"],
     }
     where, known = (
         "variants.mix.choose_from:",
-        "is no variant that learns matrix by matrix, in one step; one of plain, a, b, c, e, turn, owed, own, trained",
+        "is no variant that learns matrix by matrix, in one step; one of plain, a, b, c, e, turn, owed, own",
     )
     other = (
         "makes up for what its own matrices before each got wrong, and here others are before them; "
@@ -716,8 +715,6 @@ def test_variants_that_do_not_compare_are_not_chosen_from(minimal):
         f"{where} e has targets ['q_proj'], a has None; they have to be alike",
         f"{where} owed {other}",
         f"{where} plain does not say what its errors cost; set its metric to gradients",
-        f"{where} trained is refined block by block: its matrices fit those that were trained with them, and what "
-        "their errors cost is not known; leave its refine out",
         f"{where} turn {other}",
         f"{where} x {known}",
     ]

@@ -147,7 +147,7 @@ def test_pieces_longer_than_the_window_roll(llama, tmp_path):
     text = " ".join("7391" * 3 for _ in range(60))
     heldout = tmp_path / "heldout.jsonl"
     heldout.write_text(json.dumps({"title": "digits", "text": text}) + "\n")
-    evaluation = {"perplexity": {"max_tokens": 100, "window": 40}}
+    evaluation = {"perplexity": {"max_tokens": 100, "window": 40}, "dtype": "float32"}
     result = evaluate(llama, evaluation, heldout=heldout, output=tmp_path / "eval.json")
     pieces = heldout_pieces([text], max_tokens=100, window=40)
     total, tokens = np.sum([direct_loglikelihood(llama, piece, 40) for piece in pieces], axis=0)

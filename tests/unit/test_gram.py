@@ -10,6 +10,7 @@ import h5py
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -393,3 +394,19 @@ def test_wide_grams_are_worked_on_in_their_place(tmp_path, monkeypatch):
     # of inputs in another order as of a Gram in that order
     added = np.arange(d_in)
     assert np.array_equal(inverse_spd(gram, added, order), inverse_spd(gram[np.ix_(order, order)] + np.diag(added)))
+
+
+@pytest.mark.parametrize("rows", [1, 5, 13, 4096])
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
+def test_products_are_added_up_some_rows_at_a_time(rows, kind, monkeypatch):
+    """OpenBLAS died of 28672 inputs at once (Llama-3-70B)."""
+    monkeypatch.setattr(arrays, "PRODUCT_ROWS", rows)
+    rng = np.random.default_rng(0)
+    before, other = rng.standard_normal((13, 13)), rng.standard_normal((13, 9))
+    left, right = rng.standard_normal((40, 13), np.float32), rng.standard_normal((40, 9), np.float32)
+    total, cross = kind((before + before.T).copy()), kind(other.copy())
+    arrays.add_product(total, kind(left))
+    arrays.add_product(cross, kind(left), kind(right))
+    left, right = left.astype(np.float64), right.astype(np.float64)
+    np.testing.assert_allclose(np.asarray(total), before + before.T + left.T @ left, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(cross), other + left.T @ right, rtol=1e-5, atol=1e-5)

@@ -78,7 +78,7 @@ def learned(
         grams = [made.grams[layer] for layer in unit]
         name = f"{unit[0]}-{unit[-1]}"
         factors, codes = folder / f"factors_{name}.safetensors", folder / f"codes_{name}.safetensors"
-        how = {"dtype": "auto", "batch_tokens": 2 * LENGTH, "heldout_fraction": heldout_fraction, **SILENT}
+        how = {"dtype": "float32", "batch_tokens": 2 * LENGTH, "heldout_fraction": heldout_fraction, **SILENT}
         streams = Streams(made.model, made.structure, made.windows, unit, variant, hidden_in=before, **how)
         taken = streams.targets
 

@@ -13,6 +13,9 @@ from array_api_compat import is_torch_array
 _NEWTON_SCHULZ_STEPS = 60
 # Values of a square matrix that are looked at together: 32 MiB in float64
 _BLOCK_VALUES = 2**22
+# Rows of a Gram that a product is computed of at a time: what is beside a wide one stays small, and OpenBLAS (0.3.31,
+# two threads) dies of all 28672 inputs of 2048 tokens at once
+PRODUCT_ROWS = 4096
 
 
 def to_numpy(array: Any) -> np.ndarray:
@@ -75,6 +78,29 @@ def slices(start: int, stop: int, step: int) -> Iterator[slice]:
 def row_blocks(size: int) -> Iterator[slice]:
     """Rows of a square matrix, as many at a time as leave what is computed of them small beside the matrix."""
     return slices(0, size, max(1, _BLOCK_VALUES // max(size, 1)))
+
+
+def add_product(total: Any, left: Any, right: Any = None) -> None:
+    """``total += left^T right`` in its own place, `PRODUCT_ROWS` of its rows at a time.
+
+    Parameters
+    ----------
+    total : array (d, e), float64
+        NumPy or torch, as the others.
+    left : array (n, d), float32
+    right : array (n, e), float32, optional
+        None: `left` again. The half above the diagonal is computed then, and taken for the other but within a block,
+        where rounding may differ (`symmetrize`).
+    """
+    if right is None and is_torch_array(left) and left.device.type == "cpu":
+        total, left = total.numpy(), left.numpy()  # NumPy sees that a product is symmetric, and does half of it
+    for here in slices(0, left.shape[1], PRODUCT_ROWS):
+        if right is not None:
+            total[here] += left[:, here].T @ right
+            continue
+        product = left[:, here].T @ left[:, here.start :]
+        total[here, here.start :] += product
+        total[here.stop :, here] += product[:, here.stop - here.start :].T
 
 
 def symmetrize(matrix: np.ndarray) -> np.ndarray:

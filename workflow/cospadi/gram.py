@@ -16,7 +16,7 @@ import h5py
 import numpy as np
 import scipy.linalg
 
-from cospadi.arrays import row_blocks, slices, symmetrize
+from cospadi.arrays import add_product, row_blocks, slices, symmetrize
 from cospadi.calibration.activations import FORMAT_VERSION, STORED_AS, first_heldout, reading, to_float32, writing
 from cospadi.errors import ArtifactError, NumericalError
 from cospadi.provenance import CALIBRATION, check_provenance, plain
@@ -483,7 +483,7 @@ def _gram_of_rows(rows: h5py.Dataset, start: int, stop: int, dtype: str) -> np.n
     for part in slices(start, stop, step):
         block = to_float32(rows[part], dtype)
         with np.errstate(over="ignore"):  # an overflow is found in the sum
-            gram += block.T @ block  # NumPy knows that this product is symmetric and does half the work
+            add_product(gram, block)
     return symmetrize(gram)
 
 

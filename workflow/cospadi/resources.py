@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from cospadi.arrays import PRODUCT_ROWS
 from cospadi.budget import nbytes_left
 from cospadi.errors import UnsupportedModelError
 from cospadi.formats.values import storage_of
@@ -139,7 +140,7 @@ class Estimates:
         grams = 8 * n_layers * shapes.gram_entries
         products = 2 * n_layers * self._tokens * shapes.gram_entries
         return Work(
-            memory + grams + 4 * max(shapes.site_widths) ** 2,  # the float32 product of a batch
+            memory + grams + _product(max(shapes.site_widths)),
             6,
             Cost({FORWARD: flops, GRAM: products}),
             Cost({GPU_FORWARD: flops, GPU_PRODUCT: products}),
@@ -159,7 +160,7 @@ class Estimates:
         grams = 8 * n_layers * entries
         hidden = self._width * self._tokens * shapes.hidden_size
         widest = max(shapes.site_widths)
-        memory = TORCH + weights + n_layers * kept + logits + grams + 2 * 4 * widest**2
+        memory = TORCH + weights + n_layers * kept + logits + grams + 2 * _product(widest)
         # forward, gradients at the inputs, and of the head
         flops = 4 * self._tokens * (n_layers * shapes.layer_parameters + head)
         products = 2 * n_layers * self._tokens * entries
@@ -180,7 +181,7 @@ class Estimates:
             return Work(memory, 1, disk=grams, moved=2 * grams)
         rows = self._width * self._tokens * sum(self.shapes.site_widths)
         core = Cost({GRAM: 2 * self._tokens * self.shapes.gram_entries})
-        memory += 4 * widest**2  # the product of a block in float32
+        memory += _product(widest)
         return Work(memory, 1, core, disk=grams, moved=grams + rows)
 
     def prune(self, walks: int = 1, n_kept: int = 8) -> Work:
@@ -334,6 +335,11 @@ class Estimates:
 def _before_rounding(method: Method, storage: Mapping[str, Any]) -> float:
     """How many times their bytes in the checkpoint factors take until they are packed: float32, unless settled."""
     return 1.0 if method.own_codec else 32 / FACTOR_CODECS[storage["value_codec"]].bits
+
+
+def _product(width: int) -> float:
+    """Bytes of what is added to a Gram at a time, in float32 (`arrays.add_product`)."""
+    return 4 * min(width, PRODUCT_ROWS) * width
 
 
 def _value_bytes(dtype: str) -> int:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cospadi.arrays import all_finite
+from cospadi.arrays import add_product, all_finite
 from cospadi.calibration.activations import (
     COMPRESSED,
     FORMAT_VERSION,
@@ -265,8 +265,11 @@ class _Moments:
             self._add("owed", fitted, owed.float())
 
     def _add(self, name: str, left: torch.Tensor, right: torch.Tensor) -> None:
-        product = (left.T @ right).double()
-        self._sums[name] = product if name not in self._sums else self._sums[name] + product
+        import torch
+
+        if name not in self._sums:
+            self._sums[name] = left.new_zeros(left.shape[1], right.shape[1], dtype=torch.float64)
+        add_product(self._sums[name], left, right)
 
     def finish(self) -> bool:
         """Whether all of it is finite."""

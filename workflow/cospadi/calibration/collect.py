@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import h5py
 import numpy as np
 
-from cospadi.arrays import all_finite, slices, symmetrize
+from cospadi.arrays import add_product, all_finite, slices, symmetrize
 from cospadi.calibration.activations import FORMAT_VERSION, HIDDEN, STORED_AS, first_heldout, to_stored, writing
 from cospadi.calibration.walk import Chunk, Tap, Windows, read_windows
 from cospadi.errors import ArtifactError, NumericalError
@@ -219,7 +219,7 @@ class RunningGram:
         split = int(self._lengths[batch.start : min(batch.stop, self._heldout_from)].sum())
         for name, part in (("gram", rows[:split]), ("gram_heldout", rows[split:])):
             if len(part):
-                self._grams[name] += _second_moment(part)
+                add_product(self._grams[name], part.float())
                 self._tokens[name] += len(part)
 
     def finish(self) -> tuple[int, int]:
@@ -255,16 +255,6 @@ class _Site:
         self._group.attrs.update(
             n_tokens=n_tokens, n_heldout=n_heldout, n_batches=self._n_batches, n_skipped=self._n_skipped
         )
-
-
-def _second_moment(rows: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    rows = rows.float()
-    if rows.device.type == "cpu":  # NumPy knows that the product is symmetric and does half the work
-        array = rows.numpy()
-        return torch.from_numpy(array.T @ array)
-    return rows.T @ rows
 
 
 def chosen_dtype(dtype: str, device: str, hidden_in: str | Path | None, last_layer: int) -> tuple[str, str]:

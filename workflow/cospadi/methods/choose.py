@@ -76,11 +76,6 @@ def choice_faults(variants: Mapping[str, Any], heldout_fraction: float) -> Itera
                     f"{where} makes up for what its own matrices before each got wrong, and here others are before "
                     f"them; set its {' and '.join(_MADE_UP)} to 0, or its target to {INDEPENDENT}"
                 )
-            elif comparable[source]["refine"] is not None:
-                yield (
-                    f"{where} is refined block by block: its matrices fit those that were trained with them, and what "
-                    "their errors cost is not known; leave its refine out"
-                )
             else:
                 first = first or source
                 for key, here, there in _differing(learned[first], learned[source]):
