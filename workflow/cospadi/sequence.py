@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cospadi.arrays import add_product, all_finite
+from cospadi.arrays import add_product, all_finite, symmetrize
 from cospadi.calibration.activations import (
     COMPRESSED,
     FORMAT_VERSION,
@@ -276,8 +276,8 @@ class _Moments:
         for name, total in self._sums.items():
             setattr(self, name, total.cpu().numpy())
         self._sums.clear()
-        self.inputs = (self.inputs + self.inputs.T) / 2
-        self.gram = self.inputs if self.gram is None else (self.gram + self.gram.T) / 2
+        self.inputs = symmetrize(self.inputs)
+        self.gram = self.inputs if self.gram is None else symmetrize(self.gram)
         return all(
             np.isfinite(part).all() for part in (self.gram, self.inputs, self.change, self.owed) if part is not None
         )
