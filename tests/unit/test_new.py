@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -45,8 +46,12 @@ def test_a_local_model_of_every_family_has_a_config_that_plans(tiny_model, tiny_
     assert json.loads((folder / "config.json").read_text())["architectures"][0] in content.splitlines()[0]
 
 
+@pytest.mark.parametrize("disk", [20 * GIGA, 80 * GIGA, 2000 * GIGA])
 @pytest.mark.parametrize("memory", [64 * GIGA, 256 * GIGA])
-def test_a_model_of_the_hub_gets_as_many_layers_a_job_as_memory_takes(hub, tiny_text, tmp_path, memory):
+def test_a_model_of_the_hub_gets_as_many_layers_a_job_as_memory_and_disk_take(
+    hub, tiny_text, tmp_path, monkeypatch, memory, disk
+):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=disk))
     text = str(tiny_text / "calibration.jsonl")
     content = config_for("someone/big", text=text, cores=8, memory=memory, resources=tmp_path)
     config = yaml.safe_load(content)
@@ -56,7 +61,14 @@ def test_a_model_of_the_hub_gets_as_many_layers_a_job_as_memory_takes(hub, tiny_
     blocks = calibration["blocks_per_job"]
     assert plan.estimates.collect(blocks).memory <= memory / 2
     more = plan.estimates.collect(blocks + 1)
-    assert calibration["mode"] == "stream" or more.memory > memory / 2 or more.disk > memory / 2
+    rows = min(disk, memory) / 2
+    if calibration["mode"] == "store":
+        assert plan.estimates.collect(blocks).disk <= rows
+        assert more.memory > memory / 2 or more.disk > rows
+    else:
+        assert more.memory > memory / 2 or blocks == plan.n_layers
+        plan.config["calibration"]["mode"] = "store"
+        assert plan.estimates.collect(1).disk > rows  # not even one layer's rows fit
     at_once = 8 / config["threads"]["learn"]
     assert at_once * max(plan.estimates.learn(plan.factorizing(name)).memory for name in plan.variants) <= memory
 

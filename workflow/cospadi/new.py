@@ -11,6 +11,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -183,8 +184,7 @@ def config_for(
 def _sizes(plan: Plan, cores: int, memory: float) -> dict[str, Any]:
     """What follows from memory, disk and time of a draft's jobs."""
     layers = plan.n_layers
-    room = os.statvfs(".")
-    free = SHARE * min(room.f_bavail * room.f_frsize, memory)  # rows that memory caches are read from there
+    free = SHARE * min(shutil.disk_usage(".").free, memory)  # rows that memory caches are read from there
     learning = [plan.estimates.learn(plan.factorizing(name)) for name in plan.factorized]
     largest = max(learning, key=lambda work: work.memory)
     at_once = max(1, min(cores, int(memory // largest.memory)))
