@@ -141,6 +141,13 @@ def test_two_checks_share_no_state(minimal):
         ("evaluation.tasks", ["piqa", "piqa"], "evaluation.tasks: [piqa, piqa] names something twice"),
         ("evaluation.perplexity", {}, "evaluation.perplexity: needs the section text"),
         ("calibration.source", "text", "calibration.source: 'text' needs the section text"),
+        ("evaluation.gpus", 2, "evaluation.gpus: 2 need a device_map, which spreads a model over them: auto"),
+        ("evaluation.max_memory.cpu", "8GB", "evaluation.max_memory.cpu: 8GB is used with a device_map alone"),
+        (
+            "evaluation.max_memory.cpu",
+            "8 bananas",
+            "evaluation.max_memory.cpu: 8 bananas is not allowed; it has to match",
+        ),
     ],
 )
 def test_a_fault_names_path_value_and_what_is_allowed(minimal, path, value, expected):

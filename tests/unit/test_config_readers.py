@@ -36,7 +36,7 @@ READERS = {
     "calibration": ("workflow/cospadi/calibration/*.py", "scripts/collect_activations.py", *PLAN),
     "gram": ("scripts/compute_gram.py",),
     "pruning": RULES,
-    "evaluation": ("workflow/cospadi/evaluation/*.py", "workflow/cospadi/plan/paths.py"),
+    "evaluation": ("workflow/cospadi/evaluation/*.py", "workflow/cospadi/plan/paths.py", "workflow/cospadi/stages.py"),
     "training": ("workflow/cospadi/training/*.py", *RULES),
     "variants": (*PLAN, *LEARNING),
     "steps": PLAN,

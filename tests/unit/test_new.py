@@ -76,11 +76,16 @@ def test_a_model_of_the_hub_gets_as_many_layers_a_job_as_memory_and_disk_take(
 def test_a_model_that_is_too_large_for_the_machine_is_told_so(hub, tiny_text, tmp_path):
     text = str(tiny_text / "calibration.jsonl")
     content = config_for("someone/big", text=text, cores=8, memory=16 * GIGA, resources=tmp_path)
-    assert yaml.safe_load(content)["calibration"]["blocks_per_job"] == 1
+    config = yaml.safe_load(content)
+    assert config["calibration"]["blocks_per_job"] == 1
     warned = {
         line.split(":")[0].strip() for line in content.splitlines() if line.endswith("more than this machine has")
     }
-    assert warned == {"blocks_per_job", "evaluation"}
+    assert warned == {"blocks_per_job"}
+    # evaluation reads from the disk what memory does not hold
+    assert config["evaluation"]["device_map"] == "auto" and config["evaluation"]["max_memory"] == {"cpu": "8GB"}
+    plan = plan_run(config, model_config=json.loads((MODELS / "Meta-Llama-3-8B.json").read_text()))
+    assert plan.estimates.evaluate().memory <= 16 * GIGA < plan.estimates.evaluate(whole=True).memory
 
 
 def test_without_a_text_the_model_calibrates_itself(tiny_model, monkeypatch, tmp_path):

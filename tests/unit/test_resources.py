@@ -255,6 +255,19 @@ def test_gpu_stages_take_the_time_of_a_gpu():
     assert set(gpu.resources("quantize")) == {"mem_mb", "runtime"}
 
 
+def test_a_spread_model_asks_for_its_gpus_and_for_the_memory_that_it_may_take():
+    spread = {"device_map": "auto", "gpus": 4, "max_memory": {"gpu": "70GB", "cpu": "40GB"}}
+    plan = plan_of("Meta-Llama-3-70B", device="cuda", evaluation={"perplexity": {"max_tokens": 100_000}} | spread)
+    whole = plan_of("Meta-Llama-3-70B", device="cuda", evaluation={"perplexity": {"max_tokens": 100_000}})
+    for stage in ("evaluate", "evaluate_dense"):
+        assert plan.resources(stage)["gpu"] == 4 and whole.resources(stage)["gpu"] == 1
+        memory = plan.work(stage, wildcards()).memory
+        assert 40e9 < memory < 60e9 < 200e9 < whole.work(stage, wildcards()).memory
+    assert plan.resources("learn")["gpu"] == 1
+    # what searches walk through is whole
+    assert plan.estimates.search(3) == whole.estimates.search(3)
+
+
 def test_needs_of_every_rule_with_a_model():
     plan = plan_of()
     rows = {need.name.split()[0]: need for need in needs(plan)}

@@ -176,11 +176,40 @@ def test_jobs_that_run_at_once_have_a_gpu_each(tmp_path):
             end(name)
 
 
+def test_a_job_that_asks_for_several_gpus_has_them_alone(tmp_path):
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0,1,2,3", "TMPDIR": str(tmp_path)}
+    running, seen = {}, {}
+    try:
+        for name, gpu in (("a", 1), ("b", 2), ("c", 1)):
+            command = [sys.executable, "-c", JOB, str(tmp_path), name, str(gpu)]
+            running[name] = subprocess.Popen(command, env=environment)
+            while not (tmp_path / name).exists() or not (tmp_path / name).read_text():
+                assert running[name].poll() is None
+                time.sleep(0.01)
+            seen[name] = (tmp_path / name).read_text()
+        assert seen == {"a": "0", "b": "1,2", "c": "3"}
+        assert "on GPU 1,2\n" in (tmp_path / "b.log").read_text()
+    finally:
+        for name, process in running.items():
+            (tmp_path / f"end {name}").touch()
+            assert process.wait() == 0
+
+
+def test_more_gpus_than_there_are_is_all_of_them(monkeypatch, tmp_path):
+    monkeypatch.setattr(stage.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(stage, "_held", [])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,2")
+    assert stage.take_devices(3) == "4,2"
+    assert len(stage._held) == 2
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,2,0")
+    assert stage.take_devices(2) == "4,0"  # the free one, and one that is shared
+
+
 def test_one_gpu_is_nothing_to_choose_from(monkeypatch, tmp_path):
     monkeypatch.setattr(stage.tempfile, "gettempdir", lambda: str(tmp_path))
     for told in ("3", ""):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", told)
-        assert stage.take_device() is None and os.environ["CUDA_VISIBLE_DEVICES"] == told
+        assert stage.take_devices() is None and os.environ["CUDA_VISIBLE_DEVICES"] == told
     assert list(tmp_path.iterdir()) == []
 
 

@@ -419,6 +419,19 @@ def test_killed_in_the_middle_of_learning_it_goes_on(run):
     assert "Nothing to be done" in run.snakemake()
 
 
+def test_a_model_that_memory_has_no_room_for_is_read_from_the_disk(run):
+    names = ["dense", "cospadi-20", "svd_llm-40"]
+    before = {name: read_json(run.results / name / "eval.json") for name in names}
+    run.config["evaluation"] |= {"device_map": "auto", "max_memory": {"cpu": "1KB"}, "dtype": "float32"}
+    run.snakemake(*(f"results/tiny/{name}/eval.json" for name in names))
+    for name in names:
+        found = read_json(run.results / name / "eval.json")
+        assert found["placement"].keys() == {"disk"} and found["dtype"] == "float32"
+        assert [path.name for path in (run.results / name).glob(".offload*")] == []
+        # those before may have been scored in bfloat16
+        assert found["perplexity"]["token"] == pytest.approx(before[name]["perplexity"]["token"], rel=0.01)
+
+
 def test_a_warm_start_and_an_exact_group_run_as_single_targets(run):
     method = {"method": "cospadi", "max_iter": 2}
     run.config["variants"] |= {

@@ -247,10 +247,21 @@ def cross_checks(config: dict[str, Any]) -> Iterator[str]:
                 yield f"evaluation.tasks: {task} needs the section text; add it, or leave the task out"
     if config["model"]["rotate"] is not None and MODEL_SOURCES[config["model"]["source"]].read is None:
         yield f"model.rotate: {config['model']['rotate']} is for models that are fetched; a local one stays as it is"
+    yield from _placement_faults(config["evaluation"])
     for name, variant in config["variants"].items():
         yield from _step_faults(f"variants.{name}", variant)
     yield from _warm_start_faults(config["variants"])
     yield from choice_faults(config["variants"], config["calibration"]["heldout_fraction"])
+
+
+def _placement_faults(evaluation: dict[str, Any]) -> Iterator[str]:
+    """Options of a device map without one."""
+    if evaluation["device_map"] is None:
+        if evaluation["gpus"] > 1:
+            yield f"evaluation.gpus: {evaluation['gpus']} need a device_map, which spreads a model over them: auto"
+        for device, limit in evaluation["max_memory"].items():
+            if limit is not None:
+                yield f"evaluation.max_memory.{device}: {limit} is used with a device_map alone; set it to auto"
 
 
 def _step_faults(where: str, variant: dict[str, Any]) -> Iterator[str]:

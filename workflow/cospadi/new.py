@@ -82,6 +82,7 @@ variants: # dense, the model as it is, is always evaluated too
 evaluation: # a model at a time, {evaluate}
   perplexity: {perplexity}
   tasks: [] # of lm-evaluation-harness, for example [piqa, arc_easy]; their data comes from the hub
+{spread}\
   generate:
     prompts: ["The capital of France is", "Water is made of", "In the morning, the farmer"]
     max_new_tokens: 40
@@ -93,6 +94,12 @@ threads: # a job's; {at_once} learning jobs fit into memory at once
   learn: {learn_threads}
   quantize: 1
   evaluate: {cores}
+"""
+
+# for a model that memory has no room for
+_SPREAD = """\
+  device_map: auto # over GPUs, where there are some; what has no room in memory is read from the disk, time and again
+  max_memory: {{cpu: {limit}}}
 """
 
 
@@ -174,7 +181,7 @@ def config_for(
         "same_input": yaml.safe_dump([list(part.readers) for part in PARTS], default_flow_style=True).strip(),
         "chat": json.dumps(section["source"] == "local" and has_chat_template(Path(section["path"]))),
     }
-    sized = {"mode": "stream", "blocks": 1, "per_job": 1, "learn_threads": 1}
+    sized = {"mode": "stream", "blocks": 1, "per_job": 1, "learn_threads": 1, "spread": ""}
     later = ("mode_comment", "collect", "learn_seconds", "learn", "evaluate", "at_once")
     draft = _TEMPLATE.format(**values, **sized, **dict.fromkeys(later, 0))
     plan = plan_run(yaml.safe_load(draft), source=str(file), model_config=model_config)
@@ -209,13 +216,18 @@ def _sizes(plan: Plan, cores: int, memory: float) -> dict[str, Any]:
     ]
     blocks, mode = fits[0] if fits else (1, "stream")
     work = collect(blocks, mode)
+    spread = ""
+    if plan.estimates.evaluate().memory > memory:
+        limit = f"{SHARE * memory / GIGA:.3g}GB"
+        plan.config["evaluation"] |= {"device_map": "auto", "max_memory": {"gpu": None, "cpu": limit}}
+        spread = _SPREAD.format(limit=limit)
     stored = f"rows of a chunk on disk while they are needed, {work.disk / GIGA:.1f} GB"
     return {
         "mode": mode,
         "mode_comment": stored if mode == "store" else "Grams are summed on the fly, no rows on disk",
         **{"blocks": blocks, "collect": taken(work), "per_job": per_job, "at_once": at_once},
         **{"learn_seconds": per_job * seconds, "learn": taken(largest), "learn_threads": threads},
-        "evaluate": taken(plan.estimates.evaluate()),
+        **{"evaluate": taken(plan.estimates.evaluate()), "spread": spread},
     }
 
 

@@ -17,6 +17,7 @@ from cospadi.methods.base import MEASURED, Method, planned_problems
 from cospadi.methods.menus import allocator_of
 from cospadi.problem import GRADIENTS, SEQUENTIAL
 from cospadi.runtime.cospadi_registry import FACTOR_CODECS
+from cospadi.sizes import nbytes_of
 from cospadi.sources import MODEL_SOURCES
 from cospadi.structure import SITES
 from cospadi.work import (
@@ -302,8 +303,8 @@ class Estimates:
         size, embedding = 2 * self.shapes.parameters, 4 * self.shapes.embedding_parameters
         return Work(TORCH + 3 * embedding, 10, Cost({LOOP: size / 1e8}), disk=2 * size, moved=3 * size)
 
-    def evaluate(self, packed: bool = True) -> Work:
-        """The whole model in memory, forward passes over held-out text and the tasks' documents."""
+    def evaluate(self, packed: bool = True, *, whole: bool = False) -> Work:
+        """The model in memory, `whole` or as far as a device map lets it, forward passes over text and documents."""
         evaluation, shapes = self._evaluation, self.shapes
         perplexity = evaluation["perplexity"] or {"window": 2048, "max_tokens": 0}
         logits = (3 if packed else 2) * 4 * evaluation["batch_size"] * perplexity["window"] * shapes.vocabulary
@@ -317,14 +318,22 @@ class Estimates:
             generate = evaluation["generate"]
             flops += 10 * 2 * shapes.parameters * len(generate["prompts"]) * generate["max_new_tokens"]
         # unpacked factors, the zeros of the codes among them, are larger than dense weights; a layer is made at a time
-        width = _value_bytes(evaluation["dtype"])
+        width, read = _value_bytes(evaluation["dtype"]), 4 * shapes.parameters
         weights = 1.5 * width * shapes.parameters + 4 * shapes.layer_parameters
-        memory = TORCH + (weights if packed else 1.3 * width * shapes.parameters) + logits
-        return Work(memory, 7, Cost({FORWARD: flops}), Cost({GPU_FORWARD: flops}), moved=4 * shapes.parameters)
+        if not packed:
+            weights = 1.3 * width * shapes.parameters
+        if evaluation["device_map"] is not None and not whole:
+            # at most as large as dense ones, and beside them a few that come from the disk, anew for every batch
+            weights, limit = width * shapes.parameters, evaluation["max_memory"]["cpu"]
+            held = weights if limit is None else min(weights, nbytes_of(limit))
+            read += (weights - held) * tokens / (evaluation["batch_size"] * perplexity["window"])
+            weights = held + 2 * width * max(shapes.layer_parameters, shapes.vocabulary * shapes.hidden_size)
+        memory = TORCH + weights + logits
+        return Work(memory, 7, Cost({FORWARD: flops}), Cost({GPU_FORWARD: flops}), moved=read)
 
     def search(self, trials: int) -> Work:
         """The model in float32, walked over the windows that are kept out for every trial, with the head once more."""
-        shapes, evaluated = self.shapes, self.evaluate()
+        shapes, evaluated = self.shapes, self.evaluate(whole=True)
         tokens = self._tokens * self._calibration["heldout_fraction"]
         flops = 2 * (trials + 2) * tokens * (shapes.parameters + shapes.vocabulary * shapes.hidden_size)
         states = 4 * tokens * shapes.hidden_size

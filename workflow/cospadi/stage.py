@@ -67,7 +67,7 @@ def script(main: Callable[[Any, Log], None], snakemake: Any) -> None:
         With status 1 if `main` fails. The console shows the message, the rule's log file the whole traceback.
     """
     set_threads(snakemake.threads)
-    taken = take_device() if getattr(snakemake, "resources", {}).get("gpu") else None
+    taken = take_devices(getattr(snakemake, "resources", {}).get("gpu") or 0)
     # a job told to stop leaves through the exits that remove its unfinished files
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     name = " ".join([snakemake.rule, *filter(None, map(str, snakemake.wildcards))])
@@ -113,11 +113,11 @@ def set_threads(count: int) -> None:
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
-def take_device() -> str | None:
-    """Make one GPU of several the only one that this process sees, and hold it until the process ends.
+def take_devices(count: int = 1) -> str | None:
+    """Make `count` GPUs of several the only ones that this process sees, and hold them until the process ends.
 
-    It is one that no other job of this user on this machine holds; where all are held, one that the fewest share. Call
-    it before CUDA is asked for anything.
+    They are such that no other job of this user on this machine holds; where too few are free, the rest are those that
+    the fewest share. Call it before CUDA is asked for anything.
 
     Returns
     -------
@@ -125,14 +125,18 @@ def take_device() -> str | None:
         What ``CUDA_VISIBLE_DEVICES`` is now; None where there is nothing to choose from.
     """
     devices = _visible_devices()
-    if len(devices) < 2:
+    count = min(count, len(devices))
+    if count == 0 or len(devices) < 2:
         return None
     import fcntl
 
     folder = Path(tempfile.gettempdir(), f"cospadi-gpus-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
+    taken: list[str] = []
     for turn in itertools.count():  # in turn 1 all devices have a job already
         for device in devices:
+            if device in taken:
+                continue
             file = open(folder / f"{device.replace(os.sep, '_')}.{turn}", "w")  # noqa: SIM115
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -140,8 +144,10 @@ def take_device() -> str | None:
                 file.close()
                 continue
             _held.append(file)  # the system lets go of it when the process ends, however it ends
-            os.environ["CUDA_VISIBLE_DEVICES"] = device
-            return device
+            taken.append(device)
+            if len(taken) == count:
+                os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(sorted(taken, key=devices.index))
+                return os.environ["CUDA_VISIBLE_DEVICES"]
 
 
 def _visible_devices() -> list[str]:

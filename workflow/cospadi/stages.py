@@ -66,6 +66,8 @@ class Stage:
         Key of the config's section ``threads``; None for one thread.
     uses_gpu : bool
         Whether it uses a GPU where there is one.
+    gpus : str, optional
+        Section of the config whose ``gpus`` is how many; None: one.
     only : str
         Which runs it is part of, in a word or two; empty: of all.
     files : str
@@ -83,6 +85,7 @@ class Stage:
     code: tuple[str, ...] | Callable[[Any, Any], str] = ()
     threads: str | None = None
     uses_gpu: bool = False
+    gpus: str | None = None
     only: str = ""
     files: str = ""
     priority: float | None = 0
@@ -189,11 +192,12 @@ class Staged:
         self.results = f"results/{config['run']}"
         self._started = time.time()
 
-    def gpus(self, stage: str | None = None) -> int:
-        """GPUs that a job of `stage` asks for; without a stage, that a job asks for that can use one."""
-        device = self.config["device"]
-        uses = stage is None or self.stages[stage].uses_gpu
-        return int(uses and (device == "cuda" or (device == "auto" and has_gpu())))
+    def gpus(self, stage: str) -> int:
+        """GPUs that a job of `stage` asks for."""
+        device, asking = self.config["device"], self.stages[stage]
+        if not asking.uses_gpu or device == "cpu" or (device == "auto" and not has_gpu()):
+            return 0
+        return 1 if asking.gpus is None else self.config[asking.gpus]["gpus"]
 
     def threads(self, stage: str) -> int:
         """CPU threads of a job of `stage`."""

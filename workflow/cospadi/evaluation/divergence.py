@@ -19,6 +19,7 @@ from safetensors import safe_open
 
 from cospadi.calibration.activations import STORED_AS, from_stored, reading, to_stored, writing
 from cospadi.errors import ArtifactError, NumericalError
+from cospadi.evaluation.placement import input_device
 from cospadi.files import ModelFolder
 from cospadi.provenance import check_provenance, fingerprint
 
@@ -35,9 +36,9 @@ _SAME = 1e-2
 class Recorder:
     """Writes what enters the head of the dense model, for the tokens that are scored."""
 
-    def __init__(self, model: PreTrainedModel, file: h5py.File) -> None:
+    def __init__(self, model: PreTrainedModel, weight: torch.Tensor, file: h5py.File) -> None:
         self._file = file
-        self._head = Head(model, model.get_output_embeddings().weight)
+        self._head = Head(model, weight)
         self._entering: torch.Tensor | None = None
         self._checked = False
 
@@ -91,10 +92,9 @@ class Comparison:
         if self._dtype not in STORED_AS:
             raise ArtifactError(states, f"dtype is {self._dtype!r}; allowed: {', '.join(STORED_AS)}", _REMEDY)
         self._path = states
-        weight = model.get_output_embeddings().weight
-        theirs = _head_weight(dense).to(weight.device, weight.dtype)
+        theirs, weight = _head_weight(model, dense), model.get_output_embeddings().weight
         # most variants have the head of the dense model: it is in memory once then
-        self._head = Head(model, weight if torch.equal(weight, theirs) else theirs)
+        self._head = Head(model, theirs if weight.is_meta or not torch.equal(weight, theirs) else weight)
         self.n_tokens, self._total = 0, 0.0
 
     @property
@@ -118,7 +118,8 @@ def recording(model: PreTrainedModel, folder: Path, dtype: str, path: Path) -> I
     """A `Recorder` of the model of a folder, which computes in `dtype`; the file is whole, or not there."""
     belongs = {"format_version": FORMAT_VERSION, "fingerprint": fingerprint(ModelFolder(folder)), "dtype": dtype}
     with writing(path, belongs) as file:
-        recorder = Recorder(model, file)
+        weight = model.get_output_embeddings().weight
+        recorder = Recorder(model, _head_weight(model, folder) if weight.is_meta else weight, file)
         handle = model.get_output_embeddings().register_forward_pre_hook(recorder.entering)
         try:
             yield recorder
@@ -152,16 +153,18 @@ class Head:
             if self._cap is not None:
                 logits = torch.tanh(logits / self._cap) * self._cap
             log_p = logits.log_softmax(-1, dtype=torch.float32)
-            found.append((log_p.exp() * (log_p - log_probabilities[some])).sum(-1))
+            log_q = log_probabilities[some].to(log_p.device)  # of a spread model, where its inputs are
+            found.append((log_p.exp() * (log_p - log_q)).sum(-1))
         return torch.cat(found).double()
 
 
-def _head_weight(folder: Path) -> torch.Tensor:
-    """The last matrix of a dense model: its own, or the embedding where they are tied."""
-    model = ModelFolder(folder)
-    name = "lm_head.weight" if "lm_head.weight" in model.weight_map else "model.embed_tokens.weight"
-    with safe_open(model.file_of(name).path, framework="pt") as file:
-        return file.get_tensor(name)
+def _head_weight(model: PreTrainedModel, folder: Path) -> torch.Tensor:
+    """The last matrix of the dense model of a folder, its own or the embedding, as `model` would compute with it."""
+    dense = ModelFolder(folder)
+    name = "lm_head.weight" if "lm_head.weight" in dense.weight_map else "model.embed_tokens.weight"
+    head = model.get_output_embeddings().weight
+    with safe_open(dense.file_of(name).path, framework="pt") as file:
+        return file.get_tensor(name).to(input_device(model) if head.is_meta else head.device, head.dtype)
 
 
 def _key(ids: torch.Tensor, n_scored: int) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import platform
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
@@ -19,10 +21,11 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cospadi.errors import ArtifactError, ConfigError, listed
-from cospadi.evaluation.divergence import Comparison, recording
+from cospadi.evaluation.divergence import Comparison, Recorder, recording
 from cospadi.evaluation.generation import generate
 from cospadi.evaluation.heldout import read_pieces
 from cospadi.evaluation.perplexity import perplexity
+from cospadi.evaluation.placement import is_spread, loading_arguments, placement
 from cospadi.evaluation.scoring import ScoringLM, offline
 from cospadi.evaluation.tasks import score_tasks
 from cospadi.files import ModelFolder, write_json
@@ -63,6 +66,8 @@ def evaluate(
           (0), ``limit`` (documents a task) and ``task_path``; `HELDOUT_TASKS` are made of the held-out text;
         - ``generate``: ``prompts``, ``max_new_tokens`` (40) and ``chat`` (false): greedy text, through the chat
           template of the tokenizer where there is one;
+        - ``device_map`` (None), ``max_memory`` (``gpu``, ``cpu``): how a model is spread that `device` has no room for,
+          see `placement.loading_arguments`;
         - ``batch_size`` (1): windows, or documents of a task, that go through the model together;
         - ``dtype`` (``auto``): what the model computes in, see `stage.choose_dtype`.
     heldout : Path, optional
@@ -75,8 +80,8 @@ def evaluate(
     dense : Path, optional
         Folder of the dense model, if this is another: `states` are read, and ``perplexity.kl`` is the mean
         Kullback-Leibler divergence of this model from it (`evaluation.divergence`).
-    device : str
-        ``cpu``, ``cuda``, ``cuda:1`` ...
+    device : {"cpu", "cuda"}
+        ``cuda``: the first GPU that is seen, or all of them with a device map.
     threads : int, optional
         Threads of torch.
     log : callable
@@ -112,64 +117,60 @@ def evaluate(
 
     with offline():
         pieces = read_pieces(heldout, evaluation["perplexity"]) if "perplexity" in evaluation else []
-        window = evaluation.get("perplexity", {}).get("window", 0)
-        model, tokenizer = _load(model_folder, device, getattr(torch, dtype), window=window)
-    keep_freed_memory()
-    seconds = {"loading": time.perf_counter() - started}
-    log(f"loaded {model_folder} in {seconds['loading']:.1f} s, as {dtype}: {reason}")
-
-    result: dict[str, Any] = {
-        "format_version": FORMAT_VERSION,
-        "model": str(model_folder),
-        "fingerprint": fingerprint(ModelFolder(model_folder)),
-        "dtype": dtype,
-        "dtype_reason": reason,
-        "device": device,
-        "threads": torch.get_num_threads(),
-    }
-    if pieces:
-        options = evaluation["perplexity"]
-        with contextlib.ExitStack() as stack, offline(), _timed(seconds, "perplexity"):
-            watch = None
-            if states is not None and dense is None:
-                watch = stack.enter_context(recording(model, model_folder, dtype, states))
-            elif states is not None:
-                watch = Comparison(model, states, dense)
-            lm = ScoringLM(
-                *(model, tokenizer),
-                folder=model_folder,
-                log=log,
-                batch_size=batch_size,
-                max_length=options["window"],
-                watch=watch,
-            )
-            result["perplexity"] = perplexity(lm, heldout, options, pieces)
-            if dense is not None and watch is not None:
+    seconds: dict[str, float] = {}
+    with _offload_folder(evaluation, output) as offload:
+        with offline(), _timed(seconds, "loading"):
+            arguments = loading_arguments(evaluation, device, offload)
+            window = evaluation.get("perplexity", {}).get("window", 0)
+            model, tokenizer = _load(model_folder, device, getattr(torch, dtype), arguments, window=window)
+        if not is_spread(model):  # whose weights come and go
+            keep_freed_memory()
+        log(f"loaded {model_folder} in {seconds['loading']:.1f} s, as {dtype}: {reason}")
+        result: dict[str, Any] = {
+            "format_version": FORMAT_VERSION,
+            "model": str(model_folder),
+            "fingerprint": fingerprint(ModelFolder(model_folder)),
+            "dtype": dtype,
+            "dtype_reason": reason,
+            "device": device,
+            "placement": placement(model),
+            "threads": torch.get_num_threads(),
+        }
+        if is_spread(model):
+            log("weights on " + ", ".join(f"{name}: {size / 1e6:.1f} MB" for name, size in result["placement"].items()))
+        score = functools.partial(ScoringLM, model, tokenizer, folder=model_folder, log=log, batch_size=batch_size)
+        if pieces:
+            options = evaluation["perplexity"]
+            with offline(), _timed(seconds, "perplexity"), _watch(model, model_folder, dtype, states, dense) as watch:
+                lm = score(max_length=options["window"], watch=watch)
+                result["perplexity"] = perplexity(lm, heldout, options, pieces)
+            if isinstance(watch, Comparison):
                 result["perplexity"]["kl"] = watch.mean
                 log(f"{watch.mean:.4f} nats a token from the dense model")
-        seconds["perplexity_model"] = lm.seconds
-        result["perplexity"]["tokens_per_second"] = result["perplexity"]["tokens"] / seconds["perplexity"]
-        log("word perplexity {word:.2f}, token perplexity {token:.2f}, {tokens} tokens".format(**result["perplexity"]))
-    if "tasks" in evaluation:
-        lm = ScoringLM(model, tokenizer, folder=model_folder, log=log, batch_size=batch_size)
-        with _timed(seconds, "tasks"):
-            result["tasks"] = score_tasks(lm, evaluation, heldout)
-        seconds["tasks_model"] = lm.seconds
-        for name, scores in result["tasks"].items():
-            if "primary" in scores:
-                log(f"{name}: {scores['primary']} {scores['metrics'][scores['primary']]:.4f}")
-    if "generate" in evaluation:
-        with _timed(seconds, "generate"):
-            pack_(model)  # a few rows at a time are faster from the packed form
-            result["samples"] = generate(model, tokenizer, **evaluation["generate"])
-        for sample in result["samples"]:
-            log(f"{sample['prompt']!r} -> {sample['text']!r}")
+            seconds["perplexity_model"] = lm.seconds
+            found = result["perplexity"]
+            found["tokens_per_second"] = found["tokens"] / seconds["perplexity"]
+            log("word perplexity {word:.2f}, token perplexity {token:.2f}, {tokens} tokens".format(**found))
+        if "tasks" in evaluation:
+            lm = score()
+            with _timed(seconds, "tasks"):
+                result["tasks"] = score_tasks(lm, evaluation, heldout)
+            seconds["tasks_model"] = lm.seconds
+            for name, scores in result["tasks"].items():
+                if "primary" in scores:
+                    log(f"{name}: {scores['primary']} {scores['metrics'][scores['primary']]:.4f}")
+        if "generate" in evaluation:
+            with _timed(seconds, "generate"):
+                pack_(model)  # a few rows at a time are faster from the packed form
+                result["samples"] = generate(model, tokenizer, **evaluation["generate"])
+            for sample in result["samples"]:
+                log(f"{sample['prompt']!r} -> {sample['text']!r}")
 
     seconds["total"] = time.perf_counter() - started
     result["seconds"] = seconds
     result["peak_rss_bytes"] = _peak_rss()
-    if model.device.type == "cuda":
-        result["peak_device_bytes"] = torch.cuda.max_memory_allocated(model.device)
+    if device.startswith("cuda"):
+        result["peak_device_bytes"] = sum(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
     result["versions"] = {name: version(name) for name in ("lm_eval", "transformers", "torch")}
     result["versions"]["python"] = platform.python_version()
     result = json.loads(json.dumps(result, sort_keys=True))
@@ -177,8 +178,33 @@ def evaluate(
     return result
 
 
+@contextlib.contextmanager
+def _offload_folder(evaluation: Mapping[str, Any], output: Path) -> Iterator[Path]:
+    """A folder beside `output` for weights that are moved to the disk, while they are needed."""
+    if not evaluation.get("device_map"):
+        yield output.parent
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".offload-") as folder:
+        yield Path(folder)
+
+
+@contextlib.contextmanager
+def _watch(
+    model: PreTrainedModel, folder: Path, dtype: str, states: Path | None, dense: Path | None
+) -> Iterator[Recorder | Comparison | None]:
+    """What follows the windows that are scored: writes the dense model's states, or compares with them."""
+    if states is None:
+        yield None
+    elif dense is not None:
+        yield Comparison(model, states, dense)
+    else:
+        with recording(model, folder, dtype, states) as recorder:
+            yield recorder
+
+
 def _load(
-    model_folder: Path, device: str, dtype: torch.dtype, *, window: int
+    model_folder: Path, device: str, dtype: torch.dtype, arguments: Mapping[str, Any], *, window: int
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     remedy = "Delete the folder and run again"
     if not (model_folder / "config.json").is_file():
@@ -189,12 +215,16 @@ def _load(
         if positions is not None and window > positions:
             raise ConfigError([f"evaluation.perplexity.window: {window}, but {model_folder} has {positions} positions"])
         model, report = AutoModelForCausalLM.from_pretrained(
-            model_folder, config=config, dtype=dtype, output_loading_info=True
+            model_folder, config=config, dtype=dtype, output_loading_info=True, **arguments
         )
         tokenizer = load_tokenizer(model_folder, remedy)
     except (ConfigError, ArtifactError):
         raise
     except Exception as error:  # transformers and safetensors raise what they like
+        if arguments:
+            remedy = (
+                f"Give evaluation.max_memory less, or gpus more, where memory was full. Otherwise: {remedy.lower()}"
+            )
         raise ArtifactError(model_folder, f"cannot be loaded ({type(error).__name__}: {error})", remedy) from error
     if report["missing_keys"]:
         raise ArtifactError(model_folder, f"lacks {listed(sorted(report['missing_keys']))}", remedy)
@@ -204,6 +234,8 @@ def _load(
             "its tokenizer has neither a beginning-of-text nor an end-of-text token to put before the first word",
             "Set bos_token in tokenizer_config.json",
         )
+    if is_spread(model):
+        return model.eval(), tokenizer
     # a packed model would unpack its matrices in every forward pass
     return unpack_(model.to(device).eval(), dtype), tokenizer
 

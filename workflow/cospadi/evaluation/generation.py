@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cospadi.evaluation.placement import input_device
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -49,10 +51,10 @@ def generate(
     stops = model.generation_config.eos_token_id
     stops = set(stops) if isinstance(stops, list) else {stops, tokenizer.eos_token_id} - {None}
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops, default=0)
-    length = max(map(len, rows))
+    length, device = max(map(len, rows)), input_device(model)
     # padded on the left, so that all prompts end where generation begins
-    ids = torch.tensor([[padding] * (length - len(row)) + row for row in rows], device=model.device)
-    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    ids = torch.tensor([[padding] * (length - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device)
     with torch.inference_mode():
         grown = model.generate(
             input_ids=ids,

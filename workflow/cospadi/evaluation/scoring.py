@@ -16,6 +16,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from cospadi.errors import CospadiError, NumericalError
+from cospadi.evaluation.placement import input_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -48,6 +49,7 @@ class ScoringLM(HFLM):
             # the rolling windows begin with one such token anyway; a second one would be scored as text
             add_bos_token=False if max_length else None,
         )
+        self._device = input_device(model)  # lm-eval takes where the first weight is, which may be on the disk
         self.folder = folder
         self._log = log
         self._logged = time.perf_counter()

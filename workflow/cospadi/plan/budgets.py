@@ -21,8 +21,8 @@ from cospadi.methods.choose import CHOOSE
 from cospadi.plan.names import at_step
 from cospadi.pruning import PRUNERS, removed_count
 from cospadi.resources import Shapes
+from cospadi.sizes import nbytes_of
 
-UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 # Of the names and places of a matrix's tensors in the file's header; measured, 140 to 420
 _HEADER = 1000
 # Tokens whose keys and values are in memory on a GPU, where a budget says nothing of them; fewer if the model has fewer
@@ -48,9 +48,8 @@ class Budget(NamedTuple):
     @classmethod
     def of(cls, text: str) -> Budget:
         """Of ``96MB``, ``4GB on the GPU`` or ``4GB on the GPU with 8192 tokens``, as the config's schema allows it."""
-        found = re.fullmatch(r"([0-9.]+) ?([A-Za-z]+)( on the GPU)?(?: with ([0-9]+) tokens)?", text)
-        number, unit, on_gpu, tokens = found.groups()
-        return cls(math.floor(float(number) * UNITS[unit]), on_gpu is not None, tokens and int(tokens))
+        size, on_gpu, tokens = re.fullmatch(r"(.*?)( on the GPU)?(?: with ([0-9]+) tokens)?", text).groups()
+        return cls(nbytes_of(size), on_gpu is not None, tokens and int(tokens))
 
 
 def with_ratios(

@@ -142,7 +142,7 @@ def _choosing(plan: Plan, wildcards: Any) -> Work:
     settings = plan.config["variants"][wildcards.variant]
     if SEARCH in settings:
         return plan.estimates.search(settings[SEARCH])
-    return plan.estimates.evaluate() if INCREASE in settings else Work(300 * MEBI, 30)
+    return plan.estimates.evaluate(whole=True) if INCREASE in settings else Work(300 * MEBI, 30)
 
 
 def _choosing_code(plan: Plan, wildcards: Any) -> str:
@@ -452,6 +452,7 @@ STAGES = table_of(
         code=_evaluation_code,
         threads="evaluate",
         uses_gpu=True,
+        gpus="evaluation",
         priority=1,  # all other evaluations wait for it
     ),
     Stage(
@@ -464,6 +465,7 @@ STAGES = table_of(
         code=_evaluation_code,
         threads="evaluate",
         uses_gpu=True,
+        gpus="evaluation",
     ),
     Stage(
         name="plot_distances",
