@@ -24,16 +24,18 @@ EVALUATION = {
     "limit": 5,
     "generate": {"prompts": ["The old river", "A"], "max_new_tokens": 5},
 }
-# of the bytes of a model; the layer that is multiplied needs room there too
+# Share of the bytes of a model that memory may hold; the layer that is multiplied needs room there too
 HELD = 0.85
 
 
-def scores(model: Path, text: Path, folder: Path, *, spread: bool = False, lines: list | None = None, **files) -> dict:
+def scores(
+    model: Path, text: Path, folder: Path, *, held: float | None = None, lines: list | None = None, **files
+) -> dict:
     folder.mkdir(exist_ok=True)
     evaluation = dict(EVALUATION)
-    if spread:
+    if held is not None:
         size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-        evaluation |= {"device_map": "auto", "max_memory": {"gpu": None, "cpu": f"{int(HELD * size)}B"}}
+        evaluation |= {"device_map": "auto", "max_memory": {"gpu": None, "cpu": f"{int(held * size)}B"}}
     log = (lines if lines is not None else []).append
     result = evaluate(model, evaluation, heldout=text / "heldout.jsonl", output=folder / "eval.json", log=log, **files)
     assert {path.name for path in folder.iterdir()} <= {"eval.json", "states.h5"}  # what was on the disk is gone
@@ -61,7 +63,7 @@ def llama(tiny_model, tiny_text, tmp_path_factory) -> SimpleNamespace:
 def test_a_dense_model_on_the_disk_scores_the_same(llama, tiny_text, tmp_path):
     lines: list[str] = []
     states = tmp_path / "spread/states.h5"
-    spread = scores(llama.folder, tiny_text, tmp_path / "spread", spread=True, states=states, lines=lines)
+    spread = scores(llama.folder, tiny_text, tmp_path / "spread", held=HELD, states=states, lines=lines)
     same(spread, llama.scores)
     assert sum(spread["placement"].values()) == llama.scores["placement"]["cpu"]
     assert any(line.startswith("weights on ") and "disk" in line for line in lines)
@@ -80,7 +82,7 @@ def test_codes_of_few_bits_on_the_disk(method, bits, llama, tiny_text, tmp_path)
     assemble(llama.folder, [tmp_path / "codes.safetensors"], tmp_path / "packed", variant={"method": method})
     files = {"states": llama.states, "dense": llama.folder}
     whole = scores(tmp_path / "packed", tiny_text, tmp_path / "whole", **files)
-    spread = scores(tmp_path / "packed", tiny_text, tmp_path / "spread", spread=True, **files)
+    spread = scores(tmp_path / "packed", tiny_text, tmp_path / "spread", held=HELD, **files)
     same(spread, whole)
     assert spread["perplexity"]["kl"] == pytest.approx(whole["perplexity"]["kl"], rel=1e-3) != 0
 
@@ -88,10 +90,17 @@ def test_codes_of_few_bits_on_the_disk(method, bits, llama, tiny_text, tmp_path)
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma3_text"])
 def test_packed_models_on_the_disk(family, packed_model, tiny_text, tmp_path):
     whole, spread = (
-        scores(packed_model(family).packed, tiny_text, tmp_path / str(spread), spread=spread)
-        for spread in (False, True)
+        scores(packed_model(family).packed, tiny_text, tmp_path / str(held), held=held) for held in (None, HELD)
     )
     same(spread, whole)
+
+
+def test_a_packed_model_that_fits_stays_packed_too(packed_model, tiny_text, tmp_path):
+    packed = packed_model("llama").packed
+    whole = scores(packed, tiny_text, tmp_path / "whole")
+    fits = scores(packed, tiny_text, tmp_path / "fits", held=1000)
+    assert fits["placement"]["cpu"] < whole["placement"]["cpu"] and fits["placement"].keys() == {"cpu"}
+    assert fits["perplexity"]["token"] == pytest.approx(whole["perplexity"]["token"], rel=1e-5)
 
 
 def test_what_cannot_be_loaded_says_that_its_place_may_be_why(llama, tiny_text, tmp_path, monkeypatch):
@@ -100,7 +109,7 @@ def test_what_cannot_be_loaded_says_that_its_place_may_be_why(llama, tiny_text, 
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", full)
     with pytest.raises(ArtifactError, match="out of memory") as told:
-        scores(llama.folder, tiny_text, tmp_path / "spread", spread=True)
+        scores(llama.folder, tiny_text, tmp_path / "spread", held=HELD)
     assert "Give evaluation.max_memory less, or gpus more" in str(told.value)
 
 

@@ -234,7 +234,7 @@ def _load(
             "its tokenizer has neither a beginning-of-text nor an end-of-text token to put before the first word",
             "Set bos_token in tokenizer_config.json",
         )
-    if is_spread(model):
+    if arguments:  # it is where it should be, and there may be no room for more
         return model.eval(), tokenizer
     # a packed model would unpack its matrices in every forward pass
     return unpack_(model.to(device).eval(), dtype), tokenizer
