@@ -6,6 +6,7 @@ From `check_config` through `Plan` and `needs`, all of them; through a dry run o
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -46,6 +47,8 @@ TOLD: dict[str, list[Any]] = {
     "allocation_file": [None],
     "menu": [[0.05, 1], [1, 20]],
     "budget": [None, "250KB", "0.3 MB", "244.14 KiB"],
+    "cpu": [None, "1B", "0.3 MB", "60GB"],
+    "gpu": [None, "1B", "24 GiB"],
     "repo": ["owner/model"],
     "revision": ["main", "0123abc", "refs/pr/1"],
     "package": ["some-wheel==1.0"],
@@ -65,6 +68,8 @@ TOLD_OF_TEXT = {**TOLD, "path": ["texts.jsonl"], "config": [None, "de"]}
 TOLD_OF_TEXT["sources"] = [[{"source": "jsonl", "path": "texts.jsonl", "share": share} for share in (0.3, 0.7)]]
 # What an option needs beside it to mean something
 BESIDE: dict[tuple[str, str], dict[str, Any]] = {
+    ("evaluation", "gpus"): {"device_map": "auto"},
+    ("evaluation", "max_memory"): {"device_map": "auto"},
     ("cospadi", "atom_update"): {"solver": "ksvd"},
     ("cospadi", "polish"): {"solver": "ksvd"},
     **{(method, "support"): {"rho": 2.0} for method in METHODS},
@@ -159,10 +164,11 @@ def sections(base: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any, di
                 for value in values(name, child, told):
                     config = copy.deepcopy(base)
                     section = config
-                    for key in path[:-1]:
-                        section = section.setdefault(key, {})
+                    for outer, key in itertools.pairwise(path):
+                        section = section.setdefault(outer, {})
+                        section.update(BESIDE.get((outer, key), {}))
                     old = section.get(path[-1], {}) if not title or not needed else {}
-                    section[path[-1]] = {**old, **needed, name: value}
+                    section[path[-1]] = {**old, **needed, **BESIDE.get((path[-1], name), {}), name: value}
                     yield (*path, title, name), value, config
 
     for section, part in schema()["properties"].items():
