@@ -201,8 +201,8 @@ def test_more_gpus_than_there_are_is_all_of_them(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,2")
     assert stage.take_devices(3) == "4,2"
     assert len(stage._held) == 2
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,2,0")
-    assert stage.take_devices(2) == "4,0"  # the free one, and one that is shared
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,4,2")
+    assert stage.take_devices(2) == "0,4"  # the free one, and one that is shared
 
 
 def test_one_gpu_is_nothing_to_choose_from(monkeypatch, tmp_path):
