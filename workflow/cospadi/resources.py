@@ -21,6 +21,7 @@ from cospadi.sizes import nbytes_of
 from cospadi.sources import MODEL_SOURCES
 from cospadi.structure import SITES
 from cospadi.work import (
+    COMPILED,
     FORWARD,
     GPU_FORWARD,
     GPU_PRODUCT,
@@ -177,7 +178,8 @@ class Estimates:
     def gram(self) -> Work:
         """Grams of one layer from its rows, or taken over from the streamed ones."""
         widest, grams = max(self.shapes.site_widths), 8 * self.shapes.gram_entries
-        memory = NUMPY + 8 * widest**2 + 32 * MEBI  # one at a time in float64, and blocks
+        # one at a time in float64, and blocks as they are and in float32
+        memory = NUMPY + 8 * widest**2 + (32 + 16) * MEBI
         if self._calibration["mode"] == "stream":
             return Work(memory, 1, disk=grams, moved=2 * grams)
         rows = self._width * self._tokens * sum(self.shapes.site_widths)
@@ -279,10 +281,10 @@ class Estimates:
         chosen = settings.get("targets") or self.shapes.matrices
         matrices = [shape for name, shape in self.shapes.matrices.items() if name in chosen]
         packed = n_layers * nbytes_left(matrices, settings["ratio"])
+        optimal = settings.get("codes", {}).get("rounding") == "optimal"
         at_once, flops = 0.0, 0.0
         for d_in, d_out in matrices:
             k = min(d_in, d_out)  # atoms, about: bytes are for fewer, but for many bits in the codes
-            optimal = settings.get("codes", {}).get("rounding") == "optimal"
             squares, codes = (2, 4) if optimal else (1, 1)
             at_once = max(at_once, squares * 8 * d_in**2 + 4 * 8 * d_in * d_out + codes * 4 * k * d_out)
             flops += 4 * d_in**2 * d_out + 4 * d_in * d_out * k
@@ -291,7 +293,8 @@ class Estimates:
                 flops += 3 * d_out * k**3 / 3
         # what is packed stays until it is written, once as an array and once as bytes
         core = Cost({PRODUCT: n_layers * flops})
-        return Work(NUMPY + packed + max(packed, at_once), 1, core, disk=packed, moved=packed)
+        memory = NUMPY + packed + max(packed, at_once) + (COMPILED if optimal else 0)
+        return Work(memory, 1, core, disk=packed, moved=packed)
 
     def assemble(self, size: float | None = None) -> Work:
         """Copying tensors a shard of 5 GiB at a time; `size`, bytes of all, is by default the dense model's."""

@@ -37,5 +37,6 @@ METHOD = method(
     products=80,  # with an inverse, one an iteration
     inversions=25,  # a new one every three iterations
     squares=3,  # the scaled Gram in both precisions, an inverse in one
+    compiled=True,
     allocation=global_threshold,
 )

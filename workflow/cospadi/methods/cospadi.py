@@ -34,7 +34,7 @@ from cospadi.registry import choice, option
 from cospadi.runtime.cospadi_registry import SUPPORTS
 from cospadi.solvers import SOLVERS, several_metrics
 from cospadi.solvers.starts import STARTS, dictionary_start, warm_start
-from cospadi.work import PRODUCT, Work
+from cospadi.work import COMPILED, PRODUCT, Work
 
 AUTO = "auto"
 # What `rho: auto` tries: from 3 to its neighbours as long as the error falls, in rounds enough to tell
@@ -284,7 +284,8 @@ def work(targets: Sequence[Target], nbytes: int, options: Mapping[str, Any], sto
     if options["solver"] == "ksvd":
         # pursuit: Gram rows against every column; sweep: eight power iterations, two products each, and the update
         s = k / rho
-        return work_of(d, n, k, sum((rounds or 60) * n * s * (k * s + 36 * d) for rounds in runs))
+        found = work_of(d, n, k, sum((rounds or 60) * n * s * (k * s + 36 * d) for rounds in runs))
+        return replace(found, memory=found.memory + COMPILED)
     conjugate_gradients, pursuit_and_dictionary = 3, 2
     a_round = 2 * n * k * k * (conjugate_gradients + pursuit_and_dictionary) + 6 * n * k * d + 2 * k * k * d + k**3 / 3
     start = 10 * min(d, n) ** 3 + 3 * (4 * n * k * d + 20 * k * k * d)

@@ -265,6 +265,7 @@ def work(targets: Sequence[Target], nbytes: int, options: Mapping[str, Any], sto
         targets,
         products=(5 * penalties + 40 * rounds + exchanges) * (1 + bool(n_metrics)),
         inversions=(5 + penalties * (1 + rounds)) * (1 + n_metrics),
+        compiled=True,
     )
     # the scaled Gram in both precisions and inverses in one, of which so many stay (`solvers.admm`)
     square = 4 * d**2

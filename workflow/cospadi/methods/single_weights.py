@@ -24,7 +24,7 @@ from cospadi.problem import Metric, Problem, Target, side_by_side
 from cospadi.registry import option
 from cospadi.runtime.cospadi_registry import SUPPORTS
 from cospadi.solvers.entries import kept_of
-from cospadi.work import LOOP, PRODUCT, Work
+from cospadi.work import COMPILED, LOOP, PRODUCT, Work
 
 # Patterns that a support has of its own
 _PATTERNED = tuple(name for name, support in SUPPORTS.items() if support.pattern is not None)
@@ -161,6 +161,7 @@ def method(
     products: float = 0.0,
     inversions: float = 0.0,
     squares: float | None = None,
+    compiled: bool = False,
     allocation: ModuleType | None = None,
 ) -> Method:
     """A method that says which weights stay and what they become; the rest is the same for all such.
@@ -175,7 +176,7 @@ def method(
         The module of `solvers` that it uses.
     options : mapping
         By default ``pattern`` alone.
-    products, inversions, squares : float
+    products, inversions, squares, compiled
         What it computes and holds, as in `work`.
     allocation : module, optional
         Of a method whose bytes can be parted among matrices: `methods.global_threshold`.
@@ -197,7 +198,7 @@ def method(
         factors="single weights",
         fit=fit,
         work=lambda targets, nbytes, options, storage: work(
-            targets, products=products, inversions=inversions, squares=squares
+            targets, products=products, inversions=inversions, squares=squares, compiled=compiled
         ),
         modules=lambda options: [
             *(__name__, keep.__module__, f"cospadi.solvers.{solver}"),
@@ -215,18 +216,20 @@ def work(
     inversions: float = 0.0,
     squares: float | None = None,
     seconds_a_weight: float = 0.0,
+    compiled: bool = False,
 ) -> Work:
     """Work of a problem: so many products of a square matrix with the weight, so many inversions of the Gram; loops of
     compiled code that stay on the CPU, by their seconds.
 
-    In memory are the Gram and what is made of it, float64: `squares` in all, by default its inverse if there is one.
+    In memory are the Gram and what is made of it, float64: `squares` in all, by default its inverse if there is one; and
+    the compiler, where loops are or its solver is `compiled`.
     """
     d, n = side_by_side([target.shape for target in targets])
     found = work_of(d, n, 0, inversions * 2 * d**3, more={PRODUCT: products * 2 * d * d * n})
     loops = {LOOP: seconds_a_weight * d * n} if seconds_a_weight else {}
     squares = 1 + bool(inversions) if squares is None else squares
     # the weight, what is left of it and what it becomes, in both precisions
-    memory = squares * 8 * d**2 + 40 * d * n
+    memory = squares * 8 * d**2 + 40 * d * n + (COMPILED if compiled or loops else 0)
     return replace(found, memory=memory, core=found.core + loops, gpu=found.gpu + loops)
 
 
