@@ -10,11 +10,12 @@ def main(snakemake, log):
     from cospadi.quantization import quantize_unit
     from cospadi.structure import read_structure
 
+    learned = Path(snakemake.input.factors)
     quantize_unit(
         Path(snakemake.input.model),
         read_structure(snakemake.input.structure),
         [Path(file) for file in snakemake.input.gram],
-        Path(snakemake.input.factors),
+        next((Path(folder, learned.name) for folder in snakemake.input.distilled), learned),
         snakemake.params.layers,
         snakemake.params.variant,
         calibration=calibration_of(snakemake.input.windows, snakemake.params.collection),

@@ -34,6 +34,7 @@ of_unit = {
 
 include: "rules/allocate.smk"
 include: "rules/learn.smk"
+include: "rules/distill.smk"
 include: "rules/quantize.smk"
 include: "rules/choose.smk"
 include: "rules/assemble.smk"

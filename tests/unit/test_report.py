@@ -177,6 +177,8 @@ def test_table(finished):
         "predicted_rise": "",
         "refinement_gain": "",
         "seconds_refining": "",
+        "distillation_gain": "",
+        "seconds_distilling": "",
         "seconds_learning": "5",
         "seconds_evaluating": "12.5",
         "piqa": "0.6",

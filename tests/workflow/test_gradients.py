@@ -40,7 +40,7 @@ def run(new_run: Callable[..., Run]) -> Run:
         "sparsegpt": {"method": "sparsegpt", **priced},
         "hybrid": {"method": "hybrid", **priced, "share_within": SHARED, "atoms": 4, "max_iter": 1}
         | {"group_metric": "exact"},
-        STREAM: {"method": "ectcq", **priced, "ratio": 0.7, "refine": {"epochs": 1}},
+        STREAM: {"method": "ectcq", **priced, "ratio": 0.7, "refine": {"epochs": 1}, "distill": {"epochs": 1}},
         TURN: {
             "method": "sparsegpt",
             **priced,
@@ -101,6 +101,30 @@ def test_units_learned_in_turn_are_refined_and_leave_no_hidden_states(run):
         assert list(read_json(files[0])["refined"]) == ["layer_00", "layer_01", "layer_02"]
         assert not list((run.results / name / "streams").glob("*.h5"))
     assert all(table[name]["refinement_gain"] == "" for name in NAMES)
+
+
+def test_factors_trained_end_to_end_are_what_is_packed(run):
+    table = rows(run.results / "summary.tsv")
+    folder = run.results / STREAM / "distilled"
+    report = read_json(folder / "report.json")
+    assert report["kl"] <= report["kl_before"] and len(report["history"]) == 1
+    gain = 1 - report["kl"] / report["kl_before"]
+    assert float(table[STREAM]["distillation_gain"]) == pytest.approx(gain, rel=1e-4, abs=1e-6)
+    assert 0 < float(table[STREAM]["seconds_distilling"]) < float(table[STREAM]["seconds_learning"])
+    assert all(table[name]["distillation_gain"] == "" for name in (*NAMES, TURN))
+    for trained in sorted(folder.glob("*.safetensors")):
+        packed = TensorFile(run.results / STREAM / "codes" / trained.name)
+        file = TensorFile(trained)
+        assert packed.entries.keys() == file.entries.keys()
+        assert all(np.array_equal(packed.read(name), file.read(name)) for name in file.entries)
+
+
+def test_other_options_of_training_end_to_end_learn_nothing_anew(run, tmp_path):
+    run = run.copy(tmp_path / "copy")
+    run.config["variants"][STREAM]["distill"] = {"epochs": 2}
+    planned = run.planned(f"results/tiny/{STREAM}/model")
+    assert planned["distill_factors"] == 1 and planned["quantize_codes"] == 1 and planned["assemble_model"] == 1
+    assert not {"learn_dictionary", "learn_in_turn", "compute_gram", "collect_gradients"} & planned.keys()
 
 
 def test_a_unit_learned_in_turn_waits_for_those_before_it(run, tmp_path):

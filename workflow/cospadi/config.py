@@ -26,11 +26,11 @@ from cospadi.methods import METHODS, warm_start_faults
 from cospadi.methods.base import (
     ALLOCATION_OPTIONS,
     FILE,
-    IN_TURN,
+    OF_LAYERS,
     MEASURED,
     MENU,
     allocation_faults,
-    in_turn_faults,
+    of_layers_faults,
     sharing_option_faults,
 )
 from cospadi.methods.choose import CHOOSE, INCREASE, SEARCH, choice_faults
@@ -67,7 +67,7 @@ def schema() -> Schema:
     for key, bits in (("value_bits", CODEC_OF_BITS), ("dictionary_bits", DICTIONARY_BITS)):
         common["codes"]["properties"][key]["enum"] = list(bits)
     parting = {**common, **copy.deepcopy(ALLOCATION_OPTIONS)}  # a method with a rule of its own adds a word to it
-    alone = {key: part for key, part in common.items() if key not in IN_TURN}
+    alone = {key: part for key, part in common.items() if key not in OF_LAYERS}
     alternatives = [
         entry_schema(method, "method", parting if method.scope == "problem" else alone) for method in METHODS.values()
     ]
@@ -274,7 +274,7 @@ def _step_faults(where: str, variant: dict[str, Any]) -> Iterator[str]:
             yield from (f"{where}.codes.{fault}" for fault in bits_faults(variant["codes"], own_codec=entry.own_codec))
         yield from (f"{where}.{fault}" for fault in allocation_faults(variant))
         if entry.name in METHODS:
-            yield from (f"{where}.{fault}" for fault in in_turn_faults(variant))
+            yield from (f"{where}.{fault}" for fault in of_layers_faults(variant))
         for name, default in (("column_power", 0.5), ("activation_share", 0.0)):
             if variant.get("metric") == "activations" and variant[name] != default:
                 yield f"{where}.{name}: {shown(variant[name])} says how gradients weigh; set metric to gradients"

@@ -175,8 +175,9 @@ def provenance(
     calibration: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """What factors of a unit belong to: version, model, layers, the settings that decide them, and the calibration."""
-    # how values are rounded is decided later
+    # how values are rounded is decided later, and what training makes of them
     codes = {key: value for key, value in variant["codes"].items() if key != "rounding"}
+    variant = {key: value for key, value in variant.items() if key != "distill"}
     return {
         "format_version": FORMAT_VERSION,
         "fingerprint": structure["fingerprint"],
@@ -184,6 +185,11 @@ def provenance(
         "settings": digest_of({**variant, "codes": codes}),
         **(calibration or {}),
     }
+
+
+def distilled(variant: Mapping[str, Any]) -> dict[str, Any]:
+    """What factors that were trained end to end belong to besides: how; nothing where a variant's are not."""
+    return {"distilled": digest_of(dict(variant["distill"]))} if variant.get("distill") is not None else {}
 
 
 class _Job(NamedTuple):

@@ -15,6 +15,7 @@ from cospadi.files import read_json
 from cospadi.provenance import check_provenance
 
 FORMAT_VERSION = 1
+DISTILLED_REPORT = "report.json"
 
 
 def read_report(path: str | Path, remedy: str = "Delete it and run again") -> dict[str, Any]:
@@ -30,6 +31,20 @@ def read_report(path: str | Path, remedy: str = "Delete it and run again") -> di
     matrices = report.get("matrices")
     if not isinstance(matrices, dict) or not all(isinstance(matrix, dict) for matrix in matrices.values()):
         raise ArtifactError(path, "has no object matrices, of a report each", remedy)
+    return report
+
+
+def read_distilled(folder: str | Path, remedy: str = "Delete it and run again") -> dict[str, Any]:
+    """What training end to end wrote of a variant, into the folder of its factors.
+
+    Raises
+    ------
+    ArtifactError
+        If the file is missing, is none, or is of another version.
+    """
+    path = Path(folder, DISTILLED_REPORT)
+    report = read_json(path, remedy)
+    check_provenance(path, report, {"format_version": FORMAT_VERSION}, remedy)
     return report
 
 

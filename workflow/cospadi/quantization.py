@@ -16,7 +16,7 @@ from cospadi.files import ModelFolder, TensorFile, write_json, write_tensors
 from cospadi.formats.factorization import Factorization, dictionary_names, read_specs, tensor_names, unpack
 from cospadi.formats.values import storage_of
 from cospadi.gram import check_grams
-from cospadi.learning import FORMAT_VERSION, gradients_of, provenance
+from cospadi.learning import FORMAT_VERSION, distilled, gradients_of, provenance
 from cospadi.problem import Matrix, in_turn, matrices_of
 from cospadi.provenance import CALIBRATION, check_provenance
 from cospadi.runtime.cospadi_format import parts_of
@@ -48,7 +48,8 @@ def quantize_unit(
     codes = variant["codes"]
     folder = ModelFolder(model_folder)
     learned = TensorFile(factors)
-    check_provenance(factors, learned.metadata, provenance(structure, layers, variant, calibration), _REMEDY)
+    own = provenance(structure, layers, variant, calibration) | distilled(variant)
+    check_provenance(factors, learned.metadata, own, _REMEDY)
     belongs = provenance(structure, layers, variant, {key: learned.metadata.get(key) for key in CALIBRATION})
     calibration = check_grams(gram_files, structure, layers, {key: belongs[key] for key in CALIBRATION})
     gradients = gradients_of(variant, gradient_files, structure, layers, calibration)

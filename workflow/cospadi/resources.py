@@ -251,6 +251,32 @@ class Estimates:
             moved=learned.moved + 2 * hidden,
         )
 
+    def distill(self, settings: Mapping[str, Any]) -> Work:
+        """The dense model once over the windows, then forward and back through the model whose factors are trained."""
+        shapes, options, calibration = self.shapes, settings["distill"], self._calibration
+        samples = min(options["samples"] or calibration["samples"], calibration["samples"])
+        tokens = max(options["batch_tokens"], calibration["length"])
+        chosen = settings.get("targets") or shapes.matrices
+        trained = shapes.n_layers * sum(
+            d_in * d_out for name, (d_in, d_out) in shapes.matrices.items() if name in chosen
+        )
+        # a number, where it may be, its gradient, two moments, and what it was in the best epoch; once to compute with
+        factors = (5 * 4 + 1 + self._width) * trained
+        weights = 2 * self._width * shapes.parameters
+        # what blocks keep for their gradients: inputs and outputs of matrices, norms and the activation
+        kept = shapes.n_layers * tokens * sum(d_in + 2 * d_out for d_in, d_out in shapes.matrices.values())
+        hidden = self._width * samples * calibration["length"] * shapes.hidden_size
+        logits = 4 * 6 * 256 * shapes.vocabulary
+        memory = TORCH + factors + weights + 1.5 * self._width * kept + 2 * hidden + logits
+        # forward once in each; a pass forward and back is three; an eighth is looked at after every epoch
+        passes = 1 + 1 / 8 + options["epochs"] * (3 + 1 / 8)
+        head = (1 + options["epochs"]) * shapes.vocabulary * shapes.hidden_size
+        flops = 2 * samples * calibration["length"] * (passes * shapes.parameters + head)
+        written = nbytes_left(list(shapes.matrices.values()) * shapes.n_layers, settings["ratio"])
+        written *= _before_rounding(METHODS[settings["method"]], storage_of(settings["codes"]))
+        core, gpu = Cost({FORWARD: flops}), Cost({GPU_FORWARD: flops})
+        return Work(memory, 6, core, gpu, disk=written, moved=2 * written + 2 * 2 * shapes.parameters)
+
     def profile(self, settings: Mapping[str, Any], n_layers: int = 1) -> Work:
         """What the allocation of a unit of `n_layers` layers has to know, problem after problem."""
         method, storage = METHODS[settings["method"]], storage_of(settings.get("codes", {}))

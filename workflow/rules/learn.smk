@@ -88,7 +88,7 @@ rule learn_in_turn:
         **plan.resources("in_turn"),
     params:
         layers=lambda wildcards: layers_of(wildcards.unit),
-        variant=lambda wildcards: plan.factorizing(wildcards.variant),
+        variant=lambda wildcards: plan.learning(wildcards.variant, rounded=True),
         collection=plan.collection(),
         model=lambda wildcards: plan.model_digest(WEIGHTS, base=plan.base_of(wildcards.variant)),
         device=config["device"],

@@ -2,6 +2,7 @@ rule quantize_codes:
     input:
         **of_unit,
         factors=rules.learn_dictionary.output.factors,
+        distilled=lambda wildcards: plan.distilled_of(wildcards.variant),
     output:
         codes="<results>/{variant}/codes/{unit}.safetensors",
         diagnostics="<results>/{variant}/codes/{unit}.json",

@@ -5,6 +5,7 @@ rule summarize:
         evaluations=[*rules.evaluate_dense.output, *expand(rules.evaluate_model.output, variant=plan.variants)],
         learned=plan.of_all_units(rules.learn_dictionary.output.diagnostics),
         packed=plan.of_all_units(rules.quantize_codes.output.diagnostics),
+        distilled=[folder for variant in plan.factorized for folder in plan.distilled_of(variant)],
         pruned=plan.pruning_files(rules.prune_model.output.report).values(),
     output:
         table=report(

@@ -326,22 +326,27 @@ def allocation_faults(settings: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key}: {value} is of allocation {' or '.join(rules)}, here it is {given}; leave it out"
 
 
-# Options of layers that are learned in turn, which methods that learn the whole model at once do not have
-IN_TURN = ("target", "drift_share", "residual_share", "refine")
+# Options of layers that are learned in turn, and of training, which methods that learn the whole model at once do not have
+OF_LAYERS = ("target", "drift_share", "residual_share", "refine", "distill")
+# Those of training
+TRAINING = ("refine", "distill")
 
 
-def in_turn_faults(settings: Mapping[str, Any]) -> Iterator[str]:
-    """Options of layers that are learned in turn where it cannot be, or where they say nothing."""
+def trained_by(settings: Mapping[str, Any]) -> list[str]:
+    """Keys of complete settings that ask for training."""
+    return [key for key in TRAINING if settings.get(key) is not None]
+
+
+def of_layers_faults(settings: Mapping[str, Any]) -> Iterator[str]:
+    """Options of layers that are learned in turn, or of training, where it cannot be, or where they say nothing."""
     for key, default in (("drift_share", 0.5), ("residual_share", 0.0)):
         if settings.get("target") == INDEPENDENT and settings[key] != default:
             yield f"{key}: {settings[key]} is of target {SEQUENTIAL}; set target to it"
-    if not learns_in_turn(settings):
-        return
-    key = "target" if settings["target"] == SEQUENTIAL else "refine"
-    if settings.get("group_size", 1) > 1:
-        yield f"{key}: layers are learned in turn, and here several are learned together ({settings['method']})"
-    if settings["codes"]["rounding"] == "optimal":
-        yield f"{key}: codes.rounding {settings['codes']['rounding']} goes back to the weight as it is; take nearest"
+    keys = ["target"] if settings.get("target") == SEQUENTIAL else trained_by(settings)
+    if keys and learns_in_turn(settings) and settings.get("group_size", 1) > 1:
+        yield f"{keys[0]}: layers are learned in turn, and here several are learned together ({settings['method']})"
+    if keys and settings["codes"]["rounding"] == "optimal":
+        yield f"{keys[0]}: codes.rounding {settings['codes']['rounding']} goes back to the weight as it is; take nearest"
 
 
 def budget_faults(

@@ -16,7 +16,17 @@ from cospadi.allocation import Profile
 from cospadi.errors import ConfigError
 from cospadi.formats.factorization import Factorization
 from cospadi.methods import single_weights, sparsegpt
-from cospadi.methods.base import GLOBAL, UNIFORM, Allocator, Fit, Method, Problems, allocation_option, budget_faults
+from cospadi.methods.base import (
+    GLOBAL,
+    UNIFORM,
+    Allocator,
+    Fit,
+    Method,
+    Problems,
+    allocation_option,
+    budget_faults,
+    trained_by,
+)
 from cospadi.problem import GRADIENTS, Problem, Target, side_by_side
 from cospadi.registry import option
 from cospadi.runtime.cospadi_registry import CODECS
@@ -107,9 +117,9 @@ def work(targets: Sequence[Target], nbytes: int, options: Mapping[str, Any], sto
 def faults(settings: Mapping[str, Any], problems: Problems = ()) -> Iterator[str]:
     """Ratios that leave less than the least, an allocation without prices, and training of what is all decided."""
     scaled = settings.get("metric") == GRADIENTS and settings["column_power"] > 0
-    if settings.get("refine") is not None and not scaled:
+    for key in trained_by(settings) if not scaled else ():
         yield (
-            f"refine: numbers and steps are decided together, nothing is left to train; set it to null, or metric to "
+            f"{key}: numbers and steps are decided together, nothing is left to train; set it to null, or metric to "
             f"{GRADIENTS} and column_power above 0, by which columns have scales"
         )
     yield from budget_faults(settings, problems, lambda shape, nbytes: room(shape, nbytes - 2 * shape[1] * scaled))

@@ -13,7 +13,7 @@ import numpy as np
 
 from cospadi.formats.factorization import Factorization
 from cospadi.methods import few_bits, single_weights, sparsegpt
-from cospadi.methods.base import Fit, Method, Problems, budget_faults
+from cospadi.methods.base import Fit, Method, Problems, budget_faults, trained_by
 from cospadi.problem import Problem, Target
 from cospadi.registry import option
 from cospadi.runtime.cospadi_registry import CODECS
@@ -68,8 +68,8 @@ def work(targets: Sequence[Target], nbytes: int, options: Mapping[str, Any], sto
 
 def faults(settings: Mapping[str, Any], problems: Problems = ()) -> Iterator[str]:
     """Ratios that leave less than the fewest bits take, and training of what is all decided."""
-    if settings.get("refine") is not None:
-        yield "refine: paths and scales of a trellis are decided together, nothing is left to train; set it to null"
+    for key in trained_by(settings):
+        yield f"{key}: paths and scales of a trellis are decided together, nothing is left to train; set it to null"
     yield from budget_faults(settings, problems, most_bits)
 
 

@@ -96,10 +96,13 @@ class Plan(Paths, Staged):
         shares = [part["share"] for part in text.get("sources", ())] if text and calibration["source"] == "text" else []
         return {key: calibration[key] for key in keys} | ({"shares": shares} if shares else {})
 
-    def learning(self, variant: str) -> dict[str, Any]:
-        """Settings that decide the factors: rounding comes after them, the bits of a value before (the budget)."""
-        settings = self.factorizing(variant)
-        return {**settings, "codes": {key: value for key, value in settings["codes"].items() if key != "rounding"}}
+    def learning(self, variant: str, *, rounded: bool = False) -> dict[str, Any]:
+        """Settings that decide the factors: rounding comes after them, unless each layer waits for the one before as it
+        is `rounded`, and so does training end to end; the bits of a value come before (the budget).
+        """
+        settings = {key: value for key, value in self.factorizing(variant).items() if key != "distill"}
+        codes = {key: value for key, value in settings["codes"].items() if rounded or key != "rounding"}
+        return {**settings, "codes": codes}
 
     def reported(self) -> dict[str, Any]:
         """Settings that the report shows."""

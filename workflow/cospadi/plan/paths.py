@@ -109,6 +109,10 @@ class Paths(Variants):
         """Bytes of every matrix, where they are parted; else an empty list."""
         return [f"{self.results}/{variant}/allocation.json"] if self.allocates(variant) else []
 
+    def distilled_of(self, variant: str) -> list[str]:
+        """Folder of factors that were trained end to end, as a list that is empty for a variant whose are not."""
+        return [f"{self.results}/{variant}/distilled"] if self.distills(variant) else []
+
     def warm_factors_of(self, variant: str, unit: str) -> list[str]:
         """Factors that learning a unit starts from: another variant's, as a list that is empty where it has none."""
         source = self.factorizing(variant).get("warm_start")

@@ -366,11 +366,25 @@ STAGES = table_of(
         priority=1,  # the next unit waits for it
     ),
     Stage(
+        name="distill",
+        rule="distill_factors",
+        result="factors of all units, trained to predict what the dense model predicts",
+        files="{of}/distilled/*.safetensors",
+        only="training end to end",
+        after=("fetch", "prune", "inspect", "prepare", "learn", "in_turn"),
+        jobs=_each_variant("distill_factors", lambda plan: filter(plan.distills, plan.factorized)),
+        work=lambda plan, wildcards: plan.estimates.distill(plan.factorizing(wildcards.variant)),
+        code=_of_variant("cospadi.distillation"),
+        threads="collect",
+        uses_gpu=True,
+        priority=1,  # all units of its variant wait for it
+    ),
+    Stage(
         name="quantize",
         rule="quantize_codes",
         result="the packed tensors of the checkpoint",
         files="{of}/codes/*.safetensors",
-        after=("fetch", "prune", "inspect", "prepare", "gram", "gradients", "learn", "in_turn"),
+        after=("fetch", "prune", "inspect", "prepare", "gram", "gradients", "learn", "in_turn", "distill"),
         jobs=_each_unit("quantize_codes", lambda plan: plan.factorized),
         work=_of_unit(Estimates.quantize),
         code=_of_variant("cospadi.quantization"),
@@ -480,7 +494,10 @@ STAGES = table_of(
         name="summarize",
         rule="summarize",
         result="table, plots, generated texts side by side",
-        after=("fetch", "prune", "learn", "in_turn", "quantize", "take", "assemble", "evaluate_dense", "evaluate"),
+        after=(
+            *("fetch", "prune", "learn", "in_turn", "distill", "quantize", "take"),
+            *("assemble", "evaluate_dense", "evaluate"),
+        ),
         code=("cospadi.report",),
     ),
     report("summarize", "plot_distances"),

@@ -144,6 +144,11 @@ class Variants:
         settings = self.factorizing(variant)
         return settings is not None and learns_in_turn(settings)
 
+    def distills(self, variant: str) -> bool:
+        """Whether a variant's factors are trained end to end once all are learned."""
+        settings = self.factorizing(variant)
+        return settings is not None and settings.get("distill") is not None
+
     def allocates(self, variant: str) -> bool:
         """Whether a variant's bytes are parted among its matrices before they are learned."""
         settings = self.factorizing(variant)

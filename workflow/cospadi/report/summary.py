@@ -9,7 +9,7 @@ from typing import Any
 
 from cospadi.errors import ArtifactError, listed
 from cospadi.files import ModelFolder, read_json
-from cospadi.progress import read_report
+from cospadi.progress import read_distilled, read_report
 from cospadi.provenance import check_provenance, fingerprint
 
 FORMAT_VERSION = 1
@@ -62,6 +62,8 @@ def collect(
         "predicted_rise": None,
         "refinement_gain": None,
         "seconds_refining": None,
+        "distillation_gain": None,
+        "seconds_distilling": None,
         "seconds_learning": 0.0,
         "model": str(dense_model),
         "config": {},
@@ -96,6 +98,8 @@ def _read_variant(
             "predicted_rise": None,
             "refinement_gain": None,
             "seconds_refining": None,
+            "distillation_gain": None,
+            "seconds_distilling": None,
             "seconds_learning": pruning["seconds"],
             "model": str(folder / "model"),
             "config": config,
@@ -103,6 +107,8 @@ def _read_variant(
             **columns,
         }
     matrices, refined, seconds, all_nbytes = _read_units(name, folder, units)
+    trains = any(step.get("distill") is not None for step in config.get("steps", [config]))
+    distilled = read_distilled(folder / "distilled", _REMEDY) if trains else None
     # matrices that share a dictionary count a fraction of it each
     target_bytes = round(sum(matrix["nbytes"] for matrix in matrices.values()))
     rises = [matrix["predicted_rise"] for matrix in matrices.values() if "predicted_rise" in matrix]
@@ -128,7 +134,9 @@ def _read_variant(
         "predicted_rise": sum(rises) if rises else None,
         "refinement_gain": _mean([1 - block["error"] / block["error_before"] for block in refined]),
         "seconds_refining": sum(block["seconds"] for block in refined) if refined else None,
-        "seconds_learning": seconds,
+        "distillation_gain": distilled and 1 - distilled["kl"] / distilled["kl_before"],
+        "seconds_distilling": distilled and distilled["seconds"],
+        "seconds_learning": seconds + (distilled["seconds"] if distilled else 0.0),
         "model": str(folder / "model"),
         "config": config,
         "matrices": matrices,

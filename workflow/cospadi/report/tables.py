@@ -79,6 +79,13 @@ COLUMNS = (
         "share of a block's squared error, on windows kept out, that training took away; mean over blocks",
     ),
     Column("seconds_refining", "refining s", "{:.0f}".format, "seconds of that, which are part of those of learning"),
+    Column(
+        "distillation_gain",
+        "distilled by",
+        "{:.3f}".format,
+        "share of the divergence from the dense model, on windows kept out, that training end to end took away",
+    ),
+    Column("seconds_distilling", "distilling s", "{:.0f}".format, "seconds of that, part of those of learning too"),
     Column("seconds_learning", "learning s", "{:.0f}".format, "seconds of all learning jobs, added up"),
     Column("seconds_evaluating", "eval s", "{:.0f}".format, "seconds of the evaluation job"),
 )

@@ -1,0 +1,204 @@
+"""Factors whose numbers are trained: positions and whole numbers stay, what multiplies is a parameter; and the loop.
+
+Values on their supports and dictionaries are trained by gradients, or where a method decided whole numbers already, the
+scales of those. `refinement` trains a block for itself, `distillation` the whole model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from cospadi.arrays import to_numpy
+from cospadi.errors import NumericalError
+from cospadi.formats.factorization import Factorization
+from cospadi.runtime.cospadi_diagonal import times
+from cospadi.runtime.cospadi_registry import FACTOR_CODECS
+
+# Share of the windows, the last ones, that tell which epoch is the best; of the steps, in which the rate grows; of the
+# rate, that is left at the end
+HELD_OUT, WARM_UP, LEFT = 1 / 8, 1 / 20, 1 / 10
+_BETAS = (0.9, 0.95)
+
+
+class Course(NamedTuple):
+    """What training did: the best epoch, from 1, its error on what was held out, and that of every epoch."""
+
+    epoch: int
+    error: float
+    history: list[dict[str, Any]]
+
+
+def held_out_of(count: int) -> slice:
+    """The windows, of `count`, that are not trained on."""
+    return slice(count - max(1, round(HELD_OUT * count)), count)
+
+
+def trainable(modules: Iterable[torch.nn.Module]) -> list[torch.nn.Parameter]:
+    """Parameters that ask for a gradient, those that several modules share once."""
+    every = (one for module in modules for one in module.parameters() if one.requires_grad)
+    return list(dict.fromkeys(every))
+
+
+def train(
+    parameters: Sequence[torch.nn.Parameter],
+    backward: Callable[[np.ndarray], float],
+    error_held_out: Callable[[], float],
+    *,
+    n_windows: int,
+    windows_a_step: int,
+    epochs: int,
+    learning_rate: float,
+    seed: int,
+    option: str,
+    log: Callable[[str], None],
+) -> Course:
+    """Train parameters by Adam and leave them as the best epoch had them.
+
+    Parameters
+    ----------
+    parameters : sequence of Parameter
+    backward : callable
+        ``backward(batch)``: adds the gradient of the mean error of these windows (indices) and returns that error.
+    error_held_out : callable
+        Error on the windows that are not trained on.
+    n_windows, windows_a_step : int
+        To train on: in all, and between two updates.
+    epochs : int
+        Passes through them.
+    learning_rate : float
+        As a share of the root mean square of each tensor; it grows in the first steps and falls along a cosine.
+    seed : int
+        Of the order of the windows.
+    option : str
+        Section of the config that is at fault where training diverges.
+
+    Raises
+    ------
+    NumericalError
+        If an error is not finite.
+    """
+    n_steps = epochs * math.ceil(n_windows / windows_a_step)
+    rates = [learning_rate * float(one.detach()[one.detach() != 0].square().mean().sqrt()) for one in parameters]
+    optimizer = torch.optim.Adam(
+        [{"params": [one], "lr": rate} for one, rate in zip(parameters, rates, strict=True)], betas=_BETAS
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, n_steps))
+    order = np.random.default_rng(seed)
+    best, best_state, history = Course(0, math.inf, []), None, []
+    for epoch in range(1, epochs + 1):
+        shuffled = order.permutation(n_windows)
+        trained = 0.0
+        for start in range(0, n_windows, windows_a_step):
+            batch = shuffled[start : start + windows_a_step]
+            optimizer.zero_grad()
+            trained += finite(backward(batch), option) * len(batch) / n_windows
+            optimizer.step()
+            schedule.step()
+        found = finite(error_held_out(), option)
+        history.append({"iteration": epoch, "error": trained, "error_heldout": found})
+        log(f"epoch {epoch}/{epochs} error {trained:.5f} held out {found:.5f}")
+        if found < best.error:
+            best = Course(epoch, found, history)
+            best_state = [one.detach().clone() for one in parameters]
+    for one, value in zip(parameters, best_state or (), strict=False):
+        one.data.copy_(value)
+    return best
+
+
+def finite(error: float, option: str) -> float:
+    """The error.
+
+    Raises
+    ------
+    NumericalError
+        If it is not finite: `option` is the section of the config whose learning rate is to blame.
+    """
+    if not math.isfinite(error):
+        raise NumericalError(f"the error of what is trained is not finite; set a lower {option}.learning_rate")
+    return error
+
+
+def _rate(step: int, n_steps: int) -> float:
+    warm = min(1.0, (step + 1) / max(1, WARM_UP * n_steps))
+    return warm * (LEFT + (1 - LEFT) * (1 + math.cos(math.pi * min(1.0, step / n_steps))) / 2)
+
+
+class TrainedMatrix(torch.nn.Module):
+    """A linear layer by its factors, whose numbers are parameters; one for every dictionary, whoever shares it."""
+
+    def __init__(
+        self, name: str, factors: Factorization, dictionaries: dict[str, torch.nn.Parameter], bias: torch.Tensor | None
+    ) -> None:
+        super().__init__()
+        self._factors, self._bias = factors, bias
+        self.parts = torch.nn.ModuleList()
+        for index, part in enumerate(factors.parts):
+            own = f"{name}.dictionary" if index == 0 else f"{name}.plus.{index - 1}.dictionary"
+            self.parts.append(_Part(part, part.tensor or own, dictionaries))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = sum(part(x) for part in self.parts)
+        return y if self._bias is None else y + self._bias
+
+    def factors(self) -> Factorization:
+        """The factors as trained."""
+        first, *rest = (part.factors() for part in self.parts)
+        return replace(first, plus=rest, diagnostics=self._factors.diagnostics)
+
+
+class _Part(torch.nn.Module):
+    """One product of a dictionary and codes."""
+
+    def __init__(self, part: Factorization, tensor: str, dictionaries: dict[str, torch.nn.Parameter]) -> None:
+        super().__init__()
+        self._part = part
+        codec = FACTOR_CODECS[part.value_codec]
+        codes = torch.from_numpy(np.array(to_numpy(part.codes), np.float32))
+        self.dictionary = None
+        if part.dictionary is not None:
+            if tensor not in dictionaries:
+                values = torch.from_numpy(np.array(to_numpy(part.dictionary), np.float32))
+                dictionaries[tensor] = torch.nn.Parameter(values, requires_grad=not part.settled)
+            self.dictionary = dictionaries[tensor]
+        # whole numbers stay what they are: trained is what their scales are multiplied by
+        self._scaled = part.settled and codec.scaled
+        self._fixed = part.settled and codec.whole and not codec.scaled
+        self.values = None
+        if self._scaled:
+            self.register_buffer("codes", codes)
+            self.register_buffer("block", torch.from_numpy(part.scale_of_codes()))
+            self.values = torch.nn.Parameter(torch.ones(int(self.block.max()) + 1))
+        elif self._fixed:
+            self.register_buffer("codes", codes)
+        else:
+            mask = part.stored_mask() if part.on.is_stored else None
+            self.register_buffer("mask", None if mask is None else torch.from_numpy(mask))
+            self.values = torch.nn.Parameter(codes)
+
+    def _codes(self) -> torch.Tensor:
+        if self._fixed:
+            return self.codes
+        if self._scaled:
+            return self.codes * self.values[self.block]
+        return self.values if self.mask is None else self.values * self.mask
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        through = x if self.dictionary is None else times(x, self.dictionary.to(x.dtype))
+        return through @ self._codes().to(x.dtype)
+
+    def factors(self) -> Factorization:
+        part = self._part
+        if self.dictionary is not None:
+            part = replace(part, dictionary=self.dictionary.detach().cpu().numpy())
+        if self._scaled:
+            return part.with_scales_times(self.values.detach().cpu().numpy())
+        if self._fixed:
+            return part
+        mask = None if self.mask is None else self.mask.cpu().numpy()
+        return replace(part, codes=self._codes().detach().cpu().numpy(), mask=mask)
