@@ -701,15 +701,16 @@ def test_variants_that_do_not_compare_are_not_chosen_from(minimal):
         "turn": {"method": "svd_llm", **priced, "target": "sequential"},
         "owed": {"method": "svd_llm", **priced, "target": "sequential", "drift_share": 0, "residual_share": 0.5},
         "own": {"method": "svd_llm", **priced, "target": "sequential", "drift_share": 0},
+        "taught": {"method": "svd_llm", **priced, "distill": {}},
     }
     minimal["variants"]["mix"] = {
         "method": "choose",
         "bits": 4,
-        "choose_from": ["a", "plain", "b", "c", "d", "e", "cut", "x", "turn", "owed", "own"],
+        "choose_from": ["a", "plain", "b", "c", "d", "e", "cut", "x", "turn", "owed", "own", "taught"],
     }
     where, known = (
         "variants.mix.choose_from:",
-        "is no variant that learns matrix by matrix, in one step; one of plain, a, b, c, e, turn, owed, own",
+        "is no variant that learns matrix by matrix, in one step; one of plain, a, b, c, e, turn, owed, own, taught",
     )
     other = (
         "makes up for what its own matrices before each got wrong, and here others are before them; "
@@ -722,6 +723,7 @@ def test_variants_that_do_not_compare_are_not_chosen_from(minimal):
         f"{where} e has targets ['q_proj'], a has None; they have to be alike",
         f"{where} owed {other}",
         f"{where} plain does not say what its errors cost; set its metric to gradients",
+        f"{where} taught was trained as a whole, and here others are beside its matrices; leave out its distill",
         f"{where} turn {other}",
         f"{where} x {known}",
     ]

@@ -140,7 +140,7 @@ def test_gradients_are_those_of_the_divergence(made):  # noqa: F811
     log_q = dense(input_ids=ids, attention_mask=attended).logits.log_softmax(-1)[attended.bool()]
     expected = kl_div(log_q, log_p, log_target=True, reduction="batchmean")
     expected.backward()
-    assert error == pytest.approx(float(expected), rel=1e-4)
+    assert error == pytest.approx(expected.item(), rel=1e-4)
     (found,) = module.parameters()
     wanted = parameter.grad.T * torch.from_numpy(mask)
     torch.testing.assert_close(found.grad, wanted, rtol=1e-3, atol=1e-5 * float(wanted.abs().max()))

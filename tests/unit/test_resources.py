@@ -269,6 +269,9 @@ def test_small_units_share_a_job_and_large_ones_do_not():
     for stage in ("learn", "quantize"):
         assert small.group(stage)(wildcards()) == "unit"
         assert large.group(stage)(wildcards()) is None
+    # between learning and packing there is a job of all units
+    trained = plan_of(variants={"cospadi-20": {"method": "cospadi", "ratio": 0.2, "distill": {}}})
+    assert trained.group("learn")(wildcards()) is trained.group("quantize")(wildcards()) is None
 
 
 def test_gpu_stages_take_the_time_of_a_gpu():

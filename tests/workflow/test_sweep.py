@@ -18,7 +18,7 @@ from cospadi.checking import LARGEST
 from cospadi.config import check_config, schema
 from cospadi.errors import ConfigError
 from cospadi.methods import METHODS
-from cospadi.methods.base import FILE
+from cospadi.methods.base import FILE, TRAINING
 from cospadi.needs import needs, table
 from cospadi.plan import Plan
 from cospadi.pruning import PRUNERS
@@ -93,7 +93,7 @@ BESIDE: dict[tuple[str, str], dict[str, Any]] = {
         for method in METHODS
         for option in ("target", "refine", "drift_share", "residual_share")
     },
-    ("ectcq", "refine"): {"metric": "gradients"},  # whose columns have scales
+    **{("ectcq", option): {"metric": "gradients"} for option in TRAINING},  # whose columns have scales
 }
 
 
@@ -139,7 +139,7 @@ def variants() -> Iterator[tuple[tuple[str, ...], Any, dict[str, Any]]]:
                 without = {"ratio"} if option in ("bits", "budget") and value is not None else set()
                 given = {name: needed[name] for name in needed.keys() - without}
                 yield place, value, {**given, **BESIDE.get(place, {}), option: value}
-            for alternative in alternatives(part).values() if (method, option) != ("trellis", "refine") else ():
+            for alternative in alternatives(part).values() if method != "trellis" or option not in TRAINING else ():
                 for name, child in alternative["properties"].items():
                     around, beside = BESIDE.get((method, option), {}), BESIDE.get((option, name), {})
                     for value in values(name, child):

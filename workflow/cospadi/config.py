@@ -26,9 +26,9 @@ from cospadi.methods import METHODS, warm_start_faults
 from cospadi.methods.base import (
     ALLOCATION_OPTIONS,
     FILE,
-    OF_LAYERS,
     MEASURED,
     MENU,
+    OF_LAYERS,
     allocation_faults,
     of_layers_faults,
     sharing_option_faults,

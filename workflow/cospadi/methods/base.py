@@ -326,10 +326,10 @@ def allocation_faults(settings: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key}: {value} is of allocation {' or '.join(rules)}, here it is {given}; leave it out"
 
 
-# Options of layers that are learned in turn, and of training, which methods that learn the whole model at once do not have
-OF_LAYERS = ("target", "drift_share", "residual_share", "refine", "distill")
-# Those of training
+# Options of training; those and the ones of layers that are learned in turn, which methods that learn the whole model
+# at once do not have
 TRAINING = ("refine", "distill")
+OF_LAYERS = ("target", "drift_share", "residual_share", *TRAINING)
 
 
 def trained_by(settings: Mapping[str, Any]) -> list[str]:
@@ -346,7 +346,7 @@ def of_layers_faults(settings: Mapping[str, Any]) -> Iterator[str]:
     if keys and learns_in_turn(settings) and settings.get("group_size", 1) > 1:
         yield f"{keys[0]}: layers are learned in turn, and here several are learned together ({settings['method']})"
     if keys and settings["codes"]["rounding"] == "optimal":
-        yield f"{keys[0]}: codes.rounding {settings['codes']['rounding']} goes back to the weight as it is; take nearest"
+        yield f"{keys[0]}: codes.rounding optimal goes back to the weight as it is; take nearest"
 
 
 def budget_faults(

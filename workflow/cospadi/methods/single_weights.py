@@ -221,8 +221,8 @@ def work(
     """Work of a problem: so many products of a square matrix with the weight, so many inversions of the Gram; loops of
     compiled code that stay on the CPU, by their seconds.
 
-    In memory are the Gram and what is made of it, float64: `squares` in all, by default its inverse if there is one; and
-    the compiler, where loops are or its solver is `compiled`.
+    In memory are the Gram and what is made of it, float64: `squares` in all, by default its inverse if there is one;
+    and the compiler, where there are loops or the solver is `compiled`.
     """
     d, n = side_by_side([target.shape for target in targets])
     found = work_of(d, n, 0, inversions * 2 * d**3, more={PRODUCT: products * 2 * d * d * n})

@@ -189,10 +189,9 @@ class Plan(Paths, Staged):
 
         def unit(wildcards: Any) -> str | None:
             # units that wait for one another are jobs of their own, and so is what packs them
-            small = not self.learns_in_turn(wildcards.variant) and (
-                self.work("learn", wildcards).wall(machine=self.machine) < SMALL_SECONDS
-            )
-            return "unit" if small else None
+            waits = self.learns_in_turn(wildcards.variant) or self.distills(wildcards.variant)
+            small = self.work("learn", wildcards).wall(machine=self.machine) < SMALL_SECONDS
+            return "unit" if small and not waits else None
 
         return chunk if stage in ("collect", "gram") else unit
 
