@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from cospadi.formats.factorization import Factorization, tensor_names, unpack
 from cospadi.learning import learn_unit
 from cospadi.progress import read_distilled
 from cospadi.quantization import quantize_unit
+from cospadi.structure import inspect_model
 
 from .test_sequence import LENGTH, SAMPLES, SHARED, SILENT, complete, made  # noqa: F401
 
@@ -128,7 +130,7 @@ def test_gradients_are_those_of_the_divergence(made):  # noqa: F811
     mask = rng.random(weight.T.shape) < 0.5
     codes = np.where(mask, weight.T.numpy(), 0).astype(np.float32)
     model = _Model(made.model, made.model, made.structure, read, SAMPLES, "float32", "cpu")
-    module = model.give({name: Factorization(None, codes, support="bitmask", mask=mask)})[name]
+    module = model.give([(name, Factorization(None, codes, support="bitmask", mask=mask))])[name]
     batch = np.array([1, 5])  # one of them has pads
     error = model.backward(batch)
 
@@ -144,6 +146,31 @@ def test_gradients_are_those_of_the_divergence(made):  # noqa: F811
     (found,) = module.parameters()
     wanted = parameter.grad.T * torch.from_numpy(mask)
     torch.testing.assert_close(found.grad, wanted, rtol=1e-3, atol=1e-5 * float(wanted.abs().max()))
+
+
+def test_a_model_of_fewer_blocks_learns_from_the_one_with_all(made, tmp_path):  # noqa: F811
+    from transformers import AutoModelForCausalLM
+
+    dense, small = (AutoModelForCausalLM.from_pretrained(made.model, dtype=torch.float32).eval() for _ in range(2))
+    del small.model.layers[1]
+    small.config.num_hidden_layers = 2
+    small.config.layer_types = small.config.layer_types[:2]
+    small.save_pretrained(tmp_path)
+    for file in made.model.glob("tokenizer*"):
+        shutil.copy(file, tmp_path)
+    read = read_windows(made.windows, made.structure["vocab_size"])
+    model = _Model(made.model, tmp_path, inspect_model(tmp_path), read, 4, "float32", "cpu")
+    ids, attended = (torch.from_numpy(part[:4]) for part in read[:2])
+    small.model.layers[1].self_attn.layer_idx = 1
+    with torch.no_grad():
+        log_p, log_q = (
+            one(input_ids=ids, attention_mask=attended, use_cache=False).logits.double().log_softmax(-1)
+            for one in (dense, small)
+        )
+    kept = attended.bool()
+    expected = kl_div(log_q[kept], log_p[kept], log_target=True, reduction="batchmean").item()
+    assert expected > 0.01
+    assert model.divergence(slice(0, 4)) == pytest.approx(expected, rel=1e-3)
 
 
 def test_training_never_makes_a_model_worse(made, tmp_path):  # noqa: F811

@@ -9,7 +9,7 @@ al., arXiv 1503.02531), on the calibration windows. Positions and whole numbers 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ def distill(
     log(f"computing in {dtype}: {reason}")
     units = {path: _Unit(path, layers, structure, variant, calibration) for path, layers in factors.items()}
     model = _Model(dense_folder, model_folder, structure, read, held_out.stop, dtype, device)
-    modules = model.give({name: one for unit in units.values() for name, one in unit.factors()})
+    modules = model.give(pair for unit in units.values() for pair in unit.factors())
     parameters = trainable(modules.values())
     report = {"format_version": FORMAT_VERSION, "device": device, "n_trained": sum(one.numel() for one in parameters)}
     before = finite(model.divergence(held_out), "distill")
@@ -142,16 +142,19 @@ class _Unit:
 
     def factors(self) -> Iterator[tuple[str, Factorization]]:
         """Name of each matrix and its factors, read one by one."""
-        for name, spec in self._specs.items():
-            tensors = {tensor: self._file.read(tensor) for tensor in tensor_names(name, spec)}
-            yield name, unpack(tensors, spec, name, source=self._file.path, remedy=_REMEDY)
+        return ((name, self._read(name)) for name in self._specs)
+
+    def _read(self, name: str) -> Factorization:
+        spec = self._specs[name]
+        tensors = {tensor: self._file.read(tensor) for tensor in tensor_names(name, spec)}
+        return unpack(tensors, spec, name, source=self._file.path, remedy=_REMEDY)
 
     def write(self, path: Path, trained: Mapping[str, TrainedMatrix]) -> None:
         """The same file with the numbers of trained matrices; those not there as they are."""
         tensors: dict[str, np.ndarray] = {}
         specs: dict[str, Any] = {}
-        for name, learned in self.factors():
-            found = trained[name].factors() if name in trained else learned
+        for name in self._specs:
+            found = trained[name].factors() if name in trained else self._read(name)
             packed, specs[name] = found.before_rounding().pack(name)
             tensors.update(packed)
         header = {**self._file.metadata, "matrices": specs, **distilled(self._variant)}
@@ -171,7 +174,8 @@ class _Model:
         dtype: str,
         device: str,
     ) -> None:
-        self._windows, self._device, self._structure = windows, device, structure
+        self._windows, self._device = windows, device
+        self._prefixes = [f"{layer['prefix']}." for layer in structure["layers"]]
         self._mask = torch.from_numpy(windows.attention_mask).bool()
         n_blocks = ModelFolder(dense_folder).config["num_hidden_layers"]
         dense = Chunk(dense_folder, range(n_blocks), dtype=dtype, device=device)
@@ -182,17 +186,16 @@ class _Model:
         self._chunk = Chunk(model_folder, range(structure["n_layers"]), dtype=dtype, device=device)
         self._head = load_head(model_folder, structure, dtype=dtype, device=device)
 
-    def give(self, factors: Mapping[str, Factorization]) -> dict[str, TrainedMatrix]:
-        """Have matrices computed by their factors, and return the modules that do."""
+    def give(self, factors: Iterable[tuple[str, Factorization]]) -> dict[str, TrainedMatrix]:
+        """Have matrices, named, computed by their factors; the modules that do."""
         dictionaries: dict[str, torch.nn.Parameter] = {}
         modules = {}
-        for number, layer in enumerate(self._structure["layers"]):
-            block = self._chunk.block(number)
-            for name in [name for name in factors if name.startswith(f"{layer['prefix']}.")]:
-                path = name.removeprefix(f"{layer['prefix']}.")
-                bias = block.get_submodule(path).bias
-                modules[name] = TrainedMatrix(name, factors[name], dictionaries, bias).to(self._device)
-                block.set_submodule(path, modules[name])
+        for name, one in factors:
+            number = next(i for i, prefix in enumerate(self._prefixes) if name.startswith(prefix))
+            block, path = self._chunk.block(number), name.removeprefix(self._prefixes[number])
+            bias = block.get_submodule(path).bias
+            modules[name] = TrainedMatrix(name, one, dictionaries, bias).to(self._device)
+            block.set_submodule(path, modules[name])
         return modules
 
     def divergence(self, windows: slice) -> float:

@@ -136,7 +136,7 @@ class TrainedMatrix(torch.nn.Module):
         self, name: str, factors: Factorization, dictionaries: dict[str, torch.nn.Parameter], bias: torch.Tensor | None
     ) -> None:
         super().__init__()
-        self._factors, self._bias = factors, bias
+        self._diagnostics, self._bias = factors.diagnostics, bias
         self.parts = torch.nn.ModuleList()
         for index, part in enumerate(factors.parts):
             own = f"{name}.dictionary" if index == 0 else f"{name}.plus.{index - 1}.dictionary"
@@ -149,7 +149,7 @@ class TrainedMatrix(torch.nn.Module):
     def factors(self) -> Factorization:
         """The factors as trained."""
         first, *rest = (part.factors() for part in self.parts)
-        return replace(first, plus=rest, diagnostics=self._factors.diagnostics)
+        return replace(first, plus=rest, diagnostics=self._diagnostics)
 
 
 class _Part(torch.nn.Module):
@@ -159,7 +159,7 @@ class _Part(torch.nn.Module):
         super().__init__()
         self._part = part
         codec = FACTOR_CODECS[part.value_codec]
-        codes = torch.from_numpy(np.array(to_numpy(part.codes), np.float32))
+        codes = np.asarray(to_numpy(part.codes), np.float32)
         self.dictionary = None
         if part.dictionary is not None:
             if tensor not in dictionaries:
@@ -170,16 +170,16 @@ class _Part(torch.nn.Module):
         self._scaled = part.settled and codec.scaled
         self._fixed = part.settled and codec.whole and not codec.scaled
         self.values = None
+        if self._scaled or self._fixed:
+            self.register_buffer("codes", torch.from_numpy(codes))
         if self._scaled:
-            self.register_buffer("codes", codes)
             self.register_buffer("block", torch.from_numpy(part.scale_of_codes()))
             self.values = torch.nn.Parameter(torch.ones(int(self.block.max()) + 1))
-        elif self._fixed:
-            self.register_buffer("codes", codes)
-        else:
+        elif not self._fixed:
             mask = part.stored_mask() if part.on.is_stored else None
             self.register_buffer("mask", None if mask is None else torch.from_numpy(mask))
-            self.values = torch.nn.Parameter(codes)
+            self.values = torch.nn.Parameter(torch.from_numpy(codes.copy()))
+            self._part = replace(part, codes=None, mask=None)  # all numbers of a model may be here
 
     def _codes(self) -> torch.Tensor:
         if self._fixed:
