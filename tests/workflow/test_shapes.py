@@ -42,7 +42,7 @@ def check(plan: Plan, results: Path) -> None:
 
 @pytest.mark.slow
 def test_the_shapes_of_8b_within_12_gigabytes(tmp_path, monkeypatch):
-    """Two hours of one core, and the package index."""
+    """An hour of one core, and the package index."""
     for name in ("config.yaml", "config"):
         (tmp_path / name).symlink_to(PROJECT / name)
     # as a user starts it: jobs of the other tests are forks, and have the memory of what they are forks of
