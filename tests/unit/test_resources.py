@@ -132,6 +132,16 @@ def test_the_demo_in_bfloat16_takes_the_memory_that_is_planned(stage, variant):
     assert 0.8 <= work.memory / MEBI / MEASURED_BFLOAT16[stage, variant] <= 1.25
 
 
+def test_training_end_to_end_takes_the_memory_that_is_planned():
+    """Of the demo's model, 128 windows in bfloat16 on the same cores: 3710 MB."""
+    settings = {"method": "sparsegpt", "ratio": 0.4, "distill": {"epochs": 1}}
+    plan = plan_of(variants={"a": settings}, calibration={"source": "text", "samples": 128, "dtype": "bfloat16"})
+    work = plan.work("distill", wildcards(variant="a"))
+    assert 0.8 <= work.memory / 3.710e9 <= 1.25
+    shorter = plan_of(variants={"a": settings}, calibration={"source": "text", "samples": 64, "dtype": "bfloat16"})
+    assert shorter.work("distill", wildcards(variant="a")).core.seconds() == pytest.approx(work.core.seconds() / 2)
+
+
 # Peak in GB with one thread and a projection of Llama-3-8B's shapes (docs/cluster.md)
 WIDE = {
     ("learn", "sparsegpt", "down_proj"): 4.82,

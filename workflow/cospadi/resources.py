@@ -262,12 +262,13 @@ class Estimates:
         )
         # a number, where it may be, its gradient, two moments, and what it was in the best epoch; once to compute with
         factors = (5 * 4 + 1 + self._width) * trained
-        weights = 2 * self._width * shapes.parameters
+        # all that is not trained, and the head once more
+        weights = self._width * (shapes.parameters - trained + shapes.vocabulary * shapes.hidden_size)
         # what blocks keep for their gradients: inputs and outputs of matrices, norms and the activation
         kept = shapes.n_layers * tokens * sum(d_in + 2 * d_out for d_in, d_out in shapes.matrices.values())
         hidden = self._width * samples * calibration["length"] * shapes.hidden_size
-        logits = 4 * 6 * 256 * shapes.vocabulary
-        memory = TORCH + factors + weights + 1.5 * self._width * kept + 2 * hidden + logits
+        logits = 4 * 5 * 256 * shapes.vocabulary
+        memory = TORCH + factors + weights + self._width * kept + hidden + logits
         # forward once in each; a pass forward and back is three; an eighth is looked at after every epoch
         passes = 1 + 1 / 8 + options["epochs"] * (3 + 1 / 8)
         head = (1 + options["epochs"]) * shapes.vocabulary * shapes.hidden_size
