@@ -21,7 +21,7 @@ from cospadi.calibration.activations import first_heldout
 from cospadi.calibration.walk import Chunk, Windows, read_windows
 from cospadi.factor_training import TrainedMatrix, finite, held_out_of, train, trainable
 from cospadi.files import ModelFolder, TensorFile, replacing, write_json, write_tensors
-from cospadi.formats.factorization import Factorization, read_specs, tensor_names, unpack
+from cospadi.formats.factorization import Factorization, read_factors, read_specs
 from cospadi.learning import FORMAT_VERSION, distilled, provenance
 from cospadi.progress import DISTILLED_REPORT
 from cospadi.provenance import check_provenance
@@ -142,19 +142,14 @@ class _Unit:
 
     def factors(self) -> Iterator[tuple[str, Factorization]]:
         """Name of each matrix and its factors, read one by one."""
-        return ((name, self._read(name)) for name in self._specs)
-
-    def _read(self, name: str) -> Factorization:
-        spec = self._specs[name]
-        tensors = {tensor: self._file.read(tensor) for tensor in tensor_names(name, spec)}
-        return unpack(tensors, spec, name, source=self._file.path, remedy=_REMEDY)
+        return ((name, read_factors(self._file, name, spec, _REMEDY)) for name, spec in self._specs.items())
 
     def write(self, path: Path, trained: Mapping[str, TrainedMatrix]) -> None:
         """The same file with the numbers of trained matrices; those not there as they are."""
         tensors: dict[str, np.ndarray] = {}
         specs: dict[str, Any] = {}
-        for name in self._specs:
-            found = trained[name].factors() if name in trained else self._read(name)
+        for name, spec in self._specs.items():
+            found = trained[name].factors() if name in trained else read_factors(self._file, name, spec, _REMEDY)
             packed, specs[name] = found.before_rounding().pack(name)
             tensors.update(packed)
         header = {**self._file.metadata, "matrices": specs, **distilled(self._variant)}

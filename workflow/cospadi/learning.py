@@ -15,7 +15,7 @@ import numpy as np
 from cospadi.budget import nbytes_left
 from cospadi.errors import ArtifactError, ConfigError
 from cospadi.files import ModelFolder, TensorFile, read_json, write_json, write_tensors
-from cospadi.formats.factorization import Factorization, dictionary_names, read_specs, tensor_names, unpack
+from cospadi.formats.factorization import Factorization, dictionary_names, read_factors, read_specs
 from cospadi.formats.values import storage_of
 from cospadi.gram import check_gradients, check_grams
 from cospadi.methods import METHODS, Method
@@ -375,9 +375,7 @@ def _read_side_by_side(factors: TensorFile, matrices: Sequence[Matrix]) -> Facto
         name = matrix.name
         if name not in specs:
             raise ArtifactError(factors.path, f"has no factors of {name}", "Name another variant as warm_start")
-        tensors = {tensor: factors.read(tensor) for tensor in tensor_names(name, specs[name])}
-        factorization = unpack(tensors, specs[name], name, source=factors.path, remedy=_WARM_REMEDY)
-        found.append(matrix.weighted_factors(factorization))
+        found.append(matrix.weighted_factors(read_factors(factors, name, specs[name], _WARM_REMEDY)))
     if any(part.dictionary is None for part in found):
         return None
     return replace(found[0], codes=np.concatenate([part.codes for part in found], axis=1))

@@ -26,8 +26,7 @@ def read_report(path: str | Path, remedy: str = "Delete it and run again") -> di
     ArtifactError
         If the file is missing, is none, or is of another version.
     """
-    report = read_json(path, remedy)
-    check_provenance(path, report, {"format_version": FORMAT_VERSION}, remedy)
+    report = _read(path, remedy)
     matrices = report.get("matrices")
     if not isinstance(matrices, dict) or not all(isinstance(matrix, dict) for matrix in matrices.values()):
         raise ArtifactError(path, "has no object matrices, of a report each", remedy)
@@ -42,7 +41,10 @@ def read_distilled(folder: str | Path, remedy: str = "Delete it and run again") 
     ArtifactError
         If the file is missing, is none, or is of another version.
     """
-    path = Path(folder, DISTILLED_REPORT)
+    return _read(Path(folder, DISTILLED_REPORT), remedy)
+
+
+def _read(path: str | Path, remedy: str) -> dict[str, Any]:
     report = read_json(path, remedy)
     check_provenance(path, report, {"format_version": FORMAT_VERSION}, remedy)
     return report

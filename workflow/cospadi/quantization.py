@@ -13,7 +13,7 @@ import numpy as np
 from cospadi.budget import dense_nbytes
 from cospadi.errors import ArtifactError
 from cospadi.files import ModelFolder, TensorFile, write_json, write_tensors
-from cospadi.formats.factorization import Factorization, dictionary_names, read_specs, tensor_names, unpack
+from cospadi.formats.factorization import Factorization, dictionary_names, read_factors, read_specs, unpack
 from cospadi.formats.values import storage_of
 from cospadi.gram import check_grams
 from cospadi.learning import FORMAT_VERSION, distilled, gradients_of, provenance
@@ -63,9 +63,7 @@ def quantize_unit(
     def learned_factors(name: str) -> Factorization:
         if name not in learned_specs:
             raise ArtifactError(factors, f"has no factors of {name}", _REMEDY)
-        spec = learned_specs[name]
-        parts = {tensor: learned.read(tensor) for tensor in tensor_names(name, spec)}
-        return unpack(parts, spec, name, source=factors, remedy=_REMEDY)
+        return read_factors(learned, name, learned_specs[name], _REMEDY)
 
     matrices = list(matrices_of(folder, structure, layers, gram_files, gradients=gradients))
     dense_nbytes_all = sum(dense_nbytes(*matrix.shape) for matrix in matrices)

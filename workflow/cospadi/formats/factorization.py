@@ -240,6 +240,12 @@ def read_specs(file: TensorFile, codecs: Mapping[str, Codec], remedy: str) -> di
     return matrices
 
 
+def read_factors(file: TensorFile, name: str, spec: Mapping[str, Any], remedy: str) -> Factorization:
+    """Factors of matrix `name` of a file, by its spec (`read_specs`); errors as of `unpack`."""
+    tensors = {tensor: file.read(tensor) for tensor in tensor_names(name, spec)}
+    return unpack(tensors, spec, name, source=file.path, remedy=remedy)
+
+
 def unpack(
     tensors: Mapping[str, np.ndarray],
     spec: Mapping[str, Any],
