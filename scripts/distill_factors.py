@@ -10,7 +10,7 @@ def main(snakemake, log):
     from cospadi.distillation import distill
     from cospadi.structure import read_structure
 
-    job, params = snakemake.input, snakemake.params
+    job, params, output = snakemake.input, snakemake.params, Path(snakemake.output[0])
     report = distill(
         Path(job.dense),
         Path(job.model),
@@ -18,8 +18,10 @@ def main(snakemake, log):
         Path(job.windows),
         dict(zip(map(Path, job.factors), params.layers, strict=True)),
         params.variant,
+        more=Path(job.more[0]) if job.more else None,
         calibration=calibration_of(job.windows, params.collection),
-        output=Path(snakemake.output[0]),
+        output=output,
+        saved=output.with_name("distilling.pt"),
         dtype=params.collection["dtype"],
         heldout_fraction=params.collection["heldout_fraction"],
         device=choose_device(params.device),

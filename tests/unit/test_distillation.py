@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch.nn.functional import kl_div
 
-from cospadi.calibration.walk import read_windows
+from cospadi.calibration.walk import Chunk, read_windows
+from cospadi.calibration.windows import write_windows
 from cospadi.distillation import _Model, distill
 from cospadi.errors import ArtifactError, ConfigError, NumericalError
 from cospadi.factor_training import held_out_of
@@ -129,7 +130,7 @@ def test_gradients_are_those_of_the_divergence(made):  # noqa: F811
     weight = dense.get_submodule(name).weight.detach()
     mask = rng.random(weight.T.shape) < 0.5
     codes = np.where(mask, weight.T.numpy(), 0).astype(np.float32)
-    model = _Model(made.model, made.model, made.structure, read, SAMPLES, "float32", "cpu")
+    model = _Model(made.model, made.model, made.structure, read, SAMPLES, "float32", "cpu", **SILENT)
     module = model.give([(name, Factorization(None, codes, support="bitmask", mask=mask))])[name]
     batch = np.array([1, 5])  # one of them has pads
     error = model.backward(batch)
@@ -159,7 +160,7 @@ def test_a_model_of_fewer_blocks_learns_from_the_one_with_all(made, tmp_path):  
     for file in made.model.glob("tokenizer*"):
         shutil.copy(file, tmp_path)
     read = read_windows(made.windows, made.structure["vocab_size"])
-    model = _Model(made.model, tmp_path, inspect_model(tmp_path), read, 4, "float32", "cpu")
+    model = _Model(made.model, tmp_path, inspect_model(tmp_path), read, 4, "float32", "cpu", **SILENT)
     ids, attended = (torch.from_numpy(part[:4]) for part in read[:2])
     small.model.layers[1].self_attn.layer_idx = 1
     with torch.no_grad():
@@ -192,6 +193,84 @@ def test_windows_kept_out_and_one_window_alone_are_not_trained_on(made, tmp_path
     # of 48 windows all but the first are kept out of everything
     _, report = trained(made, files, variant, tmp_path / "one", heldout_fraction=0.97)
     assert report["history"] == [] and report["epoch"] == 0
+
+
+@pytest.mark.parametrize("method", ["hybrid", "gptq"])
+def test_an_interrupted_job_goes_on_where_it_was_to_the_same_numbers(made, tmp_path, monkeypatch, method):  # noqa: F811
+    variant = complete(method=method, **METHODS[method], distill=OPTIONS)
+    files = learned(made, tmp_path / "learned", variant)
+    whole, expected = trained(made, files, variant, tmp_path / "whole")
+
+    monkeypatch.setattr("cospadi.factor_training.SAVE_SECONDS", 0)
+    backward, calls, lines = _Model.backward, [], []
+
+    def interrupted(self, batch):
+        calls.append(batch)
+        if len(calls) in (5, 30):  # in the first epoch, of 21 steps, and in the second
+            raise KeyboardInterrupt
+        return backward(self, batch)
+
+    monkeypatch.setattr(_Model, "backward", interrupted)
+    saved = tmp_path / "distilling.pt"
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            trained(made, files, variant, tmp_path / "resumed", saved=saved)
+        assert saved.exists() and not (tmp_path / "resumed").exists()
+    arguments = made.model, made.model, made.structure, made.windows, files, variant
+    report = distill(*arguments, output=tmp_path / "resumed", saved=saved, dtype="float32", log=lines.append)
+    assert len(calls) == 3 * 21 + 2 and any("going on from step 28 of 63" in line for line in lines)
+    assert not saved.exists()
+    assert {**report, "seconds": 0} == {**expected, "seconds": 0}
+    for path in whole:
+        one, other = TensorFile(path), TensorFile(tmp_path / "resumed" / path.name)
+        assert all(np.array_equal(one.read(name), other.read(name)) for name in one.entries)
+
+
+def test_what_another_training_left_is_not_gone_on_from(made, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("cospadi.factor_training.SAVE_SECONDS", 0)
+    saved, backward, stop = tmp_path / "distilling.pt", _Model.backward, [7]
+
+    def interrupted(self, batch):
+        stop[0] -= 1
+        if stop[0] == 0:
+            raise KeyboardInterrupt
+        return backward(self, batch)
+
+    monkeypatch.setattr(_Model, "backward", interrupted)
+    one, other = (
+        complete(method="wanda", distill={**OPTIONS, "epochs": 1, "learning_rate": rate}) for rate in (1e-3, 2e-3)
+    )
+    files = learned(made, tmp_path / "learned", one)
+    with pytest.raises(KeyboardInterrupt):
+        trained(made, files, one, tmp_path / "one", saved=saved)
+    whole = saved.read_bytes()
+    wanted = trained(made, files, other, tmp_path / "wanted")[1]["history"]
+    for left in (whole, whole[: len(whole) // 2], b""):
+        saved.write_bytes(left)
+        assert trained(made, files, other, tmp_path / "other", saved=saved)[1]["history"] == wanted
+        assert not saved.exists()
+
+
+def test_other_windows_are_trained_on_but_none_that_the_calibration_keeps_out(made, tmp_path, monkeypatch):  # noqa: F811
+    read = read_windows(made.windows, made.structure["vocab_size"])
+    other = np.random.default_rng(1).integers(0, 390, (SAMPLES, LENGTH), np.int32)
+    ids = np.concatenate([read.input_ids, other])[np.random.default_rng(2).permutation(2 * SAMPLES)].astype(np.int32)
+    write_windows(tmp_path / "more.h5", ids, np.ones_like(ids, np.uint8), seed=3)
+    seen = []
+    run = Chunk.run
+    monkeypatch.setattr(
+        Chunk, "run", lambda self, windows, *rest, **how: seen.append(windows) or run(self, windows, *rest, **how)
+    )
+    variant = complete(method="wanda", distill={"epochs": 1, "samples": 80})
+    files = learned(made, tmp_path / "learned", variant)
+    how = {"more": tmp_path / "more.h5", "heldout_fraction": 0.25}
+    _, report = trained(made, files, variant, tmp_path / "distilled", **how)
+    kept_out = {row.tobytes() for row in read.input_ids[36:]}
+    assert len(kept_out) == 12 and report["n_windows"] == 70  # of 84, of which 80 are asked for and ten look on
+    (used,) = {id(one): one for one in seen}.values()
+    rows = [row.tobytes() for row in used.input_ids]
+    assert len(rows) == 84 and kept_out.isdisjoint(rows)
+    assert {row.tobytes() for row in read.input_ids[:36]} <= set(rows)
 
 
 def test_factors_trained_otherwise_are_refused(made, tmp_path):  # noqa: F811

@@ -140,6 +140,14 @@ def test_training_end_to_end_takes_the_memory_that_is_planned():
     assert 0.8 <= work.memory / 3.710e9 <= 1.25
     shorter = plan_of(variants={"a": settings}, calibration={"source": "text", "samples": 64, "dtype": "bfloat16"})
     assert shorter.work("distill", wildcards(variant="a")).core.seconds() == pytest.approx(work.core.seconds() / 2)
+    # with windows of its own, more than the calibration's, it is longer, and nothing else is
+    options = {"epochs": 1, "samples": 256}
+    variants = {"a": {**settings, "distill": options}, "b": {**settings, "distill": {**options, "samples": 64}}}
+    own = plan_of(variants=variants, calibration={"source": "text", "samples": 128, "dtype": "bfloat16"})
+    seconds = [own.work("distill", wildcards(variant=name)).core.seconds() for name in "ab"]
+    assert seconds == pytest.approx([2 * work.core.seconds(), work.core.seconds() / 2])
+    assert own.work("more", wildcards(samples=256)).disk == 2 * own.work("prepare", wildcards()).disk
+    assert [own.more_windows_of(name) for name in "ab"] == [["results/demo/windows/256.h5"], []]
 
 
 # Peak in GB with one thread and a projection of Llama-3-8B's shapes (docs/cluster.md)

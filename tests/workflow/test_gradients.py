@@ -27,6 +27,7 @@ NAMES = ["hybrid", "sparsegpt"]
 STREAM, TURN = "ectcq", "turn"  # whose layers are learned in turn
 CHOICES = ["hybrid", STREAM, "rtn"]
 INCREASE, MIXED = 1.005, 0.62
+MORE = 14  # windows to train on end to end; the calibration has fewer
 PARTS = ["self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"]
 ALONE = {"method": "rtn", "ratio": 0.7, "allocation": "measured", "menu": [0.6, 1, 1.4], "measured_windows": 3}
 MENU = {"method": "rtn", "ratio": 0.7, "metric": "gradients", "allocation": "menu", "menu": [0.6, 0.8, 1, 1.4]}
@@ -48,7 +49,7 @@ def run(new_run: Callable[..., Run]) -> Run:
             "target": "sequential",
             "residual_share": 0.5,
             "refine": {"samples": 6},
-            "distill": {"epochs": 1},
+            "distill": {"epochs": 1, "samples": MORE},
         },
         "rtn": MENU,
         "alone": ALONE,
@@ -109,6 +110,10 @@ def test_factors_trained_end_to_end_are_what_is_packed(run):
     folder = run.results / TURN / "distilled"
     report = read_json(folder / "report.json")
     assert report["kl"] <= report["kl_before"] and len(report["history"]) == 1
+    with h5py.File(run.results / f"windows/{MORE}.h5") as more, h5py.File(run.results / "calibration.h5") as windows:
+        ids, calibration = more["input_ids"][:], windows["input_ids"][:]
+    assert len(ids) == MORE > len(calibration)
+    assert report["n_windows"] + 2 <= MORE
     gain = 1 - report["kl"] / report["kl_before"]
     assert float(table[TURN]["distillation_gain"]) == pytest.approx(gain, rel=1e-4, abs=1e-6)
     assert 0 < float(table[TURN]["seconds_distilling"]) < float(table[TURN]["seconds_learning"])
@@ -124,9 +129,10 @@ def test_factors_trained_end_to_end_are_what_is_packed(run):
 
 def test_other_options_of_training_end_to_end_learn_nothing_anew(run, tmp_path):
     run = run.copy(tmp_path / "copy")
-    run.config["variants"][TURN]["distill"] = {"epochs": 2}
+    run.config["variants"][TURN]["distill"] = {"epochs": 2, "samples": MORE + 1}
     planned = run.planned(f"results/tiny/{TURN}/model")
     assert planned["distill_factors"] == 1 and planned["quantize_codes"] == 1 and planned["assemble_model"] == 1
+    assert planned["prepare_windows"] == 1 and "prepare_calibration" not in planned
     assert not {"learn_dictionary", "learn_in_turn", "compute_gram", "collect_gradients"} & planned.keys()
 
 

@@ -241,7 +241,8 @@ def test_the_tables_of_stages_have_the_arrows_that_snakemake_finds(folder):
             "steps": [{"method": "replaceme", "blocks": 2}, {"method": "svd_llm", "ratio": 0.2, "metric": "gradients"}]
         },
     }
-    turn = {"method": "svd_llm_v2", "ratio": 0.2, "metric": "gradients", "target": "sequential", "distill": {}}
+    turn = {"method": "svd_llm_v2", "ratio": 0.2, "metric": "gradients", "target": "sequential"}
+    turn["distill"] = {"samples": 200}
     variants |= {"turn": turn, "cut_turn": {"steps": [{"method": "replaceme", "blocks": 2}, turn]}}
     asked = [f"results/graph/plain/{name}" for name in ("dense", "gguf/Q8_0.gguf", "compressed-tensors")]
     found = rulegraph(folder, {"run": "graph", "variants": variants}, "all", *asked)

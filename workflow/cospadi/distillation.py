@@ -19,19 +19,18 @@ import torch
 from cospadi.arrays import slices
 from cospadi.calibration.activations import first_heldout
 from cospadi.calibration.walk import Chunk, Windows, read_windows
-from cospadi.factor_training import TrainedMatrix, finite, held_out_of, train, trainable
+from cospadi.factor_training import LOG_SECONDS, Every, TrainedMatrix, finite, held_out_of, train, trainable
 from cospadi.files import ModelFolder, TensorFile, replacing, write_json, write_tensors
 from cospadi.formats.factorization import Factorization, read_factors, read_specs
 from cospadi.learning import FORMAT_VERSION, distilled, provenance
 from cospadi.progress import DISTILLED_REPORT
-from cospadi.provenance import check_provenance
+from cospadi.provenance import check_provenance, fingerprint, tokens_digest
 from cospadi.runtime.cospadi_registry import FACTOR_CODECS
 from cospadi.stage import choose_dtype
 from cospadi.structure import load_head
 
 _REMEDY = "Delete it and run again to learn this unit anew"
-# Tokens whose logits are in memory at a time, and seconds between two lines in the log
-_TOKENS_AT_ONCE, _LOG_SECONDS = 256, 20
+_TOKENS_AT_ONCE = 256  # whose logits are in memory
 
 
 def distill(
@@ -42,8 +41,10 @@ def distill(
     factors: Mapping[Path, Sequence[int]],
     variant: Mapping[str, Any],
     *,
+    more: Path | None = None,
     calibration: Mapping[str, Any] | None = None,
     output: Path,
+    saved: Path | None = None,
     dtype: str,
     heldout_fraction: float = 0.0,
     device: str = "cpu",
@@ -60,23 +61,29 @@ def distill(
     structure : mapping
         Of `model_folder`.
     windows : Path
+        The calibration windows, to train on as well unless there are others.
     factors : mapping
         ``factors/<unit>.safetensors`` of every unit, as `learning.learn_unit` wrote them, to the layers of the unit.
     variant : mapping
         Complete settings; ``distill`` says how.
+    more : Path, optional
+        Other windows to train on. Those among them that the calibration keeps out are left out.
     calibration : mapping, optional
         What the factors have to be of.
     output : Path
         Written: a file of the name of each unit's, and ``report.json``.
+    saved : Path, optional
+        For where training is, while it goes on (`factor_training.train`).
     dtype : {"auto", "bfloat16", "float16", "float32"}
     heldout_fraction : float
-        Of the windows, the last ones, that nothing is fitted to.
+        Of the calibration windows, the last ones, that nothing is fitted to.
 
     Returns
     -------
     dict
         The report: ``kl_before`` and ``kl``, nats a token on the windows that are not trained on, ``epoch`` (0: none
-        was better than the start, and the factors are as learned), ``history``, ``n_trained``, ``seconds``.
+        was better than the start, and the factors are as learned), ``history``, ``n_windows`` (trained on),
+        ``n_trained`` (numbers), ``seconds``.
 
     Raises
     ------
@@ -87,23 +94,23 @@ def distill(
     """
     started = time.perf_counter()
     options = variant["distill"]
-    read = read_windows(windows, structure["vocab_size"])
-    counted = first_heldout(len(read.input_ids), heldout_fraction)
-    held_out = held_out_of(min(options["samples"] or counted, counted))
+    read = _windows(windows, more, structure["vocab_size"], heldout_fraction)
+    held_out = held_out_of(min(options["samples"] or len(read.input_ids), len(read.input_ids)))
     dtype, reason = choose_dtype(dtype, device)
     log(f"computing in {dtype}: {reason}")
     units = {path: _Unit(path, layers, structure, variant, calibration) for path, layers in factors.items()}
-    model = _Model(dense_folder, model_folder, structure, read, held_out.stop, dtype, device)
+    model = _Model(dense_folder, model_folder, structure, read, held_out.stop, dtype, device, log)
     modules = model.give(pair for unit in units.values() for pair in unit.factors())
     parameters = trainable(modules.values())
-    report = {"format_version": FORMAT_VERSION, "device": device, "n_trained": sum(one.numel() for one in parameters)}
+    report = {"format_version": FORMAT_VERSION, "device": device, "n_windows": held_out.start}
+    report["n_trained"] = sum(one.numel() for one in parameters)
     before = finite(model.divergence(held_out), "distill")
     log(f"{report['n_trained']} numbers; {before:.5f} nats a token from the dense model on windows kept out")
-    kept = {"kl": before, "epoch": 0, "history": []}
+    kept = {"kl": before, "epoch": 0, "history": [], "seconds": time.perf_counter() - started}
     if parameters and held_out.start > 0:
         course = train(
             parameters,
-            _Logged(model.backward, options["epochs"] * held_out.start, log),
+            model.backward,
             lambda: model.divergence(held_out),
             n_windows=held_out.start,
             windows_a_step=read.step(options["batch_tokens"]),
@@ -112,17 +119,33 @@ def distill(
             seed=read.seed % 2**63,
             option="distill",
             log=log,
+            saved=saved,
+            belongs=f"{read.tokens} {dtype} {fingerprint(ModelFolder(dense_folder))}",
         )
-        kept["history"] = course.history
+        kept |= {"history": course.history, "seconds": kept["seconds"] + course.seconds}
         if course.error < before:
             kept |= {"kl": course.error, "epoch": course.epoch}
-    report |= {"kl_before": before, **kept, "seconds": time.perf_counter() - started}
+    report |= {"kl_before": before, **kept}
     with replacing(output) as folder:
         folder.mkdir()
         for path, unit in units.items():
             unit.write(folder / path.name, modules if kept["epoch"] else {})
         write_json(folder / DISTILLED_REPORT, report)
     return report
+
+
+def _windows(path: Path, more: Path | None, vocab_size: int, heldout_fraction: float) -> Windows:
+    """What is trained on: calibration windows that are not kept out, or of others those that are not among these."""
+    found = read_windows(path, vocab_size)
+    first = first_heldout(len(found.input_ids), heldout_fraction)
+    if more is None:
+        kept = np.arange(len(found.input_ids)) < first
+    else:
+        kept_out = {ids.tobytes() for ids in found.input_ids[first:]}
+        found = read_windows(more, vocab_size)
+        kept = np.array([ids.tobytes() not in kept_out for ids in found.input_ids])
+    ids, mask = found.input_ids[kept], found.attention_mask[kept]
+    return found._replace(input_ids=ids, attention_mask=mask, tokens=tokens_digest(ids, mask))
 
 
 class _Unit:
@@ -168,16 +191,22 @@ class _Model:
         n_windows: int,
         dtype: str,
         device: str,
+        log: Callable[[str], None],
     ) -> None:
         self._windows, self._device = windows, device
         self._prefixes = [f"{layer['prefix']}." for layer in structure["layers"]]
         self._mask = torch.from_numpy(windows.attention_mask).bool()
         n_blocks = ModelFolder(dense_folder).config["num_hidden_layers"]
         dense = Chunk(dense_folder, range(n_blocks), dtype=dtype, device=device)
-        one_by_one = slices(0, n_windows, 1)
-        # behind the last block: the norm and the head are the dense model's in all models here
-        self._wanted = torch.cat([dense.run(windows, batch, None).cpu() for batch in one_by_one]).clone()
-        del dense
+        log_due = Every(LOG_SECONDS)
+        wanted = []
+        for batch in slices(0, n_windows, 1):
+            # behind the last block: the norm and the head are the dense model's in all models here
+            wanted.append(dense.run(windows, batch, None).cpu())
+            if log_due():
+                log(f"{batch.stop}/{n_windows} windows through the dense model")
+        self._wanted = torch.cat(wanted)
+        del dense, wanted
         self._chunk = Chunk(model_folder, range(structure["n_layers"]), dtype=dtype, device=device)
         self._head = load_head(model_folder, structure, dtype=dtype, device=device)
 
@@ -224,24 +253,3 @@ class _Model:
         if n_tokens is not None:
             rows.backward(gradient)
         return total
-
-
-class _Logged:
-    """`backward`, with a line in the log now and then: windows done, the divergence of late, time left."""
-
-    def __init__(self, backward: Callable[[np.ndarray], float], n_windows: int, log: Callable[[str], None]) -> None:
-        self._backward, self._n_windows, self._log = backward, n_windows, log
-        self._done, self._started = 0, time.perf_counter()
-        self._logged, self._late = self._started, []
-
-    def __call__(self, batch: np.ndarray) -> float:
-        error = self._backward(batch)
-        self._done += len(batch)
-        self._late.append(error)
-        now = time.perf_counter()
-        if now - self._logged > _LOG_SECONDS:
-            left = (now - self._started) * (self._n_windows / self._done - 1)
-            mean = sum(self._late) / len(self._late)
-            self._log(f"{self._done}/{self._n_windows} windows, {mean:.4f} nats a token, eta {left:.0f} s")
-            self._logged, self._late = now, []
-        return error

@@ -6,9 +6,12 @@ scales of those. `refinement` trains a block for itself, `distillation` the whol
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +19,7 @@ import torch
 
 from cospadi.arrays import to_numpy
 from cospadi.errors import NumericalError
+from cospadi.files import replacing
 from cospadi.formats.factorization import Factorization
 from cospadi.runtime.cospadi_diagonal import times
 from cospadi.runtime.cospadi_registry import FACTOR_CODECS
@@ -24,14 +28,33 @@ from cospadi.runtime.cospadi_registry import FACTOR_CODECS
 # rate, that is left at the end
 HELD_OUT, WARM_UP, LEFT = 1 / 8, 1 / 20, 1 / 10
 _BETAS = (0.9, 0.95)
+# Between two lines in the log, and between two savings of where training is
+LOG_SECONDS, SAVE_SECONDS = 20, 600
+
+
+class Every:
+    """Says whether so many seconds have passed since it last said so, or since it was made."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._last = seconds, time.perf_counter()
+
+    def __call__(self) -> bool:
+        now = time.perf_counter()
+        due = now - self._last >= self._seconds
+        if due:
+            self._last = now
+        return due
 
 
 class Course(NamedTuple):
-    """What training did: the best epoch, from 1, its error on what was held out, and that of every epoch."""
+    """What training did: the best epoch, from 1, its error on what was held out, and that of every epoch; seconds it
+    took, those of interrupted jobs that it went on from among them.
+    """
 
     epoch: int
     error: float
     history: list[dict[str, Any]]
+    seconds: float
 
 
 def held_out_of(count: int) -> slice:
@@ -57,6 +80,8 @@ def train(
     seed: int,
     option: str,
     log: Callable[[str], None],
+    saved: Path | None = None,
+    belongs: str = "",
 ) -> Course:
     """Train parameters by Adam and leave them as the best epoch had them.
 
@@ -77,38 +102,114 @@ def train(
         Of the order of the windows.
     option : str
         Section of the config that is at fault where training diverges.
+    saved : Path, optional
+        File for where training is, written now and then and removed at the end: what it holds is gone on from, to the
+        same numbers as without an interruption, if it is of the same training.
+    belongs : str
+        What, beside the other arguments, makes it the same: what the windows are, say.
 
     Raises
     ------
     NumericalError
         If an error is not finite.
     """
-    n_steps = epochs * math.ceil(n_windows / windows_a_step)
+    started = time.perf_counter()
+    n_batches = math.ceil(n_windows / windows_a_step)
+    n_steps = epochs * n_batches
     rates = [learning_rate * float(one.detach()[one.detach() != 0].square().mean().sqrt()) for one in parameters]
     optimizer = torch.optim.Adam(
         [{"params": [one], "lr": rate} for one, rate in zip(parameters, rates, strict=True)], betas=_BETAS
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, n_steps))
+    same = [belongs, n_windows, windows_a_step, epochs, learning_rate, seed]
+    place = _Place(saved, same, parameters, optimizer, schedule)
+    at = place.read() or {"step": 0, "trained": 0.0, "best": (0, math.inf), "state": [], "history": [], "seconds": 0.0}
+    first, before = at["step"], at["seconds"]
+    if first:
+        log(f"going on from step {first} of {n_steps}, where an interrupted job was")
     order = np.random.default_rng(seed)
-    best, best_state, history = Course(0, math.inf, []), None, []
-    for epoch in range(1, epochs + 1):
-        shuffled = order.permutation(n_windows)
-        trained = 0.0
-        for start in range(0, n_windows, windows_a_step):
-            batch = shuffled[start : start + windows_a_step]
-            optimizer.zero_grad()
-            trained += finite(backward(batch), option) * len(batch) / n_windows
-            optimizer.step()
-            schedule.step()
-        found = finite(error_held_out(), option)
-        history.append({"iteration": epoch, "error": trained, "error_heldout": found})
-        log(f"epoch {epoch}/{epochs} error {trained:.5f} held out {found:.5f}")
-        if found < best.error:
-            best = Course(epoch, found, history)
-            best_state = [one.detach().clone() for one in parameters]
-    for one, value in zip(parameters, best_state or (), strict=False):
+    shuffled = [order.permutation(n_windows) for _ in range(epochs)]
+    log_due, save_due, late = Every(LOG_SECONDS), Every(SAVE_SECONDS), []
+    for step in range(first, n_steps):
+        epoch, number = divmod(step, n_batches)
+        batch = shuffled[epoch][number * windows_a_step :][:windows_a_step]
+        optimizer.zero_grad()
+        error = finite(backward(batch), option)
+        at["trained"] += error * len(batch) / n_windows
+        optimizer.step()
+        schedule.step()
+        late.append(error)
+        if number + 1 == n_batches:
+            found = finite(error_held_out(), option)
+            at["history"].append({"iteration": epoch + 1, "error": at["trained"], "error_heldout": found})
+            log(f"epoch {epoch + 1}/{epochs} error {at['trained']:.5f} held out {found:.5f}")
+            at["trained"] = 0.0
+            if found < at["best"][1]:
+                at |= {"best": (epoch + 1, found), "state": [one.detach().clone() for one in parameters]}
+        seconds = time.perf_counter() - started
+        at |= {"step": step + 1, "seconds": before + seconds}
+        if log_due():
+            left = seconds / (step + 1 - first) * (n_steps - step - 1)
+            log(f"step {step + 1}/{n_steps} error {sum(late) / len(late):.5f} of late, eta {left:.0f} s")
+            late = []
+        if saved is not None and save_due():
+            place.write(at)
+    for one, value in zip(parameters, at["state"], strict=False):
         one.data.copy_(value)
-    return best
+    if saved is not None:
+        saved.unlink(missing_ok=True)
+    return Course(*at["best"], at["history"], at["seconds"])
+
+
+class _Place:
+    """Where training is, in a file: parameters as they are, the state of what updates them, and what `train` knows.
+
+    Parameters
+    ----------
+    path : Path or None
+        None: no file.
+    same : list
+        What decides the training; the parameters as they are now do, too.
+    parameters, optimizer, schedule
+        Of the training; `read` sets them.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        same: list[Any],
+        parameters: Sequence[torch.nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler,
+    ) -> None:
+        self._path, self._parameters, self._parts = path, parameters, {"optimizer": optimizer, "schedule": schedule}
+        if path is not None:
+            digest = hashlib.blake2b(repr(same).encode(), digest_size=16)
+            for one in parameters:
+                digest.update(np.ascontiguousarray(to_numpy(one)).data)
+            self._digest = digest.hexdigest()
+
+    def read(self) -> dict[str, Any] | None:
+        """What `write` was given last; None where nothing of this training is there."""
+        if self._path is None or not self._path.exists():
+            return None
+        try:
+            found = torch.load(self._path, map_location=self._parameters[0].device, weights_only=True)
+        except Exception:  # cut off, or none at all: torch raises what it likes, and training begins anew
+            return None
+        if not isinstance(found, dict) or found.get("of") != self._digest:
+            return None
+        for one, value in zip(self._parameters, found["parameters"], strict=True):
+            one.data.copy_(value)
+        for name, part in self._parts.items():
+            part.load_state_dict(found[name])
+        return found["at"]
+
+    def write(self, at: Mapping[str, Any]) -> None:
+        values = [one.detach() for one in self._parameters]
+        states = {name: part.state_dict() for name, part in self._parts.items()}
+        with replacing(self._path) as path:
+            torch.save({"of": self._digest, "parameters": values, "at": dict(at), **states}, path)
 
 
 def finite(error: float, option: str) -> float:

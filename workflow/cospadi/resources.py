@@ -117,13 +117,16 @@ class Estimates:
         """Headers alone."""
         return Work(TORCH, 6)
 
-    def prepare(self) -> Work:
-        """Tokenizing a text takes seconds; sampling from the model is a forward pass a token."""
-        disk = 5 * self._tokens
+    def prepare(self, samples: int | None = None) -> Work:
+        """Tokenizing a text takes seconds; sampling from the model is a forward pass a token. `samples`: so many
+        windows in place of the calibration's.
+        """
+        tokens = self._tokens if samples is None else samples * self._calibration["length"]
+        disk = 5 * tokens
         if self._calibration["source"] != "self":
             return Work(TOKENIZER + 100 * disk, 3, disk=disk)
         # one token of each window at a time: assumed, a quarter of the speed of a long forward pass
-        core = Cost({FORWARD: 8 * self.shapes.parameters * self._tokens})
+        core = Cost({FORWARD: 8 * self.shapes.parameters * tokens})
         return Work(TORCH + 2.2 * self._width * self.shapes.parameters, 15, core, disk=disk)
 
     def collect(self, n_layers: int) -> Work:
@@ -254,7 +257,7 @@ class Estimates:
     def distill(self, settings: Mapping[str, Any]) -> Work:
         """The dense model once over the windows, then forward and back through the model whose factors are trained."""
         shapes, options, calibration = self.shapes, settings["distill"], self._calibration
-        samples = min(options["samples"] or calibration["samples"], calibration["samples"])
+        samples = options["samples"] or calibration["samples"]
         tokens = max(options["batch_tokens"], calibration["length"])
         chosen = settings.get("targets") or shapes.matrices
         trained = shapes.n_layers * sum(

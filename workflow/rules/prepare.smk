@@ -21,3 +21,21 @@ rule prepare_calibration:
         "Cutting {params.windows[samples]} calibration windows of {params.windows[length]} tokens"
     script:
         "../../scripts/prepare_calibration.py"
+
+
+# the same for training end to end, which wants more text
+use rule prepare_calibration as prepare_windows with:
+    output:
+        "<results>/windows/{samples}.h5",
+    log:
+        "<logs>/prepare_windows/{samples}.log",
+    benchmark:
+        "<benchmarks>/prepare_windows/{samples}.tsv"
+    resources:
+        **plan.resources("more"),
+    params:
+        windows=lambda wildcards: plan.windows(int(wildcards.samples)),
+        model=plan.model_digest(TOKENIZER, *([WEIGHTS] if config["calibration"]["source"] == "self" else [])),
+        code=plan.code("more"),
+    message:
+        "Cutting {params.windows[samples]} windows of {params.windows[length]} tokens to train on"

@@ -87,14 +87,15 @@ class Plan(Paths, Staged):
         """Settings that decide how the model is walked to remove blocks."""
         return {key: self.config["calibration"][key] for key in ("dtype", "batch_tokens", "blocks_per_job")}
 
-    def windows(self) -> dict[str, Any]:
-        """Settings that decide which windows are read."""
+    def windows(self, samples: int | None = None) -> dict[str, Any]:
+        """Settings that decide which windows are read: those of the calibration, or so many in place of as many."""
         keys = ["source", "samples", "length", "seed", "packing"]
         # the model that samples them computes in some dtype
         calibration, text = self.config["calibration"], self.config["text"]
         keys += ["dtype"] if calibration["source"] == "self" else []
         shares = [part["share"] for part in text.get("sources", ())] if text and calibration["source"] == "text" else []
-        return {key: calibration[key] for key in keys} | ({"shares": shares} if shares else {})
+        found = {key: calibration[key] for key in keys} | ({"shares": shares} if shares else {})
+        return found if samples is None else found | {"samples": samples}
 
     def learning(self, variant: str, *, rounded: bool = False) -> dict[str, Any]:
         """Settings that decide the factors: rounding comes after them, unless each layer waits for the one before as it

@@ -57,6 +57,16 @@ def _prepare(plan: Plan) -> Iterator[Jobs]:
         yield Jobs(1, "prepare_calibration.tsv")
 
 
+def _more_samples(plan: Plan) -> list[int]:
+    found = map(plan.more_samples, plan.factorized)
+    return sorted({samples for samples in found if samples is not None})
+
+
+def _prepare_more(plan: Plan) -> Iterator[Jobs]:
+    for samples in _more_samples(plan):
+        yield Jobs(1, f"prepare_windows/{samples}.tsv", SimpleNamespace(samples=samples))
+
+
 def _pruning(rule: str) -> Callable[[Plan], Iterator[Jobs]]:
     """One job in a run that removes blocks."""
     return lambda plan: iter([Jobs(1, f"{rule}.tsv", SimpleNamespace(base=""))] if plan.pruned_bases else [])
@@ -219,6 +229,18 @@ STAGES = table_of(
         threads="prepare",
     ),
     Stage(
+        name="more",
+        rule="prepare_windows",
+        result="more windows, to train on end to end",
+        files="windows/*.h5",
+        only="training end to end",
+        after=("fetch", "text"),
+        jobs=_prepare_more,
+        work=lambda plan, wildcards: plan.estimates.prepare(int(wildcards.samples)),
+        code=("cospadi.calibration.windows",),
+        threads="prepare",
+    ),
+    Stage(
         name="distances",
         rule="measure_distances",
         result="how far blocks move the hidden state",
@@ -371,7 +393,7 @@ STAGES = table_of(
         result="factors of all units, trained to predict what the dense model predicts",
         files="{of}/distilled/*.safetensors",
         only="training end to end",
-        after=("fetch", "prune", "inspect", "prepare", "learn", "in_turn"),
+        after=("fetch", "prune", "inspect", "prepare", "more", "learn", "in_turn"),
         jobs=_each_variant("distill_factors", lambda plan: filter(plan.distills, plan.factorized)),
         work=lambda plan, wildcards: plan.estimates.distill(plan.factorizing(wildcards.variant)),
         code=_of_variant("cospadi.distillation"),

@@ -149,6 +149,11 @@ class Variants:
         settings = self.factorizing(variant)
         return settings is not None and settings.get("distill") is not None
 
+    def more_samples(self, variant: str) -> int | None:
+        """How many windows a variant is trained on end to end, where the calibration has not as many."""
+        samples = self.factorizing(variant)["distill"]["samples"] if self.distills(variant) else None
+        return samples if samples is not None and samples > self.config["calibration"]["samples"] else None
+
     def allocates(self, variant: str) -> bool:
         """Whether a variant's bytes are parted among its matrices before they are learned."""
         settings = self.factorizing(variant)
