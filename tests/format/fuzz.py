@@ -514,9 +514,9 @@ def compare_products(findings: Findings, model: Any, expected: dict[str, np.ndar
     """Products of every layer by the kernel for few and many rows, and by plain torch, with the reader's weights."""
     import torch
 
-    from cospadi.runtime import cospadi_linear
+    from cospadi.runtime import cospadi_products
 
-    kernel = cospadi_linear.kernel
+    kernel = cospadi_products.kernel
     with torch.no_grad(), np.errstate(all="ignore"):
         for name, weight in expected.items():
             layer = model.get_submodule(name)
@@ -528,7 +528,7 @@ def compare_products(findings: Findings, model: Any, expected: dict[str, np.ndar
             )
             found = {}
             for way, function in (("torch", lambda: None), ("kernel", kernel)):
-                cospadi_linear.kernel = function
+                cospadi_products.kernel = function
                 try:
                     found[f"{way}, many rows"] = layer(rows) - bias
                     pieces = [layer(piece.clone()) - bias for piece in rows.split(3)]
@@ -536,7 +536,7 @@ def compare_products(findings: Findings, model: Any, expected: dict[str, np.ndar
                 except Exception as error:
                     findings.note("error", f"product of {name} by {way}: {type(error).__name__}: {error}")
                 finally:
-                    cospadi_linear.kernel = kernel
+                    cospadi_products.kernel = kernel
             for way, product in found.items():
                 if not near(product.numpy(), weight, size.numpy()):
                     findings.note("wrong", f"product of {name} by {way}")

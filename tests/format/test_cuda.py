@@ -27,7 +27,8 @@ from cospadi.runtime.cospadi_cuda import (
     project,
     unpack,
 )
-from cospadi.runtime.cospadi_linear import PackedLinear, compiled_for
+from cospadi.runtime.cospadi_linear import PackedLinear
+from cospadi.runtime.cospadi_products import compiled_for
 
 MODULE = "cospadi.runtime.cospadi_cuda_kernels"
 # plain torch computes with the others

@@ -30,19 +30,12 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from cospadi.runtime import cospadi_cpu, cospadi_cuda, cospadi_linear
+from cospadi.runtime import cospadi_cpu, cospadi_cuda, cospadi_linear, cospadi_products
 from cospadi.runtime.cospadi_codecs import decode_codes, decode_support, encode_codes, encode_dictionary
 from cospadi.runtime.cospadi_cpu import PATHS, BoundSum, Kernel, product_dtype
-from cospadi.runtime.cospadi_linear import (
-    PARTS,
-    DenseLinear,
-    PackedLinear,
-    SharedProjection,
-    pack_,
-    packed_layers,
-    unpack_,
-)
+from cospadi.runtime.cospadi_linear import DenseLinear, PackedLinear, pack_, packed_layers, unpack_
 from cospadi.runtime.cospadi_mixture import packed_module
+from cospadi.runtime.cospadi_products import PARTS, SharedProjection
 from cospadi.runtime.cospadi_registry import CODECS as REGISTERED
 
 FEW = max(paths.few_rows for paths in PATHS.values())  # more rows than these go another way on every machine
@@ -123,7 +116,7 @@ def compiled(choice: str) -> Kernel:
 def machine(request, monkeypatch) -> str:
     """Compute as on another kind of machine; ``torch``: as on one without a compiler."""
     found = None if request.param == "torch" else compiled(request.param)
-    monkeypatch.setattr(cospadi_linear, "kernel", lambda: found)
+    monkeypatch.setattr(cospadi_products, "kernel", lambda: found)
     return request.param
 
 
@@ -169,7 +162,7 @@ def test_bfloat16_error_is_within_twice_that_of_the_dense_product(machine, rows)
         packed = layer(x)
         assert packed.dtype == torch.bfloat16
         assert error(packed) <= 2 * error(x @ weight.bfloat16()), (codec, support, dictionary)
-        few = machine != "torch" and rows <= cospadi_linear.kernel().paths.few_rows
+        few = machine != "torch" and rows <= cospadi_products.kernel().paths.few_rows
         if few or product_dtype(x.dtype) == torch.float32:
             # only y is rounded, as the exact product would be, but for the few that lie near the middle
             assert error(packed) <= 1.01 * error(exact.bfloat16()), (codec, support, dictionary)
@@ -216,7 +209,7 @@ def test_threads_split_the_work_whatever_their_number(threads, codec):
     kernel._threads, threads_of_the_machine = lambda matrix: threads, kernel._threads
     try:
         x = torch.randn(3, 96)
-        matrix = cospadi_linear.bind(kernel, layer.spec, layer.parts())
+        matrix = cospadi_products.bind(kernel, layer.spec, layer.parts())
         y = kernel.product(BoundSum([matrix]), x)
         torch.testing.assert_close(y, x @ weight, rtol=1e-4, atol=1e-4)
         assert all(torch.equal(y, kernel.product(BoundSum([matrix]), x)) for _ in range(5))
@@ -262,11 +255,11 @@ def before_a_wall(tensor: torch.Tensor) -> torch.Tensor:
 def compute_before_walls(choice: str) -> None:
     """Products of every kind of matrix whose tensors end at a wall; a read behind one ends the process."""
     kernel = compiled(choice)
-    cospadi_linear.kernel = lambda: kernel
+    cospadi_products.kernel = lambda: kernel
     for shape, (codec, support, dictionary) in itertools.product([*SHAPES, (9, 70, 4), (40, 3, 40), (9, 5, 96)], KINDS):
         layer, weight = make(shape, codec=codec, support=support, dictionary=dictionary, group_size=5)
         parts = [None if part is None else before_a_wall(part.data) for part in layer.parts()]
-        matrix = cospadi_linear.bind(kernel, layer.spec, parts)
+        matrix = cospadi_products.bind(kernel, layer.spec, parts)
         if matrix.has_zeros:
             codes = layer.factors(torch.float32)[1]
             z = before_a_wall(torch.randn(layer.n_atoms, 19))
@@ -366,20 +359,20 @@ DAMAGED = [
 def test_the_kernel_binds_nothing_that_it_would_read_behind(kind, change, message):
     kernel = compiled("auto")
     layer, _ = make(**kind)
-    cospadi_linear.bind(kernel, layer.spec, layer.parts())
+    cospadi_products.bind(kernel, layer.spec, layer.parts())
     with pytest.raises(ValueError, match=message):
-        cospadi_linear.bind(kernel, *damage(layer, change))
+        cospadi_products.bind(kernel, *damage(layer, change))
 
 
 def test_an_input_of_another_width_is_an_error():
     layer, _ = make()
     kernel = compiled("auto")
-    matrix = cospadi_linear.bind(kernel, layer.spec, layer.parts())
+    matrix = cospadi_products.bind(kernel, layer.spec, layer.parts())
     with pytest.raises(ValueError, match="does not fit"):
         kernel.product(BoundSum([matrix]), torch.zeros(1, 40))
     other, _ = make((40, 40, 27))
     with pytest.raises(ValueError, match=r"2 matrices of shapes \[\(40, 40\), \(48, 40\)\] are no sum"):
-        BoundSum([matrix, cospadi_linear.bind(kernel, other.spec, other.parts())])
+        BoundSum([matrix, cospadi_products.bind(kernel, other.spec, other.parts())])
 
 
 @pytest.fixture
@@ -585,7 +578,7 @@ def test_parameters_that_a_tool_cast_in_place_are_read_as_what_they_are(machine,
             # float16 rounds what is below its normal numbers, and nothing else of bfloat16
             bound = 1e-3 if dtype == torch.float16 else 1e-5
             assert ((layer(x).double() - expected).abs() / size).max() < bound, (codec, support, dictionary, dtype)
-            called = cospadi_linear.packed_linear(x, *layer.parts(), layer._spec_text)
+            called = cospadi_products.packed_linear(x, *layer.parts(), layer._spec_text)
             assert ((called.double() - expected).abs() / size).max() < bound
         saved = layer.state_dict()
         assert {name: tensor.dtype for name, tensor in saved.items()} == {n: t.dtype for n, t in before.items()}
@@ -672,7 +665,7 @@ def test_the_operator_passes_the_checks_of_torch():
     for codec, dictionary in (("bf16", "bf16"), ("int8", "int4"), ("int4", "identity")):
         layer, _ = make(codec=codec, dictionary=dictionary)
         x = torch.randn(3, 48, requires_grad=True)
-        torch.library.opcheck(cospadi_linear.packed_linear, (x, *layer.parts(), layer._spec_text))
+        torch.library.opcheck(cospadi_products.packed_linear, (x, *layer.parts(), layer._spec_text))
 
 
 def readers():
@@ -690,8 +683,8 @@ def ask(layers, weights, x):
 
 def test_layers_with_one_dictionary_project_many_rows_once(monkeypatch):
     layers, weights = readers()
-    project, calls = cospadi_linear._project_many, []
-    monkeypatch.setattr(cospadi_linear, "_project_many", lambda *given: calls.append(1) or project(*given))
+    project, calls = cospadi_linear.project_many, []
+    monkeypatch.setattr(cospadi_linear, "project_many", lambda *given: calls.append(1) or project(*given))
     x = torch.randn(20, 48)
     ask(layers, weights, x)
     assert len(calls) == 1
@@ -712,16 +705,16 @@ def test_layers_with_one_dictionary_project_many_rows_once(monkeypatch):
 
 def test_layers_of_single_weights_turn_an_input_once(machine, monkeypatch):
     layers, weights = zip(*(make((48, d_out, 0), dictionary="identity", seed=d_out) for d_out in (40, 24)), strict=True)
-    project, calls = cospadi_linear._project_many, []
-    monkeypatch.setattr(cospadi_linear, "_project_many", lambda *given: calls.append(1) or project(*given))
+    project, calls = cospadi_linear.project_many, []
+    monkeypatch.setattr(cospadi_linear, "project_many", lambda *given: calls.append(1) or project(*given))
     x = torch.randn(20, 48)
     for n in (1, 2):
         ask(layers, weights, x)
         if machine != "torch":
-            assert len(calls) == (n if cospadi_linear.kernel().paths.without_zeros else 2 * n)
+            assert len(calls) == (n if cospadi_products.kernel().paths.without_zeros else 2 * n)
         x.mul_(2)
     del x
-    assert cospadi_linear._INPUTS._last is None, "nothing outlives the input"
+    assert cospadi_products.INPUTS._last is None, "nothing outlives the input"
     ask(layers, weights, torch.randn(20, 48))
     ask(layers, weights, torch.randn(30, 48).bfloat16().float())
 
@@ -735,7 +728,7 @@ def test_layers_with_one_dictionary_project_a_few_rows_once(monkeypatch, mode, a
         pytest.skip("no headers of Python were found")
     kernel = copy.copy(kernel)
     kernel._layer = kernel._layer if as_function else None
-    monkeypatch.setattr(cospadi_linear, "kernel", lambda: kernel)
+    monkeypatch.setattr(cospadi_products, "kernel", lambda: kernel)
     layers, weights = readers()
     with mode():
         for _ in range(3):
@@ -796,7 +789,7 @@ def test_a_sum_is_rounded_once(machine, monkeypatch, threads, rows, kinds):
         kernel = copy.copy(compiled(machine))
         kernel._threads = lambda total: threads if kernel.parallel else 1
         kernel._layer = None
-        monkeypatch.setattr(cospadi_linear, "kernel", lambda: kernel)
+        monkeypatch.setattr(cospadi_products, "kernel", lambda: kernel)
     x = torch.randn(rows, 96, generator=torch.Generator().manual_seed(rows))
     expected = x.double() @ weight.double() + layer.bias.double()
     size = x.double().abs() @ weight.double().abs() + 1
@@ -864,7 +857,7 @@ def called():
 
 def test_the_function_of_a_layer_gives_what_the_kernel_gives(called):
     layer, _, call = called
-    kernel = cospadi_linear.kernel()
+    kernel = cospadi_products.kernel()
     for lead, dtype in itertools.product([(), (1,), (1, 1), (3,), (2, 2)], (torch.float32, torch.bfloat16)):
         x = torch.randn(*lead, 48, dtype=dtype)
         for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
@@ -886,7 +879,7 @@ def test_the_function_of_a_layer_gives_what_the_kernel_gives(called):
 def test_the_function_of_a_layer_leaves_to_torch_what_it_cannot_do(called):
     layer, _, call = called
     x = torch.randn(2, 48)
-    few = cospadi_linear.kernel().paths.few_rows
+    few = cospadi_products.kernel().paths.few_rows
     others = [
         torch.randn(few + 1, 48), torch.randn(0, 48), torch.randn(2, 96)[:, ::2], torch.randn(48, 2).T, x.double(),
         x.half(), x.to("meta"), torch.randn(2, 40), torch.tensor(1.0), x.to_sparse(), torch.nn.Parameter(x), None,
@@ -1014,7 +1007,7 @@ def test_a_dense_layer_of_a_packed_model_is_multiplied_by_the_kernel(monkeypatch
     if kernel._layer is None:
         pytest.skip("no headers of Python were found")
     kernel.paths = PATHS["avx2"]
-    monkeypatch.setattr(cospadi_linear, "kernel", lambda: kernel)
+    monkeypatch.setattr(cospadi_products, "kernel", lambda: kernel)
     monkeypatch.setattr(cospadi_cpu, "bfloat16_is_native", lambda: False)
     layer = DenseLinear(48, 40, bias=False, dtype=torch.bfloat16)
     x = torch.randn(1, rows, 48).bfloat16()

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from .cospadi_integers import Integers  # noqa: F401
     from .cospadi_linear import PackedLinear  # noqa: F401
     from .cospadi_mixture import Mixture  # noqa: F401
+    from .cospadi_products import packed_linear  # noqa: F401
     from .cospadi_registry import CODECS  # noqa: F401
     from .cospadi_supports import Support  # noqa: F401
     from .cospadi_trellis import Trellis  # noqa: F401

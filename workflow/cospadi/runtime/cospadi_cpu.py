@@ -1,7 +1,7 @@
 """The CPU kernel: compiled once on the machine that runs it, then ``y = (x D) S`` straight from the packed tensors.
 
 Where no C compiler is found, nothing is lost but speed: `kernel` says so in one log line and returns None, and
-`cospadi_linear` computes with plain torch operations. `cospadi_linear.set_kernels` chooses between them.
+`cospadi_products` computes with plain torch operations. `cospadi_linear.set_kernels` chooses between them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Products on a GPU: Triton kernels read the packed form for a few rows; for many, S of the one matrix is unpacked.
 
-Without Triton nothing is lost but speed: `gpu_kernels` says so in one log line and returns None, and `cospadi_linear`
+Without Triton nothing is lost but speed: `gpu_kernels` says so in one log line and returns None, and `cospadi_products`
 computes with plain torch operations. `cospadi_linear.set_kernels` chooses between them.
 """
 

@@ -21,8 +21,9 @@ from .configuration_cospadi import CospadiConfig, check_packing, family_config, 
 from .cospadi_checksums import CHECKSUMS, checksum_faults, write_checksums
 from .cospadi_entropy import DamagedStreamError, Decoding
 from .cospadi_format import Stored, UnreadableError, all_parts, in_one_line, read_headers, reader, stored_faults
-from .cospadi_linear import DenseLinear, PackedLinear, SharedProjection, pack_, packed_layers, set_kernels, unpack_
+from .cospadi_linear import DenseLinear, PackedLinear, pack_, packed_layers, set_kernels, unpack_
 from .cospadi_mixture import Mixture, packed_module
+from .cospadi_products import SharedProjection
 from .cospadi_registry import CODECS
 
 if TYPE_CHECKING:
