@@ -19,6 +19,7 @@ def main(snakemake, log):
         snakemake.input.codes,
         snakemake.output[0],
         variant=snakemake.params.variant,
+        embedding_bits=snakemake.params.embedding_bits,
         card={"Mean relative error of the matrices": mean},
     )
     log(f"{len(reports)} matrices in {snakemake.output[0]}")

@@ -55,6 +55,10 @@ def read_checkpoint(folder: Path) -> dict[str, np.ndarray]:
     for name, spec in specs.items():
         need(all(step and not any(map(str.isspace, step)) for step in name.split(".")), name)
         check_spec(spec)
+        if name == "model.embed_tokens":
+            codes, d = spec["codes"], spec["shape"][0]
+            need(spec["dictionary"]["codec"] == "identity" and codes["support"] == "dense", name)
+            need("plus" not in spec and codes["codec"] in WHOLE and d * WHOLE[codes["codec"]] % 8 == 0, name)
     listed = [pair for name, spec in specs.items() for pair in with_parts(name, spec)]
     parts = dict(listed)
     need(len(parts) == len(listed), "two parts of one name")

@@ -31,7 +31,7 @@ TOKENS = torch.arange(3, 60)[None]
 def integers(tiny_model, tmp_path_factory):
     """Factory ``integers(family, codecs, block_size) -> packed folder``: matrices rounded to these codecs in turn."""
 
-    def make(family: str, codecs: list[str], block_size: int | None, scaled: bool = False) -> Path:
+    def make(family: str, codecs: list[str], block_size: int | None, scaled: bool = False, bits: int = 16) -> Path:
         base = ModelFolder(tiny_model(family, hidden_size=64, intermediate_size=96, head_dim=16))
         root = tmp_path_factory.mktemp(family)
         tensors, specs = {}, {}
@@ -46,7 +46,8 @@ def integers(tiny_model, tmp_path_factory):
             tensors |= packed
         header = {"cospadi": json.dumps({"format_version": 1, "matrices": specs})}
         safetensors.numpy.save_file(tensors, root / "codes.safetensors", header)
-        assemble(base.path, [root / "codes.safetensors"], root / "packed", variant={"method": "rtn"}, card={})
+        how = {"variant": {"method": "rtn"}, "card": {}, "embedding_bits": bits}
+        assemble(base.path, [root / "codes.safetensors"], root / "packed", **how)
         return root / "packed"
 
     return make
@@ -135,6 +136,27 @@ def test_integers_in_blocks_are_the_same_integers_in_a_gguf(integers, tmp_path, 
         # float16 least values of Q4_1 are rounded once, to eleven bits
         tolerance = 0 if kind != "Q4_1" else 2**-10 * np.abs(factors.codes).max()
         np.testing.assert_allclose(found[f"blk.1.{name}.weight"], factors.codes.T, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_embeddings_in_few_bits_are_written_by_every_export(integers, tmp_path, family):
+    packed = integers(family, ["int4"], 32, bits=8)
+    densify(packed, tmp_path / "dense")
+    dense, expected = ModelFolder(tmp_path / "dense"), logits(packed, trust_remote_code=True)
+    names = ["model.embed_tokens.weight", *(["lm_head.weight"] if family == "qwen2" else [])]
+    compressed_tensors.export(packed, tmp_path / "out", log=lambda line: None)
+    out = ModelFolder(tmp_path / "out")
+    assert all(np.array_equal(out.read(name), dense.read(name)) for name in names)
+    np.testing.assert_allclose(logits(tmp_path / "out"), expected, atol=0.02 * np.abs(expected).max())  # in bfloat16
+    lines: list[str] = []
+    ggufs.export(packed, tmp_path / "model.gguf", kind="Q4_0", log=lines.append)
+    assert lines == [f"all {lines[0].split()[1]} matrices are the integers that they were, in Q4_0"]
+    found = read(tmp_path / "model.gguf")
+    model = ModelFolder(packed)
+    for name, short in zip(names, ("token_embd.weight", "output.weight"), strict=False):
+        module = name.removesuffix(".weight")
+        factors = packed_factors(model, module, model.config["quantization_config"]["matrices"][module])
+        np.testing.assert_array_equal(found[short], factors.codes.T)  # the same integers, in Q8_0
 
 
 def test_other_matrices_are_rounded_by_the_rules_of_llama_cpp(packed_model, tmp_path):

@@ -79,7 +79,7 @@ def make(shape=(48, 40, 27), *, codec="bf16", support="bitmask", dictionary="bf1
     return layer, torch.from_numpy(read_matrix(tensors, "m", spec))
 
 
-@pytest.mark.parametrize("group_size", [1, 2, 3, 5, 8, 11, 15, 17, 1000])
+@pytest.mark.parametrize("group_size", [1, 2, 3, 5, 8, 11, 15, 17, 1000, 2**31 - 1])
 def test_groups_of_every_size_have_their_scales(machine, group_size):
     kinds = [*itertools.product(("int8", "int4"), ("dense", "bitmask", "2:4"), ("identity", "int8", "int4"))]
     kinds += [("int6", "bitmask", "int2"), ("int3", "dense", "int6"), ("int2", "2:4", "int3")]

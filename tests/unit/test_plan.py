@@ -661,7 +661,13 @@ def test_a_budget_leaves_what_all_else_does_not_take():
     assert found["few"]["ratio"] == pytest.approx(1 - (0.2 * 2**30 - others - (dense - some)) / some)
     fewer = others - 10 * (2 * (4 * 576 + 2 * 64) + 7 * 1000)
     assert found["fewer"]["steps"][1]["ratio"] == pytest.approx(1 - (150e6 - fewer) / (dense * 2 / 3))
+    rounded = {name: {"method": "ectcq", "budget": "96.5 MB", "embedding_bits": int(name)} for name in ("8", "4")}
+    given = make_plan(variants=rounded).config["variants"]
+    for bits in (8, 4):  # a scale for 64 numbers is a quarter of a bit
+        saved = 49152 * 576 * (16 - bits - 0.25) / 8
+        assert given[str(bits)]["ratio"] == pytest.approx(1 - (96_500_000 - others + saved) / dense)
     plain = make_plan(variants={"a": {"method": "svd_llm", "ratio": 0.4}}).config["variants"]["a"]
+    assert "embedding_bits" not in plain
     assert "budget" not in {**plain, **found["whole"]}
     with pytest.raises(ConfigError) as caught:
         make_plan(variants={"a": {"method": "rtn", "budget": "56MB"}, "b": {"method": "rtn", "budget": "1GB"}})

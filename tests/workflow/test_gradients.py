@@ -50,6 +50,7 @@ def run(new_run: Callable[..., Run]) -> Run:
             "residual_share": 0.5,
             "refine": {"samples": 6},
             "distill": {"epochs": 1, "samples": MORE},
+            "embedding_bits": 8,
         },
         "rtn": MENU,
         "alone": ALONE,
@@ -134,6 +135,23 @@ def test_other_options_of_training_end_to_end_learn_nothing_anew(run, tmp_path):
     assert planned["distill_factors"] == 1 and planned["quantize_codes"] == 1 and planned["assemble_model"] == 1
     assert planned["prepare_windows"] == 1 and "prepare_calibration" not in planned
     assert not {"learn_dictionary", "learn_in_turn", "compute_gram", "collect_gradients"} & planned.keys()
+
+
+def test_embeddings_in_few_bits_are_in_the_model_and_what_is_learned_is_not_of_them(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(run.folder)
+    table, plan = rows(run.results / "summary.tsv"), plan_of("run.yaml")
+    for name, bits in ((TURN, 8), ("sparsegpt", 16)):
+        config = read_json(run.results / name / "model/config.json")
+        spec = config["quantization_config"]["matrices"].get("model.embed_tokens", {"codes": {"codec": "int16"}})
+        assert spec["codes"]["codec"] == f"int{bits}"
+        size = sum(file.stat().st_size for file in (run.results / name / "model").glob("*.safetensors"))
+        assert size <= plan.final_nbytes(name), "a budget keeps to it"
+        assert float(table[name]["kl"]) > 0 and np.isfinite(float(table[name]["token_perplexity"]))
+    run = run.copy(tmp_path / "copy")
+    run.config["variants"][TURN]["embedding_bits"] = 4
+    planned = run.planned(f"results/tiny/{TURN}/eval.json")
+    assert planned["assemble_model"] == planned["evaluate_model"] == 1
+    assert not {"learn_in_turn", "distill_factors", "quantize_codes"} & planned.keys()
 
 
 def test_a_unit_learned_in_turn_waits_for_those_before_it(run, tmp_path):

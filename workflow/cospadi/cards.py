@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 
 from cospadi.files import ModelFolder
-from cospadi.runtime.cospadi_format import TRANSFORMERS
+from cospadi.runtime.cospadi_format import EMBEDDING, HEAD, TRANSFORMERS
 
 _HEAD = """\
 ---
@@ -97,8 +97,8 @@ def packed_card(
         base,
         "compression",
         ", packed",
-        f"{len(packing['matrices'])} weight matrices are stored as dictionary times codes, `W = D S`. "
-        "All other tensors are the base model's.",
+        f"{len(packing['matrices'].keys() - {EMBEDDING, HEAD})} weight matrices are stored as dictionary times codes, "
+        f"`W = D S`. {_embedding_words(packing)}All other tensors are the base model's.",
         name=name,
         variant=json.dumps(packing["variant"], sort_keys=True),
         count=count,
@@ -106,6 +106,11 @@ def packed_card(
         measured=measured,
         transformers=TRANSFORMERS,
     )
+
+
+def _embedding_words(packing: Mapping[str, Any]) -> str:
+    spec = packing["matrices"].get(EMBEDDING)
+    return f"Embedding and head are `{spec['codes']['codec']}`, under scales. " if spec else ""
 
 
 def pruned_card(base: ModelFolder, name: str, removed: Sequence[int], settings: Mapping[str, Any]) -> str:

@@ -22,6 +22,7 @@ import safetensors.numpy
 
 from cospadi.budget import dense_nbytes
 from cospadi.cards import packed_card
+from cospadi.embeddings import embeddings_of, pack_embedding
 from cospadi.errors import ArtifactError, CospadiError, listed
 from cospadi.files import (
     SAFETENSORS_DTYPES,
@@ -39,7 +40,9 @@ from cospadi.provenance import CALIBRATION, check_provenance, fingerprint
 from cospadi.runtime.cospadi_checksums import CHECKSUMS, checksum_faults, write_checksums
 from cospadi.runtime.cospadi_format import (
     AUTO_MAP,
+    EMBEDDING,
     FORMAT_VERSION,
+    HEAD,
     LOAD_HINT,
     MODEL_TYPE,
     WEIGHT_DTYPES,
@@ -68,6 +71,7 @@ def assemble(
     output: str | Path,
     *,
     variant: Mapping[str, Any],
+    embedding_bits: int = 16,
     card: Mapping[str, Any] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
@@ -85,6 +89,8 @@ def assemble(
         Folder to write; whole or not at all.
     variant : mapping
         Method and options the codes were made with; kept in ``config.json``.
+    embedding_bits : int
+        A number of the embedding and of a head of its own (`embeddings.pack_embedding`); 16, as they are.
     card : mapping, optional
         Measured figures for the model card, label to value.
     max_shard_bytes : int
@@ -103,14 +109,20 @@ def assemble(
     if not isinstance(base.config.get("model_type"), str):
         raise ArtifactError(base.path / "config.json", "it names no model_type", "Fetch the model again")
     specs, sources = _read_codes(codes_files)
+    tied = set()
+    if embedding_bits < 16:
+        for name in embeddings_of(base):
+            arrays, specs[name] = pack_embedding(base, name, embedding_bits)
+            sources |= {part: StoredTensor.made(part, array) for part, array in arrays.items()}
+        tied = {f"{HEAD}.weight"} - {f"{name}.weight" for name in specs}  # where a file has it twice
     dtypes = {_check_target(base, name, spec) for name, spec in specs.items()}
     packed_into = _placement(specs)
 
     tensors = []
     for name in base.weight_map:
         if name in packed_into:
-            tensors += [StoredTensor.of(sources[part], part) for part in packed_into[name]]
-        else:
+            tensors += [sources[part] for part in packed_into[name]]
+        elif name not in tied:
             tensors.append(StoredTensor.of(base.file_of(name), name))
 
     config = {key: value for key, value in base.config.items() if key != "transformers_version"}
@@ -200,10 +212,10 @@ def target_bytes(folder: str | Path) -> dict[str, Any]:
     -------
     dict
         ``nbytes`` and ``dense_nbytes`` (bfloat16) of all matrices, ``ratio`` removed, and ``matrices``: the same for
-        each, where a matrix counts its part of a shared dictionary.
+        each, where a matrix counts its part of a shared dictionary. Embedding and head are none of them.
     """
     model, packing = open_packed(folder)
-    specs = packing["matrices"]
+    specs = matrices_of(packing)
     sharers = Counter(part for spec in specs.values() for part in dictionary_names(spec))
     matrices = {}
     for name, spec in specs.items():
@@ -238,12 +250,9 @@ def densify(packed_folder: str | Path, output: str | Path, *, max_shard_bytes: i
     model, packing = open_packed(packed_folder)
     check_loads(model.path)
     specs = packing["matrices"]
-    dtype = SAFETENSORS_DTYPES[packing["weight_dtype"]]
     packed = {part for name, spec in specs.items() for part in tensor_names(name, spec)}
     tensors = [StoredTensor.of(model.file_of(name), name) for name in model.weight_map if name not in packed]
-    for matrix, spec in specs.items():
-        read = functools.partial(_dense_weight, model, matrix, spec, dtype)
-        tensors.append(StoredTensor(f"{matrix}.weight", math.prod(spec["shape"]) * dtype.itemsize, read))
+    tensors += [dense_weight(model, packing, matrix) for matrix in specs]
     write_folder(output, dense_config(model), tensors, base=model.path, max_shard_bytes=max_shard_bytes)
 
 
@@ -325,11 +334,15 @@ class StoredTensor:
     def of(cls, file: TensorFile, name: str) -> StoredTensor:
         return cls(name, file.nbytes(name), functools.partial(file.read, name))
 
+    @classmethod
+    def made(cls, name: str, array: np.ndarray) -> StoredTensor:
+        return cls(name, array.nbytes, lambda: array)
 
-def _read_codes(codes_files: Iterable[str | Path]) -> tuple[dict[str, Any], dict[str, TensorFile]]:
-    """Specs of all matrices, and the file every packed tensor is in."""
+
+def _read_codes(codes_files: Iterable[str | Path]) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
+    """Specs of all matrices, and every packed tensor."""
     specs: dict[str, Any] = {}
-    sources: dict[str, TensorFile] = {}
+    sources: dict[str, StoredTensor] = {}
     for path in codes_files:
         file = TensorFile(path, _REMEDY)
         found = read_specs(file, CODECS, _REMEDY)
@@ -339,7 +352,8 @@ def _read_codes(codes_files: Iterable[str | Path]) -> tuple[dict[str, Any], dict
         if faults:
             raise ArtifactError(path, in_one_line(faults), _REMEDY)
         specs |= found
-        sources |= {part: file for name, spec in found.items() for part in tensor_names(name, spec)}
+        names = (part for name, spec in found.items() for part in tensor_names(name, spec))
+        sources |= {part: StoredTensor.of(file, part) for part in names}
     if not specs:
         raise ArtifactError("codes", "no codes file was given, or none has a matrix", "Name at least one")
     return specs, sources
@@ -389,6 +403,18 @@ def open_packed(folder: str | Path) -> tuple[ModelFolder, dict[str, Any]]:
     if faults:
         raise ArtifactError(path, in_one_line(faults), _FOLDER_REMEDY)
     return ModelFolder(path), packing
+
+
+def matrices_of(packing: Mapping[str, Any]) -> dict[str, Any]:
+    """Specs of a ``quantization_config`` but for those of embedding and head."""
+    return {name: spec for name, spec in packing["matrices"].items() if name not in (EMBEDDING, HEAD)}
+
+
+def dense_weight(model: ModelFolder, packing: Mapping[str, Any], matrix: str) -> StoredTensor:
+    """A packed matrix multiplied out, in the dtype that the weights had; computed when it is written."""
+    spec, dtype = packing["matrices"][matrix], SAFETENSORS_DTYPES[packing["weight_dtype"]]
+    read = functools.partial(_dense_weight, model, matrix, spec, dtype)
+    return StoredTensor(f"{matrix}.weight", math.prod(spec["shape"]) * dtype.itemsize, read)
 
 
 def check_loads(folder: Path) -> None:

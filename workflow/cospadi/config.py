@@ -48,19 +48,9 @@ SCHEMAS = Path(__file__).parent / "schemas"
 REPLACED = ("model", "text", "variants")
 # What else is in the folder of a run, where every variant has a folder of its own
 RESERVED = (
-    *(
-        "dense",
-        "structure.json",
-        "calibration.h5",
-        "windows",
-        "activations",
-        "gradients",
-        "gram",
-        "pruning",
-        "drift.json",
-    ),
+    *("dense", "structure.json", "calibration.h5", "activations", "gradients", "gram", "pruning", "drift.json"),
     *("plots", "logs", "benchmarks", "summary.tsv", "summary.html", "summary.json", "frontier.tsv", "samples.html"),
-    *("samples.md", "explore.html", "report.zip", "config.yaml"),
+    *("samples.md", "explore.html", "report.zip", "config.yaml", "windows"),
     *("training", "training.tsv", "training.html", "training.json"),
 )
 # Keys that say how large a variant is
@@ -81,7 +71,8 @@ def schema() -> Schema:
     alternatives = [
         entry_schema(method, "method", parting if method.scope == "problem" else alone) for method in METHODS.values()
     ]
-    alternatives.append(entry_schema(CHOOSE, "method", {key: common[key] for key in ("method", *SIZES)}))
+    of_whole = {key: common[key] for key in ("method", *SIZES, "embedding_bits")}
+    alternatives.append(entry_schema(CHOOSE, "method", of_whole))
     alternatives += [entry_schema(pruner, "method", {"method": _PRUNING}) for pruner in PRUNERS.values()]
     whole["properties"]["variants"]["propertyNames"]["not"] = {"enum": list(RESERVED)}
     parts["steps"]["properties"]["steps"]["items"] = {"oneOf": alternatives}
@@ -234,6 +225,7 @@ def _unused(settings: Mapping[str, Any]) -> set[str]:
     """Keys of a complete step that decide nothing: factors are the same as before these keys came."""
     unused = {"bits", *(key for key in ("budget", INCREASE, SEARCH) if not settings.get(key))}
     unused |= {"ratio"} if INCREASE not in unused else set()
+    unused |= {"embedding_bits"} if settings.get("embedding_bits") == 16 else set()
     if settings.get("method") not in METHODS:
         return unused
     unused |= {"residual_share"} if settings.get("target") != SEQUENTIAL else set()

@@ -19,7 +19,7 @@ from cospadi.formats.factorization import Factorization, dictionary_names, read_
 from cospadi.formats.values import storage_of
 from cospadi.gram import check_gradients, check_grams
 from cospadi.methods import METHODS, Method
-from cospadi.methods.base import Fit
+from cospadi.methods.base import AFTERWARDS, Fit
 from cospadi.problem import Gradients, Matrix, Metric, OnDemand, Problem, in_turn, matrices_of, shared
 from cospadi.provenance import check_provenance, digest_of
 from cospadi.runtime.cospadi_registry import FACTOR_CODECS
@@ -177,7 +177,7 @@ def provenance(
     """What factors of a unit belong to: version, model, layers, the settings that decide them, and the calibration."""
     # how values are rounded is decided later, and what training makes of them
     codes = {key: value for key, value in variant["codes"].items() if key != "rounding"}
-    variant = {key: value for key, value in variant.items() if key != "distill"}
+    variant = {key: value for key, value in variant.items() if key not in AFTERWARDS}
     return {
         "format_version": FORMAT_VERSION,
         "fingerprint": structure["fingerprint"],

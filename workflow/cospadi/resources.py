@@ -326,10 +326,13 @@ class Estimates:
         memory = NUMPY + packed + max(packed, at_once) + (COMPILED if optimal else 0)
         return Work(memory, 1, core, disk=packed, moved=packed)
 
-    def assemble(self, size: float | None = None) -> Work:
+    def assemble(self, size: float | None = None, *, rounds_embeddings: bool = False) -> Work:
         """Copying tensors a shard of 5 GiB at a time; `size`, bytes of all, is by default the dense model's."""
         size = 2 * self.shapes.parameters if size is None else size
-        return Work(NUMPY + 1.1 * min(size, 5 * 2**30), 2, disk=size, moved=2 * size)
+        rounded = self.shapes.embedding_parameters if rounds_embeddings else 0
+        # pages of the file beside what becomes of them, for the pieces and for the whole; 4 million numbers a second
+        memory = NUMPY + 1.1 * min(size, 5 * 2**30) + 4 * rounded
+        return Work(memory, 2, Cost({LOOP: rounded / 4e6}), disk=size, moved=2 * size)
 
     def export(self) -> Work:
         """As `assemble`, with one tensor at a time in float32, twice; a temporary file holds the rest."""

@@ -310,7 +310,7 @@ def _meta_model(folder: ModelFolder) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     config = _read_config(folder)
-    if _has_own_head(folder):
+    if has_own_head(folder):
         config.tie_word_embeddings = False
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -322,7 +322,7 @@ def _meta_model(folder: ModelFolder) -> PreTrainedModel:
     return model.eval()
 
 
-def _has_own_head(folder: ModelFolder) -> bool:
+def has_own_head(folder: ModelFolder) -> bool:
     """Whether a head is stored beside the embedding with other values: transformers then ignores the wish to tie."""
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     if head not in folder.weight_map or embedding not in folder.weight_map:

@@ -28,6 +28,7 @@ rule assemble_model:
     params:
         variant=lambda wildcards: config["variants"][wildcards.variant],
         targets=lambda wildcards: plan.packed(wildcards.variant)[0]["targets"],
+        embedding_bits=lambda wildcards: plan.embedding_bits(wildcards.variant),
         collection=plan.collection(),
         model=lambda wildcards: plan.model_digest(ALL, base=plan.base_of(wildcards.variant)),
         code=plan.code("assemble"),

@@ -27,7 +27,7 @@ rule distill_factors:
         **plan.resources("distill"),
     params:
         layers=lambda wildcards: [layers_of(unit) for unit in plan.units(wildcards.variant)],
-        variant=lambda wildcards: plan.factorizing(wildcards.variant),
+        variant=lambda wildcards: plan.storing(wildcards.variant),
         collection=plan.collection(),
         model=lambda wildcards: plan.model_digest(WEIGHTS, base=plan.base_of(wildcards.variant)),
         device=config["device"],

@@ -22,7 +22,7 @@ rule quantize_codes:
         in_turn=1,  # of those that share a SLURM job (profiles/slurm)
     params:
         layers=lambda wildcards: layers_of(wildcards.unit),
-        variant=lambda wildcards: plan.factorizing(wildcards.variant),
+        variant=lambda wildcards: plan.storing(wildcards.variant),
         collection=plan.collection(),
         model=lambda wildcards: plan.model_digest(WEIGHTS, base=plan.base_of(wildcards.variant)),
         code=plan.code("quantize"),

@@ -92,9 +92,7 @@ class Comparison:
         if self._dtype not in STORED_AS:
             raise ArtifactError(states, f"dtype is {self._dtype!r}; allowed: {', '.join(STORED_AS)}", _REMEDY)
         self._path = states
-        theirs, weight = _head_weight(model, dense), model.get_output_embeddings().weight
-        # most variants have the head of the dense model: it is in memory once then
-        self._head = Head(model, theirs if weight.is_meta or not torch.equal(weight, theirs) else weight)
+        self._head = Head(model, _dense_head(model, dense))
         self.n_tokens, self._total = 0, 0.0
 
     @property
@@ -118,8 +116,7 @@ def recording(model: PreTrainedModel, folder: Path, dtype: str, path: Path) -> I
     """A `Recorder` of the model of a folder, which computes in `dtype`; the file is whole, or not there."""
     belongs = {"format_version": FORMAT_VERSION, "fingerprint": fingerprint(ModelFolder(folder)), "dtype": dtype}
     with writing(path, belongs) as file:
-        weight = model.get_output_embeddings().weight
-        recorder = Recorder(model, _head_weight(model, folder) if weight.is_meta else weight, file)
+        recorder = Recorder(model, _dense_head(model, folder), file)
         handle = model.get_output_embeddings().register_forward_pre_hook(recorder.entering)
         try:
             yield recorder
@@ -158,13 +155,17 @@ class Head:
         return torch.cat(found).double()
 
 
-def _head_weight(model: PreTrainedModel, folder: Path) -> torch.Tensor:
-    """The last matrix of the dense model of a folder, its own or the embedding, as `model` would compute with it."""
-    dense = ModelFolder(folder)
+def _dense_head(model: PreTrainedModel, folder: Path) -> torch.Tensor:
+    """The last matrix of the dense model of a folder, its own or the embedding, as `model` would compute with it.
+
+    Most variants have that very one: it is in memory once then. One on the disk or in few bits cannot be asked.
+    """
+    dense, own = ModelFolder(folder), model.get_output_embeddings()
     name = "lm_head.weight" if "lm_head.weight" in dense.weight_map else "model.embed_tokens.weight"
-    head = model.get_output_embeddings().weight
+    there = isinstance(own.weight, torch.nn.Parameter) and not own.weight.is_meta
     with safe_open(dense.file_of(name).path, framework="pt") as file:
-        return file.get_tensor(name).to(input_device(model) if head.is_meta else head.device, head.dtype)
+        theirs = file.get_tensor(name).to(own.weight.device if there else input_device(model), model.dtype)
+    return own.weight if there and torch.equal(own.weight, theirs) else theirs
 
 
 def _key(ids: torch.Tensor, n_scored: int) -> str:

@@ -13,7 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from cospadi.checkpoint import StoredTensor, check_loads, dense_config, open_packed, packed_factors, write_folder
+from cospadi.checkpoint import (
+    StoredTensor,
+    check_loads,
+    dense_config,
+    dense_weight,
+    matrices_of,
+    open_packed,
+    packed_factors,
+    write_folder,
+)
 from cospadi.errors import ArtifactError
 from cospadi.exports import Grid, grid_of
 from cospadi.files import BFLOAT16
@@ -32,7 +41,7 @@ def export(packed_folder: str | Path, output: str | Path, *, log: Callable[[str]
     """
     model, packing = open_packed(packed_folder)
     check_loads(model.path)
-    specs = packing["matrices"]
+    specs = matrices_of(packing)
     schemes: dict[tuple[int, int | None, bool], list[str]] = {}
     tensors: list[StoredTensor] = []
 
@@ -48,7 +57,10 @@ def export(packed_folder: str | Path, output: str | Path, *, log: Callable[[str]
         for part, array in packed_tensors(grid).items():
             read = partial(lambda name, part: packed(name)[part], name, part)
             tensors.append(StoredTensor(f"{name}.{part}", array.nbytes, read))
-    inside = tuple(f"{name}." for name in specs)
+    # its readers look up tokens in a dense embedding alone
+    embeddings = packing["matrices"].keys() - specs.keys()
+    tensors += [dense_weight(model, packing, name) for name in sorted(embeddings)]
+    inside = tuple(f"{name}." for name in packing["matrices"])
     others = [name for name in model.weight_map if not name.startswith(inside) or name.endswith(".bias")]
     tensors += [StoredTensor.of(model.file_of(name), name) for name in others]
     dense = {name.removesuffix(".weight") for name in others if _is_linear(model, name)}

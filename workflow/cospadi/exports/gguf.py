@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from cospadi.checkpoint import check_loads, open_packed, packed_factors, target_bytes
+from cospadi.checkpoint import check_loads, matrices_of, open_packed, packed_factors, target_bytes
 from cospadi.errors import ArtifactError
 from cospadi.exports import Grid, bits_of, grid_of
 from cospadi.files import ModelFolder, replacing
@@ -60,7 +60,7 @@ def export(
 
     model, packing = open_packed(packed_folder)
     check_loads(model.path)
-    specs, family = packing["matrices"], model.config["base_model_type"]
+    specs, matrices, family = packing["matrices"], matrices_of(packing), model.config["base_model_type"]
     if family not in _ARCHITECTURES:
         known = ", ".join(_ARCHITECTURES)
         raise ArtifactError(
@@ -100,9 +100,10 @@ def export(
             )
         for name, spec in specs.items():
             factors = packed_factors(model, name, spec)
-            blocks = _blocks(grid_of(factors), kind)
-            kept += blocks is not None
-            wanted = kind if blocks is not None else _possible(kind, spec["shape"][0])
+            wanted = kind if name in matrices else _embedded(kind)
+            blocks = _blocks(grid_of(factors), wanted)
+            kept += blocks is not None and name in matrices
+            wanted = wanted if blocks is not None else _possible(wanted, spec["shape"][0])
             if blocks is None:
                 dense = np.ascontiguousarray(factors.reconstruct().T)
                 blocks = gguf.quants.quantize(dense, gguf.GGMLQuantizationType[wanted])
@@ -111,7 +112,7 @@ def export(
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-    log(_what_is_lost(model, specs, kind, kept))
+    log(_what_is_lost(model, matrices, kind, kept))
 
 
 _REMEDY = "Write it dense (make densify) and convert that with llama.cpp's own tools"

@@ -331,6 +331,9 @@ def allocation_faults(settings: Mapping[str, Any]) -> Iterator[str]:
 TRAINING = ("refine", "distill")
 OF_LAYERS = ("target", "drift_share", "residual_share", *TRAINING)
 
+# Options that decide nothing of what is learned, but what is done with it
+AFTERWARDS = ("distill", "embedding_bits")
+
 
 def trained_by(settings: Mapping[str, Any]) -> list[str]:
     """Keys of complete settings that ask for training."""

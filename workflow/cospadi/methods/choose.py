@@ -65,6 +65,11 @@ def choice_faults(variants: Mapping[str, Any], heldout_fraction: float) -> Itera
                 )
         if settings.get(INCREASE) and settings.get(SEARCH):
             yield f"variants.{name}.{SEARCH}: swaps keep to a size; give a ratio in place of {INCREASE}"
+        if settings.get(INCREASE) and settings.get("embedding_bits", 16) < 16:
+            yield (
+                f"variants.{name}.embedding_bits: {settings['embedding_bits']} are not in the perplexity that "
+                f"{INCREASE} is of; give a ratio in its place"
+            )
         for source in settings.get("choose_from", ()) if settings.get("method") == CHOOSE.name else ():
             where = f"variants.{name}.choose_from: {source}"
             if source not in comparable:

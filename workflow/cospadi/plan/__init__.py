@@ -14,6 +14,7 @@ from typing import Any
 
 from cospadi.digests import code_digest, folder_digest, modules_of
 from cospadi.errors import ConfigError
+from cospadi.methods.base import AFTERWARDS
 from cospadi.outside import TOKENIZER, edited_digest, model_digest, untimed
 from cospadi.plan.budgets import model_nbytes, with_ratios
 from cospadi.plan.faults import local_model_faults, planning_faults
@@ -101,9 +102,13 @@ class Plan(Paths, Staged):
         """Settings that decide the factors: rounding comes after them, unless each layer waits for the one before as it
         is `rounded`, and so does training end to end; the bits of a value come before (the budget).
         """
-        settings = {key: value for key, value in self.factorizing(variant).items() if key != "distill"}
+        settings = {key: value for key, value in self.factorizing(variant).items() if key not in AFTERWARDS}
         codes = {key: value for key, value in settings["codes"].items() if rounded or key != "rounding"}
         return {**settings, "codes": codes}
+
+    def storing(self, variant: str) -> dict[str, Any]:
+        """Settings that decide the matrices as they are stored: embedding and head are none of them."""
+        return {key: value for key, value in self.factorizing(variant).items() if key != "embedding_bits"}
 
     def reported(self) -> dict[str, Any]:
         """Settings that the report shows."""

@@ -1,9 +1,9 @@
 """Budgets: the ratio that leaves a model's file, or what of it is in a GPU's memory, as many bytes as a person wants.
 
-What is not learned stays as it is and counts: the embedding, the head where it is stored apart, norms, biases, and
-projections that are not among a variant's targets. On a GPU keys and values of a number of tokens count too, and the
-matrices of methods whose codes are decoded when a model is loaded. The count is of what ``config.json`` says, and never
-too low.
+What is not learned counts, too: the embedding and the head where it is stored apart, in the bits that a variant says,
+and as they are norms, biases, and projections that are not among its targets. On a GPU keys and values of a number of
+tokens count too, and the matrices of methods whose codes are decoded when a model is loaded. The count is of what
+``config.json`` says, and never too low.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from cospadi.budget import nbytes_left
 from cospadi.config import read_schema
+from cospadi.embeddings import embedding_nbytes
 from cospadi.methods import METHODS
 from cospadi.methods.choose import CHOOSE
 from cospadi.plan.names import at_step
@@ -76,7 +77,7 @@ def with_ratios(
         budget, where = Budget.of(text), f"{at_step(name, variant, 1)}.budget: {text}"
         sources, n_layers, targets, others = _parts(config, variant, shapes, model_config)
         width = _width(model_config)
-        parts = {"embeddings and all else that stays as it is": others}
+        parts = {"embeddings and all else that is not among the matrices": others}
         if budget.on_gpu:
             decoded = [one["method"] for one in sources if METHODS[one["method"]].decoded]
             if decoded and "choose_from" in settings:
@@ -141,15 +142,20 @@ def _parts(
     sources = [config["variants"][source] for source in settings.get("choose_from", ())] or [settings]
     chosen = sources[0].get("targets") or list(shapes.matrices)
     targets = [shapes.matrices[projection] for projection in chosen] * max(n_layers, 1)
-    return sources, n_layers, targets, _others(shapes, _width(model_config), n_layers, chosen)
+    others = _others(shapes, _width(model_config), n_layers, chosen, settings.get("embedding_bits", 16))
+    return sources, n_layers, targets, others
 
 
 def _width(model_config: Mapping[str, Any]) -> int:
     return 4 if "float32" in (model_config.get("dtype"), model_config.get("torch_dtype")) else 2
 
 
-def _others(shapes: Shapes, width: int, n_layers: int, chosen: list[str]) -> int:
+def _others(shapes: Shapes, width: int, n_layers: int, chosen: list[str], embedding_bits: int) -> int:
     """Bytes in the file that are not of the target matrices."""
+    embeddings = width * shapes.embedding_parameters
+    if embedding_bits < 16:
+        one = shapes.vocabulary, shapes.hidden_size
+        embeddings = shapes.embedding_parameters // math.prod(one) * embedding_nbytes(*one, embedding_bits)
     left_out = [math.prod(shape) for name, shape in shapes.matrices.items() if name not in chosen]
-    numbers = shapes.embedding_parameters + shapes.hidden_size + n_layers * (shapes.small_parameters + sum(left_out))
-    return width * numbers + _HEADER * n_layers * len(shapes.matrices)
+    numbers = shapes.hidden_size + n_layers * (shapes.small_parameters + sum(left_out))
+    return embeddings + width * numbers + _HEADER * n_layers * len(shapes.matrices)

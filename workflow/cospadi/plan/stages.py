@@ -144,7 +144,8 @@ def _assemble(plan: Plan) -> Iterator[Jobs]:
 def _assembling(plan: Plan, wildcards: Any) -> Work:
     # of the largest; where no ratio says how large it will be, of the dense model
     sizes = [plan.final_nbytes(name) for name in plan.factorized + plan.choosing]
-    return plan.estimates.assemble(None if None in sizes else max(sizes))
+    rounds = any(plan.embedding_bits(name) < 16 for name in plan.factorized + plan.choosing)
+    return plan.estimates.assemble(None if None in sizes else max(sizes), rounds_embeddings=rounds)
 
 
 def _choosing(plan: Plan, wildcards: Any) -> Work:

@@ -59,6 +59,11 @@ class Variants:
         """Settings of the step that factorizes, if there is one."""
         return next((step for step in self.steps(variant) if step["method"] in METHODS), None)
 
+    def embedding_bits(self, variant: str) -> int:
+        """Bits a number of a variant's embedding, and of its head."""
+        settings = self.factorizing(variant) or self.config["variants"][variant]
+        return settings.get("embedding_bits", 16)
+
     def sources_of(self, variant: str) -> list[str]:
         """Variants that a variant chooses from; none for those that learn, or only lose blocks."""
         settings = self.config["variants"][variant]

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .cospadi_cuda import gpu_kernels  # noqa: F401
     from .cospadi_cuda_kernels import row_products  # noqa: F401
     from .cospadi_diagonal import Diagonal  # noqa: F401
+    from .cospadi_embedding import PackedEmbedding  # noqa: F401
     from .cospadi_entropy import Entropy  # noqa: F401
     from .cospadi_entropy_source import SOURCE as CODER  # noqa: F401
     from .cospadi_integers import Integers  # noqa: F401

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .cospadi_format import in_one_line, spec_faults, stored_tensors
+from .cospadi_format import block_of, in_one_line, spec_faults, stored_tensors
 from .cospadi_registry import CODECS, SUPPORTS
 
 _DTYPES = {"BF16": torch.bfloat16, "U8": torch.uint8, "I8": torch.int8}
@@ -53,10 +53,10 @@ def decode_dictionary(
     if stored is None:
         return None
     (d_in, _), k, codec = spec["shape"], spec["dictionary"]["n_atoms"], spec["dictionary"]["codec"]
-    numbers = _decode(codec, stored, CODECS[codec].numbers_of_dictionary(d_in, k))
+    numbers = decode_numbers(codec, stored, CODECS[codec].numbers_of_dictionary(d_in, k))
     if scales is None:
         return numbers.to(dtype)
-    size = spec["dictionary"]["group_size"] or d_in
+    size = block_of(spec["dictionary"], d_in)
     return (numbers.float() * scales.float().repeat_interleave(size, 0)[:d_in]).to(dtype)
 
 
@@ -75,17 +75,17 @@ def decode_codes(
         halves = scales is None and dtype == torch.bfloat16
         codes = CODECS[codec].decode(values.to(torch.uint8), (d_out, k), halves=halves)
     elif support is None and not shifted:
-        codes = _decode(codec, values, (d_out, k))
+        codes = decode_numbers(codec, values, (d_out, k))
     else:
         mask = None if support is None else decode_support(spec, support)
-        numbers = _decode(codec, values, (n + len(scales) if shifted else n,))
+        numbers = decode_numbers(codec, values, (n + len(scales) if shifted else n,))
         codes = numbers[:n].view(d_out, k) if mask is None else _spread(numbers[:n], mask)
     if scales is None or not len(scales):
         return codes.to(dtype)
     codes = codes.float()
     if mask is None:
         mask = torch.ones(d_out, k, dtype=torch.bool, device=values.device)
-    block = _block_of(mask, spec["codes"]["group_size"], len(scales))
+    block = _block_of(mask, block_of(spec["codes"], k), len(scales))
     if shifted:  # codes that are not stored stay zero
         codes = (codes - numbers[n:].float()[block]) * mask
     return (codes * scales.float()[block]).to(dtype)
@@ -95,9 +95,8 @@ def _spread(numbers: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return torch.zeros(mask.shape, dtype=numbers.dtype, device=mask.device).masked_scatter(mask, numbers)
 
 
-def _block_of(mask: torch.Tensor, size: int | None, n_scales: int) -> torch.Tensor:
+def _block_of(mask: torch.Tensor, size: int, n_scales: int) -> torch.Tensor:
     """Which scale each code of a (d_out, k) mask has: a column's stored values have one for each `size`, in order."""
-    size = size or mask.shape[1]
     rank = mask.cumsum(1, dtype=torch.int32)  # from 1 at the first stored value of a column
     blocks = (rank[:, -1:] + (size - 1)) // size
     block = blocks.cumsum(0) - blocks + (rank - 1).clamp(min=0) // size
@@ -110,7 +109,7 @@ def decode_support(spec: dict[str, Any], support: torch.Tensor) -> torch.Tensor:
     return SUPPORTS[spec["codes"]["support"]].mask(support.to(torch.uint8), spec["dictionary"]["n_atoms"])
 
 
-def _decode(name: str, stored: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+def decode_numbers(name: str, stored: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """Numbers of that shape. A tool may have cast what is stored: integers are in it unchanged, bfloat16 rounded."""
     dtype = _DTYPES[CODECS[name].dtype]
     return CODECS[name].decode(stored if dtype.is_floating_point else stored.to(dtype), shape)
@@ -119,7 +118,7 @@ def _decode(name: str, stored: torch.Tensor, shape: Sequence[int]) -> torch.Tens
 def encode_dictionary(spec: dict[str, Any], dictionary: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
     """Store a dictionary with the codec and the scales it had: inverse of `decode_dictionary`."""
     if scales is not None:
-        size = spec["dictionary"]["group_size"] or len(dictionary)
+        size = block_of(spec["dictionary"], len(dictionary))
         scales = scales.float().repeat_interleave(size, 0)[: len(dictionary)]
     return _encode(spec["dictionary"]["codec"], dictionary, scales)
 
@@ -137,11 +136,11 @@ def encode_codes(
     mask = torch.ones_like(codes, dtype=torch.bool) if support is None else decode_support(spec, support)
     numbers = codes if support is None else codes[mask]
     if scales is not None:
-        block = _block_of(mask, spec["codes"]["group_size"], len(scales))
+        block = _block_of(mask, block_of(spec["codes"], mask.shape[1]), len(scales))
         block = block if support is None else block[mask]
         n = spec["codes"]["n_nonzero"]
         if CODECS[spec["codes"]["codec"]].shifted:
-            zeros = _decode(spec["codes"]["codec"], values, (n + len(scales),))[n:].float()
+            zeros = decode_numbers(spec["codes"]["codec"], values, (n + len(scales),))[n:].float()
             numbers = (numbers.float() / scales.float()[block]).nan_to_num(0, 0, 0) + zeros[block]
             return _encode(spec["codes"]["codec"], torch.cat([numbers.flatten(), zeros]), None)
         scales = scales.float()[block]

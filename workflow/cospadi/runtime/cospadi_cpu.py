@@ -30,6 +30,7 @@ import torch
 
 from .cospadi_codecs import tensor_shapes
 from .cospadi_cpu_source import SOURCE
+from .cospadi_format import block_of
 from .cospadi_registry import CODECS as ALL_CODECS
 
 logger = logging.getLogger("cospadi.runtime")
@@ -156,11 +157,11 @@ class BoundMatrix:
             k=self.n_atoms,
             n_nonzero=codes["n_nonzero"],
             dictionary_codec=CODECS[dictionary["codec"]],
-            dictionary_group=min(dictionary.get("group_size") or d_in, d_in),
+            dictionary_group=block_of(dictionary, d_in),
             codec=CODECS[codes["codec"]],
             bits=codec.bits,
             support=SUPPORTS[codes["support"]],
-            group=min(codes.get("group_size") or self.n_atoms, self.n_atoms),
+            group=block_of(codes, self.n_atoms),
             dictionary=address.get("dictionary"),
             values=address["values"],
             positions=address.get("support"),

@@ -16,6 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from .cospadi_codecs import decode_codes, decode_dictionary
 from .cospadi_diagonal import is_diagonal, times
+from .cospadi_format import block_of
 from .cospadi_registry import CODECS as ALL_CODECS
 from .cospadi_supports import unpack_bits
 from .cospadi_trellis import LANES
@@ -151,7 +152,7 @@ def project(spec: dict[str, Any], parts: list[torch.Tensor | None], x: torch.Ten
         out_dtype=torch.float32,
         strides=(row_stride, in_stride),
         codec=spec["dictionary"]["codec"],
-        group=spec["dictionary"].get("group_size") or d_in,
+        group=block_of(spec["dictionary"], d_in),
         scale_strides=(1, k),
         lanes=lanes,
     )
@@ -168,7 +169,7 @@ def apply_codes(
     if ALL_CODECS[codes["codec"]].whole:
         return _trellis_products(spec, values, z.contiguous(), dtype)
     if support is None:
-        group = codes.get("group_size") or k
+        group = block_of(codes, k)
         return _row_products(
             z.contiguous(),
             values,
@@ -202,7 +203,7 @@ def apply_codes(
             found.n_chunks,
             codes["n_nonzero"],
             z.shape[1],
-            codes.get("group_size") or k,
+            block_of(codes, k),
             ROWS=rows,
             CODEC=codes["codec"],
             SCALED=codes["codec"] in _SCALED,
@@ -244,7 +245,7 @@ def unpack(spec: dict[str, Any], parts: list[torch.Tensor | None], dtype: torch.
             support.shape[1],
             found.n_chunks,
             stride,
-            codes.get("group_size") or k,
+            block_of(codes, k),
             CODEC=codes["codec"],
             SCALED=codes["codec"] in _SCALED,
             PAIRS=codes["support"] == "2:4",
@@ -414,7 +415,7 @@ class _Index:
         self.offsets = (ends.view_as(counts) - counts).to(torch.int32)
         self.scale_starts = None
         if codes["codec"] in _SCALED:
-            groups = -(-counts.sum(1) // (codes.get("group_size") or k))
+            groups = -(-counts.sum(1) // block_of(codes, k))
             self.scale_starts = (groups.cumsum(0) - groups).to(torch.int32)
 
 

@@ -52,6 +52,9 @@ _SCALES = CODECS["bf16"]
 # the dictionary that is not there: the atoms are the inputs
 IDENTITY = "identity"
 
+# What a file calls the embedding and the head, with ``.weight`` behind where they are dense
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+
 # No size is larger, and no factor has more numbers: what is computed from them fits 64 bits everywhere
 _MOST = 2**31 - 1
 _MOST_NUMBERS = 2**48
@@ -113,6 +116,14 @@ def stored_tensors(
     return tensors
 
 
+def block_of(section: Mapping[str, Any], most: int) -> int:
+    """Numbers under one scale, by a valid section ``dictionary`` or ``codes``, of rows of `most` numbers.
+
+    The file may say more, up to any number: what is computed with that would overflow, or be as many times repeated.
+    """
+    return min(section.get("group_size") or most, most)
+
+
 def config_faults(config: Mapping[str, Any]) -> list[str]:
     """What is wrong with a ``config.json``, but for the base model's part of it."""
     faults = packing_faults(config.get("quantization_config"))
@@ -147,6 +158,8 @@ def matrices_faults(matrices: Any, codecs: Mapping[str, Codec] = CODECS) -> list
         return [f"matrices is {_shown(matrices)}, expected an object with the spec of at least one matrix"]
     faults = [f"{_shown(name)} is no module path" for name in matrices if not _is_module(name)]
     faults += [f"{name}: {fault}" for name, spec in matrices.items() for fault in spec_faults(spec, codecs)]
+    if not faults and EMBEDDING in matrices:
+        faults = [f"{EMBEDDING}: {fault}" for fault in embedding_faults(matrices[EMBEDDING], codecs)]
     if faults:
         return faults
     parts = all_parts(matrices)
@@ -183,6 +196,20 @@ def spec_faults(spec: Any, codecs: Mapping[str, Codec] = CODECS, *, is_part: boo
     if "plus" in spec:
         faults += _plus_faults(spec, codecs)
     return faults
+
+
+def embedding_faults(spec: Mapping[str, Any], codecs: Mapping[str, Codec] = CODECS) -> list[str]:
+    """What keeps a valid spec from being an embedding's, a column of which is a token and read for itself."""
+    codes, hidden_size = spec["codes"], spec["shape"][0]
+    codec = codecs[codes["codec"]]
+    plain = spec["dictionary"]["codec"] == IDENTITY and codes["support"] == "dense" and "plus" not in spec
+    if not plain or not codec.scaled or codec.shifted or codec.variable or codec.whole:
+        return [
+            f"an embedding is integers under scales, and no codec {codes['codec']!r} of support {codes['support']!r}"
+        ]
+    if hidden_size * codec.bits % 8:
+        return [f"{hidden_size} numbers of {codec.bits} bits are no whole bytes"]
+    return []
 
 
 def _dictionary_faults(dictionary: Any, codecs: Mapping[str, Codec]) -> list[str]:

@@ -534,13 +534,15 @@ def unpack_(model: nn.Module, dtype: torch.dtype | None = None, *, trainable: bo
     ----------
     model : Module
     dtype : torch.dtype, optional
-        Dtype the model computes in; default: that of its first floating-point parameter.
+        Dtype the model computes in; default: that of its first floating-point parameter which is not packed.
     trainable : bool
         Whether the unpacked factors are parameters to train, the zeros of the codes staying zero. `pack_` and
         ``save_pretrained`` round what was trained to the codecs of the file.
     """
     if dtype is None:
-        dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+        dense = (module for module in model.modules() if not isinstance(module, Packed))
+        own = (parameter for module in dense for parameter in module.parameters(recurse=False))
+        dtype = next(parameter.dtype for parameter in own if parameter.is_floating_point())
     layers = [layer for layer in packed_layers(model).values() if isinstance(layer, PackedLinear)]
     sharers = Counter(part.dictionary for layer in layers for part in layer.summands())
     shared: dict[nn.Parameter, nn.Parameter] = {}

@@ -19,8 +19,19 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from .configuration_cospadi import CospadiConfig, check_packing, family_config, register
 from .cospadi_checksums import CHECKSUMS, checksum_faults, write_checksums
+from .cospadi_embedding import TIED, PackedEmbedding, tied_head
 from .cospadi_entropy import DamagedStreamError, Decoding
-from .cospadi_format import Stored, UnreadableError, all_parts, in_one_line, read_headers, reader, stored_faults
+from .cospadi_format import (
+    EMBEDDING,
+    HEAD,
+    Stored,
+    UnreadableError,
+    all_parts,
+    in_one_line,
+    read_headers,
+    reader,
+    stored_faults,
+)
 from .cospadi_linear import DenseLinear, PackedLinear, pack_, packed_layers, set_kernels, unpack_
 from .cospadi_mixture import Mixture, packed_module
 from .cospadi_products import SharedProjection
@@ -74,7 +85,7 @@ class CospadiForCausalLM:
 
     config_class = CospadiConfig
     _auto_class = "AutoModelForCausalLM"
-    shared_dictionaries: dict[str, str] = {}  # noqa: RUF012 (replaced, never changed)
+    shared_tensors: dict[str, str] = {}  # noqa: RUF012 (replaced, never changed)
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         source = config.name_or_path or "config"
@@ -99,19 +110,27 @@ class CospadiForCausalLM:
             ) from error
         matrices = config.packing["matrices"]
         for name, spec in matrices.items():
-            _replace_linear(self, name, spec, source)
+            _replace(self, name, spec, source)
         for module in self.modules():
             if type(module) is nn.Linear:
                 module.__class__ = DenseLinear
         if stored is not None:
             _check_shapes(self, stored, source)
-        self.shared_dictionaries = {}
+        self.shared_tensors = {}
+        if HEAD not in matrices and isinstance(self.get_input_embeddings(), PackedEmbedding):
+            self._tie_head()
         for name, owner in _owners(config.packing):
             self._share_dictionary(name, owner)
-        self.all_tied_weights_keys.update(self.shared_dictionaries)
+        self.all_tied_weights_keys = self._of_packed(self.all_tied_weights_keys)
         layers = packed_layers(self) if streams else {}
         for name in streams:  # `from_pretrained` sets them: transformers takes 0.2 ms for each name of a tensor
             layers[name.removesuffix(".values")].values = None
+
+    def _tie_head(self) -> None:
+        """Have the head read the packed embedding, in a family and with a config that tie them."""
+        if "lm_head.weight" in super().get_expanded_tied_weights_keys():
+            self.lm_head = tied_head(self.get_input_embeddings())
+            self.shared_tensors |= {f"{HEAD}.{part}": f"{EMBEDDING}.{part}" for part in TIED}
 
     def _share_dictionary(self, name: str, owner_name: str) -> None:
         layer, owner = self.get_submodule(name), self.get_submodule(owner_name)
@@ -126,11 +145,22 @@ class CospadiForCausalLM:
             if getattr(owner, part) is not None:
                 setattr(layer, part, getattr(owner, part))
                 layer._tied_weights_keys[part] = f"{owner_name}.{part}"
-                self.shared_dictionaries[f"{name}.{part}"] = f"{owner_name}.{part}"
+                self.shared_tensors[f"{name}.{part}"] = f"{owner_name}.{part}"
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
-        """Names tied to others: the base model's, and shared dictionaries."""
-        return super().get_expanded_tied_weights_keys(all_submodels) | self.shared_dictionaries
+        """Names tied to others: the base model's, unless they are packed, and those of shared packed tensors."""
+        return self._of_packed(super().get_expanded_tied_weights_keys(all_submodels))
+
+    def _of_packed(self, tied: Mapping[str, str]) -> dict[str, str]:
+        """Without dense weights that are not there any more, and with shared packed tensors."""
+        packed = {f"{name}.weight" for name in (EMBEDDING, HEAD) if name in self.config.packing["matrices"]}
+        return {name: of for name, of in tied.items() if packed.isdisjoint((name, of))} | self.shared_tensors
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in; the first of its parameters does not say so where that is packed."""
+        embedding = self.get_input_embeddings()
+        return embedding.computed.dtype if isinstance(embedding, PackedEmbedding) else super().dtype
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
@@ -269,20 +299,24 @@ def _new_model(base_model_type: str) -> PreTrainedModel:
     return family.__new__(family)
 
 
-def _replace_linear(model: PreTrainedModel, name: str, spec: dict[str, Any], source: str) -> None:
+def _replace(model: PreTrainedModel, name: str, spec: dict[str, Any], source: str) -> None:
+    """Put a packed module in the place of a linear layer or an embedding."""
     parent_name, _, child = name.rpartition(".")
     try:
         parent = model.get_submodule(parent_name)
-        linear = parent.get_submodule(child)
+        dense = parent.get_submodule(child)
     except AttributeError as error:
         family = type(model).__bases__[1].__name__
         raise ValueError(f"{source}: config.json packs {name}, which {family} does not have. Fetch it again") from error
-    shape = [linear.in_features, linear.out_features] if isinstance(linear, nn.Linear) else None
+    is_embedding = name == EMBEDDING and isinstance(dense, nn.Embedding)
+    shape = list(dense.weight.shape[::-1]) if is_embedding or isinstance(dense, nn.Linear) else None
     if shape != list(spec["shape"]):
         raise ValueError(
             f"{source}: config.json packs {name} with shape {spec['shape']}, the model's linear has {shape}"
         )
-    packed = packed_module(spec, linear.bias, device=linear.weight.device)
+    packed = (
+        PackedEmbedding(spec, dense) if is_embedding else packed_module(spec, dense.bias, device=dense.weight.device)
+    )
     for module in packed.modules():
         module._is_hf_initialized = True  # transformers has nothing to draw at random here
     setattr(parent, child, packed)
@@ -351,19 +385,21 @@ def _owners(packing: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _check_offload(path: Any, packing: dict[str, Any], device_map: dict[str, Any]) -> None:
-    """Refuse a device map that leaves a shared dictionary on the disk for some of its layers only."""
+    """Refuse a device map that leaves what modules share on the disk for some of them only."""
 
     def on_disk(name: str) -> bool:
         while name and name not in device_map:
             name = name.rpartition(".")[0]
         return device_map.get(name) == "disk"
 
-    for name, owner in _owners(packing):
+    tied = [(HEAD, EMBEDDING)] if EMBEDDING in packing["matrices"] and HEAD not in packing["matrices"] else []
+    for name, owner in [*tied, *_owners(packing)]:
         if on_disk(name) != on_disk(owner):
             there, elsewhere = (name, owner) if on_disk(name) else (owner, name)
+            what = "matrix" if name == HEAD else "dictionary"
             raise ValueError(
                 f"{path}: the device map puts {there} on the disk and {elsewhere} elsewhere, but they share one "
-                "dictionary, which accelerate then does not find. Put both on the disk, or neither: give more memory "
+                f"{what}, which accelerate then does not find. Put both on the disk, or neither: give more memory "
                 "(max_memory), or a device_map that keeps the layers of a group together"
             )
 

@@ -1,0 +1,56 @@
+"""The embedding of a packed checkpoint, and a head that is tied to it: integers under the scales of blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .cospadi_codecs import decode_numbers
+from .cospadi_format import EMBEDDING, block_of
+from .cospadi_linear import Packed, PackedLinear
+
+# What embedding and tied head have both
+TIED = ("values", "scales")
+
+
+class PackedEmbedding(Packed, nn.Embedding):
+    """Rows of a packed matrix by their numbers: the matrix (hidden_size, vocabulary) has a column for each token.
+
+    Parameters
+    ----------
+    spec : dict
+        One entry of ``quantization_config.matrices`` that `cospadi_format.embedding_faults` finds nothing against.
+    embedding : Embedding
+        That it takes the place of; of a family that multiplies its rows by a number, that number is kept.
+    """
+
+    def __init__(self, spec: dict[str, Any], embedding: nn.Embedding) -> None:
+        super().__init__(spec, device=embedding.weight.device)
+        self.embedding_dim, self.num_embeddings = spec["shape"]
+        self.padding_idx = embedding.padding_idx
+        self._times = getattr(embedding, "scalar_embed_scale", None)
+        # casting the model leaves what is packed as it is: this says what it computes in. No number is read
+        self.register_buffer("computed", torch.empty(0, device=embedding.weight.device), persistent=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token ids (...) to rows (..., hidden_size), in the dtype that the model computes in."""
+        d = self.embedding_dim
+        size = block_of(self.spec["codes"], d)
+        rows = ids.flatten()
+        stored = self.values.view(self.num_embeddings, -1)[rows].flatten()
+        numbers = decode_numbers(self.spec["codes"]["codec"], stored, (len(rows), d))
+        scales = self.scales.view(self.num_embeddings, -1)[rows].float().repeat_interleave(size, 1)[:, :d]
+        found = (numbers.float() * scales).to(self.computed.dtype).view(*ids.shape, d)
+        return found if self._times is None else found * torch.tensor(self._times).to(found.dtype)
+
+
+def tied_head(embedding: PackedEmbedding) -> PackedLinear:
+    """A head that reads the embedding's own tensors, and says so to who saves."""
+    head = PackedLinear(embedding.spec, device=embedding.values.device)
+    head._tied_weights_keys = {}
+    for part in TIED:
+        setattr(head, part, getattr(embedding, part))
+        head._tied_weights_keys[part] = f"{EMBEDDING}.{part}"
+    return head
