@@ -82,13 +82,20 @@ def decode_codes(
         codes = numbers[:n].view(d_out, k) if mask is None else _spread(numbers[:n], mask)
     if scales is None or not len(scales):
         return codes.to(dtype)
-    codes = codes.float()
-    if mask is None:
-        mask = torch.ones(d_out, k, dtype=torch.bool, device=values.device)
-    block = _block_of(mask, block_of(spec["codes"], k), len(scales))
+    codes, size = codes.float(), block_of(spec["codes"], k)
+    if mask is None:  # every column has as many blocks
+        if shifted:
+            codes = codes - of_blocks(numbers[n:], d_out, size, k)
+        return (codes * of_blocks(scales, d_out, size, k)).to(dtype)
+    block = _block_of(mask, size, len(scales))
     if shifted:  # codes that are not stored stay zero
         codes = (codes - numbers[n:].float()[block]) * mask
     return (codes * scales.float()[block]).to(dtype)
+
+
+def of_blocks(numbers: torch.Tensor, n_rows: int, size: int, length: int) -> torch.Tensor:
+    """A number of each block, row after row, for all of a block: float32 (n_rows, length)."""
+    return numbers.float().view(n_rows, -1).repeat_interleave(size, 1)[:, :length]
 
 
 def _spread(numbers: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

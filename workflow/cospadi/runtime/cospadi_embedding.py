@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .cospadi_codecs import decode_numbers
+from .cospadi_codecs import decode_numbers, of_blocks
 from .cospadi_format import EMBEDDING, block_of
 from .cospadi_linear import Packed, PackedLinear
 
@@ -41,7 +41,7 @@ class PackedEmbedding(Packed, nn.Embedding):
         rows = ids.flatten()
         stored = self.values.view(self.num_embeddings, -1)[rows].flatten()
         numbers = decode_numbers(self.spec["codes"]["codec"], stored, (len(rows), d))
-        scales = self.scales.view(self.num_embeddings, -1)[rows].float().repeat_interleave(size, 1)[:, :d]
+        scales = of_blocks(self.scales.view(self.num_embeddings, -1)[rows], len(rows), size, d)
         found = (numbers.float() * scales).to(self.computed.dtype).view(*ids.shape, d)
         return found if self._times is None else found * torch.tensor(self._times).to(found.dtype)
 
