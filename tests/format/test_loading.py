@@ -18,7 +18,7 @@ import pytest
 import safetensors.numpy
 from format_writer import PACKINGS, matrices_of, write_codes
 
-from cospadi.checkpoint import assemble
+from cospadi.checkpoint import assemble, densify
 from cospadi.runtime import cospadi_format
 
 HERE = Path(__file__).parent
@@ -123,6 +123,10 @@ def without_package(packed_model, tmp_path_factory) -> dict[str, Any]:
     for family in PACKINGS:
         folders = packed_model(family)
         families[family] = [str(folders.packed), str(folders.dense), str(home / f"{family}-saved")]
+    tied = packed_model("llama")
+    assemble(tied.base, [tied.codes], home / "few-bits", variant={}, embedding_bits=8)
+    densify(home / "few-bits", home / "few-bits-dense")
+    families["few bits"] = [str(home / name) for name in ("few-bits", "few-bits-dense", "few-bits-saved")]
     source = packed_model("qwen2").packed
     for index, (name, (change, _, _)) in enumerate(BROKEN.items()):
         broken[name] = str(broken_copy(source, home / f"broken-{index}", change))
@@ -135,7 +139,8 @@ def without_package(packed_model, tmp_path_factory) -> dict[str, Any]:
     # a copy under a name that was not loaded with trust before
     shutil.copytree(packed_model("llama").packed, home / "fresh")
     tasks = home / "tasks.json"
-    tasks.write_text(json.dumps({"families": families, "broken": broken, "fresh": str(home / "fresh")}))
+    told = {"families": families, "broken": broken, "fresh": str(home / "fresh"), "few bits": "few bits"}
+    tasks.write_text(json.dumps(told))
     return run("without_package.py", [tasks], home, PYTHONPATH="")
 
 
@@ -174,6 +179,19 @@ def test_save_pretrained_round_trips(without_package, family):
     assert found["saved_equal"] and found["saved_code"]
     assert found["saved_config_lacks"] == []
     assert found["saved_error"] == 0
+
+
+def test_embeddings_in_few_bits(without_package):
+    found, options = without_package["families"]["few bits"], without_package["options of embeddings in few bits"]
+    errors = found["float32_error"]
+    assert 0 < errors["packed"] < 2 * 3**0.5 * errors["dense"]
+    assert found["generated"] == found["generated_dense"] and len(found["generated"][0]) == 13
+    assert found["saved_equal"] and found["saved_code"] and found["saved_config_lacks"] == []
+    assert found["saved_error"] == found["on_meta"] == 0
+    assert options["dtype"] == ["torch.bfloat16"] * 2
+    assert options["device_map"] == options["direct"] == options["pickled"] == 0
+    assert options["built"] and options["pickled_config"] and options["gradient"] > 0
+    assert options["footprint"] <= options["file_bytes"]
 
 
 def test_loading_options(without_package):

@@ -184,6 +184,7 @@ def main(tasks_path, result_path):
     result = {"families": {name: check_family(*folders) for name, folders in families.items()}}
     packed, dense, _ = families["llama"]
     result["options"] = check_loading_options(packed)
+    result["options of embeddings in few bits"] = check_loading_options(families[tasks["few bits"]][0])
     result["evaluation"] = check_evaluation(packed, dense)
     result["broken"] = {name: check_broken(folder) for name, folder in tasks["broken"].items()}
     result["refused"] = {}

@@ -752,13 +752,8 @@ def test_variants_that_do_not_compare_are_not_chosen_from(minimal):
     assert faults(minimal) == [
         "variants.mix.search: swaps keep to a size; give a ratio in place of max_perplexity_increase"
     ]
-    minimal["variants"]["mix"] = {
-        "method": "choose",
-        "choose_from": ["a", "b"],
-        "bits": 4,
-        "search": 10,
-        "embedding_bits": 8,
-    }
+    minimal["variants"]["mix"] = {"method": "choose", "choose_from": ["a", "b"], "bits": 4, "search": 10}
+    minimal["variants"]["mix"]["embedding_bits"] = 8
     assert check_config(minimal)["variants"]["mix"]["search"] == 10
     minimal["calibration"]["heldout_fraction"] = 0
     (fault,) = faults(minimal)

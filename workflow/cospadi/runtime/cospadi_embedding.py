@@ -49,6 +49,7 @@ class PackedEmbedding(Packed, nn.Embedding):
 def tied_head(embedding: PackedEmbedding) -> PackedLinear:
     """A head that reads the embedding's own tensors, and says so to who saves."""
     head = PackedLinear(embedding.spec, device=embedding.values.device)
+    head._is_hf_initialized = True  # nothing to draw at random, which transformers 5.0 would try
     head._tied_weights_keys = {}
     for part in TIED:
         setattr(head, part, getattr(embedding, part))
