@@ -122,6 +122,13 @@ def test_a_tied_head_reads_the_embedding_s_own_tensors(packed_model, tmp_path):
     assert model.get_memory_footprint() <= size
 
 
+@pytest.mark.parametrize("token", [-1, 400])
+def test_a_token_that_is_none_is_refused_as_by_any_embedding(packed_model, tmp_path, token):
+    model = load(folder_of(packed_model, tmp_path, "llama", 8).packed)
+    with pytest.raises(IndexError):
+        model(torch.tensor([[5, token]]))
+
+
 def test_a_head_that_a_file_has_twice_is_kept_once(packed_model, tmp_path):
     folders = packed_model("llama")
     shutil.copytree(folders.base, tmp_path / "base")

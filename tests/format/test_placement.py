@@ -95,6 +95,14 @@ def test_packed_models_on_the_disk(family, packed_model, tiny_text, tmp_path):
     same(spread, whole)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2"])  # tied, and with a head of its own
+def test_embeddings_in_few_bits_on_the_disk(family, packed_model, tiny_text, tmp_path):
+    folders = packed_model(family)
+    assemble(folders.base, [folders.codes], tmp_path / "packed", variant={}, embedding_bits=8)
+    whole, spread = (scores(tmp_path / "packed", tiny_text, tmp_path / str(held), held=held) for held in (None, 0.7))
+    same(spread, whole)
+
+
 def test_a_packed_model_that_fits_stays_packed_too(packed_model, tiny_text, tmp_path):
     packed = packed_model("llama").packed
     whole = scores(packed, tiny_text, tmp_path / "whole")

@@ -39,9 +39,10 @@ class PackedEmbedding(Packed, nn.Embedding):
         d = self.embedding_dim
         size = block_of(self.spec["codes"], d)
         rows = ids.flatten()
-        stored = self.values.view(self.num_embeddings, -1)[rows].flatten()
-        numbers = decode_numbers(self.spec["codes"]["codec"], stored, (len(rows), d))
-        scales = of_blocks(self.scales.view(self.num_embeddings, -1)[rows], len(rows), size, d)
+        # not by `[rows]`, which takes -1 for the last token
+        stored, scales = (part.view(self.num_embeddings, -1).index_select(0, rows) for part in self._packed())
+        numbers = decode_numbers(self.spec["codes"]["codec"], stored.flatten(), (len(rows), d))
+        scales = of_blocks(scales, len(rows), size, d)
         found = (numbers.float() * scales).to(self.computed.dtype).view(*ids.shape, d)
         return found if self._times is None else found * torch.tensor(self._times).to(found.dtype)
 
