@@ -20,8 +20,9 @@ from cospadi.files import ModelFolder, write_tensors
 from cospadi.progress import learned
 from cospadi.provenance import fingerprint
 from cospadi.report import PLOTS, closing_message, collect, summarize
-from cospadi.report.frontier import front, sizes, write_frontier
-from cospadi.report.plots import _bits_by_place, plot_allocation
+from cospadi.report.explore import specification
+from cospadi.report.frontier import bytes_of, front, sizes, write_frontier
+from cospadi.report.plots import _bits_by_place, plot_allocation, plot_pareto
 
 RUN = {
     "variants": {
@@ -296,6 +297,16 @@ def test_plots_show_every_variant(finished):
     assert {"cospadi-20  40", "svd_llm-20  120", "dense  30"} <= texts["pareto"]
     assert {"fetch_model", "learn_dictionary", "minutes since the first job started"} <= texts["trace"]
     assert {"cospadi-20 (htp)", "learned without iterations: svd_llm-20"} <= texts["convergence"]
+
+
+def test_with_embeddings_in_few_bits_bytes_are_those_of_the_whole_file(finished, tmp_path):
+    summary = collect(RUN, finished, dense_model=finished / "dense-model")
+    sizes = {name: variant["model_bytes"] / 1e6 for name, variant in summary["variants"].items()}
+    assert bytes_of(summary) == ("target_bytes", "the compressed matrices")
+    summary["variants"]["cospadi-20"]["config"]["embedding_bits"] = 8
+    assert {row["variant"]: row["MB"] for row in specification(summary)["datasets"]["models"]} == sizes
+    plot_pareto(summary, [tmp_path / "pareto.svg"])
+    assert "bytes of the whole model in the file, masks counted  [MB]" in texts_in(tmp_path / "pareto.svg")
 
 
 def test_allocation_is_drawn_for_variants_that_part_bytes_and_for_no_others(tmp_path):

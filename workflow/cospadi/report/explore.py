@@ -13,6 +13,7 @@ import jinja2
 
 from cospadi.files import replacing
 from cospadi.report.figures import COLOURS
+from cospadi.report.frontier import Bytes, bytes_of
 from cospadi.report.summary import place_of
 
 # Snakemake carries these for its own reports
@@ -69,12 +70,12 @@ def write_explorer(summary: Mapping[str, Any], path: Path) -> None:
 
 def specification(summary: Mapping[str, Any]) -> dict[str, Any]:
     """The plots in Vega-Lite 5: sizes against quality, what learning cost, error and bits of every matrix."""
-    variants = summary["variants"]
+    variants, counted = summary["variants"], bytes_of(summary)
     models = [
         {
             "variant": name,
             "method": variant["method"] if name != "dense" else "dense",
-            "MB": variant["target_bytes"] / 1e6,
+            "MB": variant[counted.key] / 1e6,
             "percent": 100 * (1 - (variant["ratio_true"] or 0)),
             **{key: variant[key] for key in ("word_perplexity", "token_perplexity", "kl", "mean_accuracy")},
             "error": variant["mean_relative_error"],
@@ -97,8 +98,8 @@ def specification(summary: Mapping[str, Any]) -> dict[str, Any]:
         for layer, projection in [place_of(matrix)]
     ]
     quality = {
-        "word_perplexity": _sizes("word_perplexity", "word perplexity, lower is better", "log"),
-        "mean_accuracy": _sizes("mean_accuracy", "mean accuracy of the tasks", "linear"),
+        "word_perplexity": _sizes(counted, "word_perplexity", "word perplexity, lower is better", "log"),
+        "mean_accuracy": _sizes(counted, "mean_accuracy", "mean accuracy of the tasks", "linear"),
     }
     apart = {"scale": {"color": "independent", "shape": "independent"}}
     parts = [{"hconcat": [plot for key, plot in quality.items() if _has(models, key)], "resolve": apart}, _cost()]
@@ -131,7 +132,7 @@ def _tooltips(**titles: str) -> list[dict[str, str]]:
     ]
 
 
-def _sizes(key: str, title: str, scale: str) -> dict[str, Any]:
+def _sizes(counted: Bytes, key: str, title: str, scale: str) -> dict[str, Any]:
     return {
         "title": "Size against quality",
         "width": 420,
@@ -145,7 +146,7 @@ def _sizes(key: str, title: str, scale: str) -> dict[str, Any]:
                 "field": "MB",
                 "type": "quantitative",
                 "scale": {"zero": False, "padding": 20},
-                "title": "MB of the matrices in the file",
+                "title": f"MB of {counted.what} in the file",
             },
             "y": {
                 "field": key,

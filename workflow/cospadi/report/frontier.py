@@ -6,7 +6,7 @@ import csv
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cospadi.files import replacing
 from cospadi.methods import METHODS
@@ -17,6 +17,21 @@ COLUMNS = (
 )
 # Sizes within a percent of each other are compared as one
 SAME_SIZE = 0.01
+
+
+class Bytes(NamedTuple):
+    """Which bytes models are drawn by: key of a variant in the summary, and words for what they are of."""
+
+    key: str
+    what: str
+
+
+def bytes_of(summary: Mapping[str, Any]) -> Bytes:
+    """Those of the target matrices; of the whole file where a variant makes the embedding smaller, too."""
+    settings = [step for one in summary["variants"].values() for step in one["config"].get("steps", [one["config"]])]
+    if any(step.get("embedding_bits", 16) < 16 for step in settings):
+        return Bytes("model_bytes", "the whole model")
+    return Bytes("target_bytes", "the compressed matrices")
 
 
 def rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:

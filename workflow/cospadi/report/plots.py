@@ -12,7 +12,7 @@ import numpy as np
 
 from cospadi.report.figures import COLOURS, Style, draw_legend, draw_line, new_figure, style
 from cospadi.report.figures import save as _save
-from cospadi.report.frontier import family, front
+from cospadi.report.frontier import bytes_of, family, front
 from cospadi.report.summary import place_of
 
 # With more variants than that, names beside the points hide the points, and a legend of groups stands below
@@ -58,12 +58,12 @@ def plot_errors(summary: Mapping[str, Any], paths: Sequence[Path]) -> None:
 
 
 def plot_pareto(summary: Mapping[str, Any], paths: Sequence[Path]) -> None:
-    """Bytes of the compressed matrices against perplexity; the dense model as a line, the Pareto front marked."""
+    """Bytes (`frontier.bytes_of`) against perplexity; the dense model as a line, the Pareto front marked."""
     _plot_sizes(summary, "word_perplexity", "word perplexity on held-out text  (lower is better)", paths)
 
 
 def plot_accuracy(summary: Mapping[str, Any], paths: Sequence[Path]) -> None:
-    """Bytes of the compressed matrices against the mean accuracy of the tasks, drawn as `plot_pareto`."""
+    """Bytes against the mean accuracy of the tasks, drawn as `plot_pareto`."""
     _plot_sizes(summary, "mean_accuracy", "mean accuracy of the tasks  (higher is better)", paths, least=False)
 
 
@@ -77,8 +77,9 @@ def _plot_sizes(summary: Mapping[str, Any], key: str, label: str, paths: Sequenc
         _say(axis, f"{'Perplexity' if least else 'Accuracy'} was not measured in this run")
         _save(figure, paths)
         return
-    points = {name: (v["target_bytes"] / 1e6, v[key]) for name, v in variants.items()}
-    full = dense["target_bytes"] / 1e6
+    counted = bytes_of(summary)
+    points = {name: (v[counted.key] / 1e6, v[key]) for name, v in variants.items()}
+    full = dense[counted.key] / 1e6
     best = front(points, least=least)
     for names in _groups(variants).values():
         line = sorted(points[name] for name in names)
@@ -96,11 +97,9 @@ def _plot_sizes(summary: Mapping[str, Any], key: str, label: str, paths: Sequenc
     lowest = min(x for x, _ in points.values())
     axis.set_xlim(lowest - 0.12 * (full - lowest), full + 0.08 * (full - lowest))
     axis.margins(y=0.12)
-    share = axis.secondary_xaxis(
-        "top", functions=(lambda x: 100 * x * 1e6 / dense["target_bytes"], lambda p: p * dense["target_bytes"] / 1e8)
-    )
-    share.set_xlabel("percent of their dense bytes (bfloat16)")
-    axis.set_xlabel("bytes of the compressed matrices in the file, masks counted  [MB]")
+    share = axis.secondary_xaxis("top", functions=(lambda x: 100 * x / full, lambda p: p * full / 100))
+    share.set_xlabel("percent of the dense bytes (bfloat16)")
+    axis.set_xlabel(f"bytes of {counted.what} in the file, masks counted  [MB]")
     axis.set_ylabel(label)
     axis.set_title(
         "Size against quality; lines join variants that differ only in how much they remove,\n"
