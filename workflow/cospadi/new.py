@@ -70,6 +70,7 @@ variants: # dense, the model as it is, is always evaluated too
     method: hybrid
     ratio: 0.4
     share_within: {same_input} # they read the same input: atoms are stored once
+    # embedding_bits: 8 # embedding and head in 8 bits as well: half of their bytes, for next to nothing
   sparsegpt-40: # a strong and fast rival at equal bytes
     method: sparsegpt
     ratio: 0.4
