@@ -82,6 +82,16 @@ BROKEN: dict[str, tuple[Callable[[dict, dict], Any], str, str]] = {
         "ValueError",
         "base_model_type 'llama99' is not known",
     ),
+    "dtype": (
+        lambda config, tensors: config.update(dtype=576),
+        "ValueError",
+        "dtype is 576, expected the name of a dtype",
+    ),
+    "infinity": (
+        lambda config, tensors: config.update(rms_norm_eps=float("inf")),
+        "OSError",
+        "config.json is not valid JSON (Infinity is no number of JSON)",
+    ),
     "layer": (
         lambda config, tensors: _rename(config, tensors, NAME, "model.layers.9.x"),
         "ValueError",

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -176,6 +177,14 @@ def write_json(path: str | Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
+def _finite(text: str) -> float:
+    """A number of a JSON file; NaN and infinity are none, and could not be written again."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is no number of JSON")
+    return number
+
+
 def read_json(path: str | Path, remedy: str = "Delete it and run again") -> dict[str, Any]:
     """Read a JSON file, which holds one object, as all of the project's and of a model's do.
 
@@ -186,7 +195,7 @@ def read_json(path: str | Path, remedy: str = "Delete it and run again") -> dict
     """
     try:
         with explaining(path):
-            value = json.loads(Path(path).read_text())
+            value = json.loads(Path(path).read_text(), parse_constant=_finite, parse_float=_finite)
     except FileNotFoundError as error:
         raise ArtifactError(path, "the file does not exist", remedy) from error
     except (ValueError, RecursionError) as error:  # also bytes that are no text, and numbers of thousands of digits

@@ -129,6 +129,9 @@ def config_faults(config: Mapping[str, Any]) -> list[str]:
     faults = packing_faults(config.get("quantization_config"))
     if not faults and config.get("model_type") != MODEL_TYPE:
         faults = [f"model_type is {_shown(config.get('model_type'))}, expected {MODEL_TYPE!r}"]
+    for key in ("dtype", "torch_dtype"):  # which transformers stumbles over before the model is asked
+        if not isinstance(config.get(key), str | None):
+            faults.append(f"{key} is {_shown(config[key])}, expected the name of a dtype")
     return faults
 
 
@@ -456,6 +459,13 @@ def read_headers(folder: str | Path, weights: str = WEIGHTS, index: str = INDEX)
     return stored
 
 
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is no number of JSON")
+    return number
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON file that holds one object.
 
@@ -465,7 +475,7 @@ def read_object(path: Path) -> dict[str, Any]:
         If it is missing, no JSON, or another value.
     """
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes(), parse_constant=_finite, parse_float=_finite)
     except FileNotFoundError as error:
         raise UnreadableError(f"{path.name} does not exist", FileNotFoundError) from error
     except (ValueError, RecursionError) as error:
