@@ -24,13 +24,21 @@ rule prepare_calibration:
 
 
 # the same for training end to end, which wants more text
-use rule prepare_calibration as prepare_windows with:
+rule prepare_windows:
+    input:
+        model=plan.model_input(),
+        text=plan.text_file("calibration"),
     output:
         "<results>/windows/{samples}.h5",
     log:
         "<logs>/prepare_windows/{samples}.log",
     benchmark:
         "<benchmarks>/prepare_windows/{samples}.tsv"
+    wildcard_constraints:
+        samples=r"\d+",
+    conda:
+        "../../envs/cospadi.yaml"
+    threads: plan.threads("more")
     resources:
         **plan.resources("more"),
     params:
@@ -39,3 +47,5 @@ use rule prepare_calibration as prepare_windows with:
         code=plan.code("more"),
     message:
         "Cutting {params.windows[samples]} windows of {params.windows[length]} tokens to train on"
+    script:
+        "../../scripts/prepare_calibration.py"
