@@ -28,7 +28,8 @@ class Bytes(NamedTuple):
 
 def bytes_of(summary: Mapping[str, Any]) -> Bytes:
     """Those of the target matrices; of the whole file where a variant makes the embedding smaller, too."""
-    settings = [step for one in summary["variants"].values() for step in one["config"].get("steps", [one["config"]])]
+    configs = [variant["config"] for name, variant in summary["variants"].items() if name != "dense"]
+    settings = [step for config in configs for step in config.get("steps", [config])]
     if any(step.get("embedding_bits", 16) < 16 for step in settings):
         return Bytes("model_bytes", "the whole model")
     return Bytes("target_bytes", "the compressed matrices")
