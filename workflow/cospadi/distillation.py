@@ -18,8 +18,8 @@ import torch
 
 from cospadi.arrays import slices
 from cospadi.calibration.activations import first_heldout
-from cospadi.calibration.walk import Chunk, Windows, read_windows
-from cospadi.factor_training import LOG_SECONDS, Every, TrainedMatrix, finite, held_out_of, train, trainable
+from cospadi.calibration.walk import Chunk, Windows, logged, read_windows
+from cospadi.factor_training import TrainedMatrix, finite, held_out_of, train, trainable
 from cospadi.files import ModelFolder, TensorFile, replacing, write_json, write_tensors
 from cospadi.formats.factorization import Factorization, read_factors, read_specs
 from cospadi.learning import FORMAT_VERSION, distilled, provenance
@@ -198,15 +198,10 @@ class _Model:
         self._mask = torch.from_numpy(windows.attention_mask).bool()
         n_blocks = ModelFolder(dense_folder).config["num_hidden_layers"]
         dense = Chunk(dense_folder, range(n_blocks), dtype=dtype, device=device)
-        log_due = Every(LOG_SECONDS)
-        wanted = []
-        for batch in slices(0, n_windows, 1):
-            # behind the last block: the norm and the head are the dense model's in all models here
-            wanted.append(dense.run(windows, batch, None).cpu())
-            if log_due():
-                log(f"{batch.stop}/{n_windows} windows through the dense model")
-        self._wanted = torch.cat(wanted)
-        del dense, wanted
+        one_by_one = logged(list(slices(0, n_windows, 1)), windows, log)
+        # behind the last block: the norm and the head are the dense model's in all models here
+        self._wanted = torch.cat([dense.run(windows, batch, None).cpu() for batch in one_by_one])
+        del dense
         self._chunk = Chunk(model_folder, range(structure["n_layers"]), dtype=dtype, device=device)
         self._head = load_head(model_folder, structure, dtype=dtype, device=device)
 

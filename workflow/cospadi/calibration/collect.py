@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -19,7 +18,7 @@ import numpy as np
 
 from cospadi.arrays import add_product, all_finite, slices, symmetrize
 from cospadi.calibration.activations import FORMAT_VERSION, HIDDEN, STORED_AS, first_heldout, to_stored, writing
-from cospadi.calibration.walk import Chunk, Tap, Windows, read_windows
+from cospadi.calibration.walk import Chunk, Tap, logged, read_windows
 from cospadi.errors import ArtifactError, NumericalError
 from cospadi.stage import choose_dtype
 
@@ -143,19 +142,6 @@ def collect(
                 hidden[batch] = to_stored(last)
         for site in sites:
             site.finish()
-
-
-def logged(batches: Sequence[slice], windows: Windows, log: Callable[[str], None]) -> Iterator[slice]:
-    """The batches, with a line of progress now and then."""
-    begun = logged = time.monotonic()
-    for batch in batches:
-        yield batch
-        now = time.monotonic()
-        if now - logged > 1 or batch is batches[-1]:
-            rate = windows.attention_mask[: batch.stop].sum() / (now - begun)
-            eta = (now - begun) / batch.stop * (batches[-1].stop - batch.stop)
-            log(f"{batch.stop}/{batches[-1].stop} windows, {rate:.0f} tokens/s, eta {eta:.0f} s")
-            logged = now
 
 
 class _Sink(Protocol):

@@ -26,8 +26,8 @@ from cospadi.calibration.activations import (
     to_stored,
     writing,
 )
-from cospadi.calibration.collect import RunningGram, chosen_dtype, logged
-from cospadi.calibration.walk import Chunk, GradientTap, Windows, read_windows
+from cospadi.calibration.collect import RunningGram, chosen_dtype
+from cospadi.calibration.walk import Chunk, GradientTap, Windows, logged, read_windows
 from cospadi.errors import NumericalError
 from cospadi.structure import load_head
 

@@ -8,6 +8,7 @@ through all chunks in one job, in the model as it is and in the model as edited.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -68,6 +69,19 @@ def read_windows(path: str | Path, vocab_size: int) -> Windows:
     tokens = tokens_digest(input_ids, attention_mask)
     check_provenance(path, says, {"format_version": FORMAT_VERSION, "tokens": tokens}, WINDOWS_REMEDY)
     return Windows(input_ids, attention_mask, seed, tokens)
+
+
+def logged(batches: Sequence[slice], windows: Windows, log: Callable[[str], None]) -> Iterator[slice]:
+    """The batches, with a line of progress now and then."""
+    begun = logged = time.monotonic()
+    for batch in batches:
+        yield batch
+        now = time.monotonic()
+        if now - logged > 1 or batch is batches[-1]:
+            rate = windows.attention_mask[: batch.stop].sum() / (now - begun)
+            eta = (now - begun) / batch.stop * (batches[-1].stop - batch.stop)
+            log(f"{batch.stop}/{batches[-1].stop} windows, {rate:.0f} tokens/s, eta {eta:.0f} s")
+            logged = now
 
 
 class Tap(NamedTuple):
