@@ -19,7 +19,10 @@ def main(snakemake, log):
         snakemake.input.codes,
         snakemake.output[0],
         variant=snakemake.params.variant,
-        embedding_bits=snakemake.params.embedding_bits,
+        embedding_bits=snakemake.params.embedding[0],
+        embedding_method=snakemake.params.embedding[1],
+        head=next(iter(snakemake.input.head), None),
+        calibration=calibration,
         card={"Mean relative error of the matrices": mean},
     )
     log(f"{len(reports)} matrices in {snakemake.output[0]}")

@@ -20,6 +20,7 @@ include: "rules/prune.smk"
 include: "rules/collect.smk"
 include: "rules/gram.smk"
 include: "rules/gradients.smk"
+include: "rules/head.smk"
 
 
 # what every job of a unit reads

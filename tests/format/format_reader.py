@@ -58,7 +58,8 @@ def read_checkpoint(folder: Path) -> dict[str, np.ndarray]:
         if name == "model.embed_tokens":
             codes, d = spec["codes"], spec["shape"][0]
             need(spec["dictionary"]["codec"] == "identity" and codes["support"] == "dense", name)
-            need("plus" not in spec and codes["codec"] in WHOLE and d * WHOLE[codes["codec"]] % 8 == 0, name)
+            integers = codes["codec"] in WHOLE and d * WHOLE[codes["codec"]] % 8 == 0
+            need("plus" not in spec and (integers or codes["codec"] in STREAMS), name)
     listed = [pair for name, spec in specs.items() for pair in with_parts(name, spec)]
     parts = dict(listed)
     need(len(parts) == len(listed), "two parts of one name")

@@ -15,10 +15,13 @@ from format_reader import Refused, read_checkpoint
 from format_writer import BFLOAT16, PACKINGS
 from transformers import AutoModelForCausalLM
 
+from cospadi.calibration.activations import writing
+from cospadi.calibration.moments import read_head_moments
 from cospadi.checkpoint import assemble, densify, target_bytes
-from cospadi.embeddings import embedding_nbytes
+from cospadi.embeddings import embedding_nbytes, metric_of
 from cospadi.errors import ArtifactError, NumericalError
 from cospadi.files import ModelFolder
+from cospadi.provenance import fingerprint
 from cospadi.runtime.cospadi_embedding import PackedEmbedding
 from cospadi.runtime.cospadi_linear import PackedLinear, packed_layers, unpack_
 from cospadi.runtime.cospadi_products import PARTS
@@ -28,10 +31,24 @@ IDS = torch.randint(3, 390, (2, 20), generator=torch.Generator().manual_seed(0))
 APART = {"mistral", "qwen2"}  # families whose tiny models have a head of their own
 
 
-def folder_of(packed_model, root: Path, family: str, bits: int) -> SimpleNamespace:
+def folder_of(packed_model, root: Path, family: str, bits: float, method: str = "rtn") -> SimpleNamespace:
     folders = packed_model(family)
-    assemble(folders.base, [folders.codes], root / "packed", variant={"method": "by hand"}, embedding_bits=bits)
-    return SimpleNamespace(base=folders.base, sixteen=folders.packed, packed=root / "packed")
+    how = {"embedding_bits": bits, "embedding_method": method, "head": write_head(folders.base, root / "head.h5")}
+    assemble(folders.base, [folders.codes], root / "packed", variant={"method": "by hand"}, **how)
+    return SimpleNamespace(base=folders.base, sixteen=folders.packed, packed=root / "packed", head=root / "head.h5")
+
+
+def write_head(base: Path, path: Path, **changes) -> Path:
+    """What errors of a head cost, drawn: what enters it goes together, and few tokens come often."""
+    draw, folder = np.random.default_rng(0), ModelFolder(base)
+    vocabulary, hidden_size = folder.read(f"{EMBEDDING}.weight").shape
+    states = draw.normal(size=(500, 12)) @ draw.normal(size=(12, hidden_size)) + draw.normal(size=(500, hidden_size))
+    often = 1 / np.arange(1, vocabulary + 1)
+    parts = {"gram": states.T @ states, "squares": 300 * often, "counts": np.rint(200 * often)}
+    with writing(path, {"format_version": 1, "fingerprint": fingerprint(folder), "n_tokens": 500} | changes) as file:
+        for name, part in parts.items():
+            file[name] = part
+    return path
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, **how):
@@ -69,6 +86,91 @@ def test_the_model_is_that_of_the_dense_folder(packed_model, tmp_path, family, b
             assert torch.equal(found, dense.generate(IDS[:, :7], max_new_tokens=6, do_sample=False))
         unpacked = unpack_(model)(IDS).logits
     torch.testing.assert_close(unpacked, dense(IDS).logits.detach(), rtol=1e-4, atol=1e-4)
+
+
+STREAMS = {"dense": {}, "int8": {"streams": "int8"}, "spread": {"device_map": "cpu"}}
+
+
+@pytest.mark.parametrize("how", STREAMS)
+@pytest.mark.parametrize("family", PACKINGS)
+def test_a_stream_is_the_dense_folder_s_matrix_however_it_is_decoded(packed_model, tmp_path, family, how):
+    made = folder_of(packed_model, tmp_path, family, 3.5, "ectcq")
+    densify(made.packed, tmp_path / "dense")
+    model, dense = load(made.packed, **STREAMS[how]).eval(), load(tmp_path / "dense").eval()
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert embedding.is_stream and head.is_stream
+    rows = read_checkpoint(made.packed)
+    for name in [EMBEDDING, HEAD] if family in APART else [EMBEDDING]:
+        np.testing.assert_array_equal(ModelFolder(tmp_path / "dense").read(f"{name}.weight"), rows[name].T)
+    decoded = "in_steps" if how == "int8" else "unpacked_codes"
+    assert getattr(embedding, decoded) is not None
+    if family not in APART:
+        assert all(getattr(head, part) is getattr(embedding, part) for part in ("values", "scales", decoded))
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits, dense(IDS).logits, rtol=1e-4, atol=1e-4)
+        found = model.generate(IDS[:, :7], max_new_tokens=6, do_sample=False)
+        assert torch.equal(found, dense.generate(IDS[:, :7], max_new_tokens=6, do_sample=False))
+        for token in (-1, 400):
+            with pytest.raises(IndexError):
+                model(torch.tensor([[5, token]]))
+        halves = load(made.packed, torch.bfloat16, **STREAMS[how])
+        assert halves.dtype == halves(IDS).logits.dtype == torch.bfloat16
+        halves.save_pretrained(tmp_path / "saved")
+        saved, kept = tensors_of(tmp_path / "saved"), tensors_of(made.packed)
+        assert saved.keys() == kept.keys()
+        assert all(saved[name] == kept[name] for name in kept if name.startswith((EMBEDDING, HEAD)))
+        torch.testing.assert_close(unpack_(model)(IDS).logits, dense(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_stream_has_the_bits_that_were_asked_for(packed_model, tmp_path, family):
+    made = folder_of(packed_model, tmp_path, family, 4.5, "ectcq")
+    after = tensors_of(made.packed)
+    vocabulary, hidden_size = ModelFolder(made.base).read(f"{EMBEDDING}.weight").shape
+    for name in [EMBEDDING, HEAD] if family in APART else [EMBEDDING]:
+        found = sum(len(after[f"{name}.{part}"]) for part in ("values", "scales"))
+        asked = embedding_nbytes(vocabulary, hidden_size, 4.5, "ectcq")
+        assert asked == 4.5 * vocabulary * hidden_size / 8
+        assert asked - 0.05 * vocabulary * hidden_size / 8 <= found <= asked
+    assert target_bytes(made.packed) == target_bytes(made.sixteen)
+    assert "Embedding and head are `ectcq_scaled`, entropy-coded." in (made.packed / "README.md").read_text()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_what_errors_cost_is_less_than_of_rounding_at_the_same_bytes(packed_model, tmp_path, family):
+    cost = {}
+    for method, bits in (("rtn", 4), ("gptq", 4), ("ectcq", 4.25)):
+        made = folder_of(packed_model, tmp_path / method, family, bits, method)
+        rows, moments = read_checkpoint(made.packed), read_head_moments(made.head, {})
+        size = 0
+        for name in [EMBEDDING, HEAD] if family in APART else [EMBEDDING]:
+            error = rows[name] - ModelFolder(made.base).read(f"{name}.weight").T
+            gram = metric_of(name, moments, is_tied=family not in APART).gram
+            # each token counts as it is felt: an error of the loss, to second order
+            counted = moments.counts if name == EMBEDDING and family in APART else moments.squares
+            cost.setdefault(name, {})[method] = float((error * (gram @ error)).sum(0) @ counted)
+            size += sum(len(part) for key, part in tensors_of(made.packed).items() if key.startswith(f"{name}."))
+        cost.setdefault("size", {})[method] = size
+    size = cost.pop("size")
+    assert size["rtn"] == size["gptq"] >= size["ectcq"]
+    for name, found in cost.items():
+        if name == HEAD or family not in APART:
+            assert found["ectcq"] < 0.6 * found["gptq"] < 0.6 * 0.6 * found["rtn"], (name, found)
+        else:  # of a table that is only read gptq has nothing to make up for
+            assert found["ectcq"] < 0.8 * found["rtn"], (name, found)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"fingerprint": "0" * 32}, "fingerprint"), ({"tokens": "other"}, "tokens"), ({"n_tokens": 0}, "no token")],
+)
+def test_moments_that_belong_elsewhere_are_refused(packed_model, tmp_path, changes, words):
+    folders = packed_model("llama")
+    how = {"embedding_bits": 3, "embedding_method": "ectcq", "calibration": {"tokens": "these"}}
+    head = write_head(folders.base, tmp_path / "head.h5", **{"tokens": "these"} | changes)
+    with pytest.raises(ArtifactError, match=words):
+        assemble(folders.base, [folders.codes], tmp_path / "packed", variant={}, head=head, **how)
+    assert not (tmp_path / "packed").exists()
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -152,9 +254,11 @@ def test_on_the_disk_both_or_neither(packed_model, tmp_path):
     with pytest.raises(ValueError, match=r"lm_head on the disk and model\.embed_tokens elsewhere, but .* one matrix"):
         load(made.packed, device_map={**where, "lm_head": "disk"}, offload_folder=tmp_path / "offload")
     both = {**where, "lm_head": "disk", "model.embed_tokens": "disk"}
-    model = load(made.packed, device_map=both, offload_folder=tmp_path / "offload")
-    with torch.no_grad():
-        torch.testing.assert_close(model(IDS).logits, expected)
+    coded = folder_of(packed_model, tmp_path / "coded", "llama", 4, "ectcq")
+    for packed, logits in ((made.packed, expected), (coded.packed, load(coded.packed)(IDS).logits.detach())):
+        model = load(packed, device_map=both, offload_folder=tmp_path / "offload" / packed.parent.name)
+        with torch.no_grad():
+            torch.testing.assert_close(model(IDS).logits, logits)
 
 
 def changed(**codes):

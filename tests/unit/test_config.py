@@ -747,7 +747,9 @@ def test_variants_that_do_not_compare_are_not_chosen_from(minimal):
     minimal["variants"]["mix"]["embedding_bits"] = 8
     (fault,) = faults(minimal)
     assert fault.startswith("variants.mix.embedding_bits: 8 are not in the perplexity that max_perplexity_increase is")
-    del minimal["variants"]["mix"]["embedding_bits"]
+    minimal["variants"]["mix"] |= {"embedding_bits": 16, "embedding_method": "ectcq"}
+    assert faults(minimal) == ["variants.mix.embedding_method: ectcq has nothing to round; set embedding_bits"]
+    del minimal["variants"]["mix"]["embedding_bits"], minimal["variants"]["mix"]["embedding_method"]
     minimal["variants"]["mix"] |= {"search": 10}
     assert faults(minimal) == [
         "variants.mix.search: swaps keep to a size; give a ratio in place of max_perplexity_increase"
@@ -758,3 +760,25 @@ def test_variants_that_do_not_compare_are_not_chosen_from(minimal):
     minimal["calibration"]["heldout_fraction"] = 0
     (fault,) = faults(minimal)
     assert fault.startswith("variants.mix.search: is measured on calibration windows that are kept out")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"embedding_bits": 5}, "embedding_bits: 5; rtn has 8, 6, 4; 16 is as it is"),
+        ({"embedding_bits": 3.5, "embedding_method": "gptq"}, "embedding_bits: 3.5; gptq has 8, 6, 4; 16 is as it is"),
+        ({"embedding_bits": 12.5, "embedding_method": "ectcq"}, "embedding_bits: 12.5; ectcq has 1 to 12; 16 is as it"),
+        ({"embedding_method": "gptq"}, "embedding_method: gptq has nothing to round; set embedding_bits"),
+        ({"embedding_bits": 4, "embedding_method": "gptq"}, None),
+        ({"embedding_bits": 2.25, "embedding_method": "ectcq"}, None),
+    ],
+)
+@pytest.mark.parametrize("nested", [False, True])
+def test_bits_of_embeddings_are_those_of_their_method(minimal, options, words, nested):
+    step = {"method": "svd_llm", "ratio": 0.4, **options}
+    minimal["variants"] = {"a": {"steps": [{"method": "uidl", "blocks": 2}, step]} if nested else step}
+    found = faults(minimal) if words else []
+    where = "variants.a.steps.1" if nested else "variants.a"
+    assert [fault.startswith(f"{where}.{words}") for fault in found] == [True] * (words is not None)
+    if words is None:
+        assert check_config(minimal)

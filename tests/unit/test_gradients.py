@@ -16,6 +16,8 @@ from cospadi.calibration import windows
 from cospadi.calibration.alone import Alone
 from cospadi.calibration.collect import collect
 from cospadi.calibration.gradients import collect_gradients, sampling_draws
+from cospadi.calibration.head import measure_head
+from cospadi.calibration.moments import read_head_moments
 from cospadi.calibration.walk import read_windows
 from cospadi.errors import ArtifactError
 from cospadi.files import BFLOAT16, ModelFolder, TensorFile, read_json, write_json
@@ -137,6 +139,44 @@ def test_chunk_by_chunk_is_autograd_of_the_whole_model(tiny_model, tmp_path, fam
         for key in ("gram", "squares", "token_weights"):
             # float32 rounds at 1e-7; some fifty operations in a row, and squares, are within a thousand of that
             np.testing.assert_allclose(one[key], expected[name][key], rtol=1e-4, atol=1e-4 * expected[name][key].max())
+
+
+@pytest.mark.parametrize("heldout", [0.0, 0.4])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text"])
+def test_what_the_head_s_errors_cost_is_what_the_whole_model_predicts(tiny_model, tmp_path, family, heldout):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    paths = backward(tiny_model(family, dtype="float32"), tmp_path, CHUNKS["three"], heldout_fraction=heldout)
+    how = {"batch_tokens": BATCH * LENGTH, "heldout_fraction": heldout, "log": lambda line: None}
+    measure_head(
+        paths.model,
+        paths.structure,
+        paths.windows,
+        hidden_in=tmp_path / "hidden_3.h5",
+        output=tmp_path / "head.h5",
+        **how,
+    )
+    read = read_windows(paths.windows, paths.structure["vocab_size"])
+    kept = slice(0, SAMPLES - round(heldout * SAMPLES))
+    ids, mask = torch.from_numpy(read.input_ids[kept]), torch.from_numpy(read.attention_mask[kept])
+    model, entering = AutoModelForCausalLM.from_pretrained(paths.model, dtype=torch.float64).eval(), []
+    model.get_output_embeddings().register_forward_pre_hook(lambda module, inputs: entering.append(inputs[0]))
+    with torch.no_grad():
+        p = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.softmax(-1)[mask.bool()]
+    rows, slopes = entering[0][mask.bool()], p * (1 - p)
+    belongs = {"fingerprint": paths.structure["fingerprint"], "tokens": read.tokens}
+    found = read_head_moments(tmp_path / "head.h5", belongs)
+    n = len(rows)
+    assert n == {0.0: SAMPLES * LENGTH - 9 - 5, 0.4: 4 * LENGTH - 9}[heldout]
+    expected = {
+        "gram": (rows * slopes.sum(-1, keepdim=True)).T @ rows / n,
+        "squares": slopes.sum(0) / n,
+        "counts": torch.bincount(ids[mask.bool()], minlength=p.shape[1]).double() / n,
+    }
+    for name, one in expected.items():
+        whole = one.numpy()
+        np.testing.assert_allclose(getattr(found, name), whole, rtol=1e-4, atol=1e-5 * np.abs(whole).max())
 
 
 @pytest.fixture(scope="module")

@@ -365,8 +365,12 @@ def test_a_module_that_is_moved_into_another_place_of_the_file_system_is_the_sam
         ("factor_training.py", {"turn", "distill"}),
         ("quantization.py", {"quantize", "turn"}),
         ("calibration/collect.py", {"collect", "gram", "gradients", "turn"}),
+        ("calibration/head.py", {"head"}),
         ("calibration/gradients.py", {"gradients"}),
-        ("calibration/walk.py", {"collect", "gram", "gradients", "distances", "fit", "drift", "turn", "distill"}),
+        (
+            "calibration/walk.py",
+            {"collect", "gram", "gradients", "head", "distances", "fit", "drift", "turn", "distill"},
+        ),
         ("pruning/edit.py", {"fit", "prune"}),
         ("evaluation/scoring.py", {"evaluate_dense", "evaluate"}),
         ("evaluation/task_files/last_word.yaml", {"evaluate_dense", "evaluate"}),
@@ -666,8 +670,12 @@ def test_a_budget_leaves_what_all_else_does_not_take():
     for bits in (8, 4):  # a scale for 64 numbers is a quarter of a bit
         saved = 49152 * 576 * (16 - bits - 0.25) / 8
         assert given[str(bits)]["ratio"] == pytest.approx(1 - (96_500_000 - others + saved) / dense)
+    coded = {"method": "ectcq", "budget": "96.5 MB", "embedding_bits": 3.5, "embedding_method": "ectcq"}
+    saved = 49152 * 576 * (16 - 3.5) / 8
+    given = make_plan(variants={"coded": coded}).config["variants"]["coded"]
+    assert given["ratio"] == pytest.approx(1 - (96_500_000 - others + saved) / dense)
     plain = make_plan(variants={"a": {"method": "svd_llm", "ratio": 0.4}}).config["variants"]["a"]
-    assert "embedding_bits" not in plain
+    assert not {"embedding_bits", "embedding_method"} & plain.keys()
     assert "budget" not in {**plain, **found["whole"]}
     with pytest.raises(ConfigError) as caught:
         make_plan(variants={"a": {"method": "rtn", "budget": "56MB"}, "b": {"method": "rtn", "budget": "1GB"}})
@@ -694,6 +702,11 @@ def test_a_budget_of_a_gpu_leaves_what_is_in_its_memory_besides():
     assert found["b"]["ratio"] == pytest.approx(1 - (320e6 - others - 8192 * cache) / dense)
     # a stream stays beside what it is decoded to
     assert found["c"]["ratio"] == pytest.approx(1 - (450e6 - others - 1000 * cache - dense) / dense)
+    coded = {"method": "trellis", "embedding_bits": 3, "embedding_method": "ectcq", "budget": "0.26GB on the GPU"}
+    plan_of_coded = make_plan(variants={"a": coded})
+    saved = 49152 * 576 * (16 - 3) / 8 - 49152 * 576 * 2  # and decoded beside
+    expected = 1 - (260e6 - others + saved - 4096 * cache) / dense
+    assert plan_of_coded.config["variants"]["a"]["ratio"] == pytest.approx(expected)
     assert plan.told[1].startswith("variants.b.budget: 320MB on the GPU with 8192 tokens: 56.98MB embeddings")
     assert plan.told[1].endswith(f"(ratio {found['b']['ratio']:.4g})")
     gradients = {"metric": "gradients", "ratio": 0.8}

@@ -27,6 +27,7 @@ NAMES = ["hybrid", "sparsegpt"]
 STREAM, TURN = "ectcq", "turn"  # whose layers are learned in turn
 CHOICES = ["hybrid", STREAM, "rtn"]
 INCREASE, MIXED = 1.005, 0.62
+CODED = "coded"
 MORE = 14  # windows to train on end to end; the calibration has fewer
 PARTS = ["self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"]
 ALONE = {"method": "rtn", "ratio": 0.7, "allocation": "measured", "menu": [0.6, 1, 1.4], "measured_windows": 3}
@@ -52,6 +53,7 @@ def run(new_run: Callable[..., Run]) -> Run:
             "distill": {"epochs": 1, "samples": MORE},
             "embedding_bits": 8,
         },
+        CODED: {"method": "rtn", "ratio": 0.7, "embedding_bits": 3, "embedding_method": "ectcq"},
         "rtn": MENU,
         "alone": ALONE,
         "mix": {"method": "choose", "ratio": MIXED, "choose_from": CHOICES, "search": 12},
@@ -65,7 +67,7 @@ def run(new_run: Callable[..., Run]) -> Run:
 
 
 def test_every_one_comes_out_at_its_bytes(run):
-    check_finished(run, sorted([STREAM, *NAMES, "alone", "close", "mix", "rtn", TURN]))
+    check_finished(run, sorted([STREAM, *NAMES, CODED, "alone", "close", "mix", "rtn", TURN]))
     table = rows(run.results / "summary.tsv")
     for name in NAMES:
         assert 0.4 <= float(table[name]["ratio_true"]) < 0.41
@@ -140,10 +142,10 @@ def test_other_options_of_training_end_to_end_learn_nothing_anew(run, tmp_path):
 def test_embeddings_in_few_bits_are_in_the_model_and_what_is_learned_is_not_of_them(run, tmp_path, monkeypatch):
     monkeypatch.chdir(run.folder)
     table, plan = rows(run.results / "summary.tsv"), plan_of("run.yaml")
-    for name, bits in ((TURN, 8), ("sparsegpt", 16)):
+    for name, codec in ((TURN, "int8"), ("sparsegpt", None), (CODED, "ectcq_scaled")):
         config = read_json(run.results / name / "model/config.json")
-        spec = config["quantization_config"]["matrices"].get("model.embed_tokens", {"codes": {"codec": "int16"}})
-        assert spec["codes"]["codec"] == f"int{bits}"
+        spec = config["quantization_config"]["matrices"].get("model.embed_tokens", {"codes": {"codec": None}})
+        assert spec["codes"]["codec"] == codec
         size = sum(file.stat().st_size for file in (run.results / name / "model").glob("*.safetensors"))
         assert size <= plan.final_nbytes(name), "a budget keeps to it"
         assert float(table[name]["kl"]) > 0 and np.isfinite(float(table[name]["token_perplexity"]))
@@ -151,7 +153,10 @@ def test_embeddings_in_few_bits_are_in_the_model_and_what_is_learned_is_not_of_t
     run.config["variants"][TURN]["embedding_bits"] = 4
     planned = run.planned(f"results/tiny/{TURN}/eval.json")
     assert planned["assemble_model"] == planned["evaluate_model"] == 1
-    assert not {"learn_in_turn", "distill_factors", "quantize_codes"} & planned.keys()
+    assert not {"learn_in_turn", "distill_factors", "quantize_codes", "measure_head"} & planned.keys()
+    run.config["variants"][TURN]["embedding_method"] = "gptq"
+    planned = run.planned(f"results/tiny/{TURN}/eval.json")
+    assert planned["assemble_model"] == 1 and not {"measure_head", "collect_activations"} & planned.keys()
 
 
 def test_a_unit_learned_in_turn_waits_for_those_before_it(run, tmp_path):

@@ -227,10 +227,11 @@ def test_the_tables_of_stages_have_the_arrows_that_snakemake_finds(folder):
     def arrows(stages) -> set[tuple[str, str]]:
         return {(stages[before].rule, stage.rule) for stage in stages.values() for before in stage.after}
 
+    coded = {"embedding_bits": 3, "embedding_method": "ectcq"}
     variants = {
         "cut": {"method": "replaceme", "blocks": 2},
-        "both": {"steps": [{"method": "uidl", "blocks": 3}, {"method": "cospadi", "ratio": 0.2}]},
-        "plain": {"method": "cospadi", "ratio": 0.2},
+        "both": {"steps": [{"method": "uidl", "blocks": 3}, {"method": "cospadi", "ratio": 0.2, **coded}]},
+        "plain": {"method": "cospadi", "ratio": 0.2, **coded},
         "parted": {"method": "svd_llm_v2", "ratio": 0.2, "distill": {}},
         "cut_parted": {"steps": [{"method": "replaceme", "blocks": 2}, {"method": "svd_llm_v2", "ratio": 0.2}]},
         "masa": {"steps": [{"method": "replaceme", "blocks": 2}, {"method": "masa", "ratio": 0.2}]},

@@ -10,6 +10,7 @@ import jinja2
 
 from cospadi.files import ModelFolder
 from cospadi.runtime.cospadi_format import EMBEDDING, HEAD, TRANSFORMERS
+from cospadi.runtime.cospadi_registry import CODECS
 
 _HEAD = """\
 ---
@@ -110,7 +111,10 @@ def packed_card(
 
 def _embedding_words(packing: Mapping[str, Any]) -> str:
     spec = packing["matrices"].get(EMBEDDING)
-    return f"Embedding and head are `{spec['codes']['codec']}`, under scales. " if spec else ""
+    if spec is None:
+        return ""
+    codec = spec["codes"]["codec"]
+    return f"Embedding and head are `{codec}`, {'entropy-coded' if CODECS[codec].variable else 'under scales'}. "
 
 
 def pruned_card(base: ModelFolder, name: str, removed: Sequence[int], settings: Mapping[str, Any]) -> str:

@@ -21,8 +21,9 @@ import numpy as np
 import safetensors.numpy
 
 from cospadi.budget import dense_nbytes
+from cospadi.calibration.moments import read_head_moments
 from cospadi.cards import packed_card
-from cospadi.embeddings import embeddings_of, pack_embedding
+from cospadi.embeddings import NEAREST, embeddings_of, pack_embedding
 from cospadi.errors import ArtifactError, CospadiError, listed
 from cospadi.files import (
     SAFETENSORS_DTYPES,
@@ -71,7 +72,10 @@ def assemble(
     output: str | Path,
     *,
     variant: Mapping[str, Any],
-    embedding_bits: int = 16,
+    embedding_bits: float = 16,
+    embedding_method: str = NEAREST,
+    head: str | Path | None = None,
+    calibration: Mapping[str, Any] | None = None,
     card: Mapping[str, Any] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
@@ -91,6 +95,12 @@ def assemble(
         Method and options the codes were made with; kept in ``config.json``.
     embedding_bits : int
         A number of the embedding and of a head of its own (`embeddings.pack_embedding`); 16, as they are.
+    embedding_method : str
+        Who rounds them, one of `embeddings.ROUNDINGS`.
+    head : path-like, optional
+        What `calibration.head.measure_head` wrote, for methods that ask what errors cost.
+    calibration : mapping, optional
+        What `head` has to be of (`activations.calibration_of`).
     card : mapping, optional
         Measured figures for the model card, label to value.
     max_shard_bytes : int
@@ -111,8 +121,10 @@ def assemble(
     specs, sources = _read_codes(codes_files)
     tied = set()
     if embedding_bits < 16:
+        belongs = {"fingerprint": fingerprint(base), **(calibration or {})}
+        moments = None if head is None else read_head_moments(head, belongs)
         for name in embeddings_of(base):
-            arrays, specs[name] = pack_embedding(base, name, embedding_bits)
+            arrays, specs[name] = pack_embedding(base, name, embedding_bits, embedding_method, moments)
             sources |= {part: StoredTensor.made(part, array) for part, array in arrays.items()}
         tied = {f"{HEAD}.weight"} - {f"{name}.weight" for name in specs}  # where a file has it twice
     dtypes = {_check_target(base, name, spec) for name, spec in specs.items()}

@@ -19,12 +19,15 @@ import yaml
 from cospadi import checking
 from cospadi.budget import ratio_of
 from cospadi.checking import KINDS, LOADER, Schema, did_you_mean, document, place, plain, repeated_keys, shown
+from cospadi.embeddings import NEAREST
+from cospadi.embeddings import faults as embedding_faults
 from cospadi.errors import ConfigError
 from cospadi.evaluation import HELDOUT_TASKS
 from cospadi.formats.values import CODEC_OF_BITS, DICTIONARY_BITS, bits_faults
 from cospadi.methods import METHODS, warm_start_faults
 from cospadi.methods.base import (
     ALLOCATION_OPTIONS,
+    EMBEDDINGS,
     FILE,
     MEASURED,
     MENU,
@@ -48,7 +51,17 @@ SCHEMAS = Path(__file__).parent / "schemas"
 REPLACED = ("model", "text", "variants")
 # What else is in the folder of a run, where every variant has a folder of its own
 RESERVED = (
-    *("dense", "structure.json", "calibration.h5", "activations", "gradients", "gram", "pruning", "drift.json"),
+    *(
+        "dense",
+        "structure.json",
+        "calibration.h5",
+        "activations",
+        "gradients",
+        "gram",
+        "head.h5",
+        "pruning",
+        "drift.json",
+    ),
     *("plots", "logs", "benchmarks", "summary.tsv", "summary.html", "summary.json", "frontier.tsv", "samples.html"),
     *("samples.md", "explore.html", "report.zip", "config.yaml", "windows"),
     *("training", "training.tsv", "training.html", "training.json"),
@@ -71,7 +84,7 @@ def schema() -> Schema:
     alternatives = [
         entry_schema(method, "method", parting if method.scope == "problem" else alone) for method in METHODS.values()
     ]
-    of_whole = {key: common[key] for key in ("method", *SIZES, "embedding_bits")}
+    of_whole = {key: common[key] for key in ("method", *SIZES, *EMBEDDINGS)}
     alternatives.append(entry_schema(CHOOSE, "method", of_whole))
     alternatives += [entry_schema(pruner, "method", {"method": _PRUNING}) for pruner in PRUNERS.values()]
     whole["properties"]["variants"]["propertyNames"]["not"] = {"enum": list(RESERVED)}
@@ -225,7 +238,8 @@ def _unused(settings: Mapping[str, Any]) -> set[str]:
     """Keys of a complete step that decide nothing: factors are the same as before these keys came."""
     unused = {"bits", *(key for key in ("budget", INCREASE, SEARCH) if not settings.get(key))}
     unused |= {"ratio"} if INCREASE not in unused else set()
-    unused |= {"embedding_bits"} if settings.get("embedding_bits") == 16 else set()
+    unused |= {*EMBEDDINGS} if settings.get("embedding_bits") == 16 else set()
+    unused |= {"embedding_method"} if settings.get("embedding_method") == NEAREST else set()
     if settings.get("method") not in METHODS:
         return unused
     unused |= {"residual_share"} if settings.get("target") != SEQUENTIAL else set()
@@ -274,6 +288,7 @@ def _step_faults(where: str, variant: dict[str, Any]) -> Iterator[str]:
         yield from (f"{where}.{fault}" for fault in sharing_option_faults(variant, entry.defaults()))
         if "codes" in variant:
             yield from (f"{where}.codes.{fault}" for fault in bits_faults(variant["codes"], own_codec=entry.own_codec))
+        yield from (f"{where}.{fault}" for fault in embedding_faults(variant))
         yield from (f"{where}.{fault}" for fault in allocation_faults(variant))
         if entry.name in METHODS:
             yield from (f"{where}.{fault}" for fault in of_layers_faults(variant))

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from cospadi.arrays import PRODUCT_ROWS
 from cospadi.budget import nbytes_left
+from cospadi.embeddings import ROUNDINGS
 from cospadi.errors import UnsupportedModelError
 from cospadi.formats.values import storage_of
 from cospadi.methods import METHODS
@@ -178,6 +179,19 @@ class Estimates:
             moved=grams + 2 * hidden,
         )
 
+    def head(self) -> Work:
+        """The head's forward pass over all windows, and what it predicts, some tokens at a time."""
+        shapes = self.shapes
+        head = shapes.vocabulary * shapes.hidden_size
+        weights = 2 * self._width * (shapes.layer_parameters + shapes.embedding_parameters + head)
+        logits = 4 * 6 * 256 * shapes.vocabulary
+        hidden = self._width * self._tokens * shapes.hidden_size
+        flops = 2 * self._tokens * head
+        core = Cost({FORWARD: flops, LOOP: self._tokens * shapes.vocabulary / 5e7})
+        return Work(
+            TORCH + weights + logits + 8 * shapes.hidden_size**2, 6, core, Cost({GPU_FORWARD: flops}), moved=hidden
+        )
+
     def gram(self) -> Work:
         """Grams of one layer from its rows, or taken over from the streamed ones."""
         widest, grams = max(self.shapes.site_widths), 8 * self.shapes.gram_entries
@@ -326,13 +340,23 @@ class Estimates:
         memory = NUMPY + packed + max(packed, at_once) + (COMPILED if optimal else 0)
         return Work(memory, 1, core, disk=packed, moved=packed)
 
-    def assemble(self, size: float | None = None, *, rounds_embeddings: bool = False) -> Work:
-        """Copying tensors a shard of 5 GiB at a time; `size`, bytes of all, is by default the dense model's."""
+    def assemble(self, size: float | None = None, *, embedding_methods: Collection[str] = ()) -> Work:
+        """Copying tensors a shard of 5 GiB at a time, and rounding embeddings; `size`, bytes of all, is by default the
+        dense model's.
+        """
         size = 2 * self.shapes.parameters if size is None else size
-        rounded = self.shapes.embedding_parameters if rounds_embeddings else 0
-        # pages of the file beside what becomes of them, for the pieces and for the whole; 4 million numbers a second
-        memory = NUMPY + 1.1 * min(size, 5 * 2**30) + 4 * rounded
-        return Work(memory, 2, Cost({LOOP: rounded / 4e6}), disk=size, moved=2 * size)
+        rounded = self.shapes.embedding_parameters if embedding_methods else 0
+        # pages of the file beside what becomes of them, for the pieces and for the whole; numbers a second
+        memory, speed = 4, 4e6
+        if any(ROUNDINGS[method].learned for method in embedding_methods):
+            memory, speed = 24, 2e6  # all numbers in float32, some times over
+        return Work(
+            NUMPY + 1.1 * min(size, 5 * 2**30) + memory * rounded,
+            2,
+            Cost({LOOP: rounded / speed}),
+            disk=size,
+            moved=2 * size,
+        )
 
     def export(self) -> Work:
         """As `assemble`, with one tensor at a time in float32, twice; a temporary file holds the rest."""

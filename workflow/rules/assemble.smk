@@ -2,6 +2,7 @@ rule assemble_model:
     input:
         model=lambda wildcards: plan.model_input(plan.base_of(wildcards.variant)),
         windows=rules.prepare_calibration.output[0],
+        head=lambda wildcards: plan.head_of(wildcards.variant),
         codes=lambda wildcards: expand(
             rules.quantize_codes.output.codes,
             unit=plan.units(wildcards.variant),
@@ -28,7 +29,7 @@ rule assemble_model:
     params:
         variant=lambda wildcards: config["variants"][wildcards.variant],
         targets=lambda wildcards: plan.packed(wildcards.variant)[0]["targets"],
-        embedding_bits=lambda wildcards: plan.embedding_bits(wildcards.variant),
+        embedding=lambda wildcards: plan.embedding(wildcards.variant),
         collection=plan.collection(),
         model=lambda wildcards: plan.model_digest(ALL, base=plan.base_of(wildcards.variant)),
         code=plan.code("assemble"),

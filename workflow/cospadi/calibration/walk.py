@@ -253,9 +253,13 @@ class Chunk:
             torch.autograd.backward(last[0], gradient.to(last[0].dtype))
         return entrance.grad
 
+    def entering_head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the head reads of what the model's last block gives, both (n_tokens, hidden_size)."""
+        return self._model.norm(hidden)
+
     def predict(self, hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
         """Logits in float32 (n_tokens, vocabulary) of what the model's last block gives (n_tokens, hidden_size)."""
-        logits = (self._model.norm(hidden) @ head.T).float()
+        logits = (self.entering_head(hidden) @ head.T).float()
         cap = getattr(self._model.config, "final_logit_softcapping", None)
         return logits if cap is None else cap * (logits / cap).tanh()
 

@@ -332,7 +332,8 @@ TRAINING = ("refine", "distill")
 OF_LAYERS = ("target", "drift_share", "residual_share", *TRAINING)
 
 # Options that decide nothing of what is learned, but what is done with it
-AFTERWARDS = ("distill", "embedding_bits")
+EMBEDDINGS = ("embedding_bits", "embedding_method")
+AFTERWARDS = ("distill", *EMBEDDINGS)
 
 
 def trained_by(settings: Mapping[str, Any]) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from cospadi.digests import code_digest, folder_digest, modules_of
 from cospadi.errors import ConfigError
-from cospadi.methods.base import AFTERWARDS
+from cospadi.methods.base import AFTERWARDS, EMBEDDINGS
 from cospadi.outside import TOKENIZER, edited_digest, model_digest, untimed
 from cospadi.plan.budgets import model_nbytes, with_ratios
 from cospadi.plan.faults import local_model_faults, planning_faults
@@ -108,7 +108,7 @@ class Plan(Paths, Staged):
 
     def storing(self, variant: str) -> dict[str, Any]:
         """Settings that decide the matrices as they are stored: embedding and head are none of them."""
-        return {key: value for key, value in self.factorizing(variant).items() if key != "embedding_bits"}
+        return {key: value for key, value in self.factorizing(variant).items() if key not in EMBEDDINGS}
 
     def reported(self) -> dict[str, Any]:
         """Settings that the report shows."""

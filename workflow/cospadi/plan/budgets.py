@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from cospadi.budget import nbytes_left
 from cospadi.config import read_schema
-from cospadi.embeddings import embedding_nbytes
+from cospadi.embeddings import NEAREST, ROUNDINGS, embedding_nbytes
 from cospadi.methods import METHODS
 from cospadi.methods.choose import CHOOSE
 from cospadi.plan.names import at_step
@@ -91,6 +91,8 @@ def with_ratios(
             parts[f"keys and values of {tokens} tokens"] = 2 * width * n_layers * keys * tokens
             if decoded:
                 parts[f"what matrices of {decoded[0]} are decoded to"] = width * sum(map(math.prod, targets))
+            if settings.get("embedding_bits", 16) < 16 and ROUNDINGS[settings["embedding_method"]].decoded:
+                parts["what embeddings are decoded to"] = width * shapes.embedding_parameters
         others = sum(parts.values())
         consists = ", ".join(f"{_megabytes(nbytes)} {what}" for what, nbytes in parts.items())
         left, dense = budget.nbytes - others, nbytes_left(targets, 0)
@@ -142,7 +144,8 @@ def _parts(
     sources = [config["variants"][source] for source in settings.get("choose_from", ())] or [settings]
     chosen = sources[0].get("targets") or list(shapes.matrices)
     targets = [shapes.matrices[projection] for projection in chosen] * max(n_layers, 1)
-    others = _others(shapes, _width(model_config), n_layers, chosen, settings.get("embedding_bits", 16))
+    embedding = settings.get("embedding_bits", 16), settings.get("embedding_method", NEAREST)
+    others = _others(shapes, _width(model_config), n_layers, chosen, embedding)
     return sources, n_layers, targets, others
 
 
@@ -150,12 +153,12 @@ def _width(model_config: Mapping[str, Any]) -> int:
     return 4 if "float32" in (model_config.get("dtype"), model_config.get("torch_dtype")) else 2
 
 
-def _others(shapes: Shapes, width: int, n_layers: int, chosen: list[str], embedding_bits: int) -> int:
+def _others(shapes: Shapes, width: int, n_layers: int, chosen: list[str], embedding: tuple[float, str]) -> int:
     """Bytes in the file that are not of the target matrices."""
     embeddings = width * shapes.embedding_parameters
-    if embedding_bits < 16:
+    if embedding[0] < 16:
         one = shapes.vocabulary, shapes.hidden_size
-        embeddings = shapes.embedding_parameters // math.prod(one) * embedding_nbytes(*one, embedding_bits)
+        embeddings = shapes.embedding_parameters // math.prod(one) * embedding_nbytes(*one, *embedding)
     left_out = [math.prod(shape) for name, shape in shapes.matrices.items() if name not in chosen]
     numbers = shapes.hidden_size + n_layers * (shapes.small_parameters + sum(left_out))
     return embeddings + width * numbers + _HEADER * n_layers * len(shapes.matrices)

@@ -75,6 +75,10 @@ class Paths(Variants):
         """Activations of the chunk that layer `layer` is in."""
         return f"{self.results}/{base}activations/layers_{chunk_name(self.chunk_with(layer, base))}.h5"
 
+    def head_of(self, variant: str) -> list[str]:
+        """What errors of the head cost, where that is asked."""
+        return [f"{self.results}/{self.base_of(variant)}head.h5"] if self.asks_head(variant) else []
+
     def drift_of(self, variant: str) -> list[str]:
         """How far blocks move the predicted token, for the methods that learn all layers in one job."""
         return [f"{self.results}/{self.base_of(variant)}drift.json"] if self.learns_model(variant) else []

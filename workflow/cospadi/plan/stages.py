@@ -144,8 +144,9 @@ def _assemble(plan: Plan) -> Iterator[Jobs]:
 def _assembling(plan: Plan, wildcards: Any) -> Work:
     # of the largest; where no ratio says how large it will be, of the dense model
     sizes = [plan.final_nbytes(name) for name in plan.factorized + plan.choosing]
-    rounds = any(plan.embedding_bits(name) < 16 for name in plan.factorized + plan.choosing)
-    return plan.estimates.assemble(None if None in sizes else max(sizes), rounds_embeddings=rounds)
+    rounded = [plan.embedding(name) for name in plan.factorized + plan.choosing]
+    methods = {method for bits, method in rounded if bits < 16}
+    return plan.estimates.assemble(None if None in sizes else max(sizes), embedding_methods=methods)
 
 
 def _choosing(plan: Plan, wildcards: Any) -> Work:
@@ -326,6 +327,19 @@ STAGES = table_of(
         priority=2,
     ),
     Stage(
+        name="head",
+        rule="measure_head",
+        result="what errors in the last matrix cost the loss",
+        files="{of}head.h5",
+        only="embeddings by what errors cost",
+        after=("fetch", "prune", "inspect", "prepare", "collect"),
+        jobs=_each_base("measure_head", Variants.head_bases),
+        work=_estimated(Estimates.head),
+        code=("cospadi.calibration.head",),
+        threads="collect",
+        uses_gpu=True,
+    ),
+    Stage(
         name="drift",
         rule="measure_drift",
         result="how far blocks move the predicted token",
@@ -440,7 +454,7 @@ STAGES = table_of(
         rule="assemble_model",
         result="a packed Hugging Face folder",
         files="*/model/*.safetensors",
-        after=("fetch", "prune", "prepare", "quantize", "take"),
+        after=("fetch", "prune", "prepare", "head", "quantize", "take"),
         jobs=_assemble,
         work=_assembling,
         # all of the runtime travels in the folder

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from cospadi.embeddings import NEAREST, ROUNDINGS
 from cospadi.errors import CospadiError
 from cospadi.methods import METHODS
 from cospadi.methods.base import FILE
@@ -59,10 +60,21 @@ class Variants:
         """Settings of the step that factorizes, if there is one."""
         return next((step for step in self.steps(variant) if step["method"] in METHODS), None)
 
-    def embedding_bits(self, variant: str) -> int:
-        """Bits a number of a variant's embedding, and of its head."""
+    def embedding(self, variant: str) -> tuple[float, str]:
+        """Bits a number of a variant's embedding, and of its head, 16 as they are; and the method that rounds them."""
         settings = self.factorizing(variant) or self.config["variants"][variant]
-        return settings.get("embedding_bits", 16)
+        return settings.get("embedding_bits", 16), settings.get("embedding_method", NEAREST)
+
+    def asks_head(self, variant: str) -> bool:
+        """Whether a variant's embedding is rounded by what its errors cost."""
+        bits, method = self.embedding(variant)
+        return bits < 16 and ROUNDINGS[method].learned
+
+    def head_bases(self) -> list[str]:
+        """Bases whose heads are asked what errors cost."""
+        return list(
+            dict.fromkeys(self.base_of(name) for name in [*self.factorized, *self.choosing] if self.asks_head(name))
+        )
 
     def sources_of(self, variant: str) -> list[str]:
         """Variants that a variant chooses from; none for those that learn, or only lose blocks."""

@@ -1,4 +1,6 @@
-"""The embedding of a packed checkpoint, and a head that is tied to it: integers under the scales of blocks."""
+"""The embedding of a packed checkpoint, and a head that is tied to it: integers under the scales of blocks, or a stream
+that is decoded once.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,9 @@ from .cospadi_codecs import decode_numbers, of_blocks
 from .cospadi_format import EMBEDDING, block_of
 from .cospadi_linear import Packed, PackedLinear
 
-# What embedding and tied head have both
+# What embedding and tied head have both: tensors of the file, and what a stream is decoded to
 TIED = ("values", "scales")
+DECODED = ("unpacked_codes", "in_steps")
 
 
 class PackedEmbedding(Packed, nn.Embedding):
@@ -36,15 +39,20 @@ class PackedEmbedding(Packed, nn.Embedding):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids (...) to rows (..., hidden_size), in the dtype that the model computes in."""
-        d = self.embedding_dim
-        size = block_of(self.spec["codes"], d)
-        rows = ids.flatten()
-        # not by `[rows]`, which takes -1 for the last token
-        stored, scales = (part.view(self.num_embeddings, -1).index_select(0, rows) for part in self._packed())
-        numbers = decode_numbers(self.spec["codes"]["codec"], stored.flatten(), (len(rows), d))
-        scales = of_blocks(scales, len(rows), size, d)
-        found = (numbers.float() * scales).to(self.computed.dtype).view(*ids.shape, d)
+        found = self._rows(ids.flatten()).to(self.computed.dtype).view(*ids.shape, self.embedding_dim)
         return found if self._times is None else found * torch.tensor(self._times).to(found.dtype)
+
+    def _rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows (n, hidden_size) of tokens (n,); not by `[ids]`, which takes -1 for the last token."""
+        if self.in_steps is not None:
+            return self.in_steps.columns(ids)
+        if self.is_stream:  # on the disk it is decoded anew each time
+            table = self.factors(torch.float32)[1] if self.unpacked_codes is None else self.unpacked_codes
+            return table.index_select(0, ids)
+        d = self.embedding_dim
+        stored, scales = (part.view(self.num_embeddings, -1).index_select(0, ids) for part in self._packed())
+        numbers = decode_numbers(self.spec["codes"]["codec"], stored.flatten(), (len(ids), d))
+        return numbers.float() * of_blocks(scales, len(ids), block_of(self.spec["codes"], d), d)
 
 
 def tied_head(embedding: PackedEmbedding) -> PackedLinear:
@@ -53,6 +61,7 @@ def tied_head(embedding: PackedEmbedding) -> PackedLinear:
     head._is_hf_initialized = True  # nothing to draw at random, which transformers 5.0 would try
     head._tied_weights_keys = {}
     for part in TIED:
-        setattr(head, part, getattr(embedding, part))
-        head._tied_weights_keys[part] = f"{EMBEDDING}.{part}"
+        if getattr(embedding, part) is not None:
+            setattr(head, part, getattr(embedding, part))
+            head._tied_weights_keys[part] = f"{EMBEDDING}.{part}"
     return head

@@ -206,11 +206,13 @@ def embedding_faults(spec: Mapping[str, Any], codecs: Mapping[str, Codec] = CODE
     codes, hidden_size = spec["codes"], spec["shape"][0]
     codec = codecs[codes["codec"]]
     plain = spec["dictionary"]["codec"] == IDENTITY and codes["support"] == "dense" and "plus" not in spec
-    if not plain or not codec.scaled or codec.shifted or codec.variable or codec.whole:
+    integers = codec.scaled and not codec.shifted and not codec.whole
+    if not plain or not (integers or codec.variable):
         return [
-            f"an embedding is integers under scales, and no codec {codes['codec']!r} of support {codes['support']!r}"
+            f"an embedding is integers under scales or a stream, and no codec {codes['codec']!r} of support "
+            f"{codes['support']!r}"
         ]
-    if hidden_size * codec.bits % 8:
+    if not codec.variable and hidden_size * codec.bits % 8:
         return [f"{hidden_size} numbers of {codec.bits} bits are no whole bytes"]
     return []
 

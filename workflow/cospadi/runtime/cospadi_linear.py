@@ -409,6 +409,15 @@ class Steps(nn.Module):
         z = (z if self.rows is None else z[..., self.rows]) * self.bits_of_steps.view(torch.float32)
         return self.digits(z).to(x.dtype)
 
+    def columns(self, chosen: torch.Tensor) -> torch.Tensor:
+        """Columns of the matrix by their numbers (n,), each as a row of the inputs: float32 (n, d_in)."""
+        found = self.digits.values.view(self.digits.out_features, -1).index_select(0, chosen).float()
+        found *= self.bits_of_steps.view(torch.float32)
+        if self.rows is not None:
+            d_in = int(self.rows.max()) + 1
+            found = found.new_zeros(len(chosen), d_in).index_add_(1, self.rows, found)
+        return found * self.digits.scales.index_select(0, chosen).float()[:, None]
+
 
 class DenseLinear(nn.Linear):
     """A linear layer of a packed model that is not packed, such as the head.

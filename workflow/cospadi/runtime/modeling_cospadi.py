@@ -19,7 +19,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from .configuration_cospadi import CospadiConfig, check_packing, family_config, register
 from .cospadi_checksums import CHECKSUMS, checksum_faults, write_checksums
-from .cospadi_embedding import TIED, PackedEmbedding, tied_head
+from .cospadi_embedding import DECODED, PackedEmbedding, tied_head
 from .cospadi_entropy import DamagedStreamError, Decoding
 from .cospadi_format import (
     EMBEDDING,
@@ -32,7 +32,7 @@ from .cospadi_format import (
     reader,
     stored_faults,
 )
-from .cospadi_linear import DenseLinear, PackedLinear, pack_, packed_layers, set_kernels, unpack_
+from .cospadi_linear import DenseLinear, Packed, PackedLinear, pack_, packed_layers, set_kernels, unpack_
 from .cospadi_mixture import Mixture, packed_module
 from .cospadi_products import SharedProjection
 from .cospadi_registry import CODECS
@@ -121,16 +121,23 @@ class CospadiForCausalLM:
             self._tie_head()
         for name, owner in _owners(config.packing):
             self._share_dictionary(name, owner)
-        self.all_tied_weights_keys = self._of_packed(self.all_tied_weights_keys)
         layers = packed_layers(self) if streams else {}
         for name in streams:  # `from_pretrained` sets them: transformers takes 0.2 ms for each name of a tensor
-            layers[name.removesuffix(".values")].values = None
+            self._set_stream(layers, name, None)
+        self.all_tied_weights_keys = self._of_packed(self.all_tied_weights_keys)
 
     def _tie_head(self) -> None:
         """Have the head read the packed embedding, in a family and with a config that tie them."""
         if "lm_head.weight" in super().get_expanded_tied_weights_keys():
             self.lm_head = tied_head(self.get_input_embeddings())
-            self.shared_tensors |= {f"{HEAD}.{part}": f"{EMBEDDING}.{part}" for part in TIED}
+            self.shared_tensors |= {f"{HEAD}.{part}": of for part, of in self.lm_head._tied_weights_keys.items()}
+
+    def _set_stream(self, layers: Mapping[str, Packed], name: str, values: nn.Parameter | None) -> None:
+        """Give a packed layer its stream, and the head that is tied to it the same one."""
+        layers[name.removesuffix(".values")].values = values
+        if self.shared_tensors.get(f"{HEAD}.values") == name:
+            layers[HEAD].values = values
+            self.all_tied_weights_keys = self._of_packed(self.all_tied_weights_keys)
 
     def _share_dictionary(self, name: str, owner_name: str) -> None:
         layer, owner = self.get_submodule(name), self.get_submodule(owner_name)
@@ -154,7 +161,13 @@ class CospadiForCausalLM:
     def _of_packed(self, tied: Mapping[str, str]) -> dict[str, str]:
         """Without dense weights that are not there any more, and with shared packed tensors."""
         packed = {f"{name}.weight" for name in (EMBEDDING, HEAD) if name in self.config.packing["matrices"]}
-        return {name: of for name, of in tied.items() if packed.isdisjoint((name, of))} | self.shared_tensors
+        shared = {name: of for name, of in self.shared_tensors.items() if self._has(of)}
+        return {name: of for name, of in tied.items() if packed.isdisjoint((name, of))} | shared
+
+    def _has(self, name: str) -> bool:
+        """Whether a packed tensor is there: a stream is not while transformers loads the rest."""
+        module, _, part = name.rpartition(".")
+        return getattr(self.get_submodule(module), part) is not None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -232,15 +245,19 @@ class CospadiForCausalLM:
             untouched = reader(stored)  # pages of the other map are in memory, and go when all are decoded
             for name in early:
                 values = torch.from_numpy(untouched(name)).to(model.device)
-                layers[name.removesuffix(".values")].values = nn.Parameter(values, requires_grad=False)
+                model._set_stream(layers, name, nn.Parameter(values, requires_grad=False))
             for layer in layers.values():
                 layer.freeze_packed()
             _refuse(path, decoding.wait())
         finally:
             _LOADING.reset(token)
             decoding.stop()
-        decoded = {name: layer for name, layer in layers.items() if layer.is_stream}
+        tied = f"{HEAD}.values" in model.shared_tensors
+        decoded = {name: layer for name, layer in layers.items() if layer.is_stream and not (tied and name == HEAD)}
         _keep_decoded(path, decoded, streams, model.dtype, decoding)
+        if tied and EMBEDDING in decoded:
+            for part in DECODED:  # once in memory
+                setattr(layers[HEAD], part, getattr(layers[EMBEDDING], part))
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
