@@ -61,13 +61,15 @@ KINDS = {
 }
 SIZES = {"hidden_size": 36, "intermediate_size": 28, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIZES |= {"num_key_value_heads": 1, "head_dim": 16, "vocab_size": 40, "max_position_embeddings": 32}
+# the folders that are damaged: name, bytes of a weight file, bits of the embedding and who rounds it
+SEEDS = [("one", 2**30, 16, "rtn"), ("three", 12_000, 6, "rtn"), ("coded", 2**30, 4.5, "ectcq")]
 
 
 def make_seeds(root: Path) -> None:
-    """The sound folders that are damaged: one with one weight file, one with three, and their base and codes."""
+    """The sound folders that are damaged, and their base and codes."""
     import safetensors.numpy
     import torch
-    from format_writer import random_matrix
+    from format_writer import random_matrix, write_head
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from cospadi.checkpoint import assemble
@@ -92,9 +94,10 @@ def make_seeds(root: Path) -> None:
             tensors |= made
     header = {"cospadi": json.dumps({"format_version": 1, "matrices": specs})}
     safetensors.numpy.save_file(tensors, root / "codes.safetensors", header)
-    for name, size, bits in (("one", 2**30, 16), ("three", 12_000, 6)):
-        how = {"variant": {"ratio": 0.2}, "embedding_bits": bits, "max_shard_bytes": size}
-        assemble(root / "base", [root / "codes.safetensors"], root / name, **how)
+    head = write_head(root / "base", root / "head.h5")
+    for name, size, bits, method in SEEDS:
+        how = {"embedding_bits": bits, "embedding_method": method, "head": head, "max_shard_bytes": size}
+        assemble(root / "base", [root / "codes.safetensors"], root / name, variant={"ratio": 0.2}, **how)
 
 
 class Folder:
@@ -393,7 +396,7 @@ DAMAGE: list[tuple[Callable[[random.Random, Folder], None], int]] = [
 def damaged(case: int, seeds: Path) -> tuple[Folder, str]:
     """The folder of a case, and what was done to it."""
     draw = random.Random(case)
-    folder = Folder(seeds / draw.choice(["one", "three"]))
+    folder = Folder(seeds / draw.choice([name for name, *_ in SEEDS]))
     chosen = draw.choices(*zip(*DAMAGE, strict=True), k=draw.choice([1, 1, 1, 2]))
     done = []
     for damage in chosen:

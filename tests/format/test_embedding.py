@@ -12,16 +12,14 @@ import pytest
 import safetensors.numpy
 import torch
 from format_reader import Refused, read_checkpoint
-from format_writer import BFLOAT16, PACKINGS
+from format_writer import BFLOAT16, PACKINGS, write_head
 from transformers import AutoModelForCausalLM
 
-from cospadi.calibration.activations import writing
 from cospadi.calibration.moments import read_head_moments
 from cospadi.checkpoint import assemble, densify, target_bytes
 from cospadi.embeddings import embedding_nbytes, metric_of
 from cospadi.errors import ArtifactError, NumericalError
 from cospadi.files import ModelFolder
-from cospadi.provenance import fingerprint
 from cospadi.runtime.cospadi_embedding import PackedEmbedding
 from cospadi.runtime.cospadi_linear import PackedLinear, packed_layers, unpack_
 from cospadi.runtime.cospadi_products import PARTS
@@ -36,19 +34,6 @@ def folder_of(packed_model, root: Path, family: str, bits: float, method: str = 
     how = {"embedding_bits": bits, "embedding_method": method, "head": write_head(folders.base, root / "head.h5")}
     assemble(folders.base, [folders.codes], root / "packed", variant={"method": "by hand"}, **how)
     return SimpleNamespace(base=folders.base, sixteen=folders.packed, packed=root / "packed", head=root / "head.h5")
-
-
-def write_head(base: Path, path: Path, **changes) -> Path:
-    """What errors of a head cost, drawn: what enters it goes together, and few tokens come often."""
-    draw, folder = np.random.default_rng(0), ModelFolder(base)
-    vocabulary, hidden_size = folder.read(f"{EMBEDDING}.weight").shape
-    states = draw.normal(size=(500, 12)) @ draw.normal(size=(12, hidden_size)) + draw.normal(size=(500, hidden_size))
-    often = 1 / np.arange(1, vocabulary + 1)
-    parts = {"gram": states.T @ states, "squares": 300 * often, "counts": np.rint(200 * often)}
-    with writing(path, {"format_version": 1, "fingerprint": fingerprint(folder), "n_tokens": 500} | changes) as file:
-        for name, part in parts.items():
-            file[name] = part
-    return path
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, **how):

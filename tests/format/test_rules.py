@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from format_reader import Refused, read_checkpoint, read_matrix, read_tensors
-from fuzz import Folder, make_seeds
+from fuzz import SEEDS, Folder, make_seeds
 
 from cospadi.checkpoint import assemble, densify, target_bytes
 from cospadi.errors import ArtifactError
@@ -291,7 +291,7 @@ def test_assemble_and_unpack_read_what_they_pack(seeds, tmp_path, rule):
 
 
 def test_a_sound_folder_is_taken_by_all(seeds, tmp_path):
-    for name in ("one", "three"):
+    for name, *_ in SEEDS:
         expected = read_checkpoint(seeds / name)
         densify(seeds / name, tmp_path / name)
         CospadiForCausalLM.from_pretrained(seeds / name)
