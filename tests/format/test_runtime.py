@@ -30,6 +30,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
+from cospadi.formats.factorization import Factorization
 from cospadi.runtime import cospadi_cpu, cospadi_cuda, cospadi_linear, cospadi_products
 from cospadi.runtime.cospadi_codecs import decode_codes, decode_support, encode_codes, encode_dictionary
 from cospadi.runtime.cospadi_cpu import PATHS, BoundSum, Kernel, product_dtype
@@ -1047,6 +1048,35 @@ def test_a_dense_layer_of_a_packed_model_is_multiplied_by_the_kernel(monkeypatch
         torch.testing.assert_close(
             torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x), rtol=1e-2, atol=1e-2
         )
+
+
+def test_a_decoded_stream_is_multiplied_by_the_kernel_as_a_dense_layer_is(monkeypatch):
+    kernel = copy.copy(compiled("auto"))
+    if kernel._layer is None:
+        pytest.skip("no headers of Python were found")
+    kernel.paths = PATHS["avx2"]
+    monkeypatch.setattr(cospadi_products, "kernel", lambda: kernel)
+    monkeypatch.setattr(cospadi_cpu, "bfloat16_is_native", lambda: False)
+    codes = torch.randint(-7, 8, (48, 40)).float()
+    exact = Factorization(None, codes.numpy(), support="dense", value_codec="ec", scales=np.full(48, 0.5, np.float32))
+    tensors, spec = exact.pack("matrix")
+    values = {"values": torch.from_numpy(tensors["matrix.values"].copy())}
+    bias = torch.nn.Parameter(torch.randn(40).bfloat16())
+    layer, x = PackedLinear(spec, bias, tensors=values), torch.randn(1, 2, 48).bfloat16()
+    with torch.no_grad():
+        layer.unpack(torch.bfloat16)
+        product = x.double() @ codes.double()
+        for factor in (1, 1, 2):
+            if factor == 2:
+                layer.unpacked_codes = torch.nn.Parameter(2 * layer.unpacked_codes)
+            y = layer(x)
+            expected = (factor * product).bfloat16() + bias
+            torch.testing.assert_close(y, expected, rtol=2**-7, atol=1e-2)
+            assert torch.equal(layer._call(x, vars(layer), True) + bias, y)
+        many = torch.randn(FEW + 1, 48).bfloat16()
+        torch.testing.assert_close(layer(many), (2 * many.float() @ codes).bfloat16() + bias, rtol=2**-6, atol=0.1)
+        layer.float().unpack(torch.float32)
+        torch.testing.assert_close(layer(x.float()), x.float() @ codes + bias)
 
 
 @pytest.mark.parametrize("flags", [[], ["-DWITH_PYTHON", "-I/no/such/folder"]], ids=["none", "wrong"])

@@ -120,7 +120,10 @@ class Packed(nn.Module):
             return F.linear(x, self.unpacked_weight, self.bias)
         terms, summands, bias = [self], self.summands(), self._parameters["bias"]
         if self.unpacked_codes is not None:
-            y, bias = F.linear(self._unpacked_projection(x), self.unpacked_codes, bias), None
+            alone = self.dictionary is None and len(summands) == 1 and _is_plain(x)
+            y = _by_kernel(self, "unpacked_codes", x) if alone else None
+            if y is None:
+                y, bias = F.linear(self._unpacked_projection(x), self.unpacked_codes, bias), None
         elif self.in_steps is not None:
             y = self.in_steps(x if self.dictionary is None else times(x, self.factors(x.dtype)[0]))
         elif is_watched(x):
@@ -429,30 +432,12 @@ class DenseLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Inputs (..., d_in) to outputs (..., d_out)."""
-        usual = torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
-        if not usual and x.dtype == torch.bfloat16:
+        if _is_plain(x) and self.bias is None:
             y = None if self._call is None else self._call(x, self.__dict__, True)
-            y = self._bound_to(x) if y is None else y
+            y = _by_kernel(self, "weight", x) if y is None else y
             if y is not None:
                 return y
         return F.linear(x, self.weight, self.bias)
-
-    def _bound_to(self, x: torch.Tensor) -> torch.Tensor | None:
-        """The kernel's product with the weight as it is now; None where torch computes it."""
-        weight = self.weight
-        plain = self.bias is None and type(weight) is nn.Parameter and weight.ndim == 2
-        compiled = compiled_for_dense(x, weight) if plain else None
-        if compiled is None:
-            return None
-        d_out, d_in = weight.shape
-        spec = {
-            "shape": [d_in, d_out],
-            "dictionary": {"codec": IDENTITY, "n_atoms": d_in},
-            "codes": {"codec": "bf16", "support": "dense", "n_nonzero": d_in * d_out},
-        }
-        total = BoundSum([BoundMatrix(compiled, spec, {"values": weight.detach()})])
-        self._call = compiled.layer(total, [self], ("weight",))
-        return None if self._call is None else self._call(x, self.__dict__, True)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> DenseLinear:
         self._call = None  # it keeps the weight as it was
@@ -460,6 +445,32 @@ class DenseLinear(nn.Linear):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_call": None}  # addresses
+
+
+def _is_plain(x: torch.Tensor) -> bool:
+    """Whether a dense product of `x` may be the kernel's."""
+    usual = torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
+    return not usual and x.dtype == torch.bfloat16
+
+
+def _by_kernel(module: DenseLinear | Packed, name: str, x: torch.Tensor) -> torch.Tensor | None:
+    """The kernel's product with a dense parameter (d_out, d_in) as it is now, without a bias; None: torch computes it.
+
+    The module keeps the call for the next time.
+    """
+    weight = module._parameters[name]
+    compiled = compiled_for_dense(x, weight) if type(weight) is nn.Parameter and weight.ndim == 2 else None
+    if compiled is None:
+        return None
+    d_out, d_in = weight.shape
+    spec = {
+        "shape": [d_in, d_out],
+        "dictionary": {"codec": IDENTITY, "n_atoms": d_in},
+        "codes": {"codec": "bf16", "support": "dense", "n_nonzero": d_in * d_out},
+    }
+    total = BoundSum([BoundMatrix(compiled, spec, {"values": weight.detach()})])
+    module._call = compiled.layer(total, [module], (name,))
+    return None if module._call is None else module._call(x, module.__dict__, True)
 
 
 class _AbsentWeight(torch.Tensor):
