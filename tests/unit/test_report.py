@@ -22,6 +22,7 @@ from cospadi.provenance import fingerprint
 from cospadi.report import PLOTS, closing_message, collect, summarize
 from cospadi.report.explore import specification
 from cospadi.report.frontier import bytes_of, front, sizes, write_frontier
+from cospadi.report.frontier import rows as frontier_rows
 from cospadi.report.plots import _bits_by_place, plot_allocation, plot_pareto
 
 RUN = {
@@ -455,6 +456,7 @@ def measured(name, nbytes, perplexity, *, bits=16, accuracy=None):
         "kl": perplexity and perplexity / 8,
         "method": method,
         "target_bytes": nbytes,
+        "model_bytes": nbytes + 400,
         "ratio_true": 1 - nbytes / 1000,
         "mean_accuracy": accuracy,
         "mean_relative_error": 0.1,
@@ -498,6 +500,16 @@ def test_best_for_each_size_compares_what_is_as_large_and_of_one_class(rivals):
     assert found.keys() == {("16-bit", "b-20"), ("16-bit", "a-40")}  # few bits are not the rivals of 16
     assert found["16-bit", "b-20"]["next"] == "a-20" and found["16-bit", "b-20"]["over_dense"] == 1.1
     assert found["16-bit", "a-40"]["next_perplexity"] == 16.0
+
+
+def test_with_embeddings_in_few_bits_sizes_are_of_the_whole_file_and_of_any_bits(rivals):
+    for name, nbytes in (("b-20", 700), ("c-20", 701)):  # more for the matrices, less for the embedding
+        rivals["variants"][name]["config"]["embedding_bits"] = 4
+        rivals["variants"][name]["model_bytes"] = nbytes
+    table = {row["variant"]: row for row in frontier_rows(rivals)}
+    assert (table["b-20"]["class"], table["b-20"]["model_bytes"], table["b-20"]["bytes"]) == ("any-bits", 700, 795)
+    found = {(row["class"], row["best"], row["next"]) for row in sizes(rivals)}
+    assert found == {("any-bits", "c-20", "b-20"), ("16-bit", "a-40", "b-40")}
 
 
 def test_front_is_what_nothing_smaller_is_as_good_as():

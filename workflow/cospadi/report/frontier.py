@@ -13,7 +13,7 @@ from cospadi.methods import METHODS
 
 COLUMNS = (
     *("class", "method", "variant", "bits", "ratio", "bytes", "perplexity", "kl", "word_perplexity"),
-    *("recovery", "accuracy", "mean_relative_error", "seconds_learning"),
+    *("recovery", "accuracy", "mean_relative_error", "seconds_learning", "model_bytes"),
 )
 # Sizes within a percent of each other are compared as one
 SAME_SIZE = 0.01
@@ -28,9 +28,7 @@ class Bytes(NamedTuple):
 
 def bytes_of(summary: Mapping[str, Any]) -> Bytes:
     """Those of the target matrices; of the whole file where a variant makes the embedding smaller, too."""
-    configs = [variant["config"] for name, variant in summary["variants"].items() if name != "dense"]
-    settings = [step for config in configs for step in config.get("steps", [config])]
-    if any(step.get("embedding_bits", 16) < 16 for step in settings):
+    if any(_rounds_embedding(variant["config"]) for name, variant in summary["variants"].items() if name != "dense"):
         return Bytes("model_bytes", "the whole model")
     return Bytes("target_bytes", "the compressed matrices")
 
@@ -41,7 +39,7 @@ def rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     ``class`` is ``16-bit`` where every stored value has 16 bits and ``any-bits`` otherwise; ``bits`` are bits in the
     file a weight of the target matrices, masks, scales and dictionaries counted; ``ratio`` is the share of their bytes
     that is gone; ``perplexity`` is a token's, ``kl`` the mean divergence from the dense model in nats a token;
-    ``accuracy`` the mean over the tasks.
+    ``accuracy`` the mean over the tasks; ``model_bytes`` are those of the whole file, embedding and head included.
     """
     variants = summary["variants"]
     weights = variants["dense"]["target_bytes"] / 2
@@ -56,7 +54,7 @@ def rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
             "perplexity": variant["token_perplexity"],
             "accuracy": variant["mean_accuracy"],
             **{key: variant[key] for key in ("kl", "word_perplexity", "recovery", "mean_relative_error")},
-            "seconds_learning": variant["seconds_learning"],
+            **{key: variant[key] for key in ("seconds_learning", "model_bytes")},
         }
         for name, variant in variants.items()
     ]
@@ -66,10 +64,16 @@ def rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _class(config: Mapping[str, Any], variants: Mapping[str, Any]) -> str:
     if sources := config.get("choose_from"):
         return max((_class(variants[name]["config"], variants) for name in sources), key=lambda of: of != "16-bit")
+    if _rounds_embedding(config):
+        return "any-bits"
     learned = [step for step in config.get("steps", [config]) if "codes" in step]
     codes = [step["codes"] for step in learned]
     of_16 = all(part["value_bits"] == part["dictionary_bits"] == 16 for part in codes)
     return "16-bit" if of_16 and not any(METHODS[step["method"]].own_codec for step in learned) else "any-bits"
+
+
+def _rounds_embedding(config: Mapping[str, Any]) -> bool:
+    return any(step.get("embedding_bits", 16) < 16 for step in config.get("steps", [config]))
 
 
 def front(points: Mapping[str, tuple[float, float]], *, least: bool = True) -> list[str]:
@@ -94,14 +98,15 @@ def sizes(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     A row has ``class``, ``ratio`` (mean true one), ``best`` and ``next`` (names), and ``perplexity``,
     ``next_perplexity``, ``over_dense`` (perplexities a token, and the best one's over the dense model's).
     """
+    key = bytes_of(summary).key.removeprefix("target_")
     measured = [row for row in rows(summary) if row["perplexity"] is not None]
     dense = next((row["perplexity"] for row in measured if row["variant"] == "dense"), None)
     compressed = [row for row in measured if row["variant"] != "dense"]
     table = []
     for name, of_class in itertools.groupby(compressed, key=lambda row: row["class"]):
         alike: list[list[dict[str, Any]]] = []
-        for row in of_class:
-            if alike and alike[-1][0]["bytes"] - row["bytes"] <= SAME_SIZE * alike[-1][0]["bytes"]:
+        for row in sorted(of_class, key=lambda row: -row[key]):
+            if alike and alike[-1][0][key] - row[key] <= SAME_SIZE * alike[-1][0][key]:
                 alike[-1].append(row)
             else:
                 alike.append([row])
