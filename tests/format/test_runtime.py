@@ -1002,17 +1002,18 @@ def test_two_threads_compute_with_a_layer_at_a_time(monkeypatch):
         assert list(pool.map(compute, given)) == [None] * len(given)
 
 
+@pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("rows", [1, 5, FEW, FEW + 1])
-def test_a_dense_layer_of_a_packed_model_is_multiplied_by_the_kernel(monkeypatch, rows):
+def test_a_dense_layer_of_a_packed_model_is_multiplied_by_the_kernel(monkeypatch, rows, native):
     kernel = copy.copy(compiled("auto"))
     if kernel._layer is None:
         pytest.skip("no headers of Python were found")
-    kernel.paths = PATHS["avx2"]
+    kernel.paths = PATHS["avx512" if native else "avx2"]
     monkeypatch.setattr(cospadi_products, "kernel", lambda: kernel)
-    monkeypatch.setattr(cospadi_cpu, "bfloat16_is_native", lambda: False)
+    monkeypatch.setattr(cospadi_cpu, "bfloat16_is_native", lambda: native)
     layer = DenseLinear(48, 40, bias=False, dtype=torch.bfloat16)
     x = torch.randn(1, rows, 48).bfloat16()
-    by_kernel = rows <= kernel.paths.few_rows
+    by_kernel = rows <= (1 if native else kernel.paths.few_rows)
 
     def check(taken):
         exact = x.double() @ layer.weight.double().T

@@ -61,8 +61,8 @@ class Paths:
     without_zeros : bool
         Whether many rows are multiplied with the stored codes alone, instead of with an unpacked ``S``.
     dense : bool
-        Whether a few rows are multiplied with bfloat16 weights that are not packed, too: torch has no instructions for
-        them, and its product of one row reads memory at half of its speed.
+        Whether rows are multiplied with bfloat16 weights that are not packed, too: one, as torch's product of one reads
+        memory at half of its speed, and a few where torch has no instructions for them.
     """
 
     few_rows: int
@@ -71,7 +71,7 @@ class Paths:
 
 
 # by the kind of the kernel; torch's own products of many rows are best where they use wide registers
-PATHS = {"avx512": Paths(8, False), "avx2": Paths(16, True, True), "generic": Paths(8, False)}
+PATHS = {"avx512": Paths(8, False, True), "avx2": Paths(16, True, True), "generic": Paths(8, False)}
 
 
 @functools.cache
@@ -311,13 +311,18 @@ class Kernel:
         """Whether a product of `x` with the weight (d_out, d_in) of a layer that is not packed is worth a `layer`."""
         return (
             self.is_direct
-            and self.paths.dense
-            and not bfloat16_is_native()
-            and 0 < x.numel() <= self.paths.few_rows * weight.shape[1]
+            and 0 < x.numel() <= self.dense_rows * weight.shape[1]
             and all(t.is_cpu and t.dtype == torch.bfloat16 and t.is_contiguous() for t in (x, weight))
         )
 
-    def layer(self, total: BoundSum, modules: Sequence[torch.nn.Module], read: Sequence[str]) -> Callable | None:
+    @property
+    def dense_rows(self) -> int:
+        """Most rows of x that are worth the kernel's product with bfloat16 weights that are not packed."""
+        return 0 if not self.paths.dense else 1 if bfloat16_is_native() else self.paths.few_rows
+
+    def layer(
+        self, total: BoundSum, modules: Sequence[torch.nn.Module], read: Sequence[str], most_rows: int | None = None
+    ) -> Callable | None:
         """`product` as one call of C for a layer that runs as it stands; None where there is no such code.
 
         It takes an input, ``vars()`` of the first module, and whether it is called in the place of the module, so that
@@ -331,6 +336,8 @@ class Kernel:
             One for each matrix of `total`, which is bound to their parameters.
         read : sequence of str
             Names of the parameters that the matrix reads.
+        most_rows : int, optional
+            That it computes; default: the few of `Paths`.
         """
         if self._layer is None:
             return None
@@ -341,7 +348,7 @@ class Kernel:
         return self._layer(
             total.address,
             self._openmp_address,
-            self.paths.few_rows,
+            self.paths.few_rows if most_rows is None else most_rows,
             total.nbytes > _BYTES_UNSEEN,
             owners[0],
             owners,

@@ -469,7 +469,7 @@ def _by_kernel(module: DenseLinear | Packed, name: str, x: torch.Tensor) -> torc
         "codes": {"codec": "bf16", "support": "dense", "n_nonzero": d_in * d_out},
     }
     total = BoundSum([BoundMatrix(compiled, spec, {"values": weight.detach()})])
-    module._call = compiled.layer(total, [module], (name,))
+    module._call = compiled.layer(total, [module], (name,), compiled.dense_rows)
     return None if module._call is None else module._call(x, module.__dict__, True)
 
 
