@@ -176,6 +176,11 @@ RULES: dict[str, tuple[Callable[[Folder], None], str]] = {
     ),
     "mixture": (spec(MIXED, "codes", n_nonzero=3), f"{MIXED}: 3 coefficients do not fit"),
     "sum of nothing": (spec(SUMMED, None, plus=[]), rf"{SUMMED}: plus is \[\]"),
+    "sum whose matrix has no shape": (spec(SUMMED, None, shape=7), f"{SUMMED}: shape is 7, expected two"),
+    "sum of another shape": (
+        lambda folder: specs_of(folder)[SUMMED].update(plus=[specs_of(folder)[OUT]]),
+        rf"{SUMMED}: plus.0: shape .* is not the matrix's",
+    ),
     "sum of a sum": (
         lambda folder: specs_of(folder)[SUMMED]["plus"][0].update(plus=[]),
         rf"{SUMMED}: plus.0: what is added is no sum itself",

@@ -198,6 +198,12 @@ def spec_faults(spec: Any, codecs: Mapping[str, Codec] = CODECS, *, is_part: boo
         faults = _size_faults(spec, codecs)
     if "plus" in spec:
         faults += _plus_faults(spec, codecs)
+    if not faults:
+        faults = [
+            f"plus.{index}: shape {part['shape']} is not the matrix's, {shape}"
+            for index, part in enumerate(spec.get("plus", ()))
+            if list(part["shape"]) != list(shape)
+        ]
     return faults
 
 
@@ -303,12 +309,6 @@ def _plus_faults(spec: Mapping[str, Any], codecs: Mapping[str, Codec]) -> list[s
     support = codes.get("support") if isinstance(codes, Mapping) else None
     if isinstance(support, str) and support in SUPPORTS and SUPPORTS[support].mixes:
         faults.append("a mixture has nothing added to it: it is itself the part that is added")
-    if not faults:
-        faults = [
-            f"plus.{index}: shape {part['shape']} is not the matrix's, {spec['shape']}"
-            for index, part in enumerate(plus)
-            if list(part["shape"]) != list(spec["shape"])
-        ]
     return faults
 
 
