@@ -345,18 +345,14 @@ class Estimates:
         dense model's.
         """
         size = 2 * self.shapes.parameters if size is None else size
+        # pages of the file beside what becomes of them, for the pieces and for the whole; 4 million numbers a second
         rounded = self.shapes.embedding_parameters if embedding_methods else 0
-        # pages of the file beside what becomes of them, for the pieces and for the whole; numbers a second
-        memory, speed = 4, 4e6
+        memory, seconds = NUMPY + 1.1 * min(size, 5 * 2**30) + 4 * rounded, rounded / 4e6
         if any(ROUNDINGS[method].learned for method in embedding_methods):
-            memory, speed = 24, 2e6  # all numbers in float32, some times over
-        return Work(
-            NUMPY + 1.1 * min(size, 5 * 2**30) + memory * rounded,
-            2,
-            Cost({LOOP: rounded / speed}),
-            disk=size,
-            moved=2 * size,
-        )
+            # one matrix, of whose numbers 32 bytes are in memory at once; 2 million a second
+            memory += 32 * self.shapes.vocabulary * self.shapes.hidden_size
+            seconds = rounded / 2e6
+        return Work(memory, 2, Cost({LOOP: seconds}), disk=size, moved=2 * size)
 
     def export(self) -> Work:
         """As `assemble`, with one tensor at a time in float32, twice; a temporary file holds the rest."""

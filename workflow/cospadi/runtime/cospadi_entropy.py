@@ -338,8 +338,10 @@ def _levels(codes: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, int, int]
     floors = [part.max() - 255 for part in logs]
     levels = [np.rint(np.maximum(part, floor)) for part, floor in zip(logs, floors, strict=True)]
     lows = [part.min() for part in levels]
-    sums = (levels[0] - lows[0])[:, None] + (levels[1] - lows[1])
-    counts = np.bincount((sums.astype(np.int64) >> 3).ravel())
+    rows, columns = (np.bincount((part - low).astype(np.int64)) for part, low in zip(levels, lows, strict=True))
+    # how many rows and columns have each sum of levels
+    sums = np.rint(np.convolve(rows.astype(np.float64), columns.astype(np.float64))).astype(np.int64)
+    counts = np.add.reduceat(sums, range(0, len(sums), 8))
     enough = min(_FEWEST, codes.size // 8)
     below, above = np.cumsum(counts), np.cumsum(counts[::-1])[::-1]
     first = int(np.argmax(below > enough))
@@ -359,9 +361,11 @@ def _count_tables(
 ) -> list[list[int]]:
     """Frequencies of every table by size, symmetric: of 0, 1 ... numbers; where they are odd, of 1, 3 ..."""
     kinds = 2 if trellis else 1
-    sizes = np.where(odd, np.where(numbers < 0, ~numbers, numbers), np.abs(numbers.astype(np.int16)))
-    index = (kinds * bucket + odd).astype(np.int64) * 256 + sizes
-    counts = np.bincount(index.ravel(), minlength=256 * kinds * n_buckets).reshape(-1, 256)
+    counts = np.zeros(256 * kinds * n_buckets, np.int64)
+    for row, number, is_odd in zip(bucket, numbers, odd, strict=True):
+        sizes = np.where(is_odd, np.where(number < 0, ~number, number), np.abs(number.astype(np.int16)))
+        counts += np.bincount((kinds * row + is_odd).astype(np.int64) * 256 + sizes, minlength=len(counts))
+    counts = counts.reshape(-1, 256)
     return [_normalised(count, table % kinds == 1) for table, count in enumerate(counts)]
 
 
