@@ -280,6 +280,19 @@ def test_single_layer_recomputes_nothing_else(run):
     assert "Load a model" not in output  # the table belongs to whole runs
 
 
+def test_what_is_asked_for_later_collects_nothing_and_learns_nothing_anew(run):
+    coded = {"embedding_bits": 3, "embedding_method": "ectcq"}
+    run.config["variants"]["late"] = {"method": "sparsegpt", "ratio": 0.4, "metric": "gradients", **coded}
+    planned = run.planned()
+    assert planned["collect_gradients"] == 2 and planned["measure_head"] == 1
+    assert planned["learn_dictionary"] == planned["quantize_codes"] == 4  # layers of the new one
+    assert planned["assemble_model"] == planned["evaluate_model"] == 1
+    assert not {"collect_activations", "compute_gram", "evaluate_dense", "prepare_calibration"} & set(planned)
+    del run.config["variants"]["late"]
+    (run.results / "hidden/layers_00-01.h5").unlink()
+    assert run.planned() == {}
+
+
 def test_editing_a_solver_reruns_what_it_learned_and_what_follows(run, project):
     run.project = project
     run.snakemake("--touch")  # the project moved: only the edit below is to be seen

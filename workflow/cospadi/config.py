@@ -51,17 +51,8 @@ SCHEMAS = Path(__file__).parent / "schemas"
 REPLACED = ("model", "text", "variants")
 # What else is in the folder of a run, where every variant has a folder of its own
 RESERVED = (
-    *(
-        "dense",
-        "structure.json",
-        "calibration.h5",
-        "activations",
-        "gradients",
-        "gram",
-        "head.h5",
-        "pruning",
-        "drift.json",
-    ),
+    *("dense", "structure.json", "calibration.h5", "activations", "gradients", "gram", "hidden", "head.h5"),
+    *("pruning", "drift.json"),
     *("plots", "logs", "benchmarks", "summary.tsv", "summary.html", "summary.json", "frontier.tsv", "samples.html"),
     *("samples.md", "explore.html", "report.zip", "config.yaml", "windows"),
     *("training", "training.tsv", "training.html", "training.json"),

@@ -122,7 +122,8 @@ def table(rows: Sequence[Need], results: Path | None = None) -> str:
     hours = sum(need.n_jobs * need.threads * need.minutes / 60 for need in rows if not need.gpu)
     gpu_hours = sum(need.n_jobs * need.minutes / 60 for need in rows if need.gpu)
     largest = max(rows, key=lambda need: need.work.memory)
-    stays = sum(need.n_jobs * need.work.disk for need in rows if need.files or need.stage == "fetch")
+    staying = [need for need in rows if need.files or need.stage == "fetch"]
+    stays = sum(need.n_jobs * (need.work.disk - need.work.passing) for need in staying)
     goes = sum(need.n_jobs * need.work.disk for need in rows) - stays
     return (
         f"{tabulate(lines, headers=headers, floatfmt='.3g')}\n\n"

@@ -141,8 +141,9 @@ class Estimates:
         flops = 2 * n_layers * self._tokens * shapes.layer_parameters
         memory = TORCH + weights + hidden + forward
         if self._calibration["mode"] == "store":
-            disk = hidden + self._width * self._tokens * sum(shapes.site_widths) * n_layers
-            return Work(memory, 6, Cost({FORWARD: flops}), Cost({GPU_FORWARD: flops}), disk, moved=disk)
+            rows = self._width * self._tokens * sum(shapes.site_widths) * n_layers
+            disk = hidden + rows
+            return Work(memory, 6, Cost({FORWARD: flops}), Cost({GPU_FORWARD: flops}), disk, moved=disk, passing=rows)
         grams = 8 * n_layers * shapes.gram_entries
         products = 2 * n_layers * self._tokens * shapes.gram_entries
         return Work(
@@ -152,6 +153,7 @@ class Estimates:
             Cost({GPU_FORWARD: flops, GPU_PRODUCT: products}),
             disk=grams + hidden,
             moved=grams + hidden,
+            passing=grams,
         )
 
     def gradients(self, n_layers: int) -> Work:

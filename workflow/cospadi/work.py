@@ -100,6 +100,8 @@ class Work:
         All else, where it is done by cores; where a GPU helps.
     disk : float
         Bytes that it writes.
+    passing : float
+        Of these, bytes that are gone once others have read them, in a stage whose files stay.
     moved : float
         Bytes that it reads and writes.
     """
@@ -110,6 +112,7 @@ class Work:
     gpu: Cost = field(default_factory=Cost)
     disk: float = 0.0
     moved: float = 0.0
+    passing: float = 0.0
 
     def mem_mb(self, attempt: int = 1) -> int:
         """Memory to ask for, in MiB."""

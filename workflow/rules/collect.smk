@@ -1,3 +1,5 @@
+# Hidden states stay: gradients and the head may be asked for when all is learned, and a job that runs again for one
+# temporary file has all jobs run again that read another file of it.
 rule collect_activations:
     input:
         model=lambda wildcards: plan.model_input(wildcards.base),
@@ -6,7 +8,7 @@ rule collect_activations:
         hidden=lambda wildcards: plan.hidden_before(int(wildcards.first), wildcards.base),
     output:
         rows=temp("<results>/{base}activations/layers_{first}-{last}.h5"),
-        hidden=temp("<results>/{base}activations/hidden_{first}-{last}.h5"),
+        hidden="<results>/{base}hidden/layers_{first}-{last}.h5",
     log:
         "<logs>/{base}collect_activations/layers_{first}-{last}.log",
     benchmark:

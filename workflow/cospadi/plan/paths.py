@@ -64,7 +64,7 @@ class Paths(Variants):
     def hidden_before(self, first: int, base: str = "") -> list[str]:
         """Hidden states that the chunk starting at layer `first` continues from; none for the first chunk."""
         before = [chunk for chunk in self.chunks_of(base) if chunk.stop == first]
-        return [f"{self.results}/{base}activations/hidden_{chunk_name(chunk)}.h5" for chunk in before]
+        return [f"{self.results}/{base}hidden/layers_{chunk_name(chunk)}.h5" for chunk in before]
 
     def gradient_behind(self, last: int, base: str = "") -> list[str]:
         """Gradient that the chunk ending at layer `last` continues from; none for the last chunk."""

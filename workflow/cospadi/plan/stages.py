@@ -292,6 +292,7 @@ STAGES = table_of(
         name="collect",
         rule="collect_activations",
         result="what enters every matrix of a chunk of layers",
+        files="{of}hidden/*.h5",
         after=("fetch", "prune", "inspect", "prepare", "collect"),  # a chunk after the one before
         jobs=_each_chunk("collect_activations", Variants.learned_bases),
         work=lambda plan, wildcards: plan.estimates.collect(int(wildcards.last) - int(wildcards.first) + 1),
