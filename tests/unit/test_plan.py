@@ -61,7 +61,7 @@ def test_chunks_cover_the_layers_in_order(blocks, expected):
     assert [(chunk[0], chunk[-1]) for chunk in plan.chunks] == expected
     assert plan.hidden_before(0) == []
     for before, after in itertools.pairwise(expected):
-        assert plan.hidden_before(after[0]) == [f"results/r/activations/hidden_{before[0]:02d}-{before[1]:02d}.h5"]
+        assert plan.hidden_before(after[0]) == [f"results/r/hidden/layers_{before[0]:02d}-{before[1]:02d}.h5"]
 
 
 def test_activations_of_a_layer_are_those_of_its_chunk():
@@ -204,7 +204,7 @@ def test_chunks_of_a_pruned_model_end_where_it_ends():
     plan = make_plan(variants=PRUNED, calibration={"source": "self", "blocks_per_job": 10})
     base = "both/pruned/"
     assert [(chunk[0], chunk[-1]) for chunk in plan.chunks_of(base)] == [(0, 9), (10, 19), (20, 25)]
-    assert plan.hidden_before(20, base) == ["results/r/both/pruned/activations/hidden_10-19.h5"]
+    assert plan.hidden_before(20, base) == ["results/r/both/pruned/hidden/layers_10-19.h5"]
     assert plan.activations_of(25, base) == "results/r/both/pruned/activations/layers_20-25.h5"
 
 

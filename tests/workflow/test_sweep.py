@@ -46,6 +46,7 @@ TOLD: dict[str, list[Any]] = {
     "warm_start": [None, "start"],
     "allocation_file": [None],
     "menu": [[0.05, 1], [1, 20]],
+    "embedding_bits": [16, 8, 6, 4],
     "budget": [None, "250KB", "0.3 MB", "244.14 KiB"],
     "cpu": [None, "1B", "0.3 MB", "60GB"],
     "gpu": [None, "1B", "24 GiB"],
@@ -86,6 +87,7 @@ BESIDE: dict[tuple[str, str], dict[str, Any]] = {
     },
     **{(method, "menu"): {"metric": "gradients", "allocation": "menu"} for method in METHODS},
     **{(method, "measured_windows"): {"allocation": "measured"} for method in METHODS},
+    **{(method, "embedding_method"): {"embedding_bits": 8} for method in METHODS},
     # layers that are learned together are not learned in turn
     **{
         (method, option): ({"target": "sequential"} if option.endswith("_share") else {})
