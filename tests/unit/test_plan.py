@@ -707,6 +707,10 @@ def test_a_budget_of_a_gpu_leaves_what_is_in_its_memory_besides():
     saved = 49152 * 576 * (16 - 3) / 8 - 49152 * 576 * 2  # and decoded beside
     expected = 1 - (260e6 - others + saved - 4096 * cache) / dense
     assert plan_of_coded.config["variants"]["a"]["ratio"] == pytest.approx(expected)
+    rounded = {"method": "trellis", "embedding_bits": 8, "budget": "0.26GB on the GPU"}  # stays as it is stored
+    saved = 49152 * 576 * (16 - 8.25) / 8
+    expected = 1 - (260e6 - others + saved - 4096 * cache) / dense
+    assert make_plan(variants={"a": rounded}).config["variants"]["a"]["ratio"] == pytest.approx(expected)
     assert plan.told[1].startswith("variants.b.budget: 320MB on the GPU with 8192 tokens: 56.98MB embeddings")
     assert plan.told[1].endswith(f"(ratio {found['b']['ratio']:.4g})")
     gradients = {"metric": "gradients", "ratio": 0.8}

@@ -136,6 +136,11 @@ ROUNDINGS = {
 }
 
 
+def asked_of(settings: Mapping[str, Any]) -> tuple[float, str]:
+    """Bits a number that a step's settings ask for, 16 where they are as they are, and the method that rounds them."""
+    return settings.get("embedding_bits", 16), settings.get("embedding_method", NEAREST)
+
+
 def faults(settings: Mapping[str, Any]) -> Iterator[str]:
     """Options of the embedding, complete, that do not go together."""
     if "embedding_bits" not in settings:

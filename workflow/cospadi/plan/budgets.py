@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from cospadi.budget import nbytes_left
 from cospadi.config import read_schema
-from cospadi.embeddings import NEAREST, ROUNDINGS, embedding_nbytes
+from cospadi.embeddings import ROUNDINGS, asked_of, embedding_nbytes
 from cospadi.methods import METHODS
 from cospadi.methods.choose import CHOOSE
 from cospadi.plan.names import at_step
@@ -91,7 +91,8 @@ def with_ratios(
             parts[f"keys and values of {tokens} tokens"] = 2 * width * n_layers * keys * tokens
             if decoded:
                 parts[f"what matrices of {decoded[0]} are decoded to"] = width * sum(map(math.prod, targets))
-            if settings.get("embedding_bits", 16) < 16 and ROUNDINGS[settings["embedding_method"]].decoded:
+            bits, method = asked_of(settings)
+            if bits < 16 and ROUNDINGS[method].decoded:
                 parts["what embeddings are decoded to"] = width * shapes.embedding_parameters
         others = sum(parts.values())
         consists = ", ".join(f"{_megabytes(nbytes)} {what}" for what, nbytes in parts.items())
@@ -144,8 +145,7 @@ def _parts(
     sources = [config["variants"][source] for source in settings.get("choose_from", ())] or [settings]
     chosen = sources[0].get("targets") or list(shapes.matrices)
     targets = [shapes.matrices[projection] for projection in chosen] * max(n_layers, 1)
-    embedding = settings.get("embedding_bits", 16), settings.get("embedding_method", NEAREST)
-    others = _others(shapes, _width(model_config), n_layers, chosen, embedding)
+    others = _others(shapes, _width(model_config), n_layers, chosen, asked_of(settings))
     return sources, n_layers, targets, others
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from cospadi.embeddings import NEAREST, ROUNDINGS
+from cospadi.embeddings import ROUNDINGS, asked_of
 from cospadi.errors import CospadiError
 from cospadi.methods import METHODS
 from cospadi.methods.base import FILE
@@ -63,7 +63,7 @@ class Variants:
     def embedding(self, variant: str) -> tuple[float, str]:
         """Bits a number of a variant's embedding, and of its head, 16 as they are; and the method that rounds them."""
         settings = self.factorizing(variant) or self.config["variants"][variant]
-        return settings.get("embedding_bits", 16), settings.get("embedding_method", NEAREST)
+        return asked_of(settings)
 
     def asks_head(self, variant: str) -> bool:
         """Whether a variant's embedding is rounded by what its errors cost."""
