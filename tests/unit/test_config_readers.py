@@ -30,6 +30,7 @@ LEARNING = (
     *("workflow/cospadi/methods/base.py", "workflow/cospadi/methods/menus.py"),
     *("scripts/learn_dictionary.py", "scripts/profile_matrices.py"),
 )
+EMBEDDINGS = ("workflow/cospadi/embeddings.py",)  # its `asked_of` is how plan and report read what a step asks for
 # Where the keys of a section are read for what they are for. Not `resources`: an estimate is no use of a setting.
 READERS = {
     "": (*PLAN, *RULES),
@@ -38,8 +39,8 @@ READERS = {
     "pruning": RULES,
     "evaluation": ("workflow/cospadi/evaluation/*.py", "workflow/cospadi/plan/paths.py", "workflow/cospadi/stages.py"),
     "training": ("workflow/cospadi/training/*.py", *RULES),
-    "variants": (*PLAN, *LEARNING),
-    "steps": PLAN,
+    "variants": (*PLAN, *LEARNING, *EMBEDDINGS),
+    "steps": (*PLAN, *EMBEDDINGS),
 }
 # Turned into other keys while a config is completed, which is all that is done with them
 TRANSLATED = {"bits"}  # into `ratio`
@@ -102,7 +103,7 @@ def read_by_method(name: str) -> set[str]:
     """What is read for a method: by its own modules, and by the stages for all of them."""
     method = METHODS[name]
     modules = {module for settings in choices(method.options) for module in method.modules(settings)}
-    return module_reads(sorted(modules)) | reads(*LEARNING, *PLAN)
+    return module_reads(sorted(modules)) | reads(*READERS["variants"])
 
 
 def read_by_source(source: Any) -> set[str]:
@@ -143,7 +144,7 @@ def variant_keys(alternative: dict[str, Any]) -> Iterator[tuple[str, str, set[st
         yield from keys(alternative, read_by_method(name), f"variants: {name}")
     elif name in PRUNERS:
         # an option of one pruner may be read for it alone, and by another function of the same file
-        yield from keys(alternative, reads("workflow/cospadi/pruning/*.py", *PLAN), f"variants: {name}")
+        yield from keys(alternative, reads("workflow/cospadi/pruning/*.py", *READERS["steps"]), f"variants: {name}")
     else:
         yield from keys(
             alternative, reads(*READERS["steps"], *RULES, "scripts/choose_variants.py"), f"variants: {name}"

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cospadi.embeddings import asked_of
 from cospadi.files import replacing
 from cospadi.methods import METHODS
 
@@ -73,7 +74,7 @@ def _class(config: Mapping[str, Any], variants: Mapping[str, Any]) -> str:
 
 
 def _rounds_embedding(config: Mapping[str, Any]) -> bool:
-    return any(step.get("embedding_bits", 16) < 16 for step in config.get("steps", [config]))
+    return any(asked_of(step)[0] < 16 for step in config.get("steps", [config]))
 
 
 def front(points: Mapping[str, tuple[float, float]], *, least: bool = True) -> list[str]:
