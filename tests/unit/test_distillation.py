@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch.nn.functional import kl_div
 
-from cospadi.calibration.walk import Chunk, read_windows
+from cospadi.calibration.walk import Chunk, Windows, read_windows
 from cospadi.calibration.windows import write_windows
-from cospadi.distillation import _Model, distill
+from cospadi.distillation import distill
 from cospadi.errors import ArtifactError, ConfigError, NumericalError
 from cospadi.factor_training import held_out_of
 from cospadi.files import TensorFile
@@ -23,6 +23,7 @@ from cospadi.learning import learn_unit
 from cospadi.progress import read_distilled
 from cospadi.quantization import quantize_unit
 from cospadi.structure import inspect_model
+from cospadi.student import Student, teach
 
 from .test_sequence import LENGTH, SAMPLES, SHARED, SILENT, complete, made  # noqa: F401
 
@@ -69,6 +70,11 @@ def trained(
     report = distill(*arguments, output=folder, dtype="float32", **SILENT, **how)
     assert report == read_distilled(folder)
     return {folder / path.name: layers for path, layers in files.items()}, report
+
+
+def student(teacher: Path, folder: Path, structure: dict[str, Any], read: Windows, n_windows: int) -> Student:
+    computed = {"dtype": "float32", "device": "cpu"}
+    return Student(folder, structure, read, teach(teacher, read, n_windows, **computed, **SILENT), **computed)
 
 
 def divergence(made: SimpleNamespace, weights: dict[str, np.ndarray], windows: slice) -> float:  # noqa: F811
@@ -130,7 +136,7 @@ def test_gradients_are_those_of_the_divergence(made):  # noqa: F811
     weight = dense.get_submodule(name).weight.detach()
     mask = rng.random(weight.T.shape) < 0.5
     codes = np.where(mask, weight.T.numpy(), 0).astype(np.float32)
-    model = _Model(made.model, made.model, made.structure, read, SAMPLES, "float32", "cpu", **SILENT)
+    model = student(made.model, made.model, made.structure, read, SAMPLES)
     module = model.give([(name, Factorization(None, codes, support="bitmask", mask=mask))])[name]
     batch = np.array([1, 5])  # one of them has pads
     error = model.backward(batch)
@@ -160,7 +166,7 @@ def test_a_model_of_fewer_blocks_learns_from_the_one_with_all(made, tmp_path):  
     for file in made.model.glob("tokenizer*"):
         shutil.copy(file, tmp_path)
     read = read_windows(made.windows, made.structure["vocab_size"])
-    model = _Model(made.model, tmp_path, inspect_model(tmp_path), read, 4, "float32", "cpu", **SILENT)
+    model = student(made.model, tmp_path, inspect_model(tmp_path), read, 4)
     ids, attended = (torch.from_numpy(part[:4]) for part in read[:2])
     small.model.layers[1].self_attn.layer_idx = 1
     with torch.no_grad():
@@ -202,7 +208,7 @@ def test_an_interrupted_job_goes_on_where_it_was_to_the_same_numbers(made, tmp_p
     whole, expected = trained(made, files, variant, tmp_path / "whole")
 
     monkeypatch.setattr("cospadi.factor_training.SAVE_SECONDS", 0)
-    backward, calls, lines = _Model.backward, [], []
+    backward, calls, lines = Student.backward, [], []
 
     def interrupted(self, batch):
         calls.append(batch)
@@ -210,7 +216,7 @@ def test_an_interrupted_job_goes_on_where_it_was_to_the_same_numbers(made, tmp_p
             raise KeyboardInterrupt
         return backward(self, batch)
 
-    monkeypatch.setattr(_Model, "backward", interrupted)
+    monkeypatch.setattr(Student, "backward", interrupted)
     saved = tmp_path / "distilling.pt"
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
@@ -228,7 +234,7 @@ def test_an_interrupted_job_goes_on_where_it_was_to_the_same_numbers(made, tmp_p
 
 def test_what_another_training_left_is_not_gone_on_from(made, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr("cospadi.factor_training.SAVE_SECONDS", 0)
-    saved, backward, stop = tmp_path / "distilling.pt", _Model.backward, [7]
+    saved, backward, stop = tmp_path / "distilling.pt", Student.backward, [7]
 
     def interrupted(self, batch):
         stop[0] -= 1
@@ -236,7 +242,7 @@ def test_what_another_training_left_is_not_gone_on_from(made, tmp_path, monkeypa
             raise KeyboardInterrupt
         return backward(self, batch)
 
-    monkeypatch.setattr(_Model, "backward", interrupted)
+    monkeypatch.setattr(Student, "backward", interrupted)
     one, other = (
         complete(method="wanda", distill={**OPTIONS, "epochs": 1, "learning_rate": rate}) for rate in (1e-3, 2e-3)
     )
@@ -289,7 +295,7 @@ def test_factors_trained_otherwise_are_refused(made, tmp_path):  # noqa: F811
 def test_training_that_diverges_names_the_option(made, tmp_path, monkeypatch):  # noqa: F811
     variant = complete(method="wanda", distill={"epochs": 1, "samples": 4})
     files = learned(made, tmp_path / "learned", variant)
-    monkeypatch.setattr(_Model, "backward", lambda self, batch: float("nan"))
+    monkeypatch.setattr(Student, "backward", lambda self, batch: float("nan"))
     with pytest.raises(NumericalError, match=r"set a lower distill\.learning_rate"):
         trained(made, files, variant, tmp_path / "distilled")
     assert not (tmp_path / "distilled").exists()

@@ -361,6 +361,8 @@ def test_a_module_that_is_moved_into_another_place_of_the_file_system_is_the_sam
         ("pruning/__init__.py", set()),
         ("sequence.py", {"turn"}),
         ("refinement.py", {"turn"}),
+        ("compensation.py", {"turn"}),
+        ("student.py", {"turn", "distill"}),
         ("distillation.py", {"distill"}),
         ("factor_training.py", {"turn", "distill"}),
         ("quantization.py", {"quantize", "turn"}),

@@ -177,6 +177,8 @@ def test_table(finished):
         "mean_relative_error": "0.25",
         "worst_matrices": "1.down 0.4, 0.down 0.3, 1.q 0.2",
         "predicted_rise": "",
+        "compensation_gain": "",
+        "seconds_compensating": "",
         "refinement_gain": "",
         "seconds_refining": "",
         "distillation_gain": "",

@@ -16,6 +16,7 @@ from cospadi.calibration import windows
 from cospadi.calibration.collect import collect
 from cospadi.calibration.gradients import collect_gradients
 from cospadi.calibration.walk import read_windows
+from cospadi.compensation import Compensation
 from cospadi.config import check_config
 from cospadi.errors import ArtifactError, ConfigError
 from cospadi.files import ModelFolder, TensorFile, read_json
@@ -72,14 +73,15 @@ def learned(
     """Units of a variant learned in turn and packed: matrices as the file has them, bytes, diagnostics."""
     variant = complete(**given)
     folder.mkdir(exist_ok=True)
-    found = SimpleNamespace(weights={}, nbytes=0, refined={}, variant=variant, targets={})
+    found = SimpleNamespace(weights={}, nbytes=0, refined={}, compensated={}, variant=variant, targets={})
     before = None
     for unit in units:
         grams = [made.grams[layer] for layer in unit]
         name = f"{unit[0]}-{unit[-1]}"
         factors, codes = folder / f"factors_{name}.safetensors", folder / f"codes_{name}.safetensors"
         how = {"dtype": "float32", "batch_tokens": 2 * LENGTH, "heldout_fraction": heldout_fraction, **SILENT}
-        streams = Streams(made.model, made.structure, made.windows, unit, variant, hidden_in=before, **how)
+        kind = Streams if variant.get("compensate") is None else Compensation
+        streams = kind(made.model, made.structure, made.windows, unit, variant, before=before, **how)
         taken = streams.targets
 
         def targets(layer, matrices, taken=taken):
@@ -95,7 +97,8 @@ def learned(
         streams.write(before := folder / f"streams_{name}.h5")
         report = folder / f"codes_{name}.json"
         quantize_unit(*arguments, factors, unit, variant, output=codes, diagnostics=report, **of_unit)
-        found.refined |= read_json(diagnostics).get("refined", {})
+        for what in ("refined", "compensated"):
+            vars(found)[what].update(read_json(diagnostics).get(what, {}))
         found.nbytes += sum(matrix["nbytes"] for matrix in read_json(report)["matrices"].values())
         file = TensorFile(codes)
         for matrix, spec in file.metadata["matrices"].items():
@@ -234,7 +237,7 @@ def test_refining_never_makes_a_block_worse(made, tmp_path):
 def test_streams_of_other_settings_are_refused(made, tmp_path):
     learned(made, tmp_path, [[0]], method="wanda", target="sequential")
     variant = complete(method="wanda", target="sequential", drift_share=1.0)
-    how = {"hidden_in": tmp_path / "streams_0-0.h5", "dtype": "auto", "batch_tokens": LENGTH, **SILENT}
+    how = {"before": tmp_path / "streams_0-0.h5", "dtype": "auto", "batch_tokens": LENGTH, **SILENT}
     with pytest.raises(ArtifactError, match="settings"):
         Streams(made.model, made.structure, made.windows, [1], variant, **how)
     with pytest.raises(ArtifactError, match="after layer 0"):

@@ -28,6 +28,7 @@ STREAM, TURN = "ectcq", "turn"  # whose layers are learned in turn
 CHOICES = ["hybrid", STREAM, "rtn"]
 INCREASE, MIXED = 1.005, 0.62
 CODED = "coded"
+BEHIND = {"every": 1, "learning_rate": 0.003, "batch_tokens": 32}
 MORE = 14  # windows to train on end to end; the calibration has fewer
 PARTS = ["self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"]
 ALONE = {"method": "rtn", "ratio": 0.7, "allocation": "measured", "menu": [0.6, 1, 1.4], "measured_windows": 3}
@@ -53,7 +54,7 @@ def run(new_run: Callable[..., Run]) -> Run:
             "distill": {"epochs": 1, "samples": MORE},
             "embedding_bits": 8,
         },
-        CODED: {"method": "rtn", "ratio": 0.7, "embedding_bits": 3, "embedding_method": "ectcq"},
+        CODED: {"method": "rtn", "ratio": 0.7, "embedding_bits": 3, "embedding_method": "ectcq", "compensate": BEHIND},
         "rtn": MENU,
         "alone": ALONE,
         "mix": {"method": "choose", "ratio": MIXED, "choose_from": CHOICES, "search": 12},
@@ -106,6 +107,19 @@ def test_units_learned_in_turn_are_refined_and_leave_no_hidden_states(run):
         assert list(read_json(files[0])["refined"]) == ["layer_00", "layer_01", "layer_02"]
         assert not list((run.results / name / "streams").glob("*.h5"))
     assert all(table[name]["refinement_gain"] == "" for name in NAMES)
+
+
+def test_layers_behind_are_trained_to_make_up_for_those_before(run):
+    table = rows(run.results / "summary.tsv")
+    (file,) = (run.results / CODED / "factors").glob("*.json")
+    reports = read_json(file)["compensated"]
+    assert list(reports) == ["layer_00", "layer_01"]  # nothing is behind the last
+    gains = [1 - report["kl"] / report["kl_before"] for report in reports.values()]
+    assert gains[0] > 0.01 and min(gains) >= 0
+    assert float(table[CODED]["compensation_gain"]) == pytest.approx(sum(gains) / 2, rel=1e-4)
+    assert 0 < float(table[CODED]["seconds_compensating"]) < float(table[CODED]["seconds_learning"])
+    assert not list((run.results / CODED / "streams").glob("*.h5"))
+    assert all(table[name]["compensation_gain"] == "" for name in (*NAMES, STREAM, TURN))
 
 
 def test_factors_trained_end_to_end_are_what_is_packed(run):

@@ -93,7 +93,7 @@ BESIDE: dict[tuple[str, str], dict[str, Any]] = {
         (method, option): ({"target": "sequential"} if option.endswith("_share") else {})
         | ({"group_size": 1, "share": []} if "group_size" in METHODS[method].options else {})
         for method in METHODS
-        for option in ("target", "refine", "drift_share", "residual_share")
+        for option in ("target", "refine", "compensate", "drift_share", "residual_share")
     },
     **{("ectcq", option): {"metric": "gradients"} for option in TRAINING},  # whose columns have scales
 }

@@ -1,24 +1,21 @@
 """Distill the dense model into the factors of a compressed one: all of them are trained together, end to end.
 
 Where `refinement` has a block give what the dense block gives, here the whole model is to predict what the dense model
-predicts: the loss is the Kullback-Leibler divergence of every token's distribution (knowledge distillation, Hinton et
-al., arXiv 1503.02531), on the calibration windows. Positions and whole numbers stay, what multiplies is trained
+predicts (`student`), on the calibration windows. Positions and whole numbers stay, what multiplies is trained
 (`factor_training`). Memory grows with the model: every number of a factor beside its gradient and Adam's two moments.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from cospadi.arrays import slices
 from cospadi.calibration.activations import first_heldout
-from cospadi.calibration.walk import Chunk, Windows, logged, read_windows
+from cospadi.calibration.walk import Windows, read_windows
 from cospadi.factor_training import TrainedMatrix, finite, held_out_of, train, trainable
 from cospadi.files import ModelFolder, TensorFile, replacing, write_json, write_tensors
 from cospadi.formats.factorization import Factorization, read_factors, read_specs
@@ -27,10 +24,9 @@ from cospadi.progress import DISTILLED_REPORT
 from cospadi.provenance import check_provenance, fingerprint, tokens_digest
 from cospadi.runtime.cospadi_registry import FACTOR_CODECS
 from cospadi.stage import choose_dtype
-from cospadi.structure import load_head
+from cospadi.student import Student, teach
 
 _REMEDY = "Delete it and run again to learn this unit anew"
-_TOKENS_AT_ONCE = 256  # whose logits are in memory
 
 
 def distill(
@@ -99,7 +95,9 @@ def distill(
     dtype, reason = choose_dtype(dtype, device)
     log(f"computing in {dtype}: {reason}")
     units = {path: _Unit(path, layers, structure, variant, calibration) for path, layers in factors.items()}
-    model = _Model(dense_folder, model_folder, structure, read, held_out.stop, dtype, device, log)
+    computed = {"dtype": dtype, "device": device}
+    taught = teach(dense_folder, read, held_out.stop, **computed, log=log)
+    model = Student(model_folder, structure, read, taught, **computed)
     modules = model.give(pair for unit in units.values() for pair in unit.factors())
     parameters = trainable(modules.values())
     report = {"format_version": FORMAT_VERSION, "device": device, "n_windows": held_out.start}
@@ -177,74 +175,3 @@ class _Unit:
             tensors.update(packed)
         header = {**self._file.metadata, "matrices": specs, **distilled(self._variant)}
         write_tensors(path, tensors, header)
-
-
-class _Model:
-    """A model whose matrices are factors, and what the dense model makes of the same windows."""
-
-    def __init__(
-        self,
-        dense_folder: Path,
-        model_folder: Path,
-        structure: Mapping[str, Any],
-        windows: Windows,
-        n_windows: int,
-        dtype: str,
-        device: str,
-        log: Callable[[str], None],
-    ) -> None:
-        self._windows, self._device = windows, device
-        self._prefixes = [f"{layer['prefix']}." for layer in structure["layers"]]
-        self._mask = torch.from_numpy(windows.attention_mask).bool()
-        n_blocks = ModelFolder(dense_folder).config["num_hidden_layers"]
-        dense = Chunk(dense_folder, range(n_blocks), dtype=dtype, device=device)
-        one_by_one = logged(list(slices(0, n_windows, 1)), windows, log)
-        # behind the last block: the norm and the head are the dense model's in all models here
-        self._wanted = torch.cat([dense.run(windows, batch, None).cpu() for batch in one_by_one])
-        del dense
-        self._chunk = Chunk(model_folder, range(structure["n_layers"]), dtype=dtype, device=device)
-        self._head = load_head(model_folder, structure, dtype=dtype, device=device)
-
-    def give(self, factors: Iterable[tuple[str, Factorization]]) -> dict[str, TrainedMatrix]:
-        """Have matrices, named, computed by their factors; the modules that do."""
-        dictionaries: dict[str, torch.nn.Parameter] = {}
-        modules = {}
-        for name, one in factors:
-            number = next(i for i, prefix in enumerate(self._prefixes) if name.startswith(prefix))
-            block, path = self._chunk.block(number), name.removeprefix(self._prefixes[number])
-            bias = block.get_submodule(path).bias
-            modules[name] = TrainedMatrix(name, one, dictionaries, bias).to(self._device)
-            block.set_submodule(path, modules[name])
-        return modules
-
-    def divergence(self, windows: slice) -> float:
-        """Mean nats a token that the model's predictions are from the dense model's."""
-        total = sum(self._walk(np.arange(start, start + 1), None) for start in range(windows.start, windows.stop))
-        return total / int(self._mask[windows].sum())
-
-    def backward(self, batch: np.ndarray) -> float:
-        """Add the gradient of the mean divergence of these windows (indices) to the parameters; that divergence."""
-        n_tokens = int(self._mask[batch].sum())
-        return self._walk(batch, n_tokens) / n_tokens
-
-    def _walk(self, batch: np.ndarray, n_tokens: int | None) -> float:
-        """Summed divergence of windows; `n_tokens`: the gradient of that over it goes back. Logits are there for a few
-        tokens at a time.
-        """
-        kept = self._mask[batch]
-        wanted = self._wanted[batch][kept].to(self._device)
-        rows = self._chunk.run(self._windows, batch, None, trained=n_tokens is not None)[kept.to(self._device)]
-        gradient, total = torch.zeros_like(rows), 0.0
-        for part in slices(0, len(rows), _TOKENS_AT_ONCE):
-            with torch.no_grad():
-                log_p = self._chunk.predict(wanted[part], self._head).log_softmax(1)
-            states = rows[part].detach().requires_grad_(n_tokens is not None)
-            logits = self._chunk.predict(states, self._head)
-            log_q = logits.detach().log_softmax(1)
-            p = log_p.exp()
-            total += float((p * (log_p - log_q)).sum())
-            if n_tokens is not None:  # the gradient at the logits: what is predicted less what should be
-                (gradient[part],) = torch.autograd.grad(logits, states, (log_q.exp() - p) / n_tokens)
-        if n_tokens is not None:
-            rows.backward(gradient)
-        return total

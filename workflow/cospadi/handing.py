@@ -7,14 +7,15 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cospadi.sequence import Streams
+    from cospadi.learning import InTurn
 
 
 @contextmanager
 def handed_on(
     unit: Sequence[Any], collection: Mapping[str, Any], before: Sequence[str], after: str | None, **how: Any
-) -> Iterator[Streams | None]:
-    """`sequence.Streams` of a unit that is learned on what is before it; None for one that is not.
+) -> Iterator[InTurn | None]:
+    """`sequence.Streams`, or `compensation.Compensation`, of a unit that is learned on what is before it; None for one
+    that is not.
 
     Parameters
     ----------
@@ -32,9 +33,13 @@ def handed_on(
     if after is None:
         yield None
         return
-    from cospadi.sequence import Streams
+    *_, variant = unit
+    if variant["compensate"] is not None:
+        from cospadi.compensation import Compensation as OfUnit
+    else:
+        from cospadi.sequence import Streams as OfUnit
 
     computed = {key: collection[key] for key in ("dtype", "batch_tokens", "heldout_fraction")}
-    streams = Streams(*unit, hidden_in=next(iter(before), None), **computed, **how)
+    streams = OfUnit(*unit, before=next(iter(before), None), **computed, **how)
     yield streams
     streams.write(after)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -24,9 +24,6 @@ from cospadi.problem import Gradients, Matrix, Metric, OnDemand, Problem, in_tur
 from cospadi.provenance import check_provenance, digest_of
 from cospadi.runtime.cospadi_registry import FACTOR_CODECS
 from cospadi.structure import layer_name
-
-if TYPE_CHECKING:
-    from cospadi.sequence import Streams
 
 FORMAT_VERSION = 1
 
@@ -47,7 +44,7 @@ def learn_unit(
     drift: Path | None = None,
     gradient_files: Sequence[Path] = (),
     allotted: Mapping[tuple[str, ...], int | None] | None = None,
-    streams: Streams | None = None,
+    streams: InTurn | None = None,
     device: str = "cpu",
     log: Callable[[str], None] = print,
 ) -> None:
@@ -82,7 +79,7 @@ def learn_unit(
     allotted : mapping, optional
         Bytes of every problem by the names of its matrices, None for those that stay as they are
         (`profiles.read_allocation`); by default what the ratio leaves of each.
-    streams : Streams, optional
+    streams : InTurn, optional
         For a variant whose layers are learned in turn (`problem.learns_in_turn`); they are behind the unit then.
 
     Raises
@@ -116,10 +113,10 @@ def learn_unit(
     specs: dict[str, Any] = {}
     reports: dict[str, Any] = {}
     kept_dense: dict[str, str] = {}
-    refined: dict[str, Any] = {}
+    trained: dict[str, dict[str, Any]] = {}
     started = time.perf_counter()
     if streams is not None:
-        found = _learn_in_turn(job, matrices, streams, refined)
+        found = _learn_in_turn(job, matrices, streams, trained)
     else:
         found = _learn(job, [matrices] if whole else shared(matrices, options), n_layers=len(layers))
     for one in found:
@@ -148,7 +145,7 @@ def learn_unit(
             "device": device,
             "seconds": time.perf_counter() - started,
             "kept_dense": kept_dense,
-            **({"refined": refined} if refined else {}),
+            **trained,
             "matrices": reports,
         },
     )
@@ -190,6 +187,26 @@ def provenance(
 def distilled(variant: Mapping[str, Any]) -> dict[str, Any]:
     """What factors that were trained end to end belong to besides: how; nothing where a variant's are not."""
     return {"distilled": digest_of(dict(variant["distill"]))} if variant.get("distill") is not None else {}
+
+
+class InTurn(Protocol):
+    """What layers that are learned one after the other know of those before: `sequence`, `compensation`."""
+
+    def targets(self, layer: int, matrices: Sequence[Matrix]) -> list[Matrix]:
+        """The matrices of the next layer as they are to be learned, in the order of the model."""
+
+    def put(self, name: str, factors: Factorization) -> None:
+        """Have matrix `name` of that layer be what the checkpoint will have."""
+
+    def compressed(
+        self, layer: int, learned: Mapping[str, Factorization]
+    ) -> tuple[dict[str, Factorization], dict[str, dict[str, Any]]]:
+        """Go on behind the layer, whose other matrices stay as they are: its factors, which may have been trained, and
+        what training did, by kind, for the diagnostics.
+        """
+
+    def write(self, path: str | Path) -> None:
+        """Leave what the next unit has to know in a file."""
 
 
 class _Job(NamedTuple):
@@ -261,9 +278,9 @@ def _learn(job: _Job, groups: Sequence[Sequence[Matrix]], *, n_layers: int) -> I
 
 
 def _learn_in_turn(
-    job: _Job, matrices: Sequence[Matrix], streams: Streams, refined: dict[str, Any]
+    job: _Job, matrices: Sequence[Matrix], streams: InTurn, trained: dict[str, dict[str, Any]]
 ) -> Iterator[_Learned]:
-    """One layer after the other, on what the compressed ones before it give; `refined` gets what refining did."""
+    """One layer after the other, on what the compressed ones before it give; `trained` gets what training did."""
     for layer, own in itertools.groupby(matrices, lambda matrix: matrix.layer):
         targets = streams.targets(layer, list(own))
         learned = []
@@ -272,9 +289,9 @@ def _learn_in_turn(
                 streams.put(one.name, one.factors)
             learned.append(one)
         factors = {one.name: one.factors for one in learned if one.factors is not None}
-        factors, report = streams.compressed(layer, factors)
-        if report:
-            refined[layer_name(layer)] = report
+        factors, reports = streams.compressed(layer, factors)
+        for what, report in reports.items():
+            trained.setdefault(what, {})[layer_name(layer)] = report
         yield from (one._replace(factors=factors.get(one.name)) for one in learned)
 
 

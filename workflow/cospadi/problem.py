@@ -198,8 +198,10 @@ class Metric:
 
 
 def learns_in_turn(settings: Mapping[str, Any]) -> bool:
-    """Whether a variant's complete settings ask for layers that are learned one after the other (`sequence`)."""
-    return settings.get("target") == SEQUENTIAL or settings.get("refine") is not None
+    """Whether complete settings ask for layers learned one after the other (`sequence`, `compensation`)."""
+    return settings.get("target") == SEQUENTIAL or any(
+        settings.get(key) is not None for key in ("refine", "compensate")
+    )
 
 
 class Outputs:

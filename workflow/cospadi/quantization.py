@@ -135,6 +135,12 @@ def round_factors(
     return round_together(weights, [matrix.metric.gram for matrix in matrices], chosen, prices)
 
 
+def as_stored(factors: Factorization, codes: Mapping[str, Any]) -> np.ndarray:
+    """The matrix (d_in, d_out) that the checkpoint will have of learned factors, rounded without its metric."""
+    (held,) = round_factors([], [factors], codes)
+    return held.quantized().reconstruct()
+
+
 def _rounded_together(
     matrices: Iterable[Matrix], specs: Mapping[str, Any], codes: Mapping[str, Any]
 ) -> list[list[Matrix]]:

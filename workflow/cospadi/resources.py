@@ -235,8 +235,12 @@ class Estimates:
         return Work(memory, 1, core, gpu, factors, moved=factors)
 
     def learn_in_turn(self, settings: Mapping[str, Any], n_layers: int = 1) -> Work:
-        """Learning a unit, and two streams of hidden states through its blocks, which may be trained besides."""
+        """Learning a unit, and two streams of hidden states through its blocks, which may be trained besides; or the
+        layers behind it, which are.
+        """
         learned, shapes = self.learn(settings, n_layers), self.shapes
+        if settings["compensate"] is not None:
+            return self._with_layers_behind(learned, settings, n_layers)
         batch = max(self._calibration["batch_tokens"], self._calibration["length"])
         # two blocks, as it is and compressed, each beside the pages of the mapped file
         weights = 4 * self._width * (shapes.layer_parameters + shapes.embedding_parameters)
@@ -270,10 +274,45 @@ class Estimates:
             moved=learned.moved + 2 * hidden,
         )
 
+    def _with_layers_behind(self, learned: Work, settings: Mapping[str, Any], n_layers: int) -> Work:
+        """Learning a unit, and training all layers behind it, on average half of the model."""
+        options, shapes = settings["compensate"], self.shapes
+        samples = min(options["samples"] or self._calibration["samples"], self._calibration["samples"])
+        trainings = n_layers / options["every"]
+        # the teacher once for all units; an eighth is looked at before and after every epoch; half is gone back through
+        passes = n_layers / shapes.n_layers + trainings * (1 / 8 + options["epochs"] * (2 + 1 / 8))
+        memory, trained, flops = self._end_to_end(settings, options, samples, passes, trainings * options["epochs"])
+        handed = (4 + self._width) / 2 * trained + self._width * samples * self._calibration[
+            "length"
+        ] * shapes.hidden_size
+        return Work(
+            memory + learned.memory,
+            6 + learned.start,
+            learned.core + {FORWARD: flops},
+            learned.gpu + {GPU_FORWARD: flops},
+            disk=learned.disk + handed,
+            moved=learned.moved + 2 * handed + 2 * trainings * shapes.parameters,
+        )
+
     def distill(self, settings: Mapping[str, Any]) -> Work:
         """The dense model once over the windows, then forward and back through the model whose factors are trained."""
-        shapes, options, calibration = self.shapes, settings["distill"], self._calibration
-        samples = options["samples"] or calibration["samples"]
+        shapes, options = self.shapes, settings["distill"]
+        # forward once in each; a pass forward and back is three; an eighth is looked at after every epoch
+        passes = 1 + 1 / 8 + options["epochs"] * (3 + 1 / 8)
+        samples = options["samples"] or self._calibration["samples"]
+        memory, _, flops = self._end_to_end(settings, options, samples, passes, 1 + options["epochs"])
+        written = nbytes_left(list(shapes.matrices.values()) * shapes.n_layers, settings["ratio"])
+        written *= _before_rounding(METHODS[settings["method"]], storage_of(settings["codes"]))
+        core, gpu = Cost({FORWARD: flops}), Cost({GPU_FORWARD: flops})
+        return Work(memory, 6, core, gpu, disk=written, moved=2 * written + 2 * 2 * shapes.parameters)
+
+    def _end_to_end(
+        self, settings: Mapping[str, Any], options: Mapping[str, Any], samples: int, passes: float, teachings: float
+    ) -> tuple[float, float, float]:
+        """Training a whole model on `samples` windows: memory, numbers that may be trained, and products, for so many
+        `passes` forward through the model and through the teacher's head.
+        """
+        shapes, calibration = self.shapes, self._calibration
         tokens = max(options["batch_tokens"], calibration["length"])
         chosen = settings.get("targets") or shapes.matrices
         trained = shapes.n_layers * sum(
@@ -288,14 +327,8 @@ class Estimates:
         hidden = self._width * samples * calibration["length"] * shapes.hidden_size
         logits = 4 * 5 * 256 * shapes.vocabulary
         memory = TORCH + factors + weights + self._width * kept + hidden + logits
-        # forward once in each; a pass forward and back is three; an eighth is looked at after every epoch
-        passes = 1 + 1 / 8 + options["epochs"] * (3 + 1 / 8)
-        head = (1 + options["epochs"]) * shapes.vocabulary * shapes.hidden_size
-        flops = 2 * samples * calibration["length"] * (passes * shapes.parameters + head)
-        written = nbytes_left(list(shapes.matrices.values()) * shapes.n_layers, settings["ratio"])
-        written *= _before_rounding(METHODS[settings["method"]], storage_of(settings["codes"]))
-        core, gpu = Cost({FORWARD: flops}), Cost({GPU_FORWARD: flops})
-        return Work(memory, 6, core, gpu, disk=written, moved=2 * written + 2 * 2 * shapes.parameters)
+        head = teachings * shapes.vocabulary * shapes.hidden_size
+        return memory, trained, 2 * samples * calibration["length"] * (passes * shapes.parameters + head)
 
     def profile(self, settings: Mapping[str, Any], n_layers: int = 1) -> Work:
         """What the allocation of a unit of `n_layers` layers has to know, problem after problem."""

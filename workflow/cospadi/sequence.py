@@ -32,7 +32,7 @@ from cospadi.errors import NumericalError
 from cospadi.formats.factorization import Factorization
 from cospadi.problem import SEQUENTIAL, Matrix, Metric
 from cospadi.provenance import digest_of
-from cospadi.quantization import round_factors
+from cospadi.quantization import as_stored
 from cospadi.refinement import Block, refine
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Streams:
         Of the unit: consecutive.
     variant : mapping
         Complete settings.
-    hidden_in : path-like or None
+    before : path-like or None
         What `write` left of the unit before; None for the first.
     dtype, batch_tokens, device
         As of `calibration.collect.collect`.
@@ -72,7 +72,7 @@ class Streams:
         layers: Sequence[int],
         variant: Mapping[str, Any],
         *,
-        hidden_in: str | Path | None,
+        before: str | Path | None,
         dtype: str,
         batch_tokens: int,
         heldout_fraction: float = 0.0,
@@ -82,7 +82,7 @@ class Streams:
         self._folder, self._structure, self._variant = Path(model_folder), structure, variant
         self._windows: Windows = read_windows(windows, structure["vocab_size"])
         self._counted = first_heldout(len(self._windows.input_ids), heldout_fraction)
-        self._dtype, reason = chosen_dtype(dtype, device, hidden_in, layers[0] - 1)
+        self._dtype, reason = chosen_dtype(dtype, device, before, layers[0] - 1, COMPRESSED)
         self._batch_tokens, self._device, self._log = batch_tokens, device, log
         self._dense: torch.Tensor | None = None
         self._compressed: torch.Tensor | None = None
@@ -90,13 +90,13 @@ class Streams:
         self._as_is: Block | None = None
         self._last = layers[0] - 1
         log(f"computing in {self._dtype}: {reason}")
-        if hidden_in is not None:
+        if before is not None:
             belongs, shape = self._belongs(), (*self._windows.input_ids.shape, structure["hidden_size"])
             for edge in (HIDDEN, COMPRESSED):
-                edge.check(hidden_in, shape, self._dtype, self._last, belongs)
+                edge.check(before, shape, self._dtype, self._last, belongs)
             everything = slice(0, len(self._windows.input_ids))
-            self._dense = HIDDEN.read(hidden_in, self._last, everything, self._dtype)
-            self._compressed = COMPRESSED.read(hidden_in, self._last, everything, self._dtype)
+            self._dense = HIDDEN.read(before, self._last, everything, self._dtype)
+            self._compressed = COMPRESSED.read(before, self._last, everything, self._dtype)
 
     def targets(self, layer: int, matrices: Sequence[Matrix]) -> list[Matrix]:
         """The matrices of the next layer as they are to be learned, in the order of the model.
@@ -133,7 +133,7 @@ class Streams:
 
     def compressed(
         self, layer: int, learned: Mapping[str, Factorization]
-    ) -> tuple[dict[str, Factorization], dict[str, Any]]:
+    ) -> tuple[dict[str, Factorization], dict[str, dict[str, Any]]]:
         """Go on through the layer as the checkpoint will have it, refined where the variant asks for it.
 
         Parameters
@@ -146,10 +146,10 @@ class Streams:
         Returns
         -------
         factors : dict
-        report : dict
-            For the diagnostics; empty where nothing is refined.
+        reports : dict
+            ``refined``, for the diagnostics; empty where nothing is.
         """
-        factors, report = dict(learned), {}
+        factors, reports = dict(learned), {}
         if self._variant["refine"] is not None and factors:
             options = self._variant["refine"]
             refined = refine(
@@ -162,12 +162,12 @@ class Streams:
                 seed=self._windows.seed % 2**63 + layer,
                 log=lambda line: self._log(f"layer {layer}: {line}"),
             )
-            factors, report = refined.factors, refined.report
+            factors, reports = refined.factors, {"refined": refined.report}
         self._compressed, self._dense = self._block.through(self._compressed), self._next
         if not all_finite(self._compressed):
             raise NumericalError(f"layer {layer}: what the compressed block gives is NaN or infinite")
         self._block, self._as_is, self._last = None, None, layer
-        return factors, report
+        return factors, reports
 
     def write(self, path: str | Path) -> None:
         """Leave the hidden states behind the last layer to the next unit."""
@@ -193,8 +193,7 @@ class Streams:
         return Block(chunk, self._structure["layers"][layer]["prefix"], self._windows, self._batch_tokens)
 
     def _rounded(self, name: str, factors: Factorization) -> np.ndarray:
-        (held,) = round_factors([], [factors], self._variant["codes"])
-        return held.quantized().reconstruct()
+        return as_stored(factors, self._variant["codes"])
 
     def _fitted(self, matrix: Matrix, moments: Callable[[], Mapping[Metric, _Moments]], metric: Metric) -> Matrix:
         """A matrix as its inputs in the compressed model want it."""

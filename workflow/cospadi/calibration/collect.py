@@ -17,7 +17,7 @@ import h5py
 import numpy as np
 
 from cospadi.arrays import add_product, all_finite, slices, symmetrize
-from cospadi.calibration.activations import FORMAT_VERSION, HIDDEN, STORED_AS, first_heldout, to_stored, writing
+from cospadi.calibration.activations import FORMAT_VERSION, HIDDEN, STORED_AS, Edge, first_heldout, to_stored, writing
 from cospadi.calibration.walk import Chunk, Tap, logged, read_windows
 from cospadi.errors import ArtifactError, NumericalError
 from cospadi.stage import choose_dtype
@@ -243,12 +243,14 @@ class _Site:
         )
 
 
-def chosen_dtype(dtype: str, device: str, hidden_in: str | Path | None, last_layer: int) -> tuple[str, str]:
+def chosen_dtype(
+    dtype: str, device: str, hidden_in: str | Path | None, last_layer: int, edge: Edge = HIDDEN
+) -> tuple[str, str]:
     """Dtype to compute in and why; ``auto`` goes on in the dtype of the chunk before."""
     chosen, reason = choose_dtype(dtype, device)
     if dtype != "auto" or hidden_in is None:
         return chosen, reason
-    before = HIDDEN.dtype(hidden_in, last_layer)
+    before = edge.dtype(hidden_in, last_layer)
     follows = "the chunk before was computed in it"
     return before, follows if before == chosen else f"{follows}; for this machine alone it would be {chosen} ({reason})"
 

@@ -326,10 +326,10 @@ def allocation_faults(settings: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key}: {value} is of allocation {' or '.join(rules)}, here it is {given}; leave it out"
 
 
-# Options of training; those and the ones of layers that are learned in turn, which methods that learn the whole model
-# at once do not have
+# Options that train factors; those and the ones of layers that are learned in turn, which methods that learn the whole
+# model at once do not have
 TRAINING = ("refine", "distill")
-OF_LAYERS = ("target", "drift_share", "residual_share", *TRAINING)
+OF_LAYERS = ("target", "drift_share", "residual_share", "compensate", *TRAINING)
 
 # Options that decide nothing of what is learned, but what is done with it
 EMBEDDINGS = ("embedding_bits", "embedding_method")
@@ -337,7 +337,7 @@ AFTERWARDS = ("distill", *EMBEDDINGS)
 
 
 def trained_by(settings: Mapping[str, Any]) -> list[str]:
-    """Keys of complete settings that ask for training."""
+    """Keys of complete settings that ask for training of factors."""
     return [key for key in TRAINING if settings.get(key) is not None]
 
 
@@ -346,7 +346,12 @@ def of_layers_faults(settings: Mapping[str, Any]) -> Iterator[str]:
     for key, default in (("drift_share", 0.5), ("residual_share", 0.0)):
         if settings.get("target") == INDEPENDENT and settings[key] != default:
             yield f"{key}: {settings[key]} is of target {SEQUENTIAL}; set target to it"
-    keys = ["target"] if settings.get("target") == SEQUENTIAL else trained_by(settings)
+    keys = [key for key in ("compensate", *TRAINING) if settings.get(key) is not None]
+    if settings.get("target") == SEQUENTIAL:
+        keys.insert(0, "target")
+    if "compensate" in keys:
+        for key in filter(keys.__contains__, ("target", "refine")):
+            yield f"compensate: layers are fitted to those before them by {key} already; leave out one of the two"
     if keys and learns_in_turn(settings) and settings.get("group_size", 1) > 1:
         yield f"{keys[0]}: layers are learned in turn, and here several are learned together ({settings['method']})"
     if keys and settings["codes"]["rounding"] == "optimal":

@@ -60,6 +60,8 @@ def collect(
         "mean_relative_error": 0.0,
         "worst_matrices": None,
         "predicted_rise": None,
+        "compensation_gain": None,
+        "seconds_compensating": None,
         "refinement_gain": None,
         "seconds_refining": None,
         "distillation_gain": None,
@@ -96,6 +98,8 @@ def _read_variant(
             "mean_relative_error": None,
             "worst_matrices": None,
             "predicted_rise": None,
+            "compensation_gain": None,
+            "seconds_compensating": None,
             "refinement_gain": None,
             "seconds_refining": None,
             "distillation_gain": None,
@@ -106,7 +110,8 @@ def _read_variant(
             "matrices": {},
             **columns,
         }
-    matrices, refined, seconds, all_nbytes = _read_units(name, folder, units)
+    matrices, trained, seconds, all_nbytes = _read_units(name, folder, units)
+    compensated, refined = trained["compensated"], trained["refined"]
     trains = any(step.get("distill") is not None for step in config.get("steps", [config]))
     distilled = read_distilled(folder / "distilled", _REMEDY) if trains else None
     # matrices that share a dictionary count a fraction of it each
@@ -132,6 +137,8 @@ def _read_variant(
         "mean_relative_error": sum(matrix["relative_error"] for matrix in matrices.values()) / len(matrices),
         "worst_matrices": _worst(matrices),
         "predicted_rise": sum(rises) if rises else None,
+        "compensation_gain": _mean([1 - one["kl"] / one["kl_before"] for one in compensated]),
+        "seconds_compensating": sum(one["seconds"] for one in compensated) if compensated else None,
         "refinement_gain": _mean([1 - block["error"] / block["error_before"] for block in refined]),
         "seconds_refining": sum(block["seconds"] for block in refined) if refined else None,
         "distillation_gain": distilled and 1 - distilled["kl"] / distilled["kl_before"],
@@ -167,9 +174,9 @@ def _mean(values: Sequence[float]) -> float | None:
 
 def _read_units(
     name: str, folder: Path, units: Sequence[str] | None
-) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]], float, int]:
-    """Every matrix of a variant, what was refined, the seconds of learning, and the dense bytes of all matrices of its
-    layers.
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[dict[str, Any]]], float, int]:
+    """Every matrix of a variant, reports of what was trained between layers, the seconds of learning, and the dense
+    bytes of all matrices of its layers.
     """
     if units is None:
         units = sorted({path.stem for stage in ("factors", "codes") for path in (folder / stage).glob("*.json")})
@@ -177,7 +184,7 @@ def _read_units(
         raise ArtifactError(folder / "codes", f"holds no unit of variant {name}", _REMEDY)
     matrices: dict[str, dict[str, Any]] = {}
     unit_of: dict[str, str] = {}
-    refined: list[dict[str, Any]] = []
+    trained: dict[str, list[dict[str, Any]]] = {"compensated": [], "refined": []}
     seconds, all_nbytes = 0.0, 0
     for unit in units:
         learned, stored = (read_report(folder / part / f"{unit}.json", _REMEDY) for part in ("factors", "codes"))
@@ -189,7 +196,8 @@ def _read_units(
                 "Delete it and run again",
             )
         seconds += learned["seconds"]
-        refined += learned.get("refined", {}).values()
+        for what, reports in trained.items():
+            reports += learned.get(what, {}).values()
         all_nbytes += stored["dense_nbytes_all"]
         for matrix, numbers in stored["matrices"].items():
             if matrix in matrices:
@@ -204,7 +212,7 @@ def _read_units(
             history = diagnostics.get("history", [])
             diagnostics["history"] = {key: [entry[key] for entry in history] for key in ("iteration", "relative_error")}
             matrices[matrix] = {**diagnostics, **numbers}
-    return matrices, refined, seconds, all_nbytes
+    return matrices, trained, seconds, all_nbytes
 
 
 def _pruned_columns(pruning: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -73,6 +73,14 @@ COLUMNS = (
         "nats a token that the loss rises by the errors of all matrices, with metric gradients",
     ),
     Column(
+        "compensation_gain",
+        "made up for",
+        "{:.3f}".format,
+        "share of the divergence from the dense model, on windows kept out, that training the layers behind took away; "
+        "mean over trainings",
+    ),
+    Column("seconds_compensating", "training s", "{:.0f}".format, "seconds of that, part of those of learning"),
+    Column(
         "refinement_gain",
         "refined by",
         "{:.3f}".format,

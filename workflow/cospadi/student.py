@@ -1,0 +1,118 @@
+"""A student: a model whose matrices are trained, that is to predict what another one, its teacher, predicts.
+
+The loss is the Kullback-Leibler divergence of every token's distribution (knowledge distillation, Hinton et al., arXiv
+1503.02531). Of the teacher there are the hidden states before the head, from which that makes the distributions again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cospadi.arrays import slices
+from cospadi.calibration.walk import Chunk, Windows, logged
+from cospadi.factor_training import TrainedMatrix
+from cospadi.files import ModelFolder
+from cospadi.formats.factorization import Factorization
+from cospadi.structure import load_head
+
+_TOKENS_AT_ONCE = 256  # whose logits are in memory
+
+
+def teach(
+    folder: Path, windows: Windows, n_windows: int, *, dtype: str, device: str, log: Callable[[str], None]
+) -> torch.Tensor:
+    """What the last block of a model gives for the first `n_windows` (n_windows, length, hidden_size), on the CPU.
+
+    Norm and head behind it are the teacher's in all students here.
+    """
+    model = Chunk(folder, range(ModelFolder(folder).config["num_hidden_layers"]), dtype=dtype, device=device)
+    one_by_one = logged(list(slices(0, n_windows, 1)), windows, log)
+    return torch.cat([model.run(windows, batch, None).cpu() for batch in one_by_one])
+
+
+class Student:
+    """A model whose matrices can be exchanged and trained.
+
+    Parameters
+    ----------
+    folder : Path
+    structure : mapping
+        Of the model in it.
+    windows : Windows
+    taught : tensor
+        From `teach`, for as many of the windows as are used.
+    dtype, device : str
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        structure: Mapping[str, Any],
+        windows: Windows,
+        taught: torch.Tensor,
+        *,
+        dtype: str,
+        device: str,
+    ) -> None:
+        self._windows, self._taught, self._device = windows, taught, device
+        self._prefixes = [f"{layer['prefix']}." for layer in structure["layers"]]
+        self._mask = torch.from_numpy(windows.attention_mask).bool()
+        self._chunk = Chunk(folder, range(structure["n_layers"]), dtype=dtype, device=device)
+        self._head = load_head(folder, structure, dtype=dtype, device=device)
+
+    def set_weight(self, name: str, weight: torch.Tensor) -> None:
+        """Give matrix `name` the values `weight` (d_in, d_out); they are not trained."""
+        block, path = self._place(name)
+        block.get_submodule(path).weight.data.copy_(weight.T)
+
+    def give(self, factors: Iterable[tuple[str, Factorization]]) -> dict[str, TrainedMatrix]:
+        """Have matrices, named, computed by their factors; the modules that do, whose parameters are trained."""
+        dictionaries: dict[str, torch.nn.Parameter] = {}
+        modules = {}
+        for name, one in factors:
+            block, path = self._place(name)
+            bias = block.get_submodule(path).bias
+            modules[name] = TrainedMatrix(name, one, dictionaries, bias).to(self._device)
+            block.set_submodule(path, modules[name])
+        return modules
+
+    def _place(self, name: str) -> tuple[torch.nn.Module, str]:
+        number = next(i for i, prefix in enumerate(self._prefixes) if name.startswith(prefix))
+        return self._chunk.block(number), name.removeprefix(self._prefixes[number])
+
+    def divergence(self, windows: slice) -> float:
+        """Mean nats a token that its predictions on these windows are from the teacher's."""
+        total = sum(self._walk(np.arange(start, start + 1), None) for start in range(windows.start, windows.stop))
+        return total / int(self._mask[windows].sum())
+
+    def backward(self, batch: np.ndarray) -> float:
+        """Add the gradient of the mean divergence of these windows (indices) to the parameters; that divergence."""
+        n_tokens = int(self._mask[batch].sum())
+        return self._walk(batch, n_tokens) / n_tokens
+
+    def _walk(self, batch: np.ndarray, n_tokens: int | None) -> float:
+        """Summed divergence of windows; `n_tokens`: the gradient of that over it goes back. Logits are there for a few
+        tokens at a time.
+        """
+        kept = self._mask[batch]
+        wanted = self._taught[batch][kept].to(self._device)
+        rows = self._chunk.run(self._windows, batch, None, trained=n_tokens is not None)[kept.to(self._device)]
+        gradient, total = torch.zeros_like(rows), 0.0
+        for part in slices(0, len(rows), _TOKENS_AT_ONCE):
+            with torch.no_grad():
+                log_p = self._chunk.predict(wanted[part], self._head).log_softmax(1)
+            states = rows[part].detach().requires_grad_(n_tokens is not None)
+            logits = self._chunk.predict(states, self._head)
+            log_q = logits.detach().log_softmax(1)
+            p = log_p.exp()
+            total += float((p * (log_p - log_q)).sum())
+            if n_tokens is not None:  # the gradient at the logits: what is predicted less what should be
+                (gradient[part],) = torch.autograd.grad(logits, states, (log_q.exp() - p) / n_tokens)
+        if n_tokens is not None:
+            rows.backward(gradient)
+        return total
