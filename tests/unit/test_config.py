@@ -702,15 +702,17 @@ def test_variants_that_do_not_compare_are_not_chosen_from(minimal):
         "owed": {"method": "svd_llm", **priced, "target": "sequential", "drift_share": 0, "residual_share": 0.5},
         "own": {"method": "svd_llm", **priced, "target": "sequential", "drift_share": 0},
         "taught": {"method": "svd_llm", **priced, "distill": {}},
+        "behind": {"method": "svd_llm", **priced, "compensate": {}},
     }
     minimal["variants"]["mix"] = {
         "method": "choose",
         "bits": 4,
-        "choose_from": ["a", "plain", "b", "c", "d", "e", "cut", "x", "turn", "owed", "own", "taught"],
+        "choose_from": ["a", "plain", "b", "c", "d", "e", "cut", "x", "turn", "owed", "own", "taught", "behind"],
     }
     where, known = (
         "variants.mix.choose_from:",
-        "is no variant that learns matrix by matrix, in one step; one of plain, a, b, c, e, turn, owed, own, taught",
+        "is no variant that learns matrix by matrix, in one step; one of plain, a, b, c, e, turn, owed, own, taught, "
+        "behind",
     )
     other = (
         "makes up for what its own matrices before each got wrong, and here others are before them; "
@@ -718,6 +720,8 @@ def test_variants_that_do_not_compare_are_not_chosen_from(minimal):
     )
     assert sorted(faults(minimal)) == [
         f"{where} b has column_power 0.25, a has 0.5; they have to be alike",
+        f"{where} behind makes up for what its own matrices before each lost, and here others are before them; "
+        "leave out its compensate",
         f"{where} c has group_size 2, a has 1; they have to be alike",
         *(f"{where} {name} {known}" for name in ("cut", "d")),
         f"{where} e has targets ['q_proj'], a has None; they have to be alike",

@@ -233,6 +233,7 @@ def _unused(settings: Mapping[str, Any]) -> set[str]:
     unused |= {"embedding_method"} if settings.get("embedding_method") == NEAREST else set()
     if settings.get("method") not in METHODS:
         return unused
+    unused |= {"compensate"} if settings.get("compensate") is None else set()
     unused |= {"residual_share"} if settings.get("target") != SEQUENTIAL else set()
     used = {
         MENU: {"allocation", "menu"},

@@ -34,7 +34,7 @@ def handed_on(
         yield None
         return
     *_, variant = unit
-    if variant["compensate"] is not None:
+    if variant.get("compensate") is not None:
         from cospadi.compensation import Compensation as OfUnit
     else:
         from cospadi.sequence import Streams as OfUnit

@@ -239,7 +239,7 @@ class Estimates:
         layers behind it, which are.
         """
         learned, shapes = self.learn(settings, n_layers), self.shapes
-        if settings["compensate"] is not None:
+        if settings.get("compensate") is not None:
             return self._with_layers_behind(learned, settings, n_layers)
         batch = max(self._calibration["batch_tokens"], self._calibration["length"])
         # two blocks, as it is and compressed, each beside the pages of the mapped file

@@ -81,6 +81,11 @@ def choice_faults(variants: Mapping[str, Any], heldout_fraction: float) -> Itera
                     f"{where} makes up for what its own matrices before each got wrong, and here others are before "
                     f"them; set its {' and '.join(_MADE_UP)} to 0, or its target to {INDEPENDENT}"
                 )
+            elif comparable[source].get("compensate") is not None:
+                yield (
+                    f"{where} makes up for what its own matrices before each lost, and here others are before them; "
+                    "leave out its compensate"
+                )
             elif comparable[source]["distill"] is not None:
                 yield f"{where} was trained as a whole, and here others are beside its matrices; leave out its distill"
             else:
