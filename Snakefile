@@ -53,6 +53,15 @@ rule all:
         f"Everything is in {plan.place(plan.results)}"
 
 
+# Snakemake looks a second later whether more jobs may start, after every look again, and every job that ends begins a
+# row of looks that never ends (JobScheduler._schedule_reevalutation): after 150 jobs of many inputs that took a fifth of
+# a core. Without a limit on how many start a second there are none; one that was asked for stays.
+onstart:
+    limit = workflow.scheduler.job_rate_limiter
+    if limit is not None and (limit.max_jobs, limit.timespan) == (100, 1):  # Snakemake's own
+        workflow.scheduler.job_rate_limiter = None
+
+
 onsuccess:
     if message := plan.closing_message():
         print(message)

@@ -150,6 +150,21 @@ def test_training_end_to_end_takes_the_memory_that_is_planned():
     assert [own.more_windows_of(name) for name in "ab"] == [["results/demo/windows/256.h5"], []]
 
 
+def test_training_layers_behind_takes_the_memory_that_is_planned():
+    """Of the demo's model, 64 windows in bfloat16, two bits a weight, on the same cores: 4157 MB."""
+    settings = {"method": "ectcq", "bits": 2, "metric": "gradients", "allocation": "global", "compensate": {}}
+    fewer = {**settings, "compensate": {"every": 20}}
+    calibration = {"source": "text", "samples": 64, "dtype": "bfloat16"}
+    plan = plan_of(variants={"a": settings, "b": fewer}, calibration=calibration)
+    often, rarely = (plan.work("in_turn", wildcards(variant=name, unit="layers_00-09")) for name in "ab")
+    assert 0.8 <= often.memory / 4.157e9 <= 1.25
+    assert rarely.memory < often.memory and 2 * rarely.core.seconds() < often.core.seconds()
+    # a unit's share of the trainings is that of its layers
+    plan = plan_of(variants={"a": settings}, calibration=calibration, layers_per_job=20)
+    twice = plan.work("in_turn", wildcards(variant="a", unit="layers_00-19"))
+    assert twice.core.seconds() == pytest.approx(2 * often.core.seconds())
+
+
 # Peak in GB with one thread and a projection of Llama-3-8B's shapes (docs/cluster.md)
 WIDE = {
     ("learn", "sparsegpt", "down_proj"): 4.82,

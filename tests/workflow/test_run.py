@@ -470,3 +470,11 @@ def test_a_warm_start_and_an_exact_group_run_as_single_targets(run):
     run.config["variants"]["warm-40"]["warm_start"] = "warm-40"
     output = run.snakemake(*targets, succeeds=False)
     assert "variants.warm-40.warm_start: warm-40: it starts from warm-40" in output
+
+
+def test_jobs_that_wait_keep_no_core_busy(finished, tmp_path):
+    """Snakemake looks for jobs that may start when one has ended, and not more and more often in between."""
+    run = finished.copy(tmp_path / "run")
+    output = run.snakemake("--cores", "1", "--verbose", "--forcerun", "learn_dictionary", "--until", "learn_dictionary")
+    ended, looks = output.count("Finished jobid"), output.count("Ready jobs: ")
+    assert ended > 3 and looks <= ended + 2

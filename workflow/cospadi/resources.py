@@ -281,10 +281,12 @@ class Estimates:
         trainings = n_layers / options["every"]
         # the teacher once for all units; an eighth is looked at before and after every epoch; half is gone back through
         passes = n_layers / shapes.n_layers + trainings * (1 / 8 + options["epochs"] * (2 + 1 / 8))
-        memory, trained, flops = self._end_to_end(settings, options, samples, passes, trainings * options["epochs"])
-        handed = (4 + self._width) / 2 * trained + self._width * samples * self._calibration[
-            "length"
-        ] * shapes.hidden_size
+        behind = max(0, shapes.n_layers - options["every"])  # the first training has the most
+        memory, trained, flops = self._end_to_end(
+            settings, options, samples, passes, trainings * options["epochs"], n_layers=behind
+        )
+        # weights as trained, float32, and those of learned layers, and what the teacher gave
+        handed = 4 * trained + self._width * samples * self._calibration["length"] * shapes.hidden_size
         return Work(
             memory + learned.memory,
             6 + learned.start,
@@ -300,30 +302,37 @@ class Estimates:
         # forward once in each; a pass forward and back is three; an eighth is looked at after every epoch
         passes = 1 + 1 / 8 + options["epochs"] * (3 + 1 / 8)
         samples = options["samples"] or self._calibration["samples"]
-        memory, _, flops = self._end_to_end(settings, options, samples, passes, 1 + options["epochs"])
+        memory, _, flops = self._end_to_end(
+            settings, options, samples, passes, 1 + options["epochs"], n_layers=shapes.n_layers
+        )
         written = nbytes_left(list(shapes.matrices.values()) * shapes.n_layers, settings["ratio"])
         written *= _before_rounding(METHODS[settings["method"]], storage_of(settings["codes"]))
         core, gpu = Cost({FORWARD: flops}), Cost({GPU_FORWARD: flops})
         return Work(memory, 6, core, gpu, disk=written, moved=2 * written + 2 * 2 * shapes.parameters)
 
     def _end_to_end(
-        self, settings: Mapping[str, Any], options: Mapping[str, Any], samples: int, passes: float, teachings: float
+        self,
+        settings: Mapping[str, Any],
+        options: Mapping[str, Any],
+        samples: int,
+        passes: float,
+        teachings: float,
+        *,
+        n_layers: int,
     ) -> tuple[float, float, float]:
-        """Training a whole model on `samples` windows: memory, numbers that may be trained, and products, for so many
-        `passes` forward through the model and through the teacher's head.
+        """Training the last `n_layers` of a model on `samples` windows: memory, numbers that may be trained, and
+        products, for so many `passes` forward through the model and through the teacher's head.
         """
         shapes, calibration = self.shapes, self._calibration
         tokens = max(options["batch_tokens"], calibration["length"])
         chosen = settings.get("targets") or shapes.matrices
-        trained = shapes.n_layers * sum(
-            d_in * d_out for name, (d_in, d_out) in shapes.matrices.items() if name in chosen
-        )
+        trained = n_layers * sum(d_in * d_out for name, (d_in, d_out) in shapes.matrices.items() if name in chosen)
         # a number, where it may be, its gradient, two moments, and what it was in the best epoch; once to compute with
         factors = (5 * 4 + 1 + self._width) * trained
         # all that is not trained, and the head once more
         weights = self._width * (shapes.parameters - trained + shapes.vocabulary * shapes.hidden_size)
         # what blocks keep for their gradients: inputs and outputs of matrices, norms and the activation
-        kept = shapes.n_layers * tokens * sum(d_in + 2 * d_out for d_in, d_out in shapes.matrices.values())
+        kept = n_layers * tokens * sum(d_in + 2 * d_out for d_in, d_out in shapes.matrices.values())
         hidden = self._width * samples * calibration["length"] * shapes.hidden_size
         logits = 4 * 5 * 256 * shapes.vocabulary
         memory = TORCH + factors + weights + self._width * kept + hidden + logits
