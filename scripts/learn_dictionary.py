@@ -19,7 +19,7 @@ def main(snakemake, log):
     allocations = [read_allocation(Path(file), structure, variant, calibration) for file in job.allocation]
     how = {"device": choose_device(params.device), "log": log}
     unit = job.model, structure, job.windows, params.layers, variant
-    with handed_on(unit, params.collection, job.get("streams", ()), made.get("streams"), **how) as streams:
+    with handed_on(unit, params.collection, job, made, **how) as streams:
         learn_unit(
             *(Path(job.model), structure, [Path(file) for file in job.gram], params.layers, variant),
             calibration=calibration,

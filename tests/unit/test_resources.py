@@ -147,7 +147,7 @@ def test_training_end_to_end_takes_the_memory_that_is_planned():
     seconds = [own.work("distill", wildcards(variant=name)).core.seconds() for name in "ab"]
     assert seconds == pytest.approx([2 * work.core.seconds(), work.core.seconds() / 2])
     assert own.work("more", wildcards(samples=256)).disk == 2 * own.work("prepare", wildcards()).disk
-    assert [own.more_windows_of(name) for name in "ab"] == [["results/demo/windows/256.h5"], []]
+    assert [own.more_windows_of(name, "distill") for name in "ab"] == [["results/demo/windows/256.h5"], []]
 
 
 def test_training_layers_behind_takes_the_memory_that_is_planned():
@@ -159,6 +159,13 @@ def test_training_layers_behind_takes_the_memory_that_is_planned():
     often, rarely = (plan.work("in_turn", wildcards(variant=name, unit="layers_00-09")) for name in "ab")
     assert 0.8 <= often.memory / 4.157e9 <= 1.25
     assert rarely.memory < often.memory and 2 * rarely.core.seconds() < often.core.seconds()
+    # and on twice the text twice as long, all but the learning
+    more = {**settings, "compensate": {"samples": 128}}
+    plan = plan_of(variants={"a": settings, "b": more, "c": {**settings, "compensate": None}}, calibration=calibration)
+    few, many = (plan.work("in_turn", wildcards(variant=name, unit="layers_00-09")).core.seconds() for name in "ab")
+    learning = plan.work("learn", wildcards(variant="c", unit="layers_00-09")).core.seconds()
+    assert many - learning == pytest.approx(2 * (few - learning))
+    assert plan.more_windows_of("b", "compensate") == ["results/demo/windows/128.h5"]
     # a unit's share of the trainings is that of its layers
     plan = plan_of(variants={"a": settings}, calibration=calibration, layers_per_job=20)
     twice = plan.work("in_turn", wildcards(variant="a", unit="layers_00-19"))

@@ -236,6 +236,7 @@ def test_the_tables_of_stages_have_the_arrows_that_snakemake_finds(folder):
         "cut_parted": {"steps": [{"method": "replaceme", "blocks": 2}, {"method": "svd_llm_v2", "ratio": 0.2}]},
         "masa": {"steps": [{"method": "replaceme", "blocks": 2}, {"method": "masa", "ratio": 0.2}]},
         "weighed": {"method": "svd_llm_v2", "ratio": 0.2, "metric": "gradients"},
+        "behind": {"method": "rtn", "ratio": 0.6, "compensate": {"samples": 200}},
         "rounded": {"method": "rtn", "ratio": 0.6, "metric": "gradients", "target": "sequential", "drift_share": 0},
         "mixed": {"method": "choose", "ratio": 0.4, "choose_from": ["weighed", "rounded"]},
         "cut_weighed": {

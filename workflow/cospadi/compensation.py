@@ -23,14 +23,12 @@ from cospadi.calibration.activations import (
     COMPRESSED,
     FORMAT_VERSION,
     STORED_AS,
-    first_heldout,
     from_stored,
     reading,
     to_stored,
     writing,
 )
 from cospadi.calibration.collect import chosen_dtype
-from cospadi.calibration.walk import Windows, read_windows
 from cospadi.errors import ArtifactError
 from cospadi.factor_training import finite, held_out_of, train, trainable
 from cospadi.files import ModelFolder
@@ -38,7 +36,7 @@ from cospadi.formats.factorization import Factorization
 from cospadi.problem import Matrix
 from cospadi.provenance import check_provenance, digest_of
 from cospadi.quantization import as_stored
-from cospadi.student import Student, teach
+from cospadi.student import Student, teach, to_train_on
 
 # Datasets of what a unit hands to the next
 _TAUGHT, _STORED, _TRAINED = "taught", "stored", "trained"
@@ -47,7 +45,7 @@ _TAUGHT, _STORED, _TRAINED = "taught", "stored", "trained"
 class Compensation:
     """What is made of a model, layer by layer, and the weights of the layers behind.
 
-    Parameters are those of `sequence.Streams`.
+    Parameters are those of `sequence.Streams`, and `more`: other windows to train on (`student.to_train_on`).
     """
 
     def __init__(
@@ -59,6 +57,7 @@ class Compensation:
         variant: Mapping[str, Any],
         *,
         before: str | Path | None,
+        more: str | Path | None = None,
         dtype: str,
         batch_tokens: int,
         heldout_fraction: float = 0.0,
@@ -66,9 +65,9 @@ class Compensation:
         log: Callable[[str], None] = print,
     ) -> None:
         self._folder, self._structure, self._variant = Path(model_folder), structure, variant
-        self._windows: Windows = read_windows(windows, structure["vocab_size"])
-        counted = first_heldout(len(self._windows.input_ids), heldout_fraction)
-        self._used = min(variant["compensate"]["samples"] or counted, counted)
+        self._windows = to_train_on(windows, more, structure["vocab_size"], heldout_fraction)
+        n_windows = len(self._windows.input_ids)
+        self._used = min(variant["compensate"]["samples"] or n_windows, n_windows)
         self._device, self._log, self._last = device, log, layers[0] - 1
         self._dtype, reason = chosen_dtype(dtype, device, before, self._last, COMPRESSED)
         log(f"computing in {self._dtype}: {reason}")

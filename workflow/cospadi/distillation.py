@@ -14,17 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from cospadi.calibration.activations import first_heldout
-from cospadi.calibration.walk import Windows, read_windows
 from cospadi.factor_training import TrainedMatrix, finite, held_out_of, train, trainable
 from cospadi.files import ModelFolder, TensorFile, replacing, write_json, write_tensors
 from cospadi.formats.factorization import Factorization, read_factors, read_specs
 from cospadi.learning import FORMAT_VERSION, distilled, provenance
 from cospadi.progress import DISTILLED_REPORT
-from cospadi.provenance import check_provenance, fingerprint, tokens_digest
+from cospadi.provenance import check_provenance, fingerprint
 from cospadi.runtime.cospadi_registry import FACTOR_CODECS
 from cospadi.stage import choose_dtype
-from cospadi.student import Student, teach
+from cospadi.student import Student, teach, to_train_on
 
 _REMEDY = "Delete it and run again to learn this unit anew"
 
@@ -90,7 +88,7 @@ def distill(
     """
     started = time.perf_counter()
     options = variant["distill"]
-    read = _windows(windows, more, structure["vocab_size"], heldout_fraction)
+    read = to_train_on(windows, more, structure["vocab_size"], heldout_fraction)
     held_out = held_out_of(min(options["samples"] or len(read.input_ids), len(read.input_ids)))
     dtype, reason = choose_dtype(dtype, device)
     log(f"computing in {dtype}: {reason}")
@@ -130,20 +128,6 @@ def distill(
             unit.write(folder / path.name, modules if kept["epoch"] else {})
         write_json(folder / DISTILLED_REPORT, report)
     return report
-
-
-def _windows(path: Path, more: Path | None, vocab_size: int, heldout_fraction: float) -> Windows:
-    """What is trained on: calibration windows that are not kept out, or of others those that are not among these."""
-    found = read_windows(path, vocab_size)
-    first = first_heldout(len(found.input_ids), heldout_fraction)
-    if more is None:
-        kept = np.arange(len(found.input_ids)) < first
-    else:
-        kept_out = {ids.tobytes() for ids in found.input_ids[first:]}
-        found = read_windows(more, vocab_size)
-        kept = np.array([ids.tobytes() not in kept_out for ids in found.input_ids])
-    ids, mask = found.input_ids[kept], found.attention_mask[kept]
-    return found._replace(input_ids=ids, attention_mask=mask, tokens=tokens_digest(ids, mask))
 
 
 class _Unit:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def handed_on(
-    unit: Sequence[Any], collection: Mapping[str, Any], before: Sequence[str], after: str | None, **how: Any
+    unit: Sequence[Any], collection: Mapping[str, Any], given: Mapping[str, Any], made: Mapping[str, Any], **how: Any
 ) -> Iterator[InTurn | None]:
     """`sequence.Streams`, or `compensation.Compensation`, of a unit that is learned on what is before it; None for one
     that is not.
@@ -23,23 +23,27 @@ def handed_on(
         Model folder, structure, windows, layers and settings, as of `Streams`.
     collection : mapping
         Says ``dtype``, ``batch_tokens`` and ``heldout_fraction``.
-    before : sequence of str
-        The file of the unit before, if there is one.
-    after : str or None
-        The file for the unit behind, written once this one has been learned; None: nothing is handed on.
+    given : mapping
+        ``streams``: the file of the unit before, in a list that is empty for the first. ``more``: a file of windows to
+        train on, where those of the calibration are not enough, in such a list.
+    made : mapping
+        ``streams``: the file for the unit behind, written once this one has been learned. Without it nothing is handed
+        on.
     **how
         ``device`` and ``log``.
     """
-    if after is None:
+    if made.get("streams") is None:
         yield None
         return
     *_, variant = unit
     if variant.get("compensate") is not None:
         from cospadi.compensation import Compensation as OfUnit
+
+        how["more"] = next(iter(given["more"]), None)
     else:
         from cospadi.sequence import Streams as OfUnit
 
     computed = {key: collection[key] for key in ("dtype", "batch_tokens", "heldout_fraction")}
-    streams = OfUnit(*unit, before=next(iter(before), None), **computed, **how)
+    streams = OfUnit(*unit, before=next(iter(given["streams"]), None), **computed, **how)
     yield streams
-    streams.write(after)
+    streams.write(made["streams"])

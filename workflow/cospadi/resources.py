@@ -277,7 +277,7 @@ class Estimates:
     def _with_layers_behind(self, learned: Work, settings: Mapping[str, Any], n_layers: int) -> Work:
         """Learning a unit, and training all layers behind it, on average half of the model."""
         options, shapes = settings["compensate"], self.shapes
-        samples = min(options["samples"] or self._calibration["samples"], self._calibration["samples"])
+        samples = options["samples"] or self._calibration["samples"]
         trainings = n_layers / options["every"]
         # the teacher once for all units; an eighth is looked at before and after every epoch; half is gone back through
         passes = n_layers / shapes.n_layers + trainings * (1 / 8 + options["epochs"] * (2 + 1 / 8))

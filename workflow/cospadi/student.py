@@ -14,10 +14,12 @@ import numpy as np
 import torch
 
 from cospadi.arrays import slices
-from cospadi.calibration.walk import Chunk, Windows, logged
+from cospadi.calibration.activations import first_heldout
+from cospadi.calibration.walk import Chunk, Windows, logged, read_windows
 from cospadi.factor_training import TrainedMatrix
 from cospadi.files import ModelFolder
 from cospadi.formats.factorization import Factorization
+from cospadi.provenance import tokens_digest
 from cospadi.structure import load_head
 
 _TOKENS_AT_ONCE = 256  # whose logits are in memory
@@ -33,6 +35,20 @@ def teach(
     model = Chunk(folder, range(ModelFolder(folder).config["num_hidden_layers"]), dtype=dtype, device=device)
     one_by_one = logged(list(slices(0, n_windows, 1)), windows, log)
     return torch.cat([model.run(windows, batch, None).cpu() for batch in one_by_one])
+
+
+def to_train_on(path: str | Path, more: str | Path | None, vocab_size: int, heldout_fraction: float) -> Windows:
+    """Calibration windows (`path`) that are not kept out, or of `more` those that are not among the ones kept out."""
+    found = read_windows(path, vocab_size)
+    first = first_heldout(len(found.input_ids), heldout_fraction)
+    if more is None:
+        kept = np.arange(len(found.input_ids)) < first
+    else:
+        kept_out = {ids.tobytes() for ids in found.input_ids[first:]}
+        found = read_windows(more, vocab_size)
+        kept = np.array([ids.tobytes() not in kept_out for ids in found.input_ids])
+    ids, mask = found.input_ids[kept], found.attention_mask[kept]
+    return found._replace(input_ids=ids, attention_mask=mask, tokens=tokens_digest(ids, mask))
 
 
 class Student:

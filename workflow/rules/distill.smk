@@ -5,7 +5,7 @@ rule distill_factors:
         model=lambda wildcards: plan.model_input(plan.base_of(wildcards.variant)),
         structure=lambda wildcards: plan.structure_of(plan.base_of(wildcards.variant)),
         windows=rules.prepare_calibration.output[0],
-        more=lambda wildcards: plan.more_windows_of(wildcards.variant),
+        more=lambda wildcards: plan.more_windows_of(wildcards.variant, "distill"),
         factors=lambda wildcards: expand(
             rules.learn_dictionary.output.factors,
             unit=plan.units(wildcards.variant),

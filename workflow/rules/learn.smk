@@ -70,6 +70,7 @@ rule learn_in_turn:
         allocation=lambda wildcards: plan.allocation_of(wildcards.variant),
         warm=lambda wildcards: plan.warm_factors_of(wildcards.variant, wildcards.unit),
         streams=lambda wildcards: plan.streams_before(wildcards.variant, wildcards.unit),
+        more=lambda wildcards: plan.more_windows_of(wildcards.variant, "compensate"),
     output:
         factors="<results>/{variant}/factors/{unit}.safetensors",
         diagnostics="<results>/{variant}/factors/{unit}.json",

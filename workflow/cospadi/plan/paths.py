@@ -113,9 +113,9 @@ class Paths(Variants):
         """Bytes of every matrix, where they are parted; else an empty list."""
         return [f"{self.results}/{variant}/allocation.json"] if self.allocates(variant) else []
 
-    def more_windows_of(self, variant: str) -> list[str]:
-        """Windows that training end to end reads in place of the calibration's, as a list that is empty without."""
-        samples = self.more_samples(variant)
+    def more_windows_of(self, variant: str, option: str) -> list[str]:
+        """Windows that training by an option reads in place of the calibration's, as a list that is empty without."""
+        samples = self.more_samples(variant, option)
         return [] if samples is None else [f"{self.results}/windows/{samples}.h5"]
 
     def distilled_of(self, variant: str) -> list[str]:

@@ -58,7 +58,7 @@ def _prepare(plan: Plan) -> Iterator[Jobs]:
 
 
 def _more_samples(plan: Plan) -> list[int]:
-    found = map(plan.more_samples, plan.factorized)
+    found = (plan.more_samples(name, option) for name in plan.factorized for option in ("compensate", "distill"))
     return sorted({samples for samples in found if samples is not None})
 
 
@@ -395,7 +395,7 @@ STAGES = table_of(
         files="{of}/factors/*.safetensors",
         only="layers in turn",
         # a unit after the one before
-        after=("fetch", "prune", "inspect", "prepare", "gram", "gradients", "allocate", "in_turn"),
+        after=("fetch", "prune", "inspect", "prepare", "more", "gram", "gradients", "allocate", "in_turn"),
         jobs=_each_unit("learn_in_turn", lambda plan: filter(plan.learns_in_turn, plan.factorized)),
         work=_of_unit(Estimates.learn_in_turn),
         code=lambda plan, wildcards: _learning_code(plan, wildcards, "cospadi.handing"),

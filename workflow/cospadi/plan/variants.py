@@ -166,9 +166,9 @@ class Variants:
         settings = self.factorizing(variant)
         return settings is not None and settings.get("distill") is not None
 
-    def more_samples(self, variant: str) -> int | None:
-        """How many windows a variant is trained on end to end, where the calibration has not as many."""
-        samples = self.factorizing(variant)["distill"]["samples"] if self.distills(variant) else None
+    def more_samples(self, variant: str, option: str) -> int | None:
+        """How many windows a variant is trained on by an option, where the calibration has not as many."""
+        samples = ((self.factorizing(variant) or {}).get(option) or {}).get("samples")
         return samples if samples is not None and samples > self.config["calibration"]["samples"] else None
 
     def allocates(self, variant: str) -> bool:
