@@ -14,6 +14,7 @@ from cospadi.compensation import Compensation
 from cospadi.errors import ArtifactError, ConfigError, NumericalError
 from cospadi.factor_training import held_out_of
 from cospadi.files import ModelFolder, TensorFile
+from cospadi.formats.factorization import Factorization
 from cospadi.student import Student
 
 from .test_distillation import divergence, packed
@@ -166,6 +167,24 @@ def test_what_cannot_go_together_is_refused():
         == complete(method="wanda", compensate={"every": 5})["compensate"]
     )
     assert complete(method="hybrid", compensate={}, distill={})["distill"]["epochs"] == 2
+
+
+def test_other_windows_are_trained_on_but_those_that_are_kept_out(made, tmp_path):  # noqa: F811
+    ids = np.random.default_rng(0).integers(0, 390, (SAMPLES, LENGTH), np.int32)  # the calibration's
+    more = np.concatenate([ids[-4:], np.random.default_rng(1).integers(0, 390, (20, LENGTH), np.int32)])
+    write_windows(tmp_path / "more.h5", more, np.ones(more.shape, np.uint8), seed=42)
+    variant = complete(method="wanda", ratio=0.7, compensate={**HOW, "samples": 20})
+    how = {"before": None, "dtype": "float32", "batch_tokens": LENGTH, "heldout_fraction": 0.25, **SILENT}
+    own = Compensation(made.model, made.structure, made.windows, [0], variant, more=tmp_path / "more.h5", **how)
+    zero = {f"model.layers.0.mlp.{name}_proj": np.zeros((48, 96), np.float32) for name in ("gate", "up")}
+    for name, weight in zero.items():
+        own.put(name, Factorization(None, weight, support="dense"))
+    _, reports = own.compressed(0, dict.fromkeys(zero))
+    # the last eighth of the 20 behind those that are kept out, by transformers
+    at = SimpleNamespace(**{**vars(made), "windows": tmp_path / "more.h5"})
+    behind = held_out_of(20)
+    expected = divergence(at, zero, slice(4 + behind.start, 4 + behind.stop))
+    assert reports["compensated"]["kl_before"] == pytest.approx(expected, rel=1e-3) and expected > 0.01
 
 
 def test_one_window_trains_nothing(made: SimpleNamespace, tmp_path):  # noqa: F811
