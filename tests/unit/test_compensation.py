@@ -73,6 +73,12 @@ def test_layers_are_trained_after_every_few(made, tmp_path):  # noqa: F811
     for name, matrix in found.targets.items():
         as_it_is = np.array_equal(matrix.weight(), folder.read_weight(name))
         assert as_it_is == (".layers.2." not in name)
+    # what is handed on is of the layers behind, and the next unit takes it
+    with h5py.File(tmp_path / "found/streams_2-2.h5") as file:
+        assert {name.split(".")[2] for name in file["trained"]} == {"3"}
+        assert {name.split(".")[2] for name in file["stored"]} == {"0", "1", "2"}
+    how = {"before": tmp_path / "found/streams_2-2.h5", "dtype": "float32", "batch_tokens": LENGTH, **SILENT}
+    Compensation(made.model, made.structure, made.windows, [3], found.variant, **how)
 
 
 def test_what_is_trained_is_the_divergence_with_learned_layers_as_the_file_has_them(made, tmp_path):  # noqa: F811
