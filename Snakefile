@@ -54,7 +54,7 @@ rule all:
 
 
 # Snakemake looks a second later whether more jobs may start, after every look again, and every job that ends begins a
-# row of looks that never ends (JobScheduler._schedule_reevalutation): after 150 jobs of many inputs that took a fifth of
+# row of looks that never ends (JobScheduler._schedule_reevalutation): after 150 jobs of many inputs that took a seventh of
 # a core. Without a limit on how many start a second there are none; one that was asked for stays.
 onstart:
     limit = workflow.scheduler.job_rate_limiter

@@ -27,7 +27,7 @@ LEARNING = (
     *("workflow/cospadi/learning.py", "workflow/cospadi/problem.py", "workflow/cospadi/quantization.py"),
     "workflow/cospadi/formats/*.py",
     *("workflow/cospadi/sequence.py", "workflow/cospadi/refinement.py", "workflow/cospadi/distillation.py"),
-    "workflow/cospadi/compensation.py",
+    *("workflow/cospadi/compensation.py", "workflow/cospadi/student.py"),
     *("workflow/cospadi/methods/base.py", "workflow/cospadi/methods/menus.py"),
     *("scripts/learn_dictionary.py", "scripts/profile_matrices.py"),
 )

@@ -30,7 +30,6 @@ from cospadi.calibration.activations import (
 )
 from cospadi.calibration.collect import chosen_dtype
 from cospadi.errors import ArtifactError
-from cospadi.factor_training import finite, held_out_of, train, trainable
 from cospadi.files import ModelFolder
 from cospadi.formats.factorization import Factorization
 from cospadi.problem import Matrix
@@ -166,27 +165,10 @@ class Compensation:
         for name, weight in self._stored.items():
             student.set_weight(name, weight)
         modules = student.give(self._dense(behind))
-        parameters, held_out = trainable(modules.values()), held_out_of(self._used)
-        before = finite(student.divergence(held_out), "compensate")
-        self._log(f"layers from {behind.start} on: {before:.5f} nats a token from the model as it is")
-        report = {"kl_before": before, "kl": before, "epoch": 0, "history": []}
-        if held_out.start > 0:
-            course = train(
-                parameters,
-                student.backward,
-                lambda: student.divergence(held_out),
-                n_windows=held_out.start,
-                windows_a_step=self._windows.step(options["batch_tokens"]),
-                epochs=options["epochs"],
-                learning_rate=options["learning_rate"],
-                seed=self._windows.seed % 2**63 + behind.start,
-                option="compensate",
-                log=self._log,
-            )
-            report["history"] = course.history
-            if course.error < before:
-                report |= {"kl": course.error, "epoch": course.epoch}
-                self._trained = {name: module.factors().codes for name, module in modules.items()}
+        own = {"option": "compensate", "seed": self._windows.seed % 2**63 + behind.start, "log": self._log}
+        report = student.learn(modules, self._used, options, what=f"layers from {behind.start} on", **own)
+        if report["epoch"]:
+            self._trained = {name: module.factors().codes for name, module in modules.items()}
         return {**report, "seconds": time.perf_counter() - started}
 
     def _dense(self, layers: range) -> Iterator[tuple[str, Factorization]]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from cospadi.factor_training import TrainedMatrix, finite, held_out_of, train, trainable
+from cospadi.factor_training import TrainedMatrix, held_out_of, trainable
 from cospadi.files import ModelFolder, TensorFile, replacing, write_json, write_tensors
 from cospadi.formats.factorization import Factorization, read_factors, read_specs
 from cospadi.learning import FORMAT_VERSION, distilled, provenance
@@ -97,35 +97,25 @@ def distill(
     taught = teach(dense_folder, read, held_out.stop, **computed, log=log)
     model = Student(model_folder, structure, read, taught, **computed)
     modules = model.give(pair for unit in units.values() for pair in unit.factors())
-    parameters = trainable(modules.values())
     report = {"format_version": FORMAT_VERSION, "device": device, "n_windows": held_out.start}
-    report["n_trained"] = sum(one.numel() for one in parameters)
-    before = finite(model.divergence(held_out), "distill")
-    log(f"{report['n_trained']} numbers; {before:.5f} nats a token from the dense model on windows kept out")
-    kept = {"kl": before, "epoch": 0, "history": [], "seconds": time.perf_counter() - started}
-    if parameters and held_out.start > 0:
-        course = train(
-            parameters,
-            model.backward,
-            lambda: model.divergence(held_out),
-            n_windows=held_out.start,
-            windows_a_step=read.step(options["batch_tokens"]),
-            epochs=options["epochs"],
-            learning_rate=options["learning_rate"],
-            seed=read.seed % 2**63,
-            option="distill",
-            log=log,
-            saved=saved,
-            belongs=f"{read.tokens} {dtype} {fingerprint(ModelFolder(dense_folder))}",
-        )
-        kept |= {"history": course.history, "seconds": kept["seconds"] + course.seconds}
-        if course.error < before:
-            kept |= {"kl": course.error, "epoch": course.epoch}
-    report |= {"kl_before": before, **kept}
+    report["n_trained"] = sum(one.numel() for one in trainable(modules.values()))
+    seconds = time.perf_counter() - started
+    report |= model.learn(
+        modules,
+        held_out.stop,
+        options,
+        option="distill",
+        what=f"{report['n_trained']} numbers",
+        seed=read.seed % 2**63,
+        log=log,
+        saved=saved,
+        belongs=f"{read.tokens} {dtype} {fingerprint(ModelFolder(dense_folder))}",
+    )
+    report["seconds"] += seconds
     with replacing(output) as folder:
         folder.mkdir()
         for path, unit in units.items():
-            unit.write(folder / path.name, modules if kept["epoch"] else {})
+            unit.write(folder / path.name, modules if report["epoch"] else {})
         write_json(folder / DISTILLED_REPORT, report)
     return report
 

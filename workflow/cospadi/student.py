@@ -6,6 +6,7 @@ The loss is the Kullback-Leibler divergence of every token's distribution (knowl
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from cospadi.arrays import slices
 from cospadi.calibration.activations import first_heldout
 from cospadi.calibration.walk import Chunk, Windows, logged, read_windows
-from cospadi.factor_training import TrainedMatrix
+from cospadi.factor_training import TrainedMatrix, finite, held_out_of, train, trainable
 from cospadi.files import ModelFolder
 from cospadi.formats.factorization import Factorization
 from cospadi.provenance import tokens_digest
@@ -100,6 +101,67 @@ class Student:
     def _place(self, name: str) -> tuple[torch.nn.Module, str]:
         number = next(i for i, prefix in enumerate(self._prefixes) if name.startswith(prefix))
         return self._chunk.block(number), name.removeprefix(self._prefixes[number])
+
+    def learn(
+        self,
+        modules: Mapping[str, TrainedMatrix],
+        n_windows: int,
+        options: Mapping[str, Any],
+        *,
+        option: str,
+        what: str,
+        seed: int,
+        log: Callable[[str], None],
+        saved: Path | None = None,
+        belongs: str = "",
+    ) -> dict[str, Any]:
+        """Train what was given (`give`) and leave it as the best epoch had it, by the windows that are kept out.
+
+        Parameters
+        ----------
+        modules : mapping
+        n_windows : int
+            Of the windows, the first ones, that are used; the last eighth of them is kept out.
+        options : mapping
+            ``epochs``, ``learning_rate`` and ``batch_tokens``.
+        option : str
+            Section of the config that they are.
+        what : str
+            That is trained, for the log.
+        seed, log, saved, belongs
+            As of `factor_training.train`.
+
+        Returns
+        -------
+        dict
+            ``kl_before`` and ``kl``, nats a token on the windows that are kept out, ``epoch`` (0: none was better than
+            the start, so nothing is to be taken), ``history``, ``seconds``.
+        """
+        started, held_out, parameters = time.perf_counter(), held_out_of(n_windows), trainable(modules.values())
+        before = finite(self.divergence(held_out), option)
+        log(f"{what}: {before:.5f} nats a token from the teacher on windows kept out")
+        report = {"kl_before": before, "kl": before, "epoch": 0, "history": []}
+        seconds = time.perf_counter() - started
+        if parameters and held_out.start > 0:
+            course = train(
+                parameters,
+                self.backward,
+                lambda: self.divergence(held_out),
+                n_windows=held_out.start,
+                windows_a_step=self._windows.step(options["batch_tokens"]),
+                epochs=options["epochs"],
+                learning_rate=options["learning_rate"],
+                seed=seed,
+                option=option,
+                log=log,
+                saved=saved,
+                belongs=belongs,
+            )
+            seconds += course.seconds
+            report["history"] = course.history
+            if course.error < before:
+                report |= {"kl": course.error, "epoch": course.epoch}
+        return {**report, "seconds": seconds}
 
     def divergence(self, windows: slice) -> float:
         """Mean nats a token that its predictions on these windows are from the teacher's."""
