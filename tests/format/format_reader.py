@@ -19,8 +19,10 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 WHOLE = {f"int{bits}": bits for bits in (8, 6, 4, 3, 2)}
 SHIFTED = {f"uint{bits}": bits for bits in (8, 6, 4, 3, 2)}
 INTEGERS = {**WHOLE, **SHIFTED}
-SCALED_STREAMS = ("ec_scaled", "ectcq_scaled")
-STREAMS = ("ec", "ectcq", *SCALED_STREAMS)
+# states of the trellis
+UNSCALED_STREAMS = {"ec": 1, "ectcq": 8, "ectcq256": 256}
+SCALED_STREAMS = {f"{name}_scaled": states for name, states in UNSCALED_STREAMS.items()}
+STREAMS = {**UNSCALED_STREAMS, **SCALED_STREAMS}
 TRELLISES = {f"trellis{bits}": bits for bits in (4, 3, 2)}
 SQUARE = ("identity", "diagonal")
 BITS = {"bf16": 16, "bf14": 14, **INTEGERS, **TRELLISES, **dict.fromkeys(STREAMS, 0)}
@@ -172,7 +174,7 @@ def read_matrix(tensors: dict[str, np.ndarray], name: str, spec: dict[str, Any],
     if codes["codec"] in STREAMS:
         stored = tensors.get(f"{name}.values")
         need(stored is not None and stored.dtype == np.uint8 and stored.shape == (codes["n_bytes"],), "values")
-        numbers_of_steps = read_stream(stored.tobytes(), k, d_out, codes["codec"].startswith("ectcq"))
+        numbers_of_steps = read_stream(stored.tobytes(), k, d_out, STREAMS[codes["codec"]])
         if codes["codec"] in SCALED_STREAMS:
             size = codes["group_size"] or k
             groups = -(-k // size)
@@ -211,8 +213,19 @@ def read_matrix(tensors: dict[str, np.ndarray], name: str, spec: dict[str, Any],
     return dictionary @ rows.T + sum(more)
 
 
-def read_stream(data: bytes, k: int, d_out: int, trellis: bool) -> np.ndarray:
+# By states of a trellis: whether numbers are odd in a state, and the state after a number n with half = n // 2. The first
+# is said in other words in docs/format.md, which allow the same numbers
+IS_ODD = {1: lambda s: 0, 8: lambda s: s >> 2, 256: lambda s: s % 2}
+AFTER = {
+    1: lambda s, half: 0,
+    8: lambda s, half: ((half ^ s ^ s >> 1) & 1) << 2 | s >> 1,
+    256: lambda s, half: s // 2 ^ 166 * (s % 2) ^ 121 * (half % 2),
+}
+
+
+def read_stream(data: bytes, k: int, d_out: int, n_states: int) -> np.ndarray:
     """Codes of an entropy-coded matrix, float32 (k, d_out)."""
+    trellis = n_states > 1
     need(len(data) >= 24 and zlib.crc32(data[4:]) == int.from_bytes(data[:4], "little"), "checksum")
     _, rows, columns, per_stream, exponent, first, n_buckets, n_wide, n_table = struct.unpack("<IIIHhBBHI", data[:24])
     need((rows, columns) == (k, d_out) and n_buckets and per_stream and per_stream % 8 == 0, "header")
@@ -261,7 +274,7 @@ def read_stream(data: bytes, k: int, d_out: int, trellis: bool) -> np.ndarray:
                 for lane, i in enumerate(lanes):
                     bucket = min(max((row[i] + column[j] >> 3) - first, 0), n_buckets - 1)
                     slot, below, at_number = states[lane] % 4096, 0, 0
-                    table = tables[kinds * bucket + (path[i] >> 2 if trellis else 0)]
+                    table = tables[kinds * bucket + IS_ODD[n_states](path[i])]
                     while slot >= below + table[at_number][1]:
                         below, at_number = below + table[at_number][1], at_number + 1
                     number, frequency = table[at_number]
@@ -278,8 +291,7 @@ def read_stream(data: bytes, k: int, d_out: int, trellis: bool) -> np.ndarray:
                             need(word + 2 <= at, "short stream")
                             states[lane] = states[lane] << 16 | int.from_bytes(data[word : word + 2], "little")
                             word += 2
-                    half = number >> 1
-                    path[i] = ((half ^ path[i] ^ path[i] >> 1) & 1) << 2 | path[i] >> 1
+                    path[i] = AFTER[n_states](path[i], number >> 1)
                     mantissa = round(2 ** (steps[i] % 16 / 16) * 512) / 512
                     codes[i, j] = np.float32(number) * np.float32(mantissa * 2.0 ** (exponent + steps[i] // 16))
         need(word == at and states == [2**16] * 8, "end of a stream")

@@ -166,17 +166,17 @@ def random_scales(draw: np.random.Generator, shape: tuple[int, ...], codec: str)
 
 def random_stream(draw: np.random.Generator, k: int, d_out: int, codec: str) -> np.ndarray:
     """Random codes around 0.2 large, rows and columns of several sizes, as the package's coder stores them."""
-    from cospadi.runtime.cospadi_entropy import follow, steps_near
+    from cospadi.runtime.cospadi_entropy import steps_near
     from cospadi.runtime.cospadi_registry import CODECS
 
     steps = steps_near(0.1 * np.exp(0.3 * draw.standard_normal(k)))
     wanted = draw.standard_normal((k, d_out)) * np.exp(0.5 * draw.standard_normal(d_out)) * 2
     wanted[k // 2] *= 300  # one row of numbers wider than a table; its step is as much smaller
     steps[k // 2] /= 256
-    numbers, state = np.rint(wanted).astype(int), np.zeros(k, int)
-    for j in range(d_out if codec.startswith("ectcq") else 0):
-        half = np.rint((wanted[:, j] - (state >> 2)) / 2).astype(int)
-        numbers[:, j], state = 2 * half + (state >> 2), follow(state, half)
+    numbers, state, code = np.rint(wanted).astype(int), np.zeros(k, int), CODECS[codec].code
+    for j in range(0 if code is None else d_out):
+        half = np.rint((wanted[:, j] - (state & 1)) / 2).astype(int)
+        numbers[:, j], state = 2 * half + (state & 1), code.follow(state, half)
     return CODECS[codec].pack_codes((numbers * steps[:, None]).astype(np.float32), steps).copy()
 
 

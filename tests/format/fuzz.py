@@ -57,7 +57,7 @@ KINDS = {
     "1.self_attn.o_proj": ("bf16", "bitmask", "identity", 0, None, None),
     "1.mlp.gate_proj": ("bf16", "dense", "bf14", 7, None, None),
     "1.mlp.up_proj": ("int3", "bitmask", "int6", 18, 3, None),
-    "1.mlp.down_proj": ("ectcq", "dense", "identity", 0, None, None),
+    "1.mlp.down_proj": ("ectcq256", "dense", "identity", 0, None, None),
 }
 SIZES = {"hidden_size": 36, "intermediate_size": 28, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIZES |= {"num_key_value_heads": 1, "head_dim": 16, "vocab_size": 40, "max_position_embeddings": 32}

@@ -120,7 +120,7 @@ def test_a_stream_has_the_bits_that_were_asked_for(packed_model, tmp_path, famil
         assert asked == 4.5 * vocabulary * hidden_size / 8
         assert asked - 0.05 * vocabulary * hidden_size / 8 <= found <= asked
     assert target_bytes(made.packed) == target_bytes(made.sixteen)
-    assert "Embedding and head are `ectcq_scaled`, entropy-coded." in (made.packed / "README.md").read_text()
+    assert "Embedding and head are `ectcq256_scaled`, entropy-coded." in (made.packed / "README.md").read_text()
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])

@@ -146,7 +146,7 @@ RULES: dict[str, tuple[Callable[[Folder], None], str]] = {
     "no bytes of a stream": (spec(STREAM, "codes", n_bytes=None), f"{STREAM}: n_bytes is None, expected a whole"),
     "support of a stream": (
         spec(STREAM, "codes", support="bitmask"),
-        f"{STREAM}: codec 'ectcq' is for support 'dense', not 'bitmask'",
+        f"{STREAM}: codec 'ectcq256' is for support 'dense', not 'bitmask'",
     ),
     "codec of codes in a dictionary": (
         spec(Q, "dictionary", codec="uint4"),

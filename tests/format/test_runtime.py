@@ -227,7 +227,7 @@ def test_threads_split_the_work_whatever_their_number(threads, codec):
         kernel._threads = threads_of_the_machine
 
 
-@pytest.mark.parametrize("codec", ["ec", "ectcq_scaled"])
+@pytest.mark.parametrize("codec", ["ec", "ectcq_scaled", "ectcq256"])
 def test_steps_of_8_bits_give_what_the_stream_does(machine, codec):
     layer, weight = make((33, 17, 9), codec=codec, support="dense", group_size=None, bias=True)
     layer.unpack_steps()

@@ -26,7 +26,7 @@ from cospadi.runtime.modeling_cospadi import CospadiForCausalLM
 TOKENS = torch.arange(3, 30)[None]
 
 
-@pytest.fixture(scope="module", params=["ec", "ectcq_scaled"])
+@pytest.fixture(scope="module", params=["ec", "ectcq_scaled", "ectcq256"])
 def folder(request, tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp(request.param)
     base = tiny_model("llama", dtype="float32")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import types
 import zlib
 from collections.abc import Iterator
 
@@ -21,12 +22,13 @@ from cospadi.files import BFLOAT16
 from cospadi.formats.factorization import Factorization, unpack
 from cospadi.methods import METHODS
 from cospadi.runtime import cospadi_cpu
-from cospadi.runtime.cospadi_entropy import DamagedStreamError, _parsed, follow, steps_near
+from cospadi.runtime.cospadi_entropy import CODES, MOST, Code, DamagedStreamError, _parsed, steps_near
 from cospadi.runtime.cospadi_integers import Integers
 from cospadi.runtime.cospadi_registry import CODECS, FACTOR_CODECS
 from cospadi.runtime.cospadi_trellis import VALUES
-from cospadi.solvers import float8, trellis
-from cospadi.solvers.entropy import _follow_trellis
+from cospadi.solvers import entropy, float8, trellis
+from cospadi.solvers._compiled import compiled
+from cospadi.solvers.entropy import SOURCE, Rows, path_with_numpy, round_with_numpy
 from cospadi.solvers.gptq import quantize
 
 # As many tokens as several inputs are correlated in, and a few inputs that carry most of the energy
@@ -210,12 +212,18 @@ def coder(request) -> Iterator[str]:
     cospadi_cpu.choose(before)
 
 
-def path(wanted: np.ndarray) -> np.ndarray:
-    """Numbers near those wanted that follow the trellis."""
+STREAMS = ["ec", "ectcq", "ectcq256"]
+STATES = [1, 8, 256]
+
+
+def path(wanted: np.ndarray, code: Code | None) -> np.ndarray:
+    """Whole numbers near those wanted, of those that follow a code."""
+    if code is None:
+        return np.rint(wanted).astype(int)
     numbers, state = np.zeros(wanted.shape, int), np.zeros(len(wanted), int)
     for j in range(wanted.shape[1]):
-        half = np.rint((wanted[:, j] - (state >> 2)) / 2).astype(int)
-        numbers[:, j], state = 2 * half + (state >> 2), follow(state, half)
+        half = np.rint((wanted[:, j] - (state & 1)) / 2).astype(int)
+        numbers[:, j], state = 2 * half + (state & 1), code.follow(state, half)
     return numbers
 
 
@@ -225,11 +233,11 @@ def random_codes(seed: int, k: int, d_out: int, size: float, codec: str) -> tupl
     steps = steps_near(np.exp(2 * rng.normal(size=k)))
     wanted = rng.standard_t(3, size=(k, d_out)) * np.exp(rng.normal(size=d_out) + rng.normal(size=(k, 1))) * size
     wanted = np.clip(wanted * (rng.random((k, 1)) < 0.9) * 100.0 ** (rng.random((k, 1)) < 0.1), -5e5, 5e5)
-    numbers = path(wanted) if codec == "ectcq" else np.rint(wanted)
+    numbers = path(wanted, CODECS[codec].code)
     return (numbers * steps[:, None]).astype(np.float32), steps
 
 
-@pytest.mark.parametrize("codec", ["ec", "ectcq"])
+@pytest.mark.parametrize("codec", STREAMS)
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 2**32 - 1),
@@ -273,7 +281,7 @@ def check_digits(digits, rows, all_steps, whole, steps):
     np.testing.assert_array_equal(found, whole)
 
 
-@pytest.mark.parametrize("codec", ["ec", "ectcq"])
+@pytest.mark.parametrize("codec", STREAMS)
 def test_large_matrices_have_several_streams(codec, coder):
     # the compiled coder decodes four and three at a time, of which the last has fewer rows
     k, n_streams = (60, 3) if coder == "torch" else (156, 7)
@@ -307,16 +315,16 @@ def test_tables_that_are_none_are_refused(coder):
             CODECS["ec"].unpack(stored, 0)
 
 
-@pytest.mark.parametrize("codec", ["ec", "ectcq"])
+@pytest.mark.parametrize("codec", STREAMS)
 def test_bytes_are_those_of_the_entropy(codec):
     """Numbers of one distribution: what is beside their entropy is scales, tables and ends, counted here."""
     rng = np.random.default_rng(0)
     k, d_out = 400, 800
     steps = np.full(k, steps_near(np.ones(1))[0])
     wanted = 1.5 * rng.normal(size=(k, d_out))
-    numbers = path(wanted) if codec == "ectcq" else np.rint(wanted).astype(int)
+    numbers = path(wanted, CODECS[codec].code)
     stored = CODECS[codec].pack_codes((numbers * steps[:, None]).astype(np.float32), steps)
-    groups = [numbers[numbers & 1 == odd] for odd in (0, 1)] if codec == "ectcq" else [numbers]
+    groups = [numbers[numbers & 1 == odd] for odd in (0, 1)] if CODECS[codec].code else [numbers]
     entropy = 0.0
     for group in groups:
         counts = np.bincount(group.ravel() - group.min())
@@ -326,7 +334,7 @@ def test_bytes_are_those_of_the_entropy(codec):
     assert entropy < 8 * stored.nbytes < 1.002 * entropy + beside
 
 
-@pytest.mark.parametrize("codec", ["ec", "ectcq"])
+@pytest.mark.parametrize("codec", STREAMS)
 @settings(max_examples=150, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), n_bytes=st.integers(1, 4), data=st.data())
 def test_a_damaged_stream_is_refused_or_decoded_within_its_bounds(codec, seed, n_bytes, data):
@@ -356,54 +364,99 @@ def test_a_damaged_stream_is_refused_or_decoded_within_its_bounds(codec, seed, n
 
 def test_what_cannot_be_coded_is_refused():
     steps = steps_near(np.ones(2))
-    with pytest.raises(ValueError, match="do not follow the trellis"):
-        CODECS["ectcq"].pack_codes(np.ones((2, 3), np.float32) * steps[:, None], steps)
+    for codec in ("ectcq", "ectcq256"):
+        with pytest.raises(ValueError, match="do not follow the trellis"):
+            CODECS[codec].pack_codes(np.ones((2, 3), np.float32) * steps[:, None], steps)
     with pytest.raises(ValueError, match=r"numbers up to 600000; allowed: 520192"):
         CODECS["ec"].pack_codes(np.full((2, 3), 600000, np.float32) * steps[:, None], steps)
     with pytest.raises(ValueError, match="steps are not those that can be stored"):
         CODECS["ec"].pack_codes(np.ones((2, 3), np.float32), np.full(2, 1.01, np.float32))
 
 
-def test_the_trellis_is_the_best_path():
-    """Viterbi against all numbers near every value, for short rows."""
+@pytest.mark.parametrize("code", CODES.values(), ids=str)
+def test_the_trellis_is_the_best_path(code):
+    """Viterbi in NumPy against all numbers near every value, for short rows."""
     rng = np.random.default_rng(0)
-    for _ in range(20):
+    for _ in range(10):
         values = (2 * rng.normal(size=5)).astype(np.float32)
-        numbers, back = np.empty(5, np.int32), np.empty((5, 8), np.uint8)
-        _follow_trellis(values, numbers, back, 127)
+        numbers = path_with_numpy(values, code)
         best = math.inf
         for halves in itertools.product(range(-4, 5), repeat=5):
             cost, state = 0.0, 0
             for value, half in zip(values, halves, strict=True):
-                cost += (value - 2 * half - (state >> 2)) ** 2
-                state = follow(state, half)
+                cost += (value - 2 * half - (state & 1)) ** 2
+                state = code.follow(state, half)
             best = min(best, cost)
         assert ((values - numbers) ** 2).sum() == pytest.approx(best, rel=1e-5)
-        assert (path(numbers[None].astype(float))[0] == numbers).all()
+        assert (path(numbers[None].astype(float), code)[0] == numbers).all()
 
 
-@pytest.mark.parametrize("trellis", [True, False])
+@pytest.mark.parametrize("states", STATES)
+def test_rounding_in_c_is_that_of_the_reference(states):
+    rng = np.random.default_rng(states)
+    d_in, d_out, code = 20, 150, CODES.get(states)
+    wanted = (rng.normal(size=(d_in, d_out)) * np.exp(rng.normal(size=(d_in, 1)))).astype(np.float32)
+    wanted[3] = 0
+    wanted[5] *= 3e4  # beyond the numbers of a table
+    wanted[7, 9], wanted[8, 9] = 1e9, -1e9  # beyond any number
+    upper = np.triu(rng.normal(size=(d_in, d_in))).astype(np.float32)
+    pivots = np.exp(rng.normal(size=d_in))
+    rows = Rows(upper, pivots, steps_near(0.3 * pivots), np.exp(rng.normal(size=d_out)).astype(np.float32), code)
+    in_c = functools.partial(entropy._round_compiled, compiled(SOURCE, "entropy-coded rounding"))
+    for i in range(d_in):  # one by one: paths that are as near lead to others
+        left, errors = [wanted.copy(), wanted.copy()], np.empty((2, 1, d_out), np.float32)
+        for one, error, round_rows in zip(left, errors, (round_with_numpy, in_c), strict=True):
+            round_rows(one, error, i, i + 1, rows)
+            numbers = np.rint(one[i] / rows.steps[i]).astype(int)
+            np.testing.assert_array_equal(one[i], numbers.astype(np.float32) * rows.steps[i])
+            assert np.abs(numbers).max() <= 2 * MOST
+            np.testing.assert_array_equal(numbers, path(numbers[None].astype(float), code)[0])
+            np.testing.assert_allclose(error[0], (wanted[i] - one[i]) / pivots[i], rtol=1e-5, atol=1e-6)
+            np.testing.assert_array_equal(np.delete(one, i, 0), np.delete(wanted, i, 0))
+        assert np.mean(left[0][i] == left[1][i]) > 0.9
+        within = np.abs(wanted[i]) < 1e8
+        distances = [((wanted[i] - one[i])[within].astype(float) ** 2).sum() for one in left]
+        assert distances[1] == pytest.approx(distances[0], rel=1e-2)
+    # and what the first leaves to those after it
+    left, errors = [wanted.copy(), wanted.copy()], np.empty((2, 2, d_out), np.float32)
+    for one, error, round_rows in zip(left, errors, (round_with_numpy, in_c), strict=True):
+        round_rows(one, error, 1, 3, rows)
+        one[2] += rows.upper[1, 2] * error[0]
+        assert np.abs(one[2] - wanted[2]).max() < 3 * rows.steps[2]
+
+
+@pytest.mark.parametrize("states", STATES)
+def test_without_a_compiler_the_same_is_learned_more_slowly(states, monkeypatch):
+    w, gram = weight(40, 24), inputs(40)
+    expected = factorize(w, gram, method="ectcq", bits=4, states=states)
+    monkeypatch.setattr(entropy, "compiled", lambda source, what: None)
+    found = factorize(w, gram, method="ectcq", bits=4, states=states)
+    assert found.nbytes == pytest.approx(expected.nbytes, rel=0.01)
+    assert found.relative_error(w, gram) == pytest.approx(expected.relative_error(w, gram), rel=0.03)
+
+
+@pytest.mark.parametrize("states", STATES)
 @pytest.mark.parametrize("bits", [2, 3, 4.5])
-def test_the_rate_is_hit(trellis, bits):
+def test_the_rate_is_hit(states, bits):
     for d_in, d_out in ((64, 48), (96, 200)):
         w, gram = weight(d_in, d_out), inputs(d_in)
-        found = factorize(w, gram, method="ectcq", bits=bits, trellis=trellis)
+        found = factorize(w, gram, method="ectcq", bits=bits, states=states)
         tensors, spec = found.pack("m")
         assert sum(tensor.nbytes for tensor in tensors.values()) == found.nbytes
         assert bits - 0.01 - 64 / w.size <= 8 * found.nbytes / w.size <= bits
         np.testing.assert_array_equal(unpack(tensors, spec, "m").codes, found.codes)
     with pytest.raises(ConfigError, match="is the least"):
-        factorize(weight(), inputs(), method="ectcq", bits=0.5, trellis=trellis)
+        factorize(weight(), inputs(), method="ectcq", bits=0.5, states=states)
 
 
-@pytest.mark.parametrize("trellis", [True, False])
+@pytest.mark.parametrize("states", STATES)
 @pytest.mark.parametrize("bits", [0.7, 0.9])
-def test_few_passes_hit_the_rate_where_most_numbers_are_zero(trellis, bits):
+def test_few_passes_hit_the_rate_where_most_numbers_are_zero(states, bits):
     """There a step twice as long saves much less than a bit, the more so where few inputs carry all energy."""
     rng = np.random.default_rng(3)
     x = rng.normal(size=(3000, 384)) * np.exp(2 * rng.normal(size=384))
     w = weight(384, 192)
-    found = factorize(w, x.T @ x, method="ectcq", bits=bits, trellis=trellis)
+    found = factorize(w, x.T @ x, method="ectcq", bits=bits, states=states)
     assert bits - 0.01 - 64 / w.size <= 8 * found.nbytes / w.size <= bits
     assert found.diagnostics["n_passes"] <= 6
 
@@ -414,20 +467,21 @@ def test_each_step_of_insight_pays_at_equal_bits():
     given = {"bits": 3 + 17 / 64, "block_size": 64}
     errors = [factorize(w, gram, method=method, **given).relative_error(w, gram) for method in ("rtn", "gptq")]
     errors += [
-        factorize(w, gram, method="ectcq", trellis=trellis, bits=given["bits"]).relative_error(w, gram)
-        for trellis in (False, True)
+        factorize(w, gram, method="ectcq", states=states, bits=given["bits"]).relative_error(w, gram)
+        for states in STATES
     ]
     assert errors[1] < 0.9 * errors[0] and errors[2] < 0.75 * errors[1] and errors[3] < 0.95 * errors[2]
+    assert errors[4] < 0.98 * errors[3]
 
 
-@pytest.mark.parametrize("trellis", [True, False])
-def test_inputs_that_carry_all_energy_get_the_bits_that_they_need(trellis):
+@pytest.mark.parametrize("states", STATES)
+def test_inputs_that_carry_all_energy_get_the_bits_that_they_need(states):
     """A thousand times as active as the others: numbers of thousands of steps, and an error as small as elsewhere."""
     w, gram = weight(96, 200), inputs(96)
-    plain = factorize(w, gram, method="ectcq", bits=3.5, trellis=trellis).relative_error(w, gram)
+    plain = factorize(w, gram, method="ectcq", bits=3.5, states=states).relative_error(w, gram)
     scale = np.ones(96)
     scale[[7, 50]] = 3000
-    found = factorize(w, gram * scale[:, None] * scale, method="ectcq", bits=3.5, trellis=trellis)
+    found = factorize(w, gram * scale[:, None] * scale, method="ectcq", bits=3.5, states=states)
     steps = np.asarray(found.scales)[:, None]
     assert np.abs(found.codes / steps)[[7, 50]].max() > 1000
     assert found.relative_error(w, gram * scale[:, None] * scale) < plain
@@ -440,16 +494,16 @@ def test_entropy_coding_where_an_input_is_never_active():
     assert np.isfinite(found.codes).all() and not found.codes[5].any()
 
 
-@pytest.mark.parametrize("trellis", [True, False])
-def test_a_scale_for_every_column_comes_to_an_entropy_coded_matrix(trellis):
+@pytest.mark.parametrize("states", STATES)
+def test_a_scale_for_every_column_comes_to_an_entropy_coded_matrix(states):
     w, gram = weight(), inputs()
-    found = factorize(w, gram, method="ectcq", bits=3, trellis=trellis)
+    found = factorize(w, gram, method="ectcq", bits=3, states=states)
     scales = np.exp(np.random.default_rng(0).normal(size=w.shape[1])).astype(np.float32)
     kept = scales.astype(BFLOAT16).astype(np.float32)
     times = found.with_columns_times(scales)
     np.testing.assert_array_equal(times.codes, found.codes * kept)
     tensors, spec = times.pack("m")
-    assert spec["codes"]["codec"] == ("ectcq_scaled" if trellis else "ec_scaled")
+    assert spec["codes"]["codec"] == f"{STREAMS[STATES.index(states)]}_scaled"
     # the numbers are stored as before
     np.testing.assert_array_equal(tensors["m.values"], found.pack("m")[0]["m.values"])
     assert times.nbytes == found.nbytes + 2 * w.shape[1] == sum(tensor.nbytes for tensor in tensors.values())
@@ -522,14 +576,14 @@ def test_what_is_no_path_is_refused():
 def test_the_best_path_is_the_best_of_all(bits):
     """The C source against the reference in NumPy, and both against all paths of short rows."""
     rng = np.random.default_rng(bits)
-    compiled, reference = trellis._follower(bits), functools.partial(trellis.follow_with_numpy, bits=bits)
-    assert trellis._library() is not None
+    in_c, reference = trellis._follower(bits), functools.partial(trellis.follow_with_numpy, bits=bits)
+    assert isinstance(in_c, types.FunctionType)  # not the reference
     for n in (1, 3, 60):
         row = (4000 * rng.normal(size=n)).astype(np.float32)
         weights = np.exp(rng.normal(size=n)).astype(np.float32)
         found = [
             (weights.astype(float) ** 2 * (row - follow(row, np.ones(n, np.float32), weights)) ** 2).sum()
-            for follow in (compiled, reference)
+            for follow in (in_c, reference)
         ]
         assert found[0] == pytest.approx(found[1], rel=1e-4)
         if n == 3:

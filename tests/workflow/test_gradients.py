@@ -94,7 +94,7 @@ def test_entropy_coded_columns_are_weighted_within_the_bytes(run):
     assert 0.7 <= float(rows(run.results / "summary.tsv")[STREAM]["ratio_true"]) < 0.71
     matrices = read_json(run.results / STREAM / "model" / "config.json")["quantization_config"]["matrices"]
     assert len(matrices) == 21
-    assert {spec["codes"]["codec"] for spec in matrices.values()} == {"ectcq_scaled"}
+    assert {spec["codes"]["codec"] for spec in matrices.values()} == {"ectcq256_scaled"}
     assert all(spec["codes"]["n_scales"] == spec["shape"][1] for spec in matrices.values())
 
 
@@ -156,7 +156,7 @@ def test_other_options_of_training_end_to_end_learn_nothing_anew(run, tmp_path):
 def test_embeddings_in_few_bits_are_in_the_model_and_what_is_learned_is_not_of_them(run, tmp_path, monkeypatch):
     monkeypatch.chdir(run.folder)
     table, plan = rows(run.results / "summary.tsv"), plan_of("run.yaml")
-    for name, codec in ((TURN, "int8"), ("sparsegpt", None), (CODED, "ectcq_scaled")):
+    for name, codec in ((TURN, "int8"), ("sparsegpt", None), (CODED, "ectcq256_scaled")):
         config = read_json(run.results / name / "model/config.json")
         spec = config["quantization_config"]["matrices"].get("model.embed_tokens", {"codes": {"codec": None}})
         assert spec["codes"]["codec"] == codec

@@ -115,7 +115,7 @@ def _coded(weight: np.ndarray, bits: float, metric: Metric | None) -> Iterator[F
     """Entropy-coded numbers along a trellis (`ectcq`), all tokens at once."""
     from cospadi.solvers import entropy
 
-    codec = CODECS["ectcq"]
+    codec = CODECS["ectcq256"]
     columns = weight.T.astype(np.float32) * metric.weights
     nbytes = _nbytes_of_streams(*columns.shape, bits) - 2 * len(metric.weights)  # of the scales of the tokens
     found = entropy.quantize(columns, metric.gram, codec, nbytes)

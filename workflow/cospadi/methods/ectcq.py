@@ -1,6 +1,6 @@
 """Entropy-coded trellis-coded quantization (ours): a step an input, numbers along a trellis, as few bits as they need.
 
-``trellis: false`` rounds each number for itself: what is left is one step an input in proportion to the inverse
+``states: 1`` rounds each number for itself: what is left is one step an input in proportion to the inverse
 Hessian's Cholesky diagonal, error feedback and an entropy coder (as WaterSIC, ICML 2026, publishes).
 """
 
@@ -28,7 +28,7 @@ from cospadi.methods.base import (
     trained_by,
 )
 from cospadi.problem import GRADIENTS, Problem, Target, side_by_side
-from cospadi.registry import option
+from cospadi.registry import choice
 from cospadi.runtime.cospadi_registry import CODECS
 from cospadi.work import Work
 
@@ -41,13 +41,15 @@ MOST_BITS, LEAST_BITS = 12.0, 0.5
 LEAST_ALLOTTED = 0.75
 _BISECTIONS = 60
 _FAR = 60.0
+# by states of the trellis
+_CODECS = {256: "ectcq256", 8: "ectcq", 1: "ec"}
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "trellis": option(
-        "boolean",
-        "Numbers follow a trellis of 8 states; false: each is rounded for itself, for the same error at a tenth of a "
-        "bit more, or two.",
-        default=True,
+    "states": choice(
+        [*_CODECS],
+        "Of the trellis whose paths numbers follow. 8 take .04 of a bit more a weight than 256 for the same error; 1: "
+        "none, each number is rounded for itself, which takes a fifth of a bit more.",
+        default=256,
     ),
     "damping": sparsegpt.OPTIONS["damping"],
     **allocation_option(
@@ -63,7 +65,12 @@ _SECONDS_A_NUMBER, _PASSES = 1.5e-7, 4
 
 
 def fit(
-    problem: Problem, nbytes: int, how: Fit, *, trellis: bool = True, damping: float = OPTIONS["damping"]["default"]
+    problem: Problem,
+    nbytes: int,
+    how: Fit,
+    *,
+    states: int = OPTIONS["states"]["default"],
+    damping: float = OPTIONS["damping"]["default"],
 ) -> list[Factorization]:
     """Numbers and steps of least error within the bytes (`solvers.entropy`), on the CPU.
 
@@ -71,7 +78,7 @@ def fit(
     """
     from cospadi.solvers import entropy
 
-    codec = CODECS["ectcq" if trellis else "ec"]
+    codec = CODECS[_CODECS[states]]
     gram = np.asarray(problem.metric.gram, np.float64)
     nbytes = room(problem.shape, nbytes) - _of_columns(problem)
     found = entropy.quantize(problem.weight, gram, codec, nbytes, damping=damping, log=how.log)
@@ -177,7 +184,7 @@ METHOD = Method(
     work=work,
     modules=lambda options: [
         __name__,
-        *("cospadi.solvers.entropy", "cospadi.solvers.sparsegpt"),
+        *("cospadi.solvers.entropy", "cospadi.solvers.sparsegpt", "cospadi.solvers._compiled"),
         *("cospadi.runtime.cospadi_entropy", "cospadi.runtime.cospadi_entropy_source"),
     ],
     faults=faults,

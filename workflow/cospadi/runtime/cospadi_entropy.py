@@ -55,19 +55,50 @@ class DamagedStreamError(ValueError):
     """A stream is not what encoding gives."""
 
 
-class Entropy(Codec):
-    """One tensor of bytes: header, steps, scales, tables, streams. `trellis`: whether numbers follow its 8 states;
-    `scaled`: whether columns have scales besides, a tensor of their own as those of integers.
+class Code(NamedTuple):
+    """A convolutional code of rate 1/2: the paths that numbers of a row may follow through the states of a trellis.
 
-    From state ``s`` the numbers of parity ``s >> 2`` are allowed, so they lie two steps apart, and the paths through
-    the states choose between the two kinds: a denser packing of space than rounding each for itself.
+    A number ``n`` is one of four kinds, ``n mod 4``. The state says the lower bit of the kind, so the numbers that are
+    allowed lie two steps apart, and the paths choose between the two sets: a denser packing of space than rounding each
+    number for itself (Ungerboeck 1982).
+
+    Attributes
+    ----------
+    n_states : int
+        A power of two.
+    lower, upper : int
+        Parity checks as polynomials, of the lower and the upper bit of the kinds: over a path from state 0 their
+        products with the bits so far add up to an even number at every place.
+    """
+
+    n_states: int
+    lower: int
+    upper: int
+
+    def follow(self, state: Any, half: Any) -> Any:
+        """State after a number, of which ``half`` is the upper part, ``n // 2``. In ``state & 1`` is its lower bit."""
+        return state >> 1 ^ (self.lower >> 1) * (state & 1) ^ (self.upper >> 1) * (half & 1)
+
+
+# By the number of states. Of 256: Ungerboeck's of 1987, .25 decibels nearer to what is possible than that of 8
+CODES = {code.n_states: code for code in (Code(8, 0o15, 0o2), Code(256, 0o515, 0o362))}
+
+
+class Entropy(Codec):
+    """One tensor of bytes: header, steps, scales, tables, streams. `code`: whose paths numbers follow, if any; `scaled`:
+    whether columns have scales besides, a tensor of their own as those of integers.
     """
 
     dtype, bits, whole, variable = "U8", 8, True, True
     for_dictionaries = in_dictionaries = for_configs = False
 
-    def __init__(self, name: str, *, trellis: bool, scaled: bool = False) -> None:
-        self.name, self.trellis, self.scaled = name, trellis, scaled
+    def __init__(self, name: str, code: Code | None = None, *, scaled: bool = False) -> None:
+        self.name, self.code, self.scaled = name, code, scaled
+
+    @property
+    def n_kinds(self) -> int:
+        """Tables of a bucket: where numbers follow a code, one for even numbers and one for odd ones."""
+        return 1 if self.code is None else 2
 
     @property
     def with_scales(self) -> str:
@@ -94,9 +125,9 @@ class Entropy(Codec):
         exponent, step_bytes = _step_bytes(steps)
         numbers = np.rint(codes / steps[:, None]).astype(np.int32)
         odd = np.zeros(numbers.shape, np.uint16)
-        if self.trellis:
+        if self.code is not None:
             odd = (numbers & 1).astype(np.uint16)
-            _check_path(numbers)
+            _check_path(self.code, numbers)
             numbers = numbers >> 1
         largest = np.maximum(numbers.max(1), -numbers.min(1))
         if largest.max() > MOST:
@@ -107,10 +138,10 @@ class Entropy(Codec):
         numbers = (numbers >> wide[:, None]).astype(np.int8)
         levels, first, n_buckets = _levels(codes, np.ldexp(steps, wide.astype(np.int32)))
         bucket = _buckets(levels, first, n_buckets, rows, columns)
-        tables = _count_tables(bucket, numbers, odd, n_buckets, self.trellis)
+        tables = _count_tables(bucket, numbers, odd, n_buckets, self.n_kinds)
         table_bytes = b"".join(_table_bytes(table) for table in tables)
         per_stream = _rows_a_stream(columns)
-        frequency, start = _frequencies(tables, self.trellis)
+        frequency, start = _frequencies(tables, self.n_kinds)
         contexts = _Levels(first, n_buckets, levels, wide)
         coder = _coder()
         encode = _encode_with_numpy if coder is None else coder.encode
@@ -357,10 +388,9 @@ def _buckets(levels: np.ndarray, first: int, n_buckets: int, rows: int, columns:
 
 
 def _count_tables(
-    bucket: np.ndarray, numbers: np.ndarray, odd: np.ndarray, n_buckets: int, trellis: bool
+    bucket: np.ndarray, numbers: np.ndarray, odd: np.ndarray, n_buckets: int, kinds: int
 ) -> list[list[int]]:
     """Frequencies of every table by size, symmetric: of 0, 1 ... numbers; where they are odd, of 1, 3 ..."""
-    kinds = 2 if trellis else 1
     counts = np.zeros(256 * kinds * n_buckets, np.int64)
     for row, number, is_odd in zip(bucket, numbers, odd, strict=True):
         sizes = np.where(is_odd, np.where(number < 0, ~number, number), np.abs(number.astype(np.int16)))
@@ -410,9 +440,9 @@ _NO_CHECKSUM = "is damaged: its checksum is another"
 _FAULTS = (None, *_FAULTS_OF_TABLES, _NO_END, _NO_CHECKSUM)
 
 
-def _read_tables(data: bytes, n_buckets: int, trellis: bool) -> list[list[int]]:
+def _read_tables(data: bytes, n_buckets: int, kinds: int) -> list[list[int]]:
     not_whole, too_short, too_long = _FAULTS_OF_TABLES
-    tables, at, kinds = [], 0, 2 if trellis else 1
+    tables, at = [], 0
     try:
         for table in range(n_buckets * kinds):
             n, at = data[at], at + 1
@@ -426,7 +456,7 @@ def _read_tables(data: bytes, n_buckets: int, trellis: bool) -> list[list[int]]:
                     if byte < 128 or shift > 14:
                         break
                 found.append(frequency)
-            total = 2 * sum(found) - (found[0] if found and not (trellis and table % 2) else 0)
+            total = 2 * sum(found) - (found[0] if found and table % kinds == 0 else 0)
             if n > _IN_TABLE + 1 or (n and total != _SLOTS):
                 raise DamagedStreamError(not_whole)
             tables.append(found)
@@ -437,12 +467,12 @@ def _read_tables(data: bytes, n_buckets: int, trellis: bool) -> list[list[int]]:
     return tables
 
 
-def _frequencies(tables: list[list[int]], trellis: bool) -> tuple[np.ndarray, np.ndarray]:
+def _frequencies(tables: list[list[int]], kinds: int) -> tuple[np.ndarray, np.ndarray]:
     """Frequency of every number from -128 on in every table, and their sum below it: uint16 (n_tables, 256)."""
     frequency = np.zeros((len(tables), 256), np.uint16)
     for index, table in enumerate(tables):
         sizes = np.array(table or [], np.uint16)
-        if trellis and index % 2:  # 0 stands for 1, -1 for -1
+        if index % kinds:  # 0 stands for 1, -1 for -1
             frequency[index, 128 : 128 + len(sizes)] = sizes
             frequency[index, 128 - len(sizes) : 128] = sizes[::-1]
         else:
@@ -452,13 +482,13 @@ def _frequencies(tables: list[list[int]], trellis: bool) -> tuple[np.ndarray, np
     return frequency, (ends - frequency).astype(np.uint16)
 
 
-def _slots(data: bytes, n_buckets: int, trellis: bool) -> np.ndarray:
+def _slots(data: bytes, n_buckets: int, kinds: int) -> np.ndarray:
     """What every slot of every table stands for, as the C source has it: uint32 (n_tables, `_SLOTS`)."""
-    tables = _read_tables(data, n_buckets, trellis)
+    tables = _read_tables(data, n_buckets, kinds)
     slots = np.empty((len(tables), _SLOTS), np.uint32)
     # a table that no number needs: zeros for ever
     slots[:] = (_SLOTS - 1) << _BITS | np.arange(_SLOTS, dtype=np.uint32)
-    for index, (counts, start) in enumerate(zip(*_frequencies(tables, trellis), strict=True)):
+    for index, (counts, start) in enumerate(zip(*_frequencies(tables, kinds), strict=True)):
         if counts.any():
             number = np.repeat(np.arange(-128, 128), counts)
             within = np.arange(_SLOTS) - start[number + 128]
@@ -471,20 +501,12 @@ def _rows_a_stream(columns: int) -> int:
     return min(max(1, -(-_STREAM // (_LANES * columns))) * _LANES, (1 << 16) - _LANES)
 
 
-# --- the trellis ------------------------------------------------------------------------------------------------------
-
-
-def follow(state: Any, number: Any) -> Any:
-    """State after a (halved) number."""
-    return ((number ^ state ^ state >> 1) & 1) << 2 | state >> 1
-
-
-def _check_path(numbers: np.ndarray) -> None:
+def _check_path(code: Code, numbers: np.ndarray) -> None:
     state = np.zeros(len(numbers), np.int32)
     for column in numbers.T:
-        if ((column ^ state >> 2) & 1).any():
+        if ((column ^ state) & 1).any():
             raise ValueError("numbers do not follow the trellis")
-        state = follow(state, column >> 1)
+        state = code.follow(state, column >> 1)
 
 
 # --- streams ----------------------------------------------------------------------------------------------------------
@@ -602,7 +624,7 @@ def _decode_with_numpy(matrix: _Matrix) -> None:
     codec, found = matrix.codec, matrix.found
     if matrix.checked and not _has_its_checksum(found.data):
         raise DamagedStreamError(_NO_CHECKSUM)
-    slots = _slots(found.tables.tobytes(), found.contexts.n_buckets, codec.trellis)
+    slots = _slots(found.tables.tobytes(), found.contexts.n_buckets, codec.n_kinds)
     for index, (start, end) in enumerate(itertools.pairwise(found.edges)):
         begin = index * found.per_stream
         rows = min(found.per_stream, found.rows - begin)
@@ -614,7 +636,7 @@ def _decode_stream(matrix: _Matrix, slots: np.ndarray, stream: np.ndarray, begin
     stream = stream.copy()  # from an even address
     states = stream[: 4 * _LANES].view("<u4").astype(np.int64)
     words = stream[4 * _LANES :].view("<u2").astype(np.int64)
-    kinds = 2 if codec.trellis else 1
+    code, kinds = codec.code, codec.n_kinds
     first, n_buckets, levels, extra = found.contexts
     bucket = _buckets(levels, first, n_buckets, found.rows, found.columns)[begin : begin + rows]
     left = iter(words.tolist())
@@ -632,7 +654,7 @@ def _decode_stream(matrix: _Matrix, slots: np.ndarray, stream: np.ndarray, begin
         step = found.steps[begin + group : begin + group + lanes]
         wide = extra[begin + group : begin + group + lanes].astype(np.int64)
         for j in range(found.columns):
-            odd = state >> 2 if codec.trellis else 0
+            odd = state & 1
             entry = slots[kinds * bucket[group : group + lanes, j] + odd, here & (_SLOTS - 1)].astype(np.int64)
             here[:] = ((entry >> _BITS & (_SLOTS - 1)) + 1) * (here >> _BITS) + (entry & (_SLOTS - 1))
             number = entry >> 24
@@ -647,14 +669,14 @@ def _decode_stream(matrix: _Matrix, slots: np.ndarray, stream: np.ndarray, begin
             else:
                 refill(here)
             here_at = slice(begin + group, begin + group + lanes)
-            whole = 2 * number + odd if codec.trellis else number
+            whole = number if code is None else 2 * number + odd
             if out.dtype == np.int8:
                 out[j, here_at] = whole.astype(np.int8)
                 matrix.keep(np.arange(begin + group, begin + group + lanes), j, whole)
             else:
                 value = whole.astype(np.float32) * step
                 out[j, here_at] = _upper(value) if out.dtype == np.uint16 else value
-            state = follow(state, number)
+            state = state if code is None else code.follow(state, number)
     if next(left, None) is not None or (states != _LOWEST).any():
         raise DamagedStreamError(_NO_END)
 
@@ -674,14 +696,13 @@ def _encode_with_numpy(
     begin: int,
     rows: int,
 ) -> bytes:
-    kinds = 2 if codec.trellis else 1
     bucket = _buckets(contexts.levels, contexts.first, contexts.n_buckets, *numbers.shape)
     states = np.full(_LANES, _LOWEST, np.int64)
     words: list[int] = []  # from the last to the first
     for group in reversed(range(0, rows, _LANES)):
         lanes = slice(begin + group, begin + min(group + _LANES, rows))
         here = states[: lanes.stop - lanes.start]
-        table = kinds * bucket[lanes] + (rest[lanes] & 1)
+        table = codec.n_kinds * bucket[lanes] + (rest[lanes] & 1)
         wide, lower = contexts.wide[lanes].astype(np.int64), rest[lanes].astype(np.int64) >> 1
         entry = numbers[lanes].astype(np.int64) + 128
         counts, below = frequency[table, entry].astype(np.int64), start[table, entry].astype(np.int64)
@@ -702,7 +723,7 @@ def _encode_with_numpy(
 
 class _Contexts(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("columns", "first", "buckets", "trellis")),
+        *((name, ctypes.c_int64) for name in ("columns", "first", "buckets", "kinds", "lower", "upper")),
         *((name, ctypes.c_void_p) for name in ("row", "column", "wide")),
     ]
 
@@ -723,8 +744,9 @@ class _Stored(ctypes.Structure):
 
 def _contexts(codec: Entropy, found: _Levels) -> _Contexts:
     address, rows = found.levels.ctypes.data, len(found.wide)
-    sizes = (len(found.levels) - rows, found.first, found.n_buckets, codec.trellis)
-    return _Contexts(*sizes, address, address + rows, found.wide.ctypes.data)
+    sizes = (len(found.levels) - rows, found.first, found.n_buckets, codec.n_kinds)
+    checks = (0, 0) if codec.code is None else (codec.code.lower, codec.code.upper)
+    return _Contexts(*sizes, *checks, address, address + rows, found.wide.ctypes.data)
 
 
 class _CompiledBatch:
@@ -734,7 +756,7 @@ class _CompiledBatch:
         self._coder, self._matrices = coder, matrices
         self._stored = (_Stored * len(matrices))(*map(self._as_stored, matrices))
         self._begun = ctypes.c_int64()
-        self._n_tables = max((m.found.contexts.n_buckets << m.codec.trellis for m in matrices), default=0)
+        self._n_tables = max((m.found.contexts.n_buckets * m.codec.n_kinds for m in matrices), default=0)
 
     @staticmethod
     def _as_stored(matrix: _Matrix) -> _Stored:

@@ -15,7 +15,9 @@ enum { FLOATS, HALVES, DIGITS };
 static const int64_t WIDTH[] = {4, 2, 1};
 
 typedef struct {
-    int64_t columns, first, buckets, trellis;
+    int64_t columns, first, buckets;
+    int64_t kinds;                /* tables of a bucket: 2 where numbers follow the code of these parity checks */
+    int64_t lower, upper;
     const uint8_t *row, *column;  /* logarithms of the scales, a byte each */
     const uint8_t *wide;          /* bits that numbers of each row have below those of the tables */
 } Contexts;
@@ -25,8 +27,9 @@ static inline int64_t bucket(const Contexts *at, int64_t row, int64_t column) {
     return found < 0 ? 0 : found >= at->buckets ? at->buckets - 1 : found;
 }
 
-static inline unsigned follow(unsigned state, int number) {
-    return ((number ^ state ^ state >> 1) & 1) << 2 | state >> 1;
+/* The state after a number, of which this is the upper part; the lower bit of the next is state & 1. */
+static inline unsigned follow(const Contexts *at, unsigned state, int half) {
+    return state >> 1 ^ (-(state & 1) & (unsigned)at->lower >> 1) ^ (-((unsigned)half & 1) & (unsigned)at->upper >> 1);
 }
 
 /* Of digits: the numbers of a matrix that are more than 8 bits. `n` counts those without room, too. */
@@ -95,6 +98,7 @@ static inline __attribute__((always_inline)) int64_t decode_columns(
     const Contexts *at, const int trellis, const uint32_t *tables, Stream *const *streams, const int n, int64_t j,
     char *out, int64_t stride, const int kind) {
     const __m256i low = _mm256_set1_epi32(SLOTS - 1), one = _mm256_set1_epi32(1), zero = _mm256_setzero_si256();
+    const __m256i lower = _mm256_set1_epi32((int)at->lower >> 1), upper = _mm256_set1_epi32((int)at->upper >> 1);
     const __m256i first = _mm256_set1_epi32((int)at->first), top = _mm256_set1_epi32((int)at->buckets - 1);
     const int64_t apart = stride * WIDTH[kind];
     __m256i x[AT_ONCE], s[AT_ONCE], levels[AT_ONCE];
@@ -123,7 +127,7 @@ static inline __attribute__((always_inline)) int64_t decode_columns(
             for (int i = 0; i < n; i++) {
                 __m256i b = _mm256_sub_epi32(_mm256_srai_epi32(_mm256_add_epi32(levels[i], column), 3), first);
                 b = _mm256_min_epi32(_mm256_max_epi32(b, zero), top);
-                if (trellis) b = _mm256_add_epi32(_mm256_add_epi32(b, b), _mm256_srli_epi32(s[i], 2));
+                if (trellis) b = _mm256_add_epi32(_mm256_add_epi32(b, b), _mm256_and_si256(s[i], one));
                 slot[i] = _mm256_or_si256(_mm256_slli_epi32(b, BITS), _mm256_and_si256(x[i], low));
             }
             for (int i = 0; i < n; i++) e[i] = looked_up(tables, slot[i]);
@@ -145,9 +149,10 @@ static inline __attribute__((always_inline)) int64_t decode_columns(
             for (int i = 0; i < n; i++) {
                 __m256i number = _mm256_srai_epi32(e[i], 24);
                 if (trellis) {
-                    const __m256i odd = _mm256_srli_epi32(s[i], 2), half = _mm256_srli_epi32(s[i], 1);
-                    const __m256i mixed = _mm256_xor_si256(_mm256_xor_si256(number, s[i]), half);
-                    s[i] = _mm256_or_si256(_mm256_slli_epi32(_mm256_and_si256(mixed, one), 2), half);
+                    const __m256i odd = _mm256_and_si256(s[i], one), is_odd = _mm256_sub_epi32(zero, odd);
+                    const __m256i is_upper = _mm256_sub_epi32(zero, _mm256_and_si256(number, one));
+                    s[i] = _mm256_xor_si256(_mm256_srli_epi32(s[i], 1), _mm256_and_si256(is_odd, lower));
+                    s[i] = _mm256_xor_si256(s[i], _mm256_and_si256(is_upper, upper));
                     number = _mm256_add_epi32(_mm256_add_epi32(number, number), odd);
                 }
                 const __m256 value = _mm256_mul_ps(_mm256_cvtepi32_ps(number), steps[i]);
@@ -188,7 +193,7 @@ static int64_t columns_of(const Contexts *at, const uint32_t *tables, Stream *co
 #define OF_KIND(trellis, n) \
     kind == DIGITS ? COLUMNS(trellis, n, DIGITS) \
     : kind == HALVES ? COLUMNS(trellis, n, HALVES) : COLUMNS(trellis, n, FLOATS)
-#define EITHER(n) at->trellis ? OF_KIND(1, n) : OF_KIND(0, n)
+#define EITHER(n) at->kinds == 2 ? OF_KIND(1, n) : OF_KIND(0, n)
     switch (n) {
     case 1: return EITHER(1);
     case 2: return EITHER(2);
@@ -211,7 +216,7 @@ static int64_t columns_of(const Contexts *at, const uint32_t *tables, Stream *co
 static void finish_rows(const Contexts *at, const uint32_t *tables, Stream *s, int64_t j, void *out, int64_t stride,
                         int kind) {
     const int64_t top = at->buckets - 1, last = s->size - 2; /* is read again where all words have been read */
-    const int trellis = at->trellis != 0, lanes = s->lanes;
+    const int trellis = at->kinds == 2, lanes = s->lanes;
     for (; j < at->columns; j++) {
         const int64_t column = at->column[j];
         int number[LANES];
@@ -226,7 +231,7 @@ static void finish_rows(const Contexts *at, const uint32_t *tables, Stream *s, i
         for (int l = 0; l < lanes; l++) {
             int64_t b = ((s->level[l] + column) >> 3) - at->first;
             b = b < 0 ? 0 : b > top ? top : b;
-            const unsigned odd = trellis ? s->state[l] >> 2 : 0;
+            const unsigned odd = s->state[l] & 1;
             const uint32_t e = tables[((b << trellis) + odd) * SLOTS + (s->x[l] & (SLOTS - 1))];
             s->x[l] = ((e >> BITS & (SLOTS - 1)) + 1) * (s->x[l] >> BITS) + (e & (SLOTS - 1));
             int m = (int32_t)e >> 24;
@@ -238,7 +243,7 @@ static void finish_rows(const Contexts *at, const uint32_t *tables, Stream *s, i
             }
             number[l] = trellis ? 2 * m + (int)odd : m;
             value[l] = (float)number[l] * s->step[l];
-            s->state[l] = follow(s->state[l], m);
+            s->state[l] = follow(at, s->state[l], m);
         }
 #undef REFILL
         const int64_t place = j * stride + s->row;
@@ -330,11 +335,11 @@ static int64_t decode_streams(Matrix *m, const uint32_t *tables) {
  * Returns a fault where frequencies do not make SLOTS, or there are too few bytes, or more. */
 static int64_t read_tables(const Matrix *m, uint32_t *slots) {
     const uint8_t *data = m->tables;
-    const int64_t size = m->tables_size, trellis = m->at.trellis, n_tables = m->at.buckets << trellis;
+    const int64_t size = m->tables_size, n_tables = m->at.buckets * m->at.kinds;
     int64_t at = 0;
     for (int64_t table = 0; table < n_tables; table++) {
         uint32_t frequency[256], i = 0;
-        const int odd = trellis && table & 1; /* 0 stands for 1, -1 for -1 */
+        const int odd = table % m->at.kinds != 0; /* 0 stands for 1, -1 for -1 */
         if (at == size) return TABLES_TOO_SHORT;
         const int n = data[at++];
         int64_t sum = 0;
@@ -430,7 +435,7 @@ int64_t entropy_encode(const Contexts *at, const uint16_t *frequency, const uint
         for (int64_t j = at->columns - 1; j >= 0; j--)
             for (int64_t l = lanes - 1; l >= 0; l--) {
                 const int64_t row = begin + group + l, index = row * at->columns + j;
-                const int64_t table = at->trellis ? 2 * bucket(at, row, j) + (rest[index] & 1) : bucket(at, row, j);
+                const int64_t table = at->kinds * bucket(at, row, j) + (rest[index] & 1);
                 const unsigned wide = at->wide[row];
                 const int64_t entry = 256 * table + 128 + numbers[index];
                 const uint64_t f = frequency[entry];

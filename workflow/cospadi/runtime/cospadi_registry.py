@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from .cospadi_bf14 import Bf14
 from .cospadi_diagonal import Diagonal
-from .cospadi_entropy import Entropy
+from .cospadi_entropy import CODES, Entropy
 from .cospadi_integers import WIDTHS, Integers, Shifted
 from .cospadi_supports import Bitmask, Dense, Mixture, Pairs, Support
 from .cospadi_trellis import Trellis
 from .cospadi_values import Bf16, Codec, Float32
+
+# whose numbers follow no code, or one of so many states
+_STREAMS = {"ec": None, "ectcq": CODES[8], "ectcq256": CODES[256]}
 
 CODECS: dict[str, Codec] = {
     codec.name: codec
@@ -21,10 +24,8 @@ CODECS: dict[str, Codec] = {
         Diagonal(),
         *(Integers(bits) for bits in WIDTHS),
         *(Shifted(bits) for bits in WIDTHS),
-        Entropy("ec", trellis=False),
-        Entropy("ectcq", trellis=True),
-        Entropy("ec_scaled", trellis=False, scaled=True),
-        Entropy("ectcq_scaled", trellis=True, scaled=True),
+        *(Entropy(name, code) for name, code in _STREAMS.items()),
+        *(Entropy(f"{name}_scaled", code, scaled=True) for name, code in _STREAMS.items()),
         *(Trellis(bits) for bits in (4, 3, 2)),
     )
 }

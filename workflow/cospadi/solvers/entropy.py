@@ -8,21 +8,24 @@ is searched until the bytes are those asked for.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numba
 import numpy as np
 
 from cospadi.errors import ConfigError
-from cospadi.runtime.cospadi_entropy import MOST, Entropy, steps_near
+from cospadi.runtime.cospadi_entropy import MOST, Code, Entropy, steps_near
+from cospadi.solvers._compiled import compiled
 from cospadi.solvers._threads import one_blas_thread
 from cospadi.solvers.sparsegpt import DAMPING, inverse_factor
 
 # Inputs whose errors are fed forward at once
 PANEL = 48
-# How much nearer to zero a number is worth rounding, in squared steps against the variance: found on real matrices
+# How much nearer to zero a number is worth rounding, in squared steps against the variance: found on real matrices, of
+# numbers each for itself and of those that follow a code
 SHRINK = {False: 0.083, True: 0.267}
 # Bits a weight that the search may leave, eight bytes besides, and passes it may take
 NEAR = 0.01
@@ -59,7 +62,7 @@ def quantize(
     gram : ndarray (d_in, d_in), float64
         ``X^T X``; an input that is never active (zero diagonal) becomes zero.
     codec : Entropy
-        Says whether numbers follow the trellis.
+        Says which paths numbers may follow.
     nbytes : int
         All that is stored, header, tables and scales included.
     damping : float
@@ -86,7 +89,7 @@ def quantize(
     def attempt(factor: float) -> Found:
         steps = steps_near(2.0**factor * pivots)
         codes = np.empty_like(weight)
-        codes[order] = _rounded(ordered, upper, pivots, steps, columns, codec.trellis)
+        codes[order] = _rounded(ordered, upper, pivots, steps, columns, codec.code)
         stored = np.empty(d_in, np.float32)
         stored[order] = steps
         return Found(codes, stored, codec.pack_codes(codes, stored).nbytes, 0)
@@ -175,89 +178,219 @@ def _logarithms(weight: np.ndarray, pivots: np.ndarray, columns: np.ndarray) -> 
 
 
 def _rounded(
-    weight: np.ndarray, upper: np.ndarray, pivots: np.ndarray, steps: np.ndarray, columns: np.ndarray, trellis: bool
+    weight: np.ndarray, upper: np.ndarray, pivots: np.ndarray, steps: np.ndarray, columns: np.ndarray, code: Code | None
 ) -> np.ndarray:
     """Weight (d_in, d_out) rounded row after row, what is left to do for later rows added to them."""
     left = weight.copy()
     errors = np.empty((PANEL, weight.shape[1]), np.float32)
-    columns = columns.astype(np.float32)
+    rows = Rows(upper, pivots, steps, columns.astype(np.float32), code)
+    library = compiled(SOURCE, "entropy-coded rounding")
+    round_panel = round_with_numpy if library is None else functools.partial(_round_compiled, library)
     for first in range(0, len(weight), PANEL):
         last = min(first + PANEL, len(weight))
-        _round_panel(left, errors, upper, pivots, steps, columns, first, last, trellis, SHRINK[trellis], MOST)
+        round_panel(left, errors, first, last, rows)
         left[last:] -= upper[first:last, last:].T @ errors[: last - first]
     return left
 
 
-@numba.njit(cache=True, nogil=True)
-def _round_panel(left, errors, upper, pivots, steps, columns, first, last, trellis, shrink, most):
-    n = left.shape[1]
-    numbers = np.empty(n, np.int32)
-    values = np.empty(n, np.float32)
-    back = np.empty((n, 8), np.uint8)
+class Rows(NamedTuple):
+    """What rounding the rows of a weight (d_in, d_out) asks for: the factor of the inverse Gram (d_in, d_in), its
+    diagonal, steps (d_in,), sizes of the columns (d_out,), and the code whose paths numbers follow.
+    """
+
+    upper: np.ndarray
+    pivots: np.ndarray
+    steps: np.ndarray
+    columns: np.ndarray
+    code: Code | None
+
+    @property
+    def shrink(self) -> float:
+        return SHRINK[self.code is not None]
+
+
+def round_with_numpy(left: np.ndarray, errors: np.ndarray, first: int, last: int, rows: Rows) -> None:
+    """The rows from `first` to `last` of what is left (d_in, d_out), in place, each making up for those before it; the
+    error of each over its pivot into `errors`: the reference of what the C source does.
+    """
     for i in range(first, last):
-        size = 0.0
-        for j in range(n):
-            size += (left[i, j] / columns[j]) ** 2
-        scale = size / n / float(steps[i]) ** 2
-        inverse = np.float32(1.0 / float(steps[i]))
-        for j in range(n):
-            variance = scale * columns[j] ** 2
-            values[j] = left[i, j] * inverse * np.float32(variance / (variance + shrink)) if variance > 0 else 0.0
-        if trellis:
-            _follow_trellis(values, numbers, back, most)
+        step, wanted = rows.steps[i], left[i].copy()
+        variance = ((wanted / rows.columns) ** 2).mean(dtype=np.float64) / float(step) ** 2 * rows.columns**2
+        values = wanted / step * (variance / (variance + rows.shrink)).astype(np.float32)
+        if rows.code is None:
+            numbers = np.clip(np.rint(values), -MOST, MOST)
         else:
-            for j in range(n):
-                numbers[j] = min(max(np.rint(values[j]), -most), most)
-        pivot = np.float32(1.0 / pivots[i])
-        for j in range(n):
-            held = numbers[j] * steps[i]
-            errors[i - first, j] = (left[i, j] - held) * pivot
-            left[i, j] = held
-        for later in range(i + 1, last):
-            weight = upper[i, later]
-            for j in range(n):
-                left[later, j] -= weight * errors[i - first, j]
+            numbers = path_with_numpy(values, rows.code)
+        left[i] = numbers * step
+        errors[i - first] = (wanted - left[i]) / np.float32(rows.pivots[i])
+        left[i + 1 : last] -= rows.upper[i, i + 1 : last, None] * errors[i - first]
 
 
-@numba.njit(cache=True, nogil=True)
-def _follow_trellis(values, numbers, back, most):
-    """Whole numbers nearest to the values (n,) among the paths through the 8 states, from state 0, by Viterbi."""
-    n = len(values)
-    costs = np.full(8, np.inf, np.float32)
-    costs[0] = 0.0
-    after = np.empty(8, np.float32)
-    nearest = np.empty((n, 4), np.int32)
-    distance = np.empty(4, np.float32)
-    for j in range(n):
-        # the nearest number of every remainder by 4
-        for kind in range(4):
-            number = kind + 4 * int(np.rint((values[j] - kind) * np.float32(0.25)))
-            while number > 2 * most - 2:
-                number -= 4
-            while number < 2 - 2 * most:
-                number += 4
-            nearest[j, kind] = number
-            distance[kind] = (values[j] - number) ** 2
-        for state in range(8):
-            # from two states, of one parity, by numbers of different halves
-            before = (state & 3) << 1
-            odd = before >> 2
-            half = (state >> 2) ^ ((before >> 1) & 1)
-            even_way = costs[before] + distance[odd + 2 * half]
-            odd_way = costs[before + 1] + distance[odd + 2 * (half ^ 1)]
-            if odd_way < even_way:
-                after[state] = odd_way
-                back[j, state] = 1
-            else:
-                after[state] = even_way
-                back[j, state] = 0
-        least = after.min()
-        for state in range(8):
-            costs[state] = after[state] - least
-    state = np.argmin(costs)
-    for j in range(n - 1, -1, -1):
-        before = ((state & 3) << 1) + back[j, state]
-        odd = before >> 2
-        half = (state >> 2) ^ (before & 1) ^ ((before >> 1) & 1)
-        numbers[j] = nearest[j, odd + 2 * half]
-        state = before
+def path_with_numpy(values: np.ndarray, code: Code) -> np.ndarray:
+    """Whole numbers nearest to the values (n,) among the paths of a code, from state 0, by Viterbi: the reference.
+
+    A state is said by the last bits that chose the path, the oldest lowest, so those that come to states ``m`` and
+    ``m + n_states / 2`` are ``2 m`` and ``2 m + 1``.
+    """
+    half, kinds = code.n_states // 2, _kinds_of(code)
+    costs = np.full(code.n_states, np.inf)
+    costs[0] = 0
+    remainders, most = np.arange(4)[:, None], 2 * MOST - 2
+    values = np.clip(values.astype(np.float64), -most, most)
+    nearest = remainders + 4 * np.rint((values - remainders) / 4)
+    nearest += 4 * (nearest < -most) - 4 * (nearest > most)
+    distances = (values - nearest) ** 2
+    back = np.empty((len(values), code.n_states), np.uint8)
+    for j, distance in enumerate(distances.T):
+        same, other = distance[kinds], distance[kinds ^ 2]
+        ways = costs[::2] + np.concatenate([[same], [other]]), costs[1::2] + np.concatenate([[other], [same]])
+        back[j] = (ways[1] < ways[0]).ravel()
+        costs = np.minimum(*ways).ravel()
+    numbers, state = np.empty(len(values), np.int32), int(costs.argmin())
+    for j in range(len(values) - 1, -1, -1):
+        newest, m = divmod(state, half)
+        numbers[j] = nearest[kinds[m] ^ 2 * (int(back[j, state]) ^ newest), j]
+        state = 2 * m + int(back[j, state])
+    return numbers
+
+
+@functools.cache
+def _kinds_of(code: Code) -> np.ndarray:
+    """Kind of the number by which state ``2 m`` goes to ``m``, int32 (n_states / 2,).
+
+    Bits ``u`` choose a path: lower bits of its kinds are their products with the parity check of the upper ones, and
+    the other way round, so that both checks together come to nothing. The newest and the oldest bit change the upper
+    bit alone.
+    """
+    size = code.n_states.bit_length() - 1
+    # bit i of a state is u of size - i steps ago, which has coefficient size - i
+    lower, upper = (
+        [sum((check >> size - i & 1) * (state >> i & 1) for i in range(size)) & 1 for state in range(0, code.n_states, 2)]
+        for check in (code.upper, code.lower)
+    )
+    return np.array(lower, np.int32) + 2 * np.array(upper, np.int32)
+
+
+def _round_compiled(
+    library: ctypes.CDLL, left: np.ndarray, errors: np.ndarray, first: int, last: int, rows: Rows
+) -> None:
+    n_states = 1 if rows.code is None else rows.code.n_states
+    kinds = np.zeros(1, np.int32) if rows.code is None else _kinds_of(rows.code)
+    values, back = np.empty(left.shape[1], np.float32), np.empty((left.shape[1], max(1, n_states // 2)), np.uint8)
+    arrays = (rows.pivots, rows.steps, rows.columns, rows.upper, kinds, left, errors, values, back)
+    library.round_rows(
+        *(ctypes.c_int64(number) for number in (first, last, *left.shape, n_states, MOST)),
+        ctypes.c_double(rows.shrink),
+        *(ctypes.c_void_p(array.ctypes.data) for array in arrays),
+    )
+
+
+SOURCE = r"""
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__) && !defined(__clang__)
+#pragma GCC target("prefer-vector-width=512")
+#endif
+
+/* The number of a kind, which is its remainder by 4, that is nearest to a value. */
+static inline int32_t nearest(float value, int32_t kind, int32_t most) {
+    const float quarter = (value - (float)kind) * .25f;
+    const int32_t number = kind + 4 * (int32_t)(quarter + (quarter < 0 ? -.5f : .5f));
+    return number > 2 * most - 2 ? number - 4 : number < 2 - 2 * most ? number + 4 : number;
+}
+
+/* Viterbi: the path from state 0 that is nearest to n values, which its numbers take the places of.
+ *
+ * States 2 m and 2 m + 1 come to m and m + HALF, by numbers of two kinds: kinds[m], and the one two steps from it. Costs
+ * are floats above 0, which compare as whole numbers do; their last bit says which state was left, so the least one
+ * says it, too. */
+static inline __attribute__((always_inline)) void follow(const int states, int64_t n, float *values,
+                                                         const int32_t *kinds, int32_t most, uint8_t *back) {
+    enum { MOST_STATES = 256 };
+    const int half = states / 2;
+    float even[MOST_STATES / 2] __attribute__((aligned(64))), odd[MOST_STATES / 2] __attribute__((aligned(64)));
+    int32_t cost[MOST_STATES] __attribute__((aligned(64)));
+    for (int m = 0; m < half; m++) even[m] = odd[m] = 1e30f; /* out of reach */
+    even[0] = 0;
+    for (int64_t j = 0; j < n; j++) {
+        float d[4];
+        for (int kind = 0; kind < 4; kind++) {
+            const float e = values[j] - (float)nearest(values[j], kind, most);
+            d[kind] = e * e;
+        }
+        const float d0 = d[0], d1 = d[1], d2 = d[2], d3 = d[3];
+        for (int m = 0; m < half; m++) {
+            const float low = kinds[m] & 1 ? d1 : d0, high = kinds[m] & 1 ? d3 : d2;
+            const float same = kinds[m] & 2 ? high : low, other = kinds[m] & 2 ? low : high;
+            const float to_low[2] = {even[m] + same, odd[m] + other}, to_high[2] = {even[m] + other, odd[m] + same};
+            int32_t low0, low1, high0, high1;
+            memcpy(&low0, to_low, 4);
+            memcpy(&low1, to_low + 1, 4);
+            memcpy(&high0, to_high, 4);
+            memcpy(&high1, to_high + 1, 4);
+            low0 &= ~1, high0 &= ~1, low1 |= 1, high1 |= 1;
+            cost[m] = low0 < low1 ? low0 : low1;
+            cost[m + half] = high0 < high1 ? high0 : high1;
+        }
+        int32_t first = cost[0];
+        for (int s = 0; s < states; s++) first = first < cost[s] ? first : cost[s];
+        float least;
+        memcpy(&least, &first, 4);
+        for (int m = 0; m < half; m++) back[j * half + m] = (uint8_t)((cost[m] & 1) | (cost[m + half] & 1) << 1);
+        for (int m = 0; m < half; m++) {
+            float e, o;
+            memcpy(&e, cost + 2 * m, 4);
+            memcpy(&o, cost + 2 * m + 1, 4);
+            even[m] = e - least;
+            odd[m] = o - least;
+        }
+    }
+    int state = 0;
+    for (int s = 1; s < states; s++)
+        if ((cost[s] & ~1) < (cost[state] & ~1)) state = s;
+    for (int64_t j = n - 1; j >= 0; j--) {
+        const int newest = state >= half, m = state & (half - 1), left = back[j * half + m] >> newest & 1;
+        values[j] = (float)nearest(values[j], kinds[m] ^ (left ^ newest) << 1, most);
+        state = 2 * m + left;
+    }
+}
+
+/* Rows `first` to `last` of what is left of a weight (d_in, n), each rounded to whole numbers of its step, along the
+ * paths of a code of so many states (1: each number for itself), and the later ones making up for it. `upper` is the
+ * factor of the inverse Gram (d_in, d_in); `errors` (last - first, n) gets the error of each row over its pivot. */
+void round_rows(int64_t first, int64_t last, int64_t d_in, int64_t n, int64_t states, int64_t most, double shrink,
+                const double *pivots, const float *steps, const float *columns, const float *upper,
+                const int32_t *kinds, float *left, float *errors, float *values, uint8_t *back) {
+    for (int64_t i = first; i < last; i++) {
+        float *row = left + i * n, *error = errors + (i - first) * n;
+        double size = 0;
+        for (int64_t j = 0; j < n; j++) size += (double)(row[j] / columns[j]) * (row[j] / columns[j]);
+        const float scale = (float)(size / (double)n / ((double)steps[i] * steps[i])), inverse = 1 / steps[i];
+        for (int64_t j = 0; j < n; j++) {
+            const float variance = scale * columns[j] * columns[j];
+            const float value = row[j] * inverse * (variance / (variance + (float)shrink));
+            const float end = (float)(2 * most - 2);
+            values[j] = value < -end ? -end : value > end ? end : value;
+        }
+        if (states == 8) follow(8, n, values, kinds, (int32_t)most, back);
+        else if (states == 256) follow(256, n, values, kinds, (int32_t)most, back);
+        else
+            for (int64_t j = 0; j < n; j++) {
+                const float number = (float)(int32_t)(values[j] + (values[j] < 0 ? -.5f : .5f));
+                values[j] = number < (float)-most ? (float)-most : number > (float)most ? (float)most : number;
+            }
+        const float pivot = (float)(1 / pivots[i]);
+        for (int64_t j = 0; j < n; j++) {
+            const float held = values[j] * steps[i];
+            error[j] = (row[j] - held) * pivot;
+            row[j] = held;
+        }
+        for (int64_t later = i + 1; later < last; later++) {
+            float *to = left + later * n;
+            const float share = upper[i * d_in + later];
+            for (int64_t j = 0; j < n; j++) to[j] -= share * error[j];
+        }
+    }
+}
+"""

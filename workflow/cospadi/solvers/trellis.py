@@ -9,21 +9,17 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import logging
-import subprocess
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
-from cospadi.runtime import cospadi_cpu
 from cospadi.runtime.cospadi_trellis import N_STATES, VALUES, Trellis
 from cospadi.runtime.cospadi_values import from_upper_bits, upper_bits
 from cospadi.solvers._arrays import plus_diagonal
+from cospadi.solvers._compiled import compiled
 from cospadi.solvers._threads import one_blas_thread
 from cospadi.solvers.sparsegpt import DAMPING, inverse_factor
-
-logger = logging.getLogger("cospadi.solvers")
 
 # Inputs whose errors are fed forward at once
 PANEL = 48
@@ -178,9 +174,11 @@ def _error(wanted: np.ndarray, metric: np.ndarray, values: np.ndarray, rows: np.
 
 def _follower(bits: int) -> Callable[..., np.ndarray]:
     """``follow(row, units, weights)``: values (d_out,) of the path whose distance to the row, weighted, is least."""
-    library = _library()
+    library = compiled(SOURCE, "trellis")
     if library is None:
         return functools.partial(follow_with_numpy, bits=bits)
+    library.follow.argtypes = [ctypes.c_int64] * 2 + [ctypes.c_void_p] * 5
+    library.follow.restype = None
     kinds, halves = 1 << bits, N_STATES >> bits
     # of state ``new << (12 - bits) | middle << bits | low`` at (low, new, middle), as the source has them
     table = np.ascontiguousarray(
@@ -219,18 +217,6 @@ def follow_with_numpy(row: np.ndarray, units: np.ndarray, weights: np.ndarray, *
         before = state & halves - 1
         state = before << bits | int(back[j, before])
     return VALUES[states]
-
-
-@functools.cache
-def _library() -> ctypes.CDLL | None:
-    try:
-        library = cospadi_cpu.library(SOURCE, "auto")
-    except (OSError, subprocess.SubprocessError) as error:
-        logger.warning("trellis: NumPy, which is much slower, because no C compiler works (%s)", error)
-        return None
-    library.follow.argtypes = [ctypes.c_int64] * 2 + [ctypes.c_void_p] * 5
-    library.follow.restype = None
-    return library
 
 
 SOURCE = r"""
