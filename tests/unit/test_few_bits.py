@@ -450,6 +450,17 @@ def test_the_rate_is_hit(states, bits):
 
 
 @pytest.mark.parametrize("states", STATES)
+@pytest.mark.parametrize("bits", [1.5, 3, 4])
+def test_the_rate_is_hit_where_all_inputs_cost_alike(states, bits):
+    """Without data: their steps are the same, to the sixteenth of an octave that they are stored to."""
+    w = weight(192, 600)
+    found = factorize(w, None, method="ectcq", bits=bits, states=states)
+    assert bits - 0.01 - 64 / w.size <= 8 * found.nbytes / w.size <= bits
+    steps = np.asarray(found.scales)
+    assert steps.max() / steps.min() == pytest.approx(2 ** (1 / 16), rel=1e-3)
+
+
+@pytest.mark.parametrize("states", STATES)
 @pytest.mark.parametrize("bits", [0.7, 0.9])
 def test_few_passes_hit_the_rate_where_most_numbers_are_zero(states, bits):
     """There a step twice as long saves much less than a bit, the more so where few inputs carry all energy."""

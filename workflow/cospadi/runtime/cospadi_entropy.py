@@ -35,9 +35,9 @@ _IN_TABLE, _WIDEST = 127, 12
 # The largest number that can be stored, halved for the trellis
 MOST = _IN_TABLE << _WIDEST
 # Steps: so many to an octave, the tenth of a bit exact; a byte has 16 octaves of them
-_OCTAVE = 16
-_MANTISSAS = np.array([round(2 ** (i / _OCTAVE) * 512) / 512 for i in range(_OCTAVE)], np.float64)
-_STEPS = np.ldexp(np.tile(_MANTISSAS, 256 // _OCTAVE), np.repeat(np.arange(256 // _OCTAVE), _OCTAVE))
+OCTAVE = 16
+_MANTISSAS = np.array([round(2 ** (i / OCTAVE) * 512) / 512 for i in range(OCTAVE)], np.float64)
+_STEPS = np.ldexp(np.tile(_MANTISSAS, 256 // OCTAVE), np.repeat(np.arange(256 // OCTAVE), OCTAVE))
 # Numbers a stream has, about; streams are decoded by several threads
 _STREAM = 1 << 16
 # A table for fewer numbers costs more than it saves
@@ -334,7 +334,7 @@ def _has_its_checksum(data: np.ndarray) -> bool:
 def steps_near(wanted: np.ndarray) -> np.ndarray:
     """The steps that can be stored nearest to those wanted (k,), within 16 octaves below the largest: float32."""
     exponent = int(np.floor(np.log2(wanted.max()))) - 15
-    nearest = np.rint(_OCTAVE * (np.log2(np.maximum(wanted, 2.0**-200)) - exponent)).clip(0, 255).astype(np.uint8)
+    nearest = np.rint(OCTAVE * (np.log2(np.maximum(wanted, 2.0**-200)) - exponent)).clip(0, 255).astype(np.uint8)
     return _steps(exponent, nearest)
 
 
@@ -344,7 +344,7 @@ def _steps(exponent: int, stored: np.ndarray) -> np.ndarray:
 
 def _step_bytes(steps: np.ndarray) -> tuple[int, bytes]:
     exponent = int(np.floor(np.log2(steps.max()))) - 15
-    stored = np.rint(_OCTAVE * (np.log2(steps.astype(np.float64)) - exponent)).clip(0, 255).astype(np.uint8)
+    stored = np.rint(OCTAVE * (np.log2(steps.astype(np.float64)) - exponent)).clip(0, 255).astype(np.uint8)
     if not np.array_equal(_steps(exponent, stored), steps):
         raise ValueError("steps are not those that can be stored")
     return exponent, stored.tobytes()

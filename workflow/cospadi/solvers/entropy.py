@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cospadi.errors import ConfigError
-from cospadi.runtime.cospadi_entropy import MOST, Code, Entropy, steps_near
+from cospadi.runtime.cospadi_entropy import MOST, OCTAVE, Code, Entropy, steps_near
 from cospadi.solvers._compiled import compiled
 from cospadi.solvers._threads import one_blas_thread
 from cospadi.solvers.sparsegpt import DAMPING, inverse_factor
@@ -30,6 +30,7 @@ SHRINK = {False: 0.083, True: 0.267}
 # Bits a weight that the search may leave, eight bytes besides, and passes it may take
 NEAR = 0.01
 MAX_PASSES = 12
+_GOLDEN = (math.sqrt(5) - 1) / 2
 # Bits that a step twice as long saves: one where there are many of them, fewer where most numbers are zero already.
 # Only factors that are far apart say how many
 SAVED, FAR_APART = (0.1, 1.0), 0.05
@@ -86,8 +87,12 @@ def quantize(
     logarithms = _logarithms(ordered, pivots, columns)
     live = np.isfinite(logarithms)
 
+    uneven = np.zeros(d_in)
+    if np.ptp(np.log2(pivots)) < 1 / OCTAVE:  # to which steps are stored: not all are to change at once
+        uneven = np.arange(d_in) * _GOLDEN % 1 / OCTAVE
+
     def attempt(factor: float) -> Found:
-        steps = steps_near(2.0**factor * pivots)
+        steps = steps_near(2.0 ** (factor + uneven) * pivots)
         codes = np.empty_like(weight)
         codes[order] = _rounded(ordered, upper, pivots, steps, columns, codec.code)
         stored = np.empty(d_in, np.float32)
