@@ -401,7 +401,7 @@ def test_rounding_in_c_is_that_of_the_reference(states):
     wanted[7, 9], wanted[8, 9] = 1e9, -1e9  # beyond any number
     upper = np.triu(rng.normal(size=(d_in, d_in))).astype(np.float32)
     pivots = np.exp(rng.normal(size=d_in))
-    rows = Rows(upper, pivots, steps_near(0.3 * pivots), np.exp(rng.normal(size=d_out)).astype(np.float32), code)
+    rows = Rows(upper, steps_near(0.3 * pivots), np.exp(rng.normal(size=d_out)).astype(np.float32), pivots, code)
     in_c = functools.partial(entropy._round_compiled, compiled(SOURCE, "entropy-coded rounding"))
     for i in range(d_in):  # one by one: paths that are as near lead to others
         left, errors = [wanted.copy(), wanted.copy()], np.empty((2, 1, d_out), np.float32)

@@ -60,7 +60,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     ),
 }
 
-# Measured on 576 x 1536 (AMD EPYC with AVX-512; with AVX2 its path takes a seventh more), a pass of one core, and what a
+# Measured on 576 x 1536 (AMD EPYC with AVX-512; paths take a seventh more with AVX2), a pass of one core, and what a
 # search needs mostly
 _SECONDS_A_NUMBER, _PASSES = 2.0e-7, 4
 

@@ -85,8 +85,8 @@ CODES = {code.n_states: code for code in (Code(8, 0o15, 0o2), Code(256, 0o515, 0
 
 
 class Entropy(Codec):
-    """One tensor of bytes: header, steps, scales, tables, streams. `code`: whose paths numbers follow, if any; `scaled`:
-    whether columns have scales besides, a tensor of their own as those of integers.
+    """One tensor of bytes: header, steps, scales, tables, streams. `code`: whose paths numbers follow, if any;
+    `scaled`: whether columns have scales besides, a tensor of their own as those of integers.
     """
 
     dtype, bits, whole, variable = "U8", 8, True, True

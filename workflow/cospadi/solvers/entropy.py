@@ -30,6 +30,8 @@ SHRINK = {False: 0.083, True: 0.267}
 # Bits a weight that the search may leave, eight bytes besides, and passes it may take
 NEAR = 0.01
 MAX_PASSES = 12
+# Of the trellis: what the C source is compiled for
+_STATES_IN_C = (1, 8, 256)
 _GOLDEN = (math.sqrt(5) - 1) / 2
 # Bits that a step twice as long saves: one where there are many of them, fewer where most numbers are zero already.
 # Only factors that are far apart say how many
@@ -188,9 +190,11 @@ def _rounded(
     """Weight (d_in, d_out) rounded row after row, what is left to do for later rows added to them."""
     left = weight.copy()
     errors = np.empty((PANEL, weight.shape[1]), np.float32)
-    rows = Rows(upper, pivots, steps, columns.astype(np.float32), code)
+    single = (np.ascontiguousarray(part, np.float32) for part in (upper, steps, columns))
+    rows = Rows(*single, np.ascontiguousarray(pivots, np.float64), code)
     library = compiled(SOURCE, "entropy-coded rounding")
-    round_panel = round_with_numpy if library is None else functools.partial(_round_compiled, library)
+    in_c = library is not None and rows.n_states in _STATES_IN_C
+    round_panel = functools.partial(_round_compiled, library) if in_c else round_with_numpy
     for first in range(0, len(weight), PANEL):
         last = min(first + PANEL, len(weight))
         round_panel(left, errors, first, last, rows)
@@ -199,15 +203,20 @@ def _rounded(
 
 
 class Rows(NamedTuple):
-    """What rounding the rows of a weight (d_in, d_out) asks for: the factor of the inverse Gram (d_in, d_in), its
-    diagonal, steps (d_in,), sizes of the columns (d_out,), and the code whose paths numbers follow.
+    """What rounding the rows of a weight (d_in, d_out) asks for: the factor of the inverse Gram (d_in, d_in), steps
+    (d_in,), and sizes of the columns (d_out,), all float32; the factor's diagonal, float64; the code whose paths
+    numbers follow.
     """
 
     upper: np.ndarray
-    pivots: np.ndarray
     steps: np.ndarray
     columns: np.ndarray
+    pivots: np.ndarray
     code: Code | None
+
+    @property
+    def n_states(self) -> int:
+        return 1 if self.code is None else self.code.n_states
 
     @property
     def shrink(self) -> float:
@@ -222,11 +231,8 @@ def round_with_numpy(left: np.ndarray, errors: np.ndarray, first: int, last: int
         step, wanted = rows.steps[i], left[i].copy()
         variance = ((wanted / rows.columns) ** 2).mean(dtype=np.float64) / float(step) ** 2 * rows.columns**2
         values = wanted / step * (variance / (variance + rows.shrink)).astype(np.float32)
-        if rows.code is None:
-            numbers = np.clip(np.rint(values), -MOST, MOST)
-        else:
-            numbers = path_with_numpy(values, rows.code)
-        left[i] = numbers * step
+        each = np.clip(np.rint(values), -MOST, MOST)
+        left[i] = step * (each if rows.code is None else path_with_numpy(values, rows.code))
         errors[i - first] = (wanted - left[i]) / np.float32(rows.pivots[i])
         left[i + 1 : last] -= rows.upper[i, i + 1 : last, None] * errors[i - first]
 
@@ -270,7 +276,10 @@ def _kinds_of(code: Code) -> np.ndarray:
     size = code.n_states.bit_length() - 1
     # bit i of a state is u of size - i steps ago, which has coefficient size - i
     lower, upper = (
-        [sum((check >> size - i & 1) * (state >> i & 1) for i in range(size)) & 1 for state in range(0, code.n_states, 2)]
+        [
+            sum((check >> size - i & 1) * (state >> i & 1) for i in range(size)) & 1
+            for state in range(0, code.n_states, 2)
+        ]
         for check in (code.upper, code.lower)
     )
     return np.array(lower, np.int32) + 2 * np.array(upper, np.int32)
@@ -279,12 +288,11 @@ def _kinds_of(code: Code) -> np.ndarray:
 def _round_compiled(
     library: ctypes.CDLL, left: np.ndarray, errors: np.ndarray, first: int, last: int, rows: Rows
 ) -> None:
-    n_states = 1 if rows.code is None else rows.code.n_states
     kinds = np.zeros(1, np.int32) if rows.code is None else _kinds_of(rows.code)
-    values, back = np.empty(left.shape[1], np.float32), np.empty((left.shape[1], max(1, n_states // 2)), np.uint8)
+    values, back = np.empty(left.shape[1], np.float32), np.empty((left.shape[1], max(1, rows.n_states // 2)), np.uint8)
     arrays = (rows.pivots, rows.steps, rows.columns, rows.upper, kinds, left, errors, values, back)
     library.round_rows(
-        *(ctypes.c_int64(number) for number in (first, last, *left.shape, n_states, MOST)),
+        *(ctypes.c_int64(number) for number in (first, last, *left.shape, rows.n_states, MOST)),
         ctypes.c_double(rows.shrink),
         *(ctypes.c_void_p(array.ctypes.data) for array in arrays),
     )
@@ -307,8 +315,8 @@ static inline int32_t nearest(float value, int32_t kind, int32_t most) {
 
 /* Viterbi: the path from state 0 that is nearest to n values, which its numbers take the places of.
  *
- * States 2 m and 2 m + 1 come to m and m + HALF, by numbers of two kinds: kinds[m], and the one two steps from it. Costs
- * are floats above 0, which compare as whole numbers do; their last bit says which state was left, so the least one
+ * States 2 m and 2 m + 1 come to m and m + half, by numbers of two kinds: kinds[m], and the one two steps from it.
+ * Costs are floats above 0, which compare as whole numbers do; their last bit says which state was left, so the least one
  * says it, too. */
 static inline __attribute__((always_inline)) void follow(const int states, int64_t n, float *values,
                                                          const int32_t *kinds, int32_t most, uint8_t *back) {
