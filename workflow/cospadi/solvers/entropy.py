@@ -316,8 +316,8 @@ static inline int32_t nearest(float value, int32_t kind, int32_t most) {
 /* Viterbi: the path from state 0 that is nearest to n values, which its numbers take the places of.
  *
  * States 2 m and 2 m + 1 come to m and m + half, by numbers of two kinds: kinds[m], and the one two steps from it.
- * Costs are floats above 0, which compare as whole numbers do; their last bit says which state was left, so the least one
- * says it, too. */
+ * Costs are floats above 0, which compare as whole numbers do; their last bit says which state was left, so the least
+ * one says it, too. */
 static inline __attribute__((always_inline)) void follow(const int states, int64_t n, float *values,
                                                          const int32_t *kinds, int32_t most, uint8_t *back) {
     enum { MOST_STATES = 256 };
