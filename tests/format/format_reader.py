@@ -214,7 +214,7 @@ def read_matrix(tensors: dict[str, np.ndarray], name: str, spec: dict[str, Any],
 
 
 # By states of a trellis: whether numbers are odd in a state, and the state after a number n with half = n // 2. The rule
-# of 8 is the first that there was; docs/format.md says it in other words, which allow the same numbers
+# of 8 is the oldest; docs/format.md says it in other words, which allow the same numbers
 IS_ODD = {1: lambda s: 0, 8: lambda s: s >> 2, 256: lambda s: s % 2}
 AFTER = {
     1: lambda s, half: 0,
