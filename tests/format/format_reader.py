@@ -213,8 +213,8 @@ def read_matrix(tensors: dict[str, np.ndarray], name: str, spec: dict[str, Any],
     return dictionary @ rows.T + sum(more)
 
 
-# By states of a trellis: whether numbers are odd in a state, and the state after a number n with half = n // 2. The rule
-# of 8 is the oldest; docs/format.md says it in other words, which allow the same numbers
+# By states of a trellis: whether numbers are odd in a state, and the state after a number n with half = n // 2. Of 8
+# states the oldest rule; docs/format.md says it in other words, which allow the same numbers
 IS_ODD = {1: lambda s: 0, 8: lambda s: s >> 2, 256: lambda s: s % 2}
 AFTER = {
     1: lambda s, half: 0,
