@@ -153,7 +153,7 @@ def profiles_of(method: Method, problems: list[Problem], options: dict) -> list[
 
 
 def test_one_step_for_the_model_gives_a_bit_for_four_times_the_price():
-    method, options = METHODS["ectcq"], {"trellis": True, "damping": 0.01}
+    method, options = METHODS["ectcq"], {"states": 8, "damping": 0.01}
     problems = [step_problem(layer, price) for layer, price in enumerate([1.0, 4.0, 16.0])]
     profiles = profiles_of(method, problems, options)
     nbytes = nbytes_left([shape for one in profiles for shape in one.shapes], 1 - 4 / 16)
@@ -172,7 +172,7 @@ def test_one_step_for_the_model_gives_a_bit_for_four_times_the_price():
 
 
 def test_no_matrix_is_left_without_bits():
-    method, options = METHODS["ectcq"], {"trellis": True, "damping": 0.01}
+    method, options = METHODS["ectcq"], {"states": 8, "damping": 0.01}
     problems = [step_problem(layer, price) for layer, price in enumerate([1e-12, 1.0])]
     profiles = profiles_of(method, problems, options)
     nbytes = nbytes_left([shape for one in profiles for shape in one.shapes], 1 - 2 / 16)
@@ -185,7 +185,7 @@ def test_no_matrix_is_left_without_bits():
 @pytest.mark.parametrize(("d_in", "d_out"), [(24, 256), (96, 256), (576, 256)])
 def test_what_a_matrix_is_left_with_is_enough_for_it(d_in, d_out):
     """Steps, tables and scales of columns counted."""
-    method, options = METHODS["ectcq"], {"trellis": True, "damping": 0.01}
+    method, options = METHODS["ectcq"], {"states": 8, "damping": 0.01}
     problems = [step_problem(layer, price, d_in=d_in, column_power=0.5) for layer, price in enumerate([1e-12, 1.0])]
     profiles = profiles_of(method, problems, options)
     nbytes = nbytes_left([shape for one in profiles for shape in one.shapes], 1 - 4 / 16)

@@ -22,9 +22,10 @@ ON_GPU, TOKENS = 259_300, 64
 VARIANTS = {
     "rtn-3.25": ({"method": "rtn", "bits": 3.25}, "int3"),
     "gptq-3.25": ({"method": "gptq", "bits": 3.25}, "int3"),
-    "ectcq-3.25": ({"method": "ectcq", "bits": 3.25}, "ectcq"),
+    "ectcq-3.25": ({"method": "ectcq", "bits": 3.25}, "ectcq256"),
+    "ectcq_8-3.25": ({"method": "ectcq", "bits": 3.25, "states": 8}, "ectcq"),
     "trellis-3.5": ({"method": "trellis", "budget": f"{ON_GPU / 1000}KB on the GPU with {TOKENS} tokens"}, "trellis3"),
-    "scalar-4": ({"method": "ectcq", "budget": f"{BUDGET / 1000}KB", "trellis": False}, "ec"),
+    "scalar-4": ({"method": "ectcq", "budget": f"{BUDGET / 1000}KB", "states": 1}, "ec"),
     "gptq-zeros": ({"method": "gptq", "bits": 2.3, "symmetric": False, "act_order": True}, "uint2"),
     "awq-3.5": ({"method": "rtn", "bits": 3.5, "scale_inputs": True}, "int3"),
     "entquant-3.5": ({"method": "entquant", "bits": 3.5}, "ec_scaled"),
@@ -91,6 +92,7 @@ def test_what_was_learned_is_what_is_stored(run):
     assert (
         errors["scalar-4"]
         < errors["ectcq-3.25"]
+        < errors["ectcq_8-3.25"]
         < errors["trellis-3.5"]
         < errors["gptq-3.25"]
         < errors["awq-3.5"]
