@@ -228,8 +228,20 @@ def read_stream(data: bytes, k: int, d_out: int, n_states: int) -> np.ndarray:
     trellis = n_states > 1
     need(len(data) >= 24 and zlib.crc32(data[4:]) == int.from_bytes(data[:4], "little"), "checksum")
     _, rows, columns, per_stream, exponent, first, n_buckets, n_wide, n_table = struct.unpack("<IIIHhBBHI", data[:24])
+    is_deflated, per_stream = per_stream % 2, per_stream - per_stream % 2
     need((rows, columns) == (k, d_out) and n_buckets and per_stream and per_stream % 8 == 0, "header")
     need(-100 <= exponent <= 100, "exponent")
+    if is_deflated:
+        end = 28 + int.from_bytes(data[24:28], "little")
+        need(end <= len(data), "short")
+        stream = zlib.decompressobj(-15)
+        try:
+            beside = stream.decompress(data[28:end])
+        except zlib.error as error:
+            raise Refused("deflated bytes") from error
+        need(stream.eof and not stream.unused_data, "deflated bytes")
+        need(len(beside) == 2 * k + d_out + 5 * n_wide + n_table, "deflated bytes")
+        data = data[:24] + beside + data[end:]
     at, kinds, tables = 24, 1 + trellis, []
     steps, at = data[at : at + k], at + k
     row, at = data[at : at + k], at + k

@@ -21,7 +21,7 @@ from cospadi.errors import ConfigError
 from cospadi.files import BFLOAT16
 from cospadi.formats.factorization import Factorization, unpack
 from cospadi.methods import METHODS
-from cospadi.runtime import cospadi_cpu
+from cospadi.runtime import cospadi_cpu, cospadi_entropy
 from cospadi.runtime.cospadi_entropy import CODES, MOST, Code, DamagedStreamError, _parsed, steps_near
 from cospadi.runtime.cospadi_integers import Integers
 from cospadi.runtime.cospadi_registry import CODECS, FACTOR_CODECS
@@ -302,7 +302,59 @@ def test_large_matrices_have_several_streams(codec, coder):
             CODECS[codec].unpack(damaged, 0)
 
 
-def test_tables_that_are_none_are_refused(coder):
+@pytest.fixture
+def plain(monkeypatch):
+    """Steps, scales and tables are written as they are, not deflated: files may have them so, too."""
+    monkeypatch.setattr(cospadi_entropy, "_deflated", lambda beside: beside)
+
+
+@pytest.mark.parametrize("codec", STREAMS)
+def test_steps_scales_and_tables_are_deflated_where_that_is_less(codec, coder, monkeypatch):
+    for k, d_out, is_less in ((1, 1, False), (96, 400, True)):
+        codes, steps = random_codes(1, k, d_out, 1.0, codec)
+        deflated = CODECS[codec].pack_codes(codes, steps)
+        with monkeypatch.context() as patch:
+            patch.setattr(cospadi_entropy, "_deflated", lambda beside: beside)
+            plain = CODECS[codec].pack_codes(codes, steps)
+        assert (len(deflated) < len(plain)) == is_less
+        for stored in (deflated, plain):
+            np.testing.assert_array_equal(CODECS[codec].unpack(stored, 0).reshape(d_out, k).T, codes)
+            assert not list(CODECS[codec].faults_of(stored, codes.shape))
+
+
+def test_what_does_not_inflate_to_what_its_header_says_is_refused(coder):
+    codes, steps = random_codes(1, 96, 400, 1.0, "ec")
+    stored = CODECS["ec"].pack_codes(codes, steps)
+    size = int.from_bytes(stored[24:28].tobytes(), "little")
+    beside, behind = zlib.decompress(stored[28 : 28 + size].tobytes(), -15), stored[28 + size :].tobytes()
+
+    def with_beside(deflated: bytes, size: int | None = None) -> np.ndarray:
+        length = (len(deflated) if size is None else size).to_bytes(4, "little")
+        body = stored[4:24].tobytes() + length + deflated + behind
+        return np.frombuffer(zlib.crc32(body).to_bytes(4, "little") + body, np.uint8)
+
+    deflate = cospadi_entropy._deflated
+    np.testing.assert_array_equal(CODECS["ec"].unpack(with_beside(deflate(beside)), 0).reshape(400, 96).T, codes)
+    for wrong in (
+        with_beside(deflate(beside[:-1])),
+        with_beside(deflate(beside + b"1")),
+        with_beside(deflate(beside) + b"1"),
+        with_beside(deflate(beside)[:-1]),
+        with_beside(b"\xff" + deflate(beside)[1:]),
+        with_beside(deflate(beside), 2**32 - 1),
+        with_beside(b""),
+    ):
+        assert list(CODECS["ec"].faults_of(wrong, codes.shape)) == ["is cut short, or its header is wrong"]
+        with pytest.raises(ValueError, match="is cut short, or its header is wrong"):
+            CODECS["ec"].unpack(wrong, 0)
+    # a header that asks for more than any deflated bytes can be is refused before there is room for it
+    huge = stored.copy()
+    huge[4:12] = np.frombuffer(np.array([2**31, 2**31], "<u4").tobytes(), np.uint8)
+    with pytest.raises(ValueError, match="is cut short, or its header is wrong"):
+        CODECS["ec"].unpack(huge, 0)
+
+
+def test_tables_that_are_none_are_refused(coder, plain):
     codes, steps = random_codes(0, 9, 20, 1.0, "ec")
     for change, fault in (
         (lambda tables: np.put(tables, 1, tables[1] ^ 1), "has a table whose frequencies do not make a whole"),

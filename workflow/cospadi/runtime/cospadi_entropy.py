@@ -48,6 +48,11 @@ _FEW_LARGER = 1024
 _FEW_MORE = 16
 _NONE = np.empty(0, np.int64)
 _HEADER = struct.Struct("<IIIHhBBHI")
+_SIZE = struct.Struct("<I")
+# Levels are written in multiples of this, of 8 that a bucket has: more would take more bytes than it saves
+_FINEST = 4
+# What deflated bytes can be at most, of each
+_MOST_INFLATED = 1032
 _WIDE = np.dtype([("row", "<u4"), ("bits", "u1")])
 
 
@@ -152,8 +157,11 @@ class Entropy(Codec):
         exceptions = np.zeros(int(np.count_nonzero(wide)), _WIDE)
         exceptions["row"], exceptions["bits"] = np.nonzero(wide)[0], wide[wide > 0]
         sizes = (len(exceptions), len(table_bytes))
-        body = _HEADER.pack(0, rows, columns, per_stream, exponent, first, n_buckets, *sizes)[4:]
-        body += step_bytes + levels.tobytes() + exceptions.tobytes() + table_bytes
+        beside = step_bytes + levels.tobytes() + exceptions.tobytes() + table_bytes
+        deflated = _deflated(beside)
+        is_smaller = _SIZE.size + len(deflated) < len(beside)
+        body = _HEADER.pack(0, rows, columns, per_stream | is_smaller, exponent, first, n_buckets, *sizes)[4:]
+        body += _SIZE.pack(len(deflated)) + deflated if is_smaller else beside
         body += np.array([len(stream) for stream in streams], "<u4").tobytes() + b"".join(streams)
         return np.frombuffer(struct.pack("<I", zlib.crc32(body)) + body, np.uint8)
 
@@ -284,17 +292,21 @@ def _parsed(data: np.ndarray) -> _Parsed:
     if len(data) < _HEADER.size:
         raise ValueError(f"has {len(data)} bytes, fewer than its header")
     _, rows, columns, per_stream, exponent, first, n_buckets, n_wide, n_table = _HEADER.unpack_from(data)
-    n_streams = -(-rows // per_stream) if per_stream else 0
-    after = _HEADER.size + 2 * rows + columns + _WIDE.itemsize * n_wide + n_table + 4 * n_streams
+    is_deflated, per_stream = per_stream & 1, per_stream & ~1
     # a table has a byte at least
-    if not (rows and columns and per_stream and 0 < n_buckets <= n_table) or per_stream % _LANES or after > len(data):
-        raise ValueError("is cut short, or its header is wrong")
-    at = _HEADER.size
-    step_bytes, levels = data[at : at + rows], data[at + rows : at + 2 * rows + columns]
-    at += 2 * rows + columns
+    if not (rows and columns and per_stream and 0 < n_buckets <= n_table) or per_stream % _LANES:
+        raise ValueError(_NO_HEADER)
+    n_streams, n_beside = -(-rows // per_stream), 2 * rows + columns + _WIDE.itemsize * n_wide + n_table
+    beside, after = (_inflated if is_deflated else _as_it_is)(data, n_beside)
+    if after + 4 * n_streams > len(data):
+        raise ValueError(_NO_HEADER)
+    sizes = np.frombuffer(data, "<u4", n_streams, after).astype(np.int64)
+    after += 4 * n_streams
+    step_bytes, levels = beside[:rows], beside[rows : 2 * rows + columns]
+    at = 2 * rows + columns
     wide = np.zeros(rows, np.uint8)
     if n_wide:
-        exceptions = np.frombuffer(data, _WIDE, n_wide, at)
+        exceptions = np.frombuffer(beside, _WIDE, n_wide, at)
         at += exceptions.nbytes
         wide_rows, bits = exceptions["row"].astype(np.int64), exceptions["bits"]
         if (np.diff(wide_rows, prepend=-1) < 1).any() or (wide_rows >= rows).any():
@@ -302,9 +314,7 @@ def _parsed(data: np.ndarray) -> _Parsed:
         if (bits < 1).any() or (bits > _WIDEST).any():
             raise ValueError("has wide rows of more bits than any")
         wide[wide_rows] = bits
-    tables = data[at : at + n_table]
-    at += n_table
-    sizes = np.frombuffer(data, "<u4", n_streams, at).astype(np.int64)
+    tables = beside[at:]
     edges = np.zeros(n_streams + 1, np.int64)
     np.cumsum(sizes, out=edges[1:])
     edges += after
@@ -314,6 +324,41 @@ def _parsed(data: np.ndarray) -> _Parsed:
         raise ValueError("has steps that no weight needs")
     contexts = _Levels(first, n_buckets, levels, wide)
     return _Parsed(rows, columns, per_stream, _steps(exponent, step_bytes), contexts, tables, edges, data)
+
+
+def _as_it_is(data: np.ndarray, size: int) -> tuple[np.ndarray, int]:
+    """So many bytes behind the header, and where what follows begins."""
+    beside = data[_HEADER.size :][:size]
+    if len(beside) < size:
+        raise ValueError(_NO_HEADER)
+    return beside, _HEADER.size + size
+
+
+def _inflated(data: np.ndarray, size: int) -> tuple[np.ndarray, int]:
+    """`_as_it_is` of bytes that are deflated there."""
+    if len(data) < _HEADER.size + _SIZE.size:
+        raise ValueError(_NO_HEADER)
+    (n_deflated,) = _SIZE.unpack_from(data, _HEADER.size)
+    after = _HEADER.size + _SIZE.size + n_deflated
+    stored = data[_HEADER.size + _SIZE.size : after].tobytes()
+    if len(stored) < n_deflated or size > _MOST_INFLATED * n_deflated:
+        raise ValueError(_NO_HEADER)
+    stream = zlib.decompressobj(-zlib.MAX_WBITS)
+    try:
+        beside = stream.decompress(stored, size)
+        # the end may be all that is left, which gives nothing more
+        ends = stream.eof or (not stream.decompress(stream.unconsumed_tail, 1) and stream.eof)
+    except zlib.error:
+        raise ValueError(_NO_HEADER) from None
+    if len(beside) != size or not ends or stream.unused_data:
+        raise ValueError(_NO_HEADER)
+    return np.frombuffer(beside, np.uint8), after
+
+
+def _deflated(beside: bytes) -> bytes:
+    """RFC 1951, without a header."""
+    stream = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS, 9)
+    return stream.compress(beside) + stream.flush()
 
 
 def _of_shape(data: np.ndarray, shape: tuple[int, int]) -> _Parsed:
@@ -365,9 +410,9 @@ def _levels(codes: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, int, int]
         row = np.maximum((squares / column).mean(1), tiny)
         column = np.maximum((squares / row[:, None]).mean(0), tiny)
     logs = [8 * np.log2(row.astype(np.float64)) - 16 * np.log2(steps.astype(np.float64)), 8 * np.log2(column)]
+    logs = [_FINEST * np.rint(part / _FINEST) for part in logs]
     # a row or column of zeros is the least of all
-    floors = [part.max() - 255 for part in logs]
-    levels = [np.rint(np.maximum(part, floor)) for part, floor in zip(logs, floors, strict=True)]
+    levels = [np.maximum(part, part.max() - 255 // _FINEST * _FINEST) for part in logs]
     lows = [part.min() for part in levels]
     rows, columns = (np.bincount((part - low).astype(np.int64)) for part, low in zip(levels, lows, strict=True))
     # how many rows and columns have each sum of levels
@@ -434,6 +479,7 @@ _FAULTS_OF_TABLES = (
     "has tables that are cut short",
     "has bytes behind its tables",
 )
+_NO_HEADER = "is cut short, or its header is wrong"
 _NO_END = "has a stream that does not end where it should"
 _NO_CHECKSUM = "is damaged: its checksum is another"
 # by the numbers that the source gives them
