@@ -17,7 +17,7 @@ def main(snakemake, log):
         windows, fraction = Path(snakemake.input.windows), params.collection["heldout_fraction"]
         codes, device = codes_of(variants, params.units), choose_device(params.device)
         # what a swap changes is less than other dtypes round
-        dtype = "float32" if trials else "auto"
+        dtype = "float32" if trials else params.dtype
         model = PartsModel(Path(snakemake.input.model), windows, fraction, codes, device, dtype)
         search = Search(trials, model.divergence, model.seed % 2**63) if trials else None
         size = size if trials else Target(settings["max_perplexity_increase"], model.increase)

@@ -60,7 +60,7 @@ def run(new_run: Callable[..., Run]) -> Run:
         "mix": {"method": "choose", "ratio": MIXED, "choose_from": CHOICES, "search": 12},
         "close": {"method": "choose", "max_perplexity_increase": INCREASE, "choose_from": CHOICES},
     }
-    run.config["evaluation"] |= {"generate": None}
+    run.config["evaluation"] |= {"generate": None, "dtype": "float32"}
     run.config["layers_per_job"] = 3
     run.config["calibration"]["heldout_fraction"] = 0.25
     run.snakemake()

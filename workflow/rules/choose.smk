@@ -25,6 +25,7 @@ rule choose_variants:
         units=lambda wildcards: plan.units(wildcards.variant),
         settings=lambda wildcards: config["variants"][wildcards.variant],
         collection=plan.collection(),
+        dtype=config["evaluation"]["dtype"],
         device=config["device"],
         code=plan.code("choose"),
     message:

@@ -26,7 +26,7 @@ from cospadi.work import Work, in_all
 # Matrices by name, as stored, to the nats a token that they cost the model when they alone are exchanged
 Measure = Callable[[Mapping[str, np.ndarray]], float]
 
-# A size of which less is used is only asked for as far as it is; of more the very same is learned again
+# A size of which less is used is only asked for as far as it is
 _USED = 0.95
 
 
@@ -57,16 +57,19 @@ def profile(
     """
     if options.get("max_seconds") is not None:
         options["max_seconds"] /= len(sizes)
+
+    def learned(size: int) -> tuple[int, float]:
+        factors = method.fit(problem, size, Fit(storage=storage, device=device), **options)
+        factors = [matrix.restored(one) for matrix, one in zip(problem.matrices, factors, strict=True)]
+        return _stored(problem, factors, measure)
+
     found: dict[int, float] = {}
     for size in _bytes_of(sizes, nbytes, problem.shapes):
-        try:
-            factors = method.fit(problem, size, Fit(storage=storage, device=device), **options)
-        except ConfigError:  # too few bytes for this matrix are none of its choices
-            continue
-        factors = [matrix.restored(one) for matrix, one in zip(problem.matrices, factors, strict=True)]
-        taken, rise = _stored(problem, factors, measure)
-        size = size if taken > _USED * size else taken
-        found[size] = min(rise, found.get(size, rise))
+        with contextlib.suppress(ConfigError):  # too few bytes for this matrix are none of its choices
+            taken, rise = learned(size)
+            while taken <= _USED * size:  # a search for fewer bytes need not end where that for more did
+                size, (taken, rise) = taken, learned(taken)
+            found[size] = min(rise, found.get(size, rise))
     return {"points": sorted(found.items()), "as_is": _as_is(problem, storage, measure)}
 
 
