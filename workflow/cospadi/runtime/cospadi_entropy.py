@@ -49,7 +49,7 @@ _FEW_MORE = 16
 _NONE = np.empty(0, np.int64)
 _HEADER = struct.Struct("<IIIHhBBHI")
 _SIZE = struct.Struct("<I")
-# Levels are written in multiples of this, of 8 that a bucket has: more would take more bytes than it saves
+# Levels are written in multiples of this, of 8 that a bucket has: finer ones would take more bytes than they save
 _FINEST = 4
 # What deflated bytes can be at most, of each
 _MOST_INFLATED = 1032
@@ -345,12 +345,10 @@ def _inflated(data: np.ndarray, size: int) -> tuple[np.ndarray, int]:
         raise ValueError(_NO_HEADER)
     stream = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
-        beside = stream.decompress(stored, size)
-        # the end may be all that is left, which gives nothing more
-        ends = stream.eof or (not stream.decompress(stream.unconsumed_tail, 1) and stream.eof)
+        beside = stream.decompress(stored, size + 1)  # with room for one more the end is read as well
     except zlib.error:
         raise ValueError(_NO_HEADER) from None
-    if len(beside) != size or not ends or stream.unused_data:
+    if len(beside) != size or not stream.eof or stream.unused_data:
         raise ValueError(_NO_HEADER)
     return np.frombuffer(beside, np.uint8), after
 
