@@ -30,6 +30,7 @@ def main(snakemake, log):
             drift=next(map(Path, job.drift), None),
             allotted=next(iter(allocations), None),
             streams=streams,
+            code=params.code,
             **how,
         )
     say(f"{snakemake.wildcards.variant}: {progress(made.diagnostics, len(structure['layers']))}")

@@ -29,6 +29,7 @@ def main(snakemake, log):
         calibration=calibration_of(job.windows, params.collection),
         gradient_files=[Path(file) for file in job.gradients],
         measure=measure,
+        code=params.code,
         device=device,
         log=log,
     )

@@ -22,6 +22,7 @@ def main(snakemake, log):
         gradient_files=[Path(file) for file in snakemake.input.gradients],
         output=Path(snakemake.output.codes),
         diagnostics=Path(snakemake.output.diagnostics),
+        code=snakemake.params.code,
         log=log,
     )
 

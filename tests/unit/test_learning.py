@@ -9,6 +9,7 @@ import h5py
 import numpy as np
 import pytest
 
+from cospadi import finished
 from cospadi.budget import nbytes_left, sparse_shape
 from cospadi.checkpoint import check_codes
 from cospadi.errors import ArtifactError, NumericalError
@@ -612,3 +613,117 @@ def test_profiles_and_allocations_of_something_else_are_refused(unit, tmp_path):
         write_json(tmp_path / "wrong.json", content)
         with pytest.raises(ArtifactError, match=f"gives {wrong} bytes to model.layers.0.q_proj"):
             read_allocation(tmp_path / "wrong.json", unit[1], variant)
+
+
+def relative_errors(lines):
+    return [line for line in lines if "relative error" in line]
+
+
+def stopping_after(count, lines):
+    """A log of `lines` that stops the job after `count` matrices."""
+
+    def log(line):
+        lines.append(line)
+        if len(relative_errors(lines)) == count:
+            raise KeyboardInterrupt
+
+    return log
+
+
+@pytest.mark.parametrize(
+    "variant", [{"method": "cospadi", "share_within": [["q_proj", "k_proj"]]}, {"method": "ectcq"}]
+)
+def test_an_interrupted_unit_goes_on_behind_the_matrices_it_had(unit, tmp_path, monkeypatch, variant):
+    folder, structure, grams = unit
+    monkeypatch.setattr(finished, "SAVE_SECONDS", 0)
+    variant = {"ratio": 0.3, "codes": {"value_bits": 16, "rounding": "nearest"}, **variant}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+
+    def learn(place, log, code="one"):
+        given = {"output": place / "unit.safetensors", "diagnostics": place / "unit.json", "code": code, "log": log}
+        learn_unit(folder, structure, grams, [0, 1], variant, **given)
+
+    def pack(place, log, code="one"):
+        given = {"output": place / "codes.safetensors", "diagnostics": place / "codes.json", "code": code, "log": log}
+        quantize_unit(folder, structure, grams, whole / "unit.safetensors", [0, 1], variant, **given)
+
+    for job, name in ((learn, "unit"), (pack, "codes")):
+        job(whole, lambda line: None)
+        lines = []
+        with pytest.raises(KeyboardInterrupt):
+            job(cut, stopping_after(5, lines))
+        assert not (cut / f"{name}.safetensors").exists() and (cut / f".{name}.safetensors.finished").is_dir()
+        lines = []
+        job(cut, lines.append)
+        # the fifth is k_proj's neighbour or not yet saved: what was complete is not done again
+        assert 4 <= len(relative_errors(lines)) <= 6, lines
+        assert (cut / f"{name}.safetensors").read_bytes() == (whole / f"{name}.safetensors").read_bytes()
+        assert not list(cut.glob(".*"))
+        were, are = (read_json(place / f"{name}.json")["matrices"] for place in (whole, cut))
+        for report in (*were.values(), *are.values()):
+            report.pop("seconds", None)
+            report.pop("history", None)
+        assert are == were and list(are) == list(were)
+
+
+def test_nothing_is_taken_from_a_job_of_other_code_data_or_bytes(unit, tmp_path, monkeypatch):
+    folder, structure, grams = unit
+    monkeypatch.setattr(finished, "SAVE_SECONDS", 0)
+    grams = [Path(shutil.copy(path, tmp_path)) for path in grams]
+    variant = {"method": "sparsegpt", "ratio": 0.3, "codes": {"value_bits": 16, "rounding": "nearest"}}
+
+    def learn(log, code="one"):
+        output, diagnostics = tmp_path / "unit.safetensors", tmp_path / "unit.json"
+        learn_unit(
+            folder, structure, grams, [0, 1], variant, output=output, diagnostics=diagnostics, code=code, log=log
+        )
+
+    def interrupted():
+        with pytest.raises(KeyboardInterrupt):
+            learn(stopping_after(6, []))
+        return sorted((tmp_path / ".unit.safetensors.finished").iterdir())
+
+    def left(**given):
+        lines = []
+        learn(lines.append, **given)
+        return len(relative_errors(lines))
+
+    interrupted()
+    assert left() == 4
+    interrupted()
+    assert left(code="two") == 10
+    interrupted()
+    grams[1].touch()
+    assert left() == 10
+    files = interrupted()
+    files[2].write_bytes(files[2].read_bytes()[:-1])  # those before it are good
+    assert left() == 8
+    interrupted()
+    variant["ratio"] = 0.4
+    assert left() == 10
+
+
+def test_an_interrupted_profile_goes_on_behind_the_problems_it_had(unit, tmp_path, monkeypatch):
+    model, structure, grams = unit
+    monkeypatch.setattr(finished, "SAVE_SECONDS", 0)
+    variant = {**METHODS["rocket"].defaults(), "method": "rocket", "codes": {"value_bits": 16, "rounding": "nearest"}}
+    variant["ratio"] = 0.3
+
+    def measured(name, log):
+        profile_unit(model, structure, grams, [0, 1], variant, tmp_path / name, log=log)
+        return (tmp_path / name).read_bytes()
+
+    lines = []
+
+    def stopping(line):
+        lines.append(line)
+        if len(lines) == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measured("cut.json", stopping)
+    late = []
+    cut = measured("cut.json", late.append)
+    assert cut == measured("whole.json", lambda line: None)
+    # the last line came before its problem was kept
+    assert len(late) == 10 - 3 and not set(late) & set(lines[:3])

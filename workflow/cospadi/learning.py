@@ -15,6 +15,7 @@ import numpy as np
 from cospadi.budget import nbytes_left
 from cospadi.errors import ArtifactError, ConfigError
 from cospadi.files import ModelFolder, TensorFile, read_json, write_json, write_tensors
+from cospadi.finished import Finished, stamps
 from cospadi.formats.factorization import Factorization, dictionary_names, read_factors, read_specs
 from cospadi.formats.values import storage_of
 from cospadi.gram import check_gradients, check_grams
@@ -45,6 +46,7 @@ def learn_unit(
     gradient_files: Sequence[Path] = (),
     allotted: Mapping[tuple[str, ...], int | None] | None = None,
     streams: InTurn | None = None,
+    code: str = "",
     device: str = "cpu",
     log: Callable[[str], None] = print,
 ) -> None:
@@ -53,7 +55,8 @@ def learn_unit(
     Matrices that share a dictionary are one `Problem`, and so are all matrices of a model where the method is for that
     (`Method.scope`). A shared dictionary is stored once, under the name of its first matrix. A matrix without outputs
     on the calibration data (its weight or all of its inputs are zero) has nothing to be factorized: it is left out,
-    stays as it is in the model, and the diagnostics list it under ``kept_dense``.
+    stays as it is in the model, and the diagnostics list it under ``kept_dense``. What an interrupted job of the same
+    unit had learned is not learned again (`finished`), but for layers in turn.
 
     Parameters
     ----------
@@ -81,6 +84,8 @@ def learn_unit(
         (`profiles.read_allocation`); by default what the ratio leaves of each.
     streams : InTurn, optional
         For a variant whose layers are learned in turn (`problem.learns_in_turn`); they are behind the unit then.
+    code : str
+        Digest of what learns: nothing is taken from a job that other code interrupted.
 
     Raises
     ------
@@ -109,46 +114,55 @@ def learn_unit(
     gradients = gradients_of(variant, gradient_files, structure, layers, calibration)
     folder = ModelFolder(model_folder)
     matrices = list(matrices_of(folder, structure, layers, gram_files, gradients=gradients, keep_grams=not whole))
-    tensors: dict[str, np.ndarray] = {}
-    specs: dict[str, Any] = {}
-    reports: dict[str, Any] = {}
-    kept_dense: dict[str, str] = {}
+    groups = [matrices] if whole else shared(matrices, options)
     trained: dict[str, dict[str, Any]] = {}
-    started = time.perf_counter()
-    if streams is not None:
-        found = _learn_in_turn(job, matrices, streams, trained)
-    else:
-        found = _learn(job, [matrices] if whole else shared(matrices, options), n_layers=len(layers))
-    for one in found:
-        if one.factors is None:
-            kept_dense[one.name] = one.report["reason"]
-            log(f"warning: {one.name} stays as it is: {one.report['reason']}")
-            continue
-        packed, specs[one.name] = one.factors.before_rounding().pack(one.name)
-        tensors.update(packed)
-        reports[one.name] = {**one.report, **one.factors.diagnostics}
-        log(f"{one.name}: relative error {one.report['relative_error']:.4f} in {one.report['seconds']:.1f} s")
-    dictionaries = {name: set(dictionary_names(spec)) for name, spec in specs.items()}
-    for name, report in reports.items():
-        report["shared_with"] = [
-            other for other, theirs in dictionaries.items() if other != name and theirs & dictionaries[name]
-        ]
-    write_tensors(output, tensors, {**belongs, "matrices": specs, "kept_dense": kept_dense})
-    write_json(
-        diagnostics,
-        {
-            "format_version": FORMAT_VERSION,
-            "unit": output.stem,
-            "method": variant["method"],
-            "ratio": variant["ratio"],
-            "options": options,
-            "device": device,
-            "seconds": time.perf_counter() - started,
-            "kept_dense": kept_dense,
-            **trained,
-            "matrices": reports,
-        },
-    )
+    read = [*gram_files, *gradient_files, *filter(None, (warm_factors, drift))]
+    given = [code, device, stamps(read), [[*names, nbytes] for names, nbytes in (allotted or {}).items()]]
+    with Finished(output if streams is None else None, [belongs, given]) as finished:
+        # as if the interrupted job had gone on
+        started = time.perf_counter() - sum(
+            one.about["report"]["seconds"] for _, one in finished if "report" in one.about
+        )
+        if streams is not None:
+            found = _learn_in_turn(job, matrices, streams, trained)
+        else:
+            left = [group for group in groups if not all(matrix.name in finished for matrix in group)]
+            if len(left) < len(groups):
+                log(f"{len(groups) - len(left)} of {len(groups)} problems were learned before an interruption")
+            found = _learn(job, left, n_layers=len(layers), started=started)
+        for one in found:
+            if one.factors is None:
+                finished.add(one.name, {"kept_dense": one.report["reason"]})
+                log(f"warning: {one.name} stays as it is: {one.report['reason']}")
+                continue
+            packed, spec = one.factors.before_rounding().pack(one.name)
+            finished.add(one.name, {"spec": spec, "report": {**one.report, **one.factors.diagnostics}}, packed)
+            log(f"{one.name}: relative error {one.report['relative_error']:.4f} in {one.report['seconds']:.1f} s")
+        learned = {name: result for name, result in finished if "spec" in result.about}
+        kept_dense = {name: result.about["kept_dense"] for name, result in finished if name not in learned}
+        specs = {name: result.about["spec"] for name, result in learned.items()}
+        dictionaries = {name: set(dictionary_names(spec)) for name, spec in specs.items()}
+        reports = {}
+        for name, result in learned.items():
+            sharers = [other for other, theirs in dictionaries.items() if theirs & dictionaries[name]]
+            reports[name] = {**result.about["report"], "shared_with": [other for other in sharers if other != name]}
+        tensors = {key: value for result in learned.values() for key, value in result.tensors.items()}
+        write_tensors(output, tensors, {**belongs, "matrices": specs, "kept_dense": kept_dense})
+        write_json(
+            diagnostics,
+            {
+                "format_version": FORMAT_VERSION,
+                "unit": output.stem,
+                "method": variant["method"],
+                "ratio": variant["ratio"],
+                "options": options,
+                "device": device,
+                "seconds": time.perf_counter() - started,
+                "kept_dense": kept_dense,
+                **trained,
+                "matrices": reports,
+            },
+        )
 
 
 def gradients_of(
@@ -231,9 +245,8 @@ class _Learned(NamedTuple):
     report: dict[str, Any]
 
 
-def _learn(job: _Job, groups: Sequence[Sequence[Matrix]], *, n_layers: int) -> Iterator[_Learned]:
-    """One problem after the other."""
-    started = time.perf_counter()
+def _learn(job: _Job, groups: Sequence[Sequence[Matrix]], *, n_layers: int, started: float) -> Iterator[_Learned]:
+    """One problem after the other; the time that there may be for `n_layers` counts from `started`."""
     means: dict[frozenset[Metric], Metric] = {}  # q, k and v follow each other and share a metric
     for index, group in enumerate(in_turn(groups)):
         in_memory = job.method.scope == "problem"
@@ -284,7 +297,7 @@ def _learn_in_turn(
     for layer, own in itertools.groupby(matrices, lambda matrix: matrix.layer):
         targets = streams.targets(layer, list(own))
         learned = []
-        for one in _learn(job, shared(targets, job.options), n_layers=1):
+        for one in _learn(job, shared(targets, job.options), n_layers=1, started=time.perf_counter()):
             if one.factors is not None:
                 streams.put(one.name, one.factors)
             learned.append(one)

@@ -14,6 +14,7 @@ from cospadi.allocation import Profile, read_table, write_table
 from cospadi.budget import as_is_nbytes, nbytes_left
 from cospadi.errors import ArtifactError
 from cospadi.files import ModelFolder, read_json, write_json
+from cospadi.finished import Finished, stamps
 from cospadi.formats.values import storage_of
 from cospadi.gram import check_grams
 from cospadi.learning import gradients_of, provenance, share_of_time
@@ -36,6 +37,7 @@ def profile_unit(
     calibration: Mapping[str, Any] | None = None,
     gradient_files: Sequence[Path] = (),
     measure: menus.Measure | None = None,
+    code: str = "",
     device: str = "cpu",
     log: Callable[[str], None] = print,
 ) -> None:
@@ -62,6 +64,8 @@ def profile_unit(
         As of `learning.learn_unit`.
     measure : callable, optional
         What matrices cost the model that alone are exchanged (`calibration.alone`), where the allocation asks for it.
+    code : str
+        Digest of what measures: what an interrupted job of the same unit and code had measured is not measured again.
 
     Raises
     ------
@@ -71,23 +75,27 @@ def profile_unit(
     calibration = check_grams(gram_files, structure, layers, calibration)
     method, storage = METHODS[variant["method"]], storage_of(variant["codes"])
     options, allocator = _options(variant), menus.allocator_of(method, variant, measure)
-    problems = []
     gradients = gradients_of(variant, gradient_files, structure, layers, calibration)
     folder = ModelFolder(model_folder)
     groups = shared(matrices_of(folder, structure, layers, gram_files, gradients=gradients), variant)
-    for group in in_turn(groups):
-        weights = [matrix.weight() for matrix in group]
-        kept = [i for i, matrix in enumerate(group) if matrix.squared_norm(weights[i]) > 0]
-        if kept:
-            problem = Problem([group[i] for i in kept], weights=[group[i].weighted(weights[i]) for i in kept])
-            nbytes = nbytes_left(problem.shapes, variant["ratio"])
-            given = dict(options)
-            if given.get("max_seconds") is not None:
-                given["max_seconds"] = share_of_time(given["max_seconds"] * len(layers), group, groups)
-            figures = allocator.profile(problem, nbytes, storage=storage, device=device, **given)
-            problems.append({"matrices": problem.names, "shapes": problem.shapes, "figures": figures})
-            log(f"{' + '.join(problem.names)}: measured")
-    write_json(output, {**provenance(structure, layers, variant, calibration), "problems": problems})
+    belongs = provenance(structure, layers, variant, calibration)
+    given = [code, device, stamps([*gram_files, *gradient_files])]
+    with Finished(output, [belongs, given]) as finished:
+        for group in in_turn([group for group in groups if group[0].name not in finished]):
+            weights = [matrix.weight() for matrix in group]
+            kept = [i for i, matrix in enumerate(group) if matrix.squared_norm(weights[i]) > 0]
+            problems = []
+            if kept:
+                problem = Problem([group[i] for i in kept], weights=[group[i].weighted(weights[i]) for i in kept])
+                nbytes = nbytes_left(problem.shapes, variant["ratio"])
+                own = dict(options)
+                if own.get("max_seconds") is not None:
+                    own["max_seconds"] = share_of_time(own["max_seconds"] * len(layers), group, groups)
+                figures = allocator.profile(problem, nbytes, storage=storage, device=device, **own)
+                problems.append({"matrices": problem.names, "shapes": problem.shapes, "figures": figures})
+                log(f"{' + '.join(problem.names)}: measured")
+            finished.add(group[0].name, {"problems": problems})
+        write_json(output, {**belongs, "problems": [one for _, result in finished for one in result.about["problems"]]})
 
 
 def allocate(

@@ -13,6 +13,7 @@ import numpy as np
 from cospadi.budget import dense_nbytes
 from cospadi.errors import ArtifactError
 from cospadi.files import ModelFolder, TensorFile, write_json, write_tensors
+from cospadi.finished import Finished, stamps
 from cospadi.formats.factorization import Factorization, dictionary_names, read_factors, read_specs, unpack
 from cospadi.formats.values import storage_of
 from cospadi.gram import check_grams
@@ -37,13 +38,15 @@ def quantize_unit(
     gradient_files: Sequence[Path] = (),
     output: Path,
     diagnostics: Path,
+    code: str = "",
     log: Callable[[str], None] = print,
 ) -> None:
     """Store the codes of a unit with ``codes.value_bits`` and the dictionary with ``codes.dictionary_bits``.
 
     Writes the packed tensors exactly as they go into the checkpoint, and per matrix its bytes and the relative
     error of what the file holds. Factors, Grams and gradients (`gradient_files`, as of `learning.learn_unit`) have to
-    be of one calibration, of `calibration` where it is given.
+    be of one calibration, of `calibration` where it is given. What an interrupted job, of the same `code` (its digest),
+    had packed is not packed again.
     """
     codes = variant["codes"]
     folder = ModelFolder(model_folder)
@@ -55,9 +58,6 @@ def quantize_unit(
     gradients = gradients_of(variant, gradient_files, structure, layers, calibration)
     learned_specs = read_specs(learned, FACTOR_CODECS, _REMEDY)
     sharers = Counter(part for spec in learned_specs.values() for part in dictionary_names(spec))
-    tensors: dict[str, np.ndarray] = {}
-    specs: dict[str, Any] = {}
-    reports: dict[str, Any] = {}
     kept_dense = learned.metadata.get("kept_dense", {})
 
     def learned_factors(name: str) -> Factorization:
@@ -72,45 +72,56 @@ def quantize_unit(
         for matrix in matrices
         if matrix.name not in kept_dense and (not variant.get("targets") or matrix.projection in variant["targets"])
     ]
-    for group in in_turn(_rounded_together(chosen, learned_specs, codes)):
-        rounded = round_factors(group, [learned_factors(matrix.name) for matrix in group], codes)
-        for matrix, factorization in zip(group, rounded, strict=True):
-            name, weight = matrix.name, matrix.weight()
-            packed, specs[name] = factorization.pack(name)
-            tensors.update(packed)
-            stored = unpack(packed, specs[name], name)
-            size = matrix.squared_norm(weight)
-            error = matrix.squared_norm(weight - stored.reconstruct().astype(np.float64))
-            reports[name] = {
-                # a shared dictionary is in the file once: each matrix counts its part of it
-                "nbytes": sum(
-                    tensor.nbytes / max(1, sharers[part.removesuffix("_scales")]) for part, tensor in packed.items()
-                ),
-                "dense_nbytes": dense_nbytes(*weight.shape),
-                "squared_norm": size,
-                "squared_error": error,
-                "relative_error": math.sqrt(max(error, 0.0) / size),
-                **matrix.predicted_rise(error),
-            }
-            log(f"{name}: {reports[name]['nbytes']:.0f} bytes, relative error {reports[name]['relative_error']:.4f}")
-    strange = learned_specs.keys() - specs.keys()
-    if strange:
-        raise ArtifactError(
-            factors, f"holds factors of {', '.join(sorted(strange))}, which are not of this unit", _REMEDY
+    groups = _rounded_together(chosen, learned_specs, codes)
+    given = [code, stamps([factors, *gram_files, *gradient_files]), dict(codes), variant.get("targets")]
+    with Finished(output, [belongs, given]) as finished:
+        for group in in_turn([group for group in groups if not all(matrix.name in finished for matrix in group)]):
+            rounded = round_factors(group, [learned_factors(matrix.name) for matrix in group], codes)
+            for matrix, factorization in zip(group, rounded, strict=True):
+                packed, spec, report = _pack(matrix, factorization, sharers)
+                finished.add(matrix.name, {"spec": spec, "report": report}, packed)
+                log(f"{matrix.name}: {report['nbytes']:.0f} bytes, relative error {report['relative_error']:.4f}")
+        specs = {name: result.about["spec"] for name, result in finished}
+        strange = learned_specs.keys() - specs.keys()
+        if strange:
+            raise ArtifactError(
+                factors, f"holds factors of {', '.join(sorted(strange))}, which are not of this unit", _REMEDY
+            )
+        header = {**belongs, "codes": dict(codes), "matrices": specs, "kept_dense": kept_dense}
+        write_tensors(output, {key: value for _, one in finished for key, value in one.tensors.items()}, header)
+        write_json(
+            diagnostics,
+            {
+                "format_version": FORMAT_VERSION,
+                "unit": output.stem,
+                # of these layers, with the matrices that the variant leaves as they are
+                "dense_nbytes_all": dense_nbytes_all,
+                "kept_dense": kept_dense,
+                "matrices": {name: result.about["report"] for name, result in finished},
+            },
         )
-    header = {**belongs, "codes": dict(codes), "matrices": specs, "kept_dense": kept_dense}
-    write_tensors(output, tensors, header)
-    write_json(
-        diagnostics,
-        {
-            "format_version": FORMAT_VERSION,
-            "unit": output.stem,
-            # of these layers, with the matrices that the variant leaves as they are
-            "dense_nbytes_all": dense_nbytes_all,
-            "kept_dense": kept_dense,
-            "matrices": reports,
-        },
-    )
+
+
+def _pack(
+    matrix: Matrix, factors: Factorization, sharers: Mapping[str, int]
+) -> tuple[dict[str, np.ndarray], dict[str, Any], dict[str, Any]]:
+    """Tensors of a matrix as they go into the file, what says how to read them, and its bytes and errors.
+
+    `sharers`: how many matrices have a dictionary, which is in the file once: each counts its part of it.
+    """
+    weight = matrix.weight()
+    packed, spec = factors.pack(matrix.name)
+    size = matrix.squared_norm(weight)
+    error = matrix.squared_norm(weight - unpack(packed, spec, matrix.name).reconstruct().astype(np.float64))
+    report = {
+        "nbytes": sum(tensor.nbytes / max(1, sharers[part.removesuffix("_scales")]) for part, tensor in packed.items()),
+        "dense_nbytes": dense_nbytes(*weight.shape),
+        "squared_norm": size,
+        "squared_error": error,
+        "relative_error": math.sqrt(max(error, 0.0) / size),
+        **matrix.predicted_rise(error),
+    }
+    return packed, spec, report
 
 
 def round_factors(
