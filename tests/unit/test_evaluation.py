@@ -12,6 +12,7 @@ import lm_eval
 import numpy as np
 import pytest
 import torch
+from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -29,6 +30,7 @@ from cospadi.evaluation.heldout import (
     next_sentence_questions,
     sentence_order_questions,
 )
+from cospadi.evaluation.scoring import ScoringLM
 from cospadi.files import ModelFolder, write_tensors
 from cospadi.provenance import fingerprint
 
@@ -355,6 +357,43 @@ metric_list:
         llama, {"tasks": ["tiny_questions"], "task_path": str(folder), "limit": 2}, output=tmp_path / "eval.json"
     )
     assert limited["tasks"]["tiny_questions"]["documents"] == 2
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma3_text"])
+def test_answers_read_behind_one_context_score_as_each_alone(family, tiny_model):
+    folder = tiny_model(family, dtype="float32")  # mistral and gemma3_text see 24 tokens back
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    vocabulary, positions = model.config.vocab_size, model.config.max_position_embeddings
+    rng = np.random.default_rng(0)
+
+    def ids(count):
+        return rng.integers(3, vocabulary, count).tolist()
+
+    shared = [(ids(length), [ids(count) for count in counts]) for length, counts in ((40, (3, 9, 1, 30)), (5, (1, 1)))]
+    asked = [(context, answer) for context, answers in shared for answer in answers]
+    asked += [(ids(30), ids(4)), (ids(positions), ids(2)), (ids(1), ids(positions))]  # alone; cut; as long as may be
+    with torch.no_grad():
+        written = model(torch.tensor([shared[1][0]])).logits[0, -1].argmax().item()
+    asked.append((shared[1][0], [written]))
+    order = rng.permutation(len(asked))
+    requests = [(None, *asked[place]) for place in order]
+    plain = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, softmax_dtype="float32")
+    expected = plain._loglikelihood_tokens(requests, disable_tqdm=True)
+    read = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: read.append(inputs[0]))
+    for batch_size in (1, 4):
+        read.clear()
+        lm = ScoringLM(model, tokenizer, folder=folder, log=print, batch_size=batch_size)
+        found = lm._loglikelihood_tokens(requests, disable_tqdm=True)
+        assert [score for score, _ in found] == pytest.approx([score for score, _ in expected], rel=1e-4, abs=1e-4)
+        assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+        assert sum(greedy for _, greedy in found) >= 1
+        if batch_size == 1:
+            sizes = sorted(tuple(one.shape) for one in read)
+            long = [(1, positions), (1, positions)]
+            assert sizes == sorted([(1, 40), (4, 29), (1, 5), (1, 33), *long])
+    hook.remove()
 
 
 def test_last_words_equal_a_direct_computation(llama, tiny_text, tmp_path):

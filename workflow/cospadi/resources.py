@@ -38,9 +38,9 @@ from cospadi.work import (
     in_all,
 )
 
-# documents of a task of lm-eval, with four answers and 120 tokens each: the mean of the paper's
-_TASK_TOKENS = 4 * 120
+# documents of a task of lm-eval, the mean of the paper's; tokens of a question and of each of its answers
 _TASK_DOCUMENTS = 3500
+_QUESTION_TOKENS, _ANSWER_TOKENS, _ANSWERS = 60, 25, 4
 
 
 class Shapes:
@@ -409,11 +409,17 @@ class Estimates:
         perplexity = evaluation["perplexity"] or {"window": 2048, "max_tokens": 0}
         logits = (3 if packed else 2) * 4 * evaluation["batch_size"] * perplexity["window"] * shapes.vocabulary
         tokens = perplexity["max_tokens"] or (1_000_000 if evaluation["perplexity"] else 0)
-        documents = evaluation["limit"] or _TASK_DOCUMENTS
-        tokens += _TASK_TOKENS * documents * len(evaluation["tasks"])
         flops = 2 * shapes.parameters * tokens
         if perplexity.get("kl"):  # the head once more
             flops += 2 * shapes.vocabulary * shapes.hidden_size * tokens
+        document = _QUESTION_TOKENS * (1 + evaluation["num_fewshot"])
+        if evaluation["batch_size"] == 1:  # read once for all answers (`evaluation.contexts`)
+            document += _ANSWERS * _ANSWER_TOKENS
+        else:
+            document = _ANSWERS * (document + _ANSWER_TOKENS)
+        documents = len(evaluation["tasks"]) * (evaluation["limit"] or _TASK_DOCUMENTS)
+        tokens += document * documents
+        flops += 2 * shapes.parameters * document * documents
         if evaluation["generate"]:
             generate = evaluation["generate"]
             flops += 10 * 2 * shapes.parameters * len(generate["prompts"]) * generate["max_new_tokens"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import tempfile
 import time
@@ -16,6 +17,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from cospadi.errors import CospadiError, NumericalError
+from cospadi.evaluation import contexts
 from cospadi.evaluation.placement import input_device
 
 if TYPE_CHECKING:
@@ -56,6 +58,8 @@ class ScoringLM(HFLM):
         self._n_done = self._n_total = self._n_tokens = 0
         self.seconds = 0.0
         self._watch = watch
+        # with more at a time, documents of all lengths go together as lm-eval has it; a window is one of its own
+        self._by_context = batch_size == 1 and watch is None and _keeps_logits(model)
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         self._n_done, self._n_total = 0, len(requests)
@@ -68,7 +72,20 @@ class ScoringLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: list, disable_tqdm: bool = True, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        answers = super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+        answers: list[tuple[float, bool] | None] = [None] * len(requests)
+        if self._by_context:
+            asked = [contexts.Request(*ids) for _, *ids in requests]
+            for places in contexts.groups_of(asked, self.max_length):
+                found = contexts.score(self._forward, [asked[place] for place in places], self.device)
+                for place, answer in zip(places, found, strict=True):
+                    answers[place] = answer
+                self._n_done += len(places)
+        left = [place for place, answer in enumerate(answers) if answer is None]
+        if left:
+            rest = [requests[place] for place in left]
+            found = super()._loglikelihood_tokens(rest, disable_tqdm=True, override_bs=override_bs)
+            for place, answer in zip(left, found, strict=True):
+                answers[place] = answer
         bad = sum(not math.isfinite(loglikelihood) for loglikelihood, _ in answers)
         if bad:
             raise NumericalError(
@@ -87,21 +104,31 @@ class ScoringLM(HFLM):
         return chosen
 
     def _model_call(self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None) -> torch.Tensor:
-        started = time.perf_counter()
         self._ids, self._row = inps, 0
-        logits = super()._model_call(inps, attn_mask, labels)
-        if logits.is_cuda:
-            torch.cuda.synchronize(logits.device)
+        logits = self._forward(inps).logits
+        self._n_done += len(inps)
+        return logits
+
+    @torch.inference_mode()
+    def _forward(self, ids: torch.Tensor, **how: Any) -> Any:
+        """The model, its seconds counted and told of."""
+        started = time.perf_counter()
+        found = self.model(ids, **how)
+        if found.logits.is_cuda:
+            torch.cuda.synchronize(found.logits.device)
         now = time.perf_counter()
         self.seconds += now - started
-        self._n_done += len(inps)
-        self._n_tokens += inps.numel()
+        self._n_tokens += ids.numel()
         if now - self._logged > 5:
             self._logged = now
             share = min(1.0, self._n_done / max(1, self._n_total))
             speed = self._n_tokens / self.seconds
             self._log(f"{self._n_done} of {self._n_total} sequences ({share:.0%}), {speed:.0f} tokens/s")
-        return logits
+        return found
+
+
+def _keeps_logits(model: PreTrainedModel) -> bool:
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 def run_lm_eval(function: Callable[..., Any], lm: ScoringLM, **arguments: Any) -> dict[str, Any]:
