@@ -12,9 +12,10 @@ import pytest
 from cospadi.calibration.windows import write_windows
 from cospadi.compensation import Compensation
 from cospadi.errors import ArtifactError, ConfigError, NumericalError
-from cospadi.factor_training import held_out_of
+from cospadi.factor_training import _Place, held_out_of
 from cospadi.files import ModelFolder, TensorFile
 from cospadi.formats.factorization import Factorization
+from cospadi.quantization import as_stored
 from cospadi.student import Student
 
 from .test_distillation import divergence, packed
@@ -63,6 +64,48 @@ def test_units_decide_nothing(made, tmp_path):  # noqa: F811
         assert other.compensated.keys() == one.compensated.keys()
         for matrix, weight in one.weights.items():
             np.testing.assert_array_equal(other.weights[matrix], weight)
+
+
+def test_an_interrupted_training_goes_on_where_it_was_to_the_same_weights(made, tmp_path, monkeypatch):  # noqa: F811
+    settings = {"method": "gptq", **METHODS["gptq"], "compensate": HOW}
+    units = [[0, 1], [2]]
+    whole = learned(made, tmp_path / "whole", units, **settings)
+    monkeypatch.setattr("cospadi.factor_training.SAVE_SECONDS", 0)
+    backward, calls, read = Student.backward, [], []
+    begin = _Place.read
+
+    def reading(self):
+        found = begin(self)
+        read.append(found and found["step"])
+        return found
+
+    monkeypatch.setattr(_Place, "read", reading)
+
+    def interrupted(self, batch):
+        calls.append(batch)
+        if len(calls) == 35:  # in the second training, behind the second layer, of 22 steps each
+            raise KeyboardInterrupt
+        return backward(self, batch)
+
+    monkeypatch.setattr(Student, "backward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        learned(made, tmp_path / "resumed", units, saved=tmp_path, **settings)
+    assert [path.name for path in tmp_path.glob("*.pt")] == ["training_02.pt"]
+    read.clear()
+    found = learned(made, tmp_path / "resumed", units, saved=tmp_path, **settings)
+    assert read == [None, 34 - 22, None]
+    assert not list(tmp_path.glob("*.pt"))
+    for name, weight in whole.weights.items():
+        np.testing.assert_array_equal(found.weights[name], weight)
+    # what is trained is the same at the start of the first training, what is before it is not: nothing is taken
+    calls[:] = [None] * 30
+    with pytest.raises(KeyboardInterrupt):
+        learned(made, tmp_path / "resumed", units, saved=tmp_path, **settings)
+    assert [path.name for path in tmp_path.glob("*.pt")] == ["training_01.pt"]
+    monkeypatch.setattr("cospadi.compensation.as_stored", lambda *given, stored=as_stored: 1.01 * stored(*given))
+    read.clear()
+    learned(made, tmp_path / "other", units, saved=tmp_path, **settings)
+    assert read == [None, None, None]
 
 
 def test_layers_are_trained_after_every_few(made, tmp_path):  # noqa: F811

@@ -68,7 +68,13 @@ def made(request, tiny_model: Callable[..., Path], tmp_path_factory: pytest.Temp
 
 
 def learned(
-    made: SimpleNamespace, folder: Path, units: list[list[int]], *, heldout_fraction: float = 0.0, **given: Any
+    made: SimpleNamespace,
+    folder: Path,
+    units: list[list[int]],
+    *,
+    heldout_fraction: float = 0.0,
+    saved: Path | None = None,
+    **given: Any,
 ) -> SimpleNamespace:
     """Units of a variant learned in turn and packed: matrices as the file has them, bytes, diagnostics."""
     variant = complete(**given)
@@ -81,6 +87,7 @@ def learned(
         factors, codes = folder / f"factors_{name}.safetensors", folder / f"codes_{name}.safetensors"
         how = {"dtype": "float32", "batch_tokens": 2 * LENGTH, "heldout_fraction": heldout_fraction, **SILENT}
         kind = Streams if variant.get("compensate") is None else Compensation
+        how |= {} if saved is None else {"saved": saved}
         streams = kind(made.model, made.structure, made.windows, unit, variant, before=before, **how)
         taken = streams.targets
 

@@ -9,6 +9,7 @@ Memory grows with the model: every weight beside its gradient and Adam's two mom
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -44,7 +45,12 @@ _TAUGHT, _STORED, _TRAINED = "taught", "stored", "trained"
 class Compensation:
     """What is made of a model, layer by layer, and the weights of the layers behind.
 
-    Parameters are those of `sequence.Streams`, and `more`: other windows to train on (`student.to_train_on`).
+    Parameters are those of `sequence.Streams`, and
+
+    more : path-like, optional
+        Other windows to train on (`student.to_train_on`).
+    saved : Path, optional
+        Folder for where training is, while it goes on (`factor_training.train`).
     """
 
     def __init__(
@@ -57,6 +63,7 @@ class Compensation:
         *,
         before: str | Path | None,
         more: str | Path | None = None,
+        saved: Path | None = None,
         dtype: str,
         batch_tokens: int,
         heldout_fraction: float = 0.0,
@@ -67,7 +74,7 @@ class Compensation:
         self._windows = to_train_on(windows, more, structure["vocab_size"], heldout_fraction)
         n_windows = len(self._windows.input_ids)
         self._used = min(variant["compensate"]["samples"] or n_windows, n_windows)
-        self._device, self._log, self._last = device, log, layers[0] - 1
+        self._device, self._log, self._last, self._saved = device, log, layers[0] - 1, saved
         self._dtype, reason = chosen_dtype(dtype, device, before, self._last, COMPRESSED)
         log(f"computing in {self._dtype}: {reason}")
         # weights (d_in, d_out) by matrix: of learned ones as the checkpoint will have them, to compute with; of others
@@ -166,10 +173,19 @@ class Compensation:
             student.set_weight(name, weight)
         modules = student.give(self._dense(behind))
         own = {"option": "compensate", "seed": self._windows.seed % 2**63 + behind.start, "log": self._log}
+        if self._saved is not None:
+            own["saved"] = self._saved / f"training_{behind.start:02d}.pt"
+            own["belongs"] = digest_of([self._belongs(), self._digest_of_stored()])
         report = student.learn(modules, self._used, options, what=f"layers from {behind.start} on", **own)
         if report["epoch"]:
             self._trained = {name: module.factors().codes for name, module in modules.items()}
         return {**report, "seconds": time.perf_counter() - started}
+
+    def _digest_of_stored(self) -> str:
+        digest = hashlib.blake2b(digest_size=16)
+        for weight in self._stored.values():
+            digest.update(np.ascontiguousarray(to_stored(weight)).data)
+        return digest.hexdigest()
 
     def _dense(self, layers: range) -> Iterator[tuple[str, Factorization]]:
         """Name and weight of every target matrix of layers, as training left it, read one by one."""

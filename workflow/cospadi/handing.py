@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def handed_on(
     if variant.get("compensate") is not None:
         from cospadi.compensation import Compensation as OfUnit
 
-        how["more"] = next(iter(given["more"]), None)
+        how |= {"more": next(iter(given["more"]), None), "saved": Path(made["streams"]).parent}
     else:
         from cospadi.sequence import Streams as OfUnit
 
