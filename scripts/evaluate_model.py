@@ -18,6 +18,7 @@ def main(snakemake, log):
         dense=Path(snakemake.input.dense) if snakemake.input.get("dense") else None,
         device=choose_device(snakemake.params.device),
         threads=snakemake.threads,
+        code=[snakemake.params.code, snakemake.params.tasks],
         log=log,
     )
 

@@ -432,6 +432,45 @@ def test_last_words_stand_in_the_passage_before_them():
     assert passages[-1].startswith("Sentence 4 ") and len(passages) == 16
 
 
+def test_tasks_that_an_interrupted_job_had_finished_are_not_run_again(llama, tiny_text, tmp_path, monkeypatch):
+    monkeypatch.setattr("cospadi.finished.SAVE_SECONDS", 0)
+    evaluation = EXACT | {"tasks": [*HELDOUT_TASKS], "limit": 6}
+    files = {"heldout": tiny_text / "heldout.jsonl", "output": tmp_path / "eval.json"}
+    whole = evaluate(llama, evaluation, **files)
+    assert list(tmp_path.glob(".*")) == []
+
+    def interrupted():
+        lines = []
+
+        def log(line):
+            lines.append(line)
+            if sum(line.startswith(HELDOUT_TASKS) for line in lines) == 2:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(llama, evaluation, **files, log=log)
+
+    scored = []
+    of_model = ScoringLM._loglikelihood_tokens
+
+    def counted(self, requests, *more, **how):
+        scored.append(len(requests))
+        return of_model(self, requests, *more, **how)
+
+    interrupted()
+    monkeypatch.setattr(ScoringLM, "_loglikelihood_tokens", counted)
+    again = evaluate(llama, evaluation, **files)
+    assert again["tasks"] == whole["tasks"] and len(again["tasks"]) == 3
+    assert len(scored) == 1  # of the third alone
+    assert list(tmp_path.glob(".*")) == []
+    monkeypatch.setattr(ScoringLM, "_loglikelihood_tokens", of_model)
+    interrupted()
+    monkeypatch.setattr(ScoringLM, "_loglikelihood_tokens", counted)
+    scored.clear()
+    other = evaluate(llama, evaluation | {"limit": 7}, **files)
+    assert len(scored) == 3 and all(task["documents"] == 7 for task in other["tasks"].values())
+
+
 def test_questions_of_the_heldout_text_equal_a_direct_computation(llama, tiny_text, tmp_path):
     made = {"next_sentence": next_sentence_questions, "sentence_order": sentence_order_questions}
     result = evaluate(

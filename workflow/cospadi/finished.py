@@ -29,7 +29,8 @@ class Result(NamedTuple):
 class Finished:
     """Results of one job by name, in the order in which they came.
 
-    A context, in which the job also writes its output: what is saved is removed once that succeeds. It takes no memory.
+    A context: what is saved takes no memory, and is removed where the block succeeds, in which the job best writes its
+    output, too.
 
     Parameters
     ----------
@@ -63,6 +64,9 @@ class Finished:
 
     def __contains__(self, name: str) -> bool:
         return name in self._results
+
+    def __getitem__(self, name: str) -> Result:
+        return self._results[name]
 
     def __iter__(self) -> Iterator[tuple[str, Result]]:
         return iter(self._results.items())

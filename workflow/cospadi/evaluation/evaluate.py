@@ -29,6 +29,7 @@ from cospadi.evaluation.placement import is_spread, loading_arguments, placement
 from cospadi.evaluation.scoring import ScoringLM, offline
 from cospadi.evaluation.tasks import score_tasks
 from cospadi.files import ModelFolder, write_json
+from cospadi.finished import Finished, stamps
 from cospadi.provenance import fingerprint
 from cospadi.runtime.cospadi_linear import pack_, unpack_
 from cospadi.stage import choose_dtype, keep_freed_memory
@@ -50,9 +51,12 @@ def evaluate(
     dense: Path | None = None,
     device: str = "cpu",
     threads: int | None = None,
+    code: Any = None,
     log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Score a model and write the scores as JSON.
+
+    Tasks are run one after the other; those that an interrupted job had finished are not run again (`finished`).
 
     Parameters
     ----------
@@ -84,6 +88,8 @@ def evaluate(
         ``cuda``: the first GPU that is seen, or all of them with a device map.
     threads : int, optional
         Threads of torch.
+    code : JSON values
+        Digests of what evaluates, and of the user's tasks: of a job that had others nothing is taken.
     log : callable
         Takes one line of progress.
 
@@ -153,12 +159,10 @@ def evaluate(
             log("word perplexity {word:.2f}, token perplexity {token:.2f}, {tokens} tokens".format(**found))
         if "tasks" in evaluation:
             lm = score()
-            with _timed(seconds, "tasks"):
-                result["tasks"] = score_tasks(lm, evaluation, heldout)
+            belongs = [code, result["fingerprint"], evaluation, dtype, device, stamps([heldout] if heldout else [])]
+            with Finished(output, belongs) as finished, _timed(seconds, "tasks"):
+                result["tasks"] = score_tasks(lm, evaluation, heldout, finished, log)
             seconds["tasks_model"] = lm.seconds
-            for name, scores in result["tasks"].items():
-                if "primary" in scores:
-                    log(f"{name}: {scores['primary']} {scores['metrics'][scores['primary']]:.4f}")
         if "generate" in evaluation:
             with _timed(seconds, "generate"):
                 pack_(model)  # a few rows at a time are faster from the packed form

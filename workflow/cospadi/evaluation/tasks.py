@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,20 @@ from cospadi.errors import ConfigError
 from cospadi.evaluation import HELDOUT_TASKS
 from cospadi.evaluation.heldout import TASK_FILES
 from cospadi.evaluation.scoring import ScoringLM, offline, run_lm_eval
+from cospadi.finished import Finished
 
 # what is reported of a task that has several of these
 _PRIMARY_METRICS = ("acc_norm", "acc", "exact_match", "word_perplexity", "perplexity")
 
 
-def score_tasks(lm: ScoringLM, evaluation: Mapping[str, Any], heldout: Path | None) -> dict[str, Any]:
+# lm-eval's own of the documents that are shown before the one that is asked
+_FEWSHOT_SEED = 1234
+
+
+def score_tasks(
+    lm: ScoringLM, evaluation: Mapping[str, Any], heldout: Path | None, finished: Finished, log: Callable[[str], None]
+) -> dict[str, Any]:
+    """Scores of every task, one after the other; of those in `finished` what is there."""
     names, folder = evaluation["tasks"], evaluation.get("task_path")
     managers = []
     if folder is not None:
@@ -31,37 +39,53 @@ def score_tasks(lm: ScoringLM, evaluation: Mapping[str, Any], heldout: Path | No
     made = [name for name in names if name in HELDOUT_TASKS and name not in known]
     public = [name for name in names if name not in known and name not in HELDOUT_TASKS]
     scores: dict[str, Any] = {}
+
+    def run(manager: TaskManager, chosen: Sequence[str]) -> None:
+        for name in chosen:
+            if name not in finished:
+                finished.add(name, _run_task(lm, manager, name, evaluation))
+            found = finished[name].about
+            for one, values in found.items():
+                if "primary" in values:
+                    log(f"{one}: {values['primary']} {values['metrics'][values['primary']]:.4f}")
+            scores.update(found)
+
     if made:
         if heldout is None:
             raise ConfigError([f"evaluation.tasks: {', '.join(made)} needs a held-out text"])
         with offline():
             metadata = {"heldout": str(heldout)}
-            manager = TaskManager(include_path=str(TASK_FILES), include_defaults=False, metadata=metadata)
-            scores |= _run_tasks(lm, manager, made, evaluation)
+            run(TaskManager(include_path=str(TASK_FILES), include_defaults=False, metadata=metadata), made)
     if public:
         manager = TaskManager()
         unknown = [name for name in public if name not in manager.all_tasks]
         if unknown:
             raise ConfigError([_unknown_task(name, folder, [*manager.all_tasks, *known]) for name in unknown])
-        scores |= _run_tasks(lm, manager, public, evaluation)
+        run(manager, public)
     if local:
         with offline():
-            scores |= _run_tasks(lm, managers[0], local, evaluation)
+            run(managers[0], local)
     return scores
 
 
-def _run_tasks(
-    lm: ScoringLM, manager: TaskManager, names: Sequence[str], evaluation: Mapping[str, Any]
-) -> dict[str, Any]:
-    scores = run_lm_eval(
-        lm_eval.simple_evaluate,
-        lm,
-        tasks=list(names),
-        task_manager=manager,
-        num_fewshot=evaluation.get("num_fewshot", 0),
-        limit=evaluation.get("limit"),
-        log_samples=False,
-    )
+def _run_task(lm: ScoringLM, manager: TaskManager, name: str, evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """Scores of a task, or of all tasks of a group, by name.
+
+    As `lm_eval.simple_evaluate` does it, which would add 2 s a call for a list of the machine's software.
+    """
+
+    def load() -> dict[str, Any]:
+        loaded = manager.load([name])
+        for task in loaded["tasks"].values():
+            if task.get_config("num_fewshot") != 0:  # where a task says none, none are shown
+                task.set_config(key="num_fewshot", value=evaluation.get("num_fewshot", 0))
+            task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+        return loaded
+
+    def evaluated(lm: ScoringLM, **options: Any) -> dict[str, Any]:
+        return lm_eval.evaluate(lm, task_dict=load(), limit=evaluation.get("limit"), log_samples=False, **options)
+
+    scores = run_lm_eval(evaluated, lm)
     tasks = {}
     for name, values in scores["results"].items():
         metrics = {
