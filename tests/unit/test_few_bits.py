@@ -21,8 +21,9 @@ from cospadi.errors import ConfigError
 from cospadi.files import BFLOAT16
 from cospadi.formats.factorization import Factorization, unpack
 from cospadi.methods import METHODS
-from cospadi.runtime import cospadi_cpu, cospadi_entropy
-from cospadi.runtime.cospadi_entropy import CODES, MOST, Code, DamagedStreamError, _parsed, steps_near
+from cospadi.runtime import cospadi_cpu, cospadi_entropy_parts
+from cospadi.runtime.cospadi_entropy import CODES, MOST, Code, DamagedStreamError, steps_near
+from cospadi.runtime.cospadi_entropy_parts import parsed
 from cospadi.runtime.cospadi_integers import Integers
 from cospadi.runtime.cospadi_registry import CODECS, FACTOR_CODECS
 from cospadi.runtime.cospadi_trellis import VALUES
@@ -288,7 +289,7 @@ def test_large_matrices_have_several_streams(codec, coder):
     codes, steps = random_codes(0, k, 3000, 1.0, codec)
     stored = CODECS[codec].pack_codes(codes, steps)
     np.testing.assert_array_equal(CODECS[codec].unpack(stored, 0).reshape(3000, k).T, codes)
-    edges = _parsed(stored).edges
+    edges = parsed(stored).edges
     assert len(edges) - 1 == n_streams
     if coder == "torch":
         return
@@ -305,7 +306,7 @@ def test_large_matrices_have_several_streams(codec, coder):
 @pytest.fixture
 def plain(monkeypatch):
     """Steps, scales and tables are written as they are, not deflated: files may have them so, too."""
-    monkeypatch.setattr(cospadi_entropy, "_deflated", lambda beside: beside)
+    monkeypatch.setattr(cospadi_entropy_parts, "_deflated", lambda beside: beside)
 
 
 @pytest.mark.parametrize("codec", STREAMS)
@@ -314,7 +315,7 @@ def test_steps_scales_and_tables_are_deflated_where_that_is_less(codec, coder, m
         codes, steps = random_codes(1, k, d_out, 1.0, codec)
         deflated = CODECS[codec].pack_codes(codes, steps)
         with monkeypatch.context() as patch:
-            patch.setattr(cospadi_entropy, "_deflated", lambda beside: beside)
+            patch.setattr(cospadi_entropy_parts, "_deflated", lambda beside: beside)
             plain = CODECS[codec].pack_codes(codes, steps)
         assert (len(deflated) < len(plain)) == is_less
         for stored in (deflated, plain):
@@ -333,7 +334,7 @@ def test_what_does_not_inflate_to_what_its_header_says_is_refused(coder):
         body = stored[4:24].tobytes() + length + deflated + behind
         return np.frombuffer(zlib.crc32(body).to_bytes(4, "little") + body, np.uint8)
 
-    deflate = cospadi_entropy._deflated
+    deflate = cospadi_entropy_parts._deflated
     np.testing.assert_array_equal(CODECS["ec"].unpack(with_beside(deflate(beside)), 0).reshape(400, 96).T, codes)
     for wrong in (
         with_beside(deflate(beside[:-1])),
@@ -362,7 +363,7 @@ def test_tables_that_are_none_are_refused(coder, plain):
         (lambda tables: tables.fill(0), "has bytes behind its tables"),
     ):
         stored = CODECS["ec"].pack_codes(codes, steps).copy()
-        change(_parsed(stored).tables)
+        change(parsed(stored).tables)
         with pytest.raises(DamagedStreamError, match=fault):
             CODECS["ec"].unpack(stored, 0)
 
@@ -381,7 +382,7 @@ def test_bytes_are_those_of_the_entropy(codec):
     for group in groups:
         counts = np.bincount(group.ravel() - group.min())
         entropy += -(counts[counts > 0] * np.log2(counts[counts > 0] / counts.sum())).sum()
-    n_streams = len(_parsed(stored).edges) - 1
+    n_streams = len(parsed(stored).edges) - 1
     beside = 8 * (2 * k + d_out + 36 * n_streams + 200)
     assert entropy < 8 * stored.nbytes < 1.002 * entropy + beside
 

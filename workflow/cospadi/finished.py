@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -49,11 +50,10 @@ class Finished:
 
     def __enter__(self) -> Self:
         if self._folder is not None and self._folder.is_dir():
-            try:
+            # one that is cut off, or of another job, ends it: what came before is good
+            with contextlib.suppress(ArtifactError, KeyError, TypeError, ValueError):
                 for path in sorted(self._folder.glob("*.safetensors")):
                     self._take(path)
-            except ArtifactError:  # cut off, or of another job: what came before it is good
-                pass
             if not self._results:
                 self._remove()
         return self

@@ -39,7 +39,9 @@ if TYPE_CHECKING:
     from .cospadi_diagonal import Diagonal  # noqa: F401
     from .cospadi_embedding import PackedEmbedding  # noqa: F401
     from .cospadi_entropy import Entropy  # noqa: F401
+    from .cospadi_entropy_parts import parsed  # noqa: F401
     from .cospadi_entropy_source import SOURCE as CODER  # noqa: F401
+    from .cospadi_entropy_streams import decoded  # noqa: F401
     from .cospadi_integers import Integers  # noqa: F401
     from .cospadi_linear import PackedLinear  # noqa: F401
     from .cospadi_mixture import Mixture  # noqa: F401

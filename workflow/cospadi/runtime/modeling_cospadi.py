@@ -47,7 +47,9 @@ if TYPE_CHECKING:
     from .cospadi_cuda import gpu_kernels  # noqa: F401
     from .cospadi_cuda_kernels import row_products  # noqa: F401
     from .cospadi_diagonal import Diagonal  # noqa: F401
+    from .cospadi_entropy_parts import parsed  # noqa: F401
     from .cospadi_entropy_source import SOURCE as CODER  # noqa: F401
+    from .cospadi_entropy_streams import decoded  # noqa: F401
     from .cospadi_integers import Integers  # noqa: F401
     from .cospadi_supports import Support  # noqa: F401
     from .cospadi_trellis import Trellis  # noqa: F401
