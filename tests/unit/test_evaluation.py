@@ -359,6 +359,67 @@ metric_list:
     assert limited["tasks"]["tiny_questions"]["documents"] == 2
 
 
+def test_documents_that_are_shown_are_those_of_lm_eval(llama, tmp_path):
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    words = [
+        "the",
+        "old",
+        "river",
+        "crosses",
+        "village",
+        "and",
+        "every",
+        "ship",
+        "carries",
+        "a",
+        "library",
+        "of",
+        "green",
+        "famous",
+        "poems",
+        "in",
+        "winter",
+    ]
+    lines = [
+        {
+            "query": " ".join(rng.choice(words, 5)),
+            "choices": [" ".join(rng.choice(words, 3)) for _ in range(3)],
+            "gold": 1,
+        }
+        for _ in range(12)
+    ]
+    (folder / "shown.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "shown.yaml").write_text(f"""
+task: shown
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/shown.jsonl}}}}
+test_split: test
+fewshot_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{query}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: gold
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+  - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
+  - {{metric: brier_score, aggregation: brier_score, higher_is_better: false}}
+""")
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32),
+        AutoTokenizer.from_pretrained(llama),
+    )
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, softmax_dtype="float32")
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    expected = lm_eval.simple_evaluate(lm, tasks=["shown"], task_manager=manager, num_fewshot=2, bootstrap_iters=0)
+    asked = EXACT | {"tasks": ["shown"], "task_path": str(folder), "num_fewshot": 2}
+    found = evaluate(llama, asked, output=tmp_path / "eval.json")["tasks"]["shown"]
+    assert found["num_fewshot"] == 2 and found["documents"] == 12
+    for metric in ("acc", "acc_norm", "brier_score"):  # the last is of the likelihoods themselves
+        assert found["metrics"][metric] == pytest.approx(expected["results"]["shown"][f"{metric},none"], rel=1e-4)
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma3_text"])
 def test_answers_read_behind_one_context_score_as_each_alone(family, tiny_model):
     folder = tiny_model(family, dtype="float32")  # mistral and gemma3_text see 24 tokens back

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import difflib
 import math
+import random
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import lm_eval
+import numpy as np
+import torch
 from lm_eval.tasks import TaskManager
 
 from cospadi.errors import ConfigError
@@ -22,8 +25,8 @@ from cospadi.finished import Finished
 _PRIMARY_METRICS = ("acc_norm", "acc", "exact_match", "word_perplexity", "perplexity")
 
 
-# lm-eval's own of the documents that are shown before the one that is asked
-_FEWSHOT_SEED = 1234
+# lm-eval's own, of documents that are shown before the one that is asked, and of tasks that shuffle
+_FEWSHOT_SEED, _SEEDS = 1234, ((random.seed, 0), (np.random.seed, 1234), (torch.manual_seed, 1234))
 
 
 def score_tasks(
@@ -75,6 +78,8 @@ def _run_task(lm: ScoringLM, manager: TaskManager, name: str, evaluation: Mappin
     """
 
     def load() -> dict[str, Any]:
+        for plant, seed in _SEEDS:
+            plant(seed)
         loaded = manager.load([name])
         for task in loaded["tasks"].values():
             if task.get_config("num_fewshot") != 0:  # where a task says none, none are shown
