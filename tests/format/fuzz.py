@@ -649,9 +649,9 @@ def run_cases(seeds: Path, first: int, last: int, report: Path) -> None:
     transformers.logging.set_verbosity(50)
     transformers.utils.logging.disable_progress_bar()
     if "libasan" in os.environ.get("LD_PRELOAD", ""):
-        from cospadi.runtime import cospadi_cpu
+        from cospadi.runtime import cospadi_compiler
 
-        for flags in cospadi_cpu._FLAGS.values():
+        for flags in cospadi_compiler.FLAGS.values():
             flags += ["-fsanitize=address", "-g"]
     with open(report, "a") as lines, tempfile.TemporaryDirectory() as scratch:
         for case in range(first, last):

@@ -31,7 +31,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from cospadi.formats.factorization import Factorization
-from cospadi.runtime import cospadi_cpu, cospadi_cuda, cospadi_linear, cospadi_products
+from cospadi.runtime import cospadi_compiler, cospadi_cpu, cospadi_cuda, cospadi_linear, cospadi_products
 from cospadi.runtime.cospadi_codecs import decode_codes, decode_support, encode_codes, encode_dictionary
 from cospadi.runtime.cospadi_cpu import PATHS, BoundSum, Kernel, product_dtype
 from cospadi.runtime.cospadi_linear import DenseLinear, PackedLinear, pack_, packed_layers, unpack_
@@ -108,7 +108,7 @@ def test_a_vector_of_values_can_have_many_scales(machine):
 @functools.cache
 def compiled(choice: str) -> Kernel:
     """The kernel for one kind of machine, skipped where this one is not of that kind."""
-    if choice == "avx2" and "avx2" not in cospadi_cpu._processor().split():
+    if choice == "avx2" and "avx2" not in cospadi_compiler.processor().split():
         pytest.skip("this processor has no AVX2")
     return Kernel(cospadi_cpu._load(choice))
 
@@ -189,7 +189,7 @@ def test_bfloat16_is_multiplied_in_float32_where_the_processor_has_no_instructio
         )
     else:
         monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    monkeypatch.setattr(cospadi_cpu, "_processor", lambda: f"{machine} flags : {' '.join(has)}")
+    monkeypatch.setattr(cospadi_cpu, "processor", lambda: f"{machine} flags : {' '.join(has)}")
     monkeypatch.setattr(cospadi_cpu.platform, "machine", lambda: machine)
     cospadi_cpu.bfloat16_is_native.cache_clear()
     try:
@@ -538,7 +538,7 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_time(monkeypatch, cach
 
 
 def test_the_compiler_may_have_flags(monkeypatch, cache):
-    default = cospadi_cpu._compiler()
+    default = cospadi_compiler.compiler()
     monkeypatch.setenv("CC", f"{default[0]} -g '-DNAME=a b'")
     commands = compilations(monkeypatch)
     assert Kernel(cospadi_cpu._load("generic")).kind == "generic"

@@ -21,7 +21,7 @@ from cospadi.errors import ConfigError
 from cospadi.files import BFLOAT16
 from cospadi.formats.factorization import Factorization, unpack
 from cospadi.methods import METHODS
-from cospadi.runtime import cospadi_cpu, cospadi_entropy_parts
+from cospadi.runtime import cospadi_compiler, cospadi_entropy_parts
 from cospadi.runtime.cospadi_entropy import CODES, MOST, Code, DamagedStreamError, steps_near
 from cospadi.runtime.cospadi_entropy_parts import parsed
 from cospadi.runtime.cospadi_integers import Integers
@@ -207,10 +207,10 @@ def test_bits_are_a_ratio_in_every_method_step_and_sweep(minimal):
 @pytest.fixture(params=["auto", "torch"])
 def coder(request) -> Iterator[str]:
     """The compiled coder, and the reference in NumPy."""
-    before = cospadi_cpu.chosen_kernels()
-    cospadi_cpu.choose(request.param)
+    before = cospadi_compiler.chosen()
+    cospadi_compiler.choose(request.param)
     yield request.param
-    cospadi_cpu.choose(before)
+    cospadi_compiler.choose(before)
 
 
 STREAMS = ["ec", "ectcq", "ectcq256"]
@@ -250,10 +250,10 @@ def test_streams_round_trip_and_both_coders_agree(codec, seed, k, d_out, size):
     codes, steps = random_codes(seed, k, d_out, size, codec)
     stored = {}
     for choice, laid_out in (("auto", np.asfortranarray(codes)), ("torch", codes)):
-        cospadi_cpu.choose(choice)
+        cospadi_compiler.choose(choice)
         stored[choice] = CODECS[codec].pack_codes(laid_out, steps)
         np.testing.assert_array_equal(CODECS[codec].unpack(stored[choice], 0).reshape(d_out, k).T, codes)
-    cospadi_cpu.choose("auto")
+    cospadi_compiler.choose("auto")
     assert stored["auto"].tobytes() == stored["torch"].tobytes()
     np.testing.assert_array_equal(CODECS[codec].steps(stored["auto"]), steps)
     assert not list(CODECS[codec].faults_of(stored["auto"], (k, d_out)))
@@ -263,9 +263,9 @@ def test_streams_round_trip_and_both_coders_agree(codec, seed, k, d_out, size):
     np.testing.assert_array_equal(decoded.numpy().T, codes)
     found = {}
     for choice in ("auto", "torch"):
-        cospadi_cpu.choose(choice)
+        cospadi_compiler.choose(choice)
         found[choice] = [part.numpy() for part in CODECS[codec].numbers(torch.from_numpy(stored["auto"].copy()))]
-    cospadi_cpu.choose("auto")
+    cospadi_compiler.choose("auto")
     assert all(np.array_equal(*parts) for parts in zip(*found.values(), strict=True))
     check_digits(*found["auto"], np.rint(codes / steps[:, None]).astype(int), steps)
 
@@ -403,7 +403,7 @@ def test_a_damaged_stream_is_refused_or_decoded_within_its_bounds(codec, seed, n
     stored[:4] = np.frombuffer(zlib.crc32(stored[4:].tobytes()).to_bytes(4, "little"), np.uint8)
     outcomes = []
     for choice in ("auto", "torch"):
-        cospadi_cpu.choose(choice)
+        cospadi_compiler.choose(choice)
         faults = list(CODECS[codec].faults_of(stored, codes.shape))
         try:
             numbers = [] if faults else CODECS[codec].numbers(torch.from_numpy(stored.copy()))
@@ -411,7 +411,7 @@ def test_a_damaged_stream_is_refused_or_decoded_within_its_bounds(codec, seed, n
             outcomes.append(None if faults else CODECS[codec].unpack(stored, 0).tobytes() + digits)
         except DamagedStreamError:
             outcomes.append("damaged")
-    cospadi_cpu.choose("auto")
+    cospadi_compiler.choose("auto")
     assert outcomes[0] == outcomes[1]
 
 

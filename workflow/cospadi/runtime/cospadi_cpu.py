@@ -8,17 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import logging
-import os
 import platform
-import shlex
-import shutil
-import stat
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -29,6 +23,7 @@ from typing import Any
 import torch
 
 from .cospadi_codecs import tensor_shapes
+from .cospadi_compiler import chosen, chosen_in, library, processor
 from .cospadi_cpu_source import SOURCE
 from .cospadi_format import block_of
 from .cospadi_registry import CODECS as ALL_CODECS
@@ -40,9 +35,6 @@ CODECS |= {f"int{bits}": 6 + bits for bits in (6, 3, 2)}
 SUPPORTS = {"dense": 0, "bitmask": 1, "2:4": 2}
 DTYPES = (torch.bfloat16, torch.float32)
 
-_FLAGS = {"auto": ["-march=native"], "avx2": ["-mavx2", "-mfma", "-mpopcnt"], "generic": []}
-CHOICES = (*_FLAGS, "torch")
-_choice = "auto"
 _DAMAGED = "the file is damaged. Fetch or assemble the folder again"
 _BLOCK = 16  # columns between two entries of `starts`, as in the source
 _BYTES_PER_THREAD = 2**15  # a thread for less costs more than it gives
@@ -83,7 +75,7 @@ def bfloat16_is_native() -> bool:
     if hasattr(torch.cpu, "get_capabilities"):
         found = {name for name, has in torch.cpu.get_capabilities().items() if has is True}
     else:  # torch before 2.10
-        found = set(_processor().split())
+        found = set(processor().split())
     if platform.machine() in ("x86_64", "AMD64"):
         return bool(found & {"avx512_bf16", "amx_bf16"})
     return "bf16" in found
@@ -355,7 +347,7 @@ class Kernel:
             tuple(read),
             (*hooks[0], *of_all),
             tuple(part for of_one in hooks[1:] for part in of_one),
-            (*_of_torch(), globals(), self._choice),
+            (*_of_torch(), chosen_in(), self._choice),
             total,
         )
 
@@ -404,22 +396,9 @@ class Kernel:
         return room.data_ptr()
 
 
-def choose(choice: str) -> None:
-    """Compute with this one of `CHOICES` from the next product on."""
-    global _choice
-    if choice == "avx2" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
-        raise ValueError("cpu is 'avx2', which this processor does not have; allowed: auto, generic, torch")
-    _choice = CHOICES[CHOICES.index(choice)]  # that very object: layers look whether it is still the same
-
-
-def chosen_kernels() -> str:
-    """What `choose` was last told."""
-    return _choice
-
-
 def kernel() -> Kernel | None:
     """The kernel that was chosen; None where plain torch has to do. Compiled at the first call, then cached on disk."""
-    return None if (choice := _choice) == "torch" else _kernel(choice)
+    return None if (choice := chosen()) == "torch" else _kernel(choice)
 
 
 @functools.cache
@@ -446,53 +425,6 @@ def _load(choice: str) -> ctypes.CDLL:
         except (OSError, subprocess.SubprocessError):  # headers that do not fit; calls then go through ctypes
             pass
     return library(SOURCE, choice)
-
-
-def library(source: str, choice: str, more_flags: Sequence[str] = ()) -> ctypes.CDLL:
-    """The library of a C source from the cache, compiled if it is not there or not as it was made.
-
-    Raises
-    ------
-    OSError, subprocess.SubprocessError
-        If there is no compiler, or it fails.
-    """
-    flags = ["-O3" if choice != "generic" else "-O2", "-shared", "-fPIC", *_FLAGS[choice], *more_flags]
-    parts = [source, *flags, os.environ.get("CC", ""), _processor()]
-    name = f"cpu-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:20]}.so"
-    folder = _cache_folder()
-    if folder is not None and _is_as_made(folder / name):
-        try:
-            return ctypes.CDLL(str(folder / name))
-        except OSError as error:  # a file system that forbids to run its files
-            logger.info("packed products: %s; compiling for this process alone", error)
-            folder = None
-    command = _compiler()
-    # where the cache is of no use, or has no room: compile for this process alone
-    for place in (folder, None) if folder is not None else (None,):
-        try:
-            with tempfile.TemporaryDirectory(dir=place, prefix=".compile-") as work:
-                return _compile(source, [*command, *flags], Path(work), None if place is None else place / name)
-        except (OSError, subprocess.SubprocessError):
-            if place is None:
-                raise
-    raise AssertionError("unreachable")
-
-
-def _compile(source: str, command: list[str], work: Path, library: Path | None) -> ctypes.CDLL:
-    file, made = work / "kernel.c", work / "kernel.so"
-    file.write_text(source)
-    command = [*command, "-o", str(made), str(file)]
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
-    made.chmod(0o700)
-    loaded = ctypes.CDLL(str(made))
-    if library is not None:
-        digest = work / "digest"
-        digest.write_text(_digest(made))
-        digest.chmod(0o600)
-        # a stop in between leaves a library that its digest does not fit: it is compiled anew
-        os.replace(made, library)
-        os.replace(digest, _digest_file(library))
-    return loaded
 
 
 def _python_flags() -> list[str]:
@@ -528,68 +460,6 @@ def _of_torch() -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def _cache_folder() -> Path | None:
-    """Folder that only this user writes into; None where there is none and none can be made."""
-    try:
-        # a container may run as a user without a home
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cospadi"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if folder.stat().st_mode & 0o022:
-            folder.chmod(0o700)
-        return folder if _is_private(folder, stat.S_ISDIR) else None
-    except (OSError, RuntimeError):
-        return None
-
-
-def _is_as_made(library: Path) -> bool:
-    """Whether a library of the cache has the bytes that its compiler wrote, and nobody else can have written it."""
-    try:
-        return (
-            _is_private(library, stat.S_ISREG)
-            and _is_private(_digest_file(library), stat.S_ISREG)
-            and _digest_file(library).read_text() == _digest(library)
-        )
-    except (OSError, UnicodeDecodeError):
-        return False
-
-
-def _is_private(path: Path, kind: Callable[[int], bool]) -> bool:
-    status = path.lstat()
-    owners = {0, os.geteuid()} if hasattr(os, "geteuid") else {status.st_uid}
-    return kind(status.st_mode) and status.st_uid in owners and not status.st_mode & 0o022
-
-
-def _digest_file(library: Path) -> Path:
-    return library.with_suffix(".sha256")
-
-
-def _digest(library: Path) -> str:
-    return hashlib.sha256(library.read_bytes()).hexdigest()
-
-
-def _compiler() -> list[str]:
-    """Command of the C compiler, which may have flags of its own: ``CC='gcc -m64'``."""
-    said = os.environ.get("CC")
-    try:
-        commands = [shlex.split(said)] if said and said.strip() else [["gcc"], ["cc"], ["clang"]]
-    except ValueError as error:
-        raise FileNotFoundError(f"CC is {said!r}, which is no command: {error}") from error
-    for name, *flags in commands:
-        if found := shutil.which(name):
-            return [found, *flags]
-    raise FileNotFoundError(f"no C compiler was found ({', '.join(name for name, *_ in commands)})")
-
-
-def _processor() -> str:
-    """What a library for this machine depends on; a home folder may be shared by several kinds."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        flags = next(line for line in lines if line.startswith(("flags", "Features")))
-    except (OSError, StopIteration):
-        flags = platform.processor()
-    return f"{platform.machine()} {flags}"
-
-
 def _reason(error: Exception) -> str:
     if isinstance(error, subprocess.CalledProcessError):
         said = (error.stderr or "").strip().splitlines()
@@ -600,9 +470,9 @@ def _reason(error: Exception) -> str:
 def _torch_openmp() -> _OpenMP | None:
     """The OpenMP that torch itself runs on: a second one would have threads that fight with torch's."""
     names = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
-    for library in (None, *sorted(Path(torch.__file__).parent.glob("lib/lib*omp*"))):
+    for path in (None, *sorted(Path(torch.__file__).parent.glob("lib/lib*omp*"))):
         try:
-            found = ctypes.CDLL(None if library is None else str(library))
+            found = ctypes.CDLL(None if path is None else str(path))
             return _OpenMP(*(ctypes.cast(getattr(found, name), ctypes.c_void_p).value for name in names))
         except (OSError, AttributeError):
             continue

@@ -1,4 +1,4 @@
-"""The C source of the CPU kernel: compiled by `cospadi_cpu` on the machine that runs it.
+"""The C source of the CPU kernel: compiled by `cospadi_compiler` on the machine that runs it.
 
 It is a string because only Python files travel: transformers copies no other into its cache of remote code.
 """

@@ -1,4 +1,4 @@
-"""The C source of the entropy coder: compiled by `cospadi_cpu` on the machine that runs it, as the kernel is."""
+"""The C source of the entropy coder: compiled by `cospadi_compiler` on the machine that runs it, as the kernel is."""
 
 SOURCE = r"""
 #include <stdint.h>

@@ -8,6 +8,8 @@ import ctypes
 import functools
 import itertools
 import logging
+import subprocess
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from .cospadi_compiler import chosen, library
 from .cospadi_entropy_parts import (
     BITS,
     FAULTS,
@@ -405,19 +408,12 @@ class _Coder:
 
 def _coder() -> _Coder | None:
     """The compiled coder; None where NumPy has to do."""
-    from .cospadi_cpu import chosen_kernels
-
-    choice = chosen_kernels()
+    choice = chosen()
     return None if choice == "torch" else _compiled(choice)
 
 
 @functools.cache
 def _compiled(choice: str) -> _Coder | None:
-    import subprocess
-    import sys
-
-    from .cospadi_cpu import library
-
     if sys.byteorder != "little":
         return None
     try:

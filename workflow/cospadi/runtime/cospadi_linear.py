@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from .cospadi_codecs import decode_dictionary, decode_support, encode_codes, encode_dictionary, tensor_shapes
-from .cospadi_cpu import CHOICES as CPU_CHOICES
+from .cospadi_compiler import CHOICES as CPU_CHOICES
+from .cospadi_compiler import choose as choose_cpu
 from .cospadi_cpu import MOST_TERMS, BoundMatrix, BoundSum, Kernel
-from .cospadi_cpu import choose as choose_cpu
 from .cospadi_cuda import CHOICES as CUDA_CHOICES
 from .cospadi_cuda import apply_codes, project
 from .cospadi_cuda import choose as choose_cuda

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     # names; older versions do not look for more in the modules that these lines name.
     from .cospadi_bf14 import Bf14  # noqa: F401
     from .cospadi_codecs import decode_codes  # noqa: F401
+    from .cospadi_compiler import library  # noqa: F401
     from .cospadi_cpu import kernel  # noqa: F401
     from .cospadi_cpu_source import SOURCE  # noqa: F401
     from .cospadi_cuda import gpu_kernels  # noqa: F401

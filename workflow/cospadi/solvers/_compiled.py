@@ -7,7 +7,7 @@ import functools
 import logging
 import subprocess
 
-from cospadi.runtime import cospadi_cpu
+from cospadi.runtime.cospadi_compiler import library
 
 logger = logging.getLogger("cospadi.solvers")
 
@@ -16,7 +16,7 @@ logger = logging.getLogger("cospadi.solvers")
 def compiled(source: str, what: str) -> ctypes.CDLL | None:
     """The library of a C source; None, and a warning that says what is slower now, where no compiler works."""
     try:
-        return cospadi_cpu.library(source, "auto")
+        return library(source, "auto")
     except (OSError, subprocess.SubprocessError) as error:
         logger.warning("%s: NumPy, which is much slower, because no C compiler works (%s)", what, error)
         return None
