@@ -27,7 +27,7 @@ from .cospadi_entropy_parts import (
     rows_a_stream,
     steps_near,
 )
-from .cospadi_entropy_streams import CODES, Code, Matrix, batch_of, check_path, decoded, encoder
+from .cospadi_entropy_streams import CODES, Code, Matrix, batch_of, check_path, decoded, encoder, n_kinds
 from .cospadi_values import Codec
 
 __all__ = ["CODES", "MOST", "OCTAVE", "Code", "DamagedStreamError", "Decoding", "Entropy", "steps_near"]
@@ -43,11 +43,6 @@ class Entropy(Codec):
 
     def __init__(self, name: str, code: Code | None = None, *, scaled: bool = False) -> None:
         self.name, self.code, self.scaled = name, code, scaled
-
-    @property
-    def n_kinds(self) -> int:
-        """Tables of a bucket: where numbers follow a code, one for even numbers and one for odd ones."""
-        return 1 if self.code is None else 2
 
     @property
     def with_scales(self) -> str:
@@ -84,18 +79,18 @@ class Entropy(Codec):
         rest = (numbers & (1 << wide.astype(np.int32))[:, None] - 1).astype(np.uint16) << 1 | odd
         numbers = (numbers >> wide[:, None]).astype(np.int8)
         contexts = levels_of(codes, np.ldexp(steps, wide.astype(np.int32)), wide)
-        tables = count_tables(contexts, numbers, odd, self.n_kinds)
-        frequency, start = frequencies(tables, self.n_kinds)
+        tables = count_tables(contexts, numbers, odd, n_kinds(self.code))
+        frequency, start = frequencies(tables, n_kinds(self.code))
         encode, per_stream = encoder(), rows_a_stream(numbers.shape[1])
         streams = [
-            encode(self, contexts, frequency, start, numbers, rest, begin, min(per_stream, len(numbers) - begin))
+            encode(self.code, contexts, frequency, start, numbers, rest, begin, min(per_stream, len(numbers) - begin))
             for begin in range(0, len(numbers), per_stream)
         ]
         return as_bytes(contexts, steps, tables, streams)
 
     def unpack(self, stored: np.ndarray, n: int) -> np.ndarray:
         """Numbers times steps, float32 (n,): column after column, as codes are stored."""
-        return decoded(Matrix(self, parsed(np.ascontiguousarray(stored)), np.float32)).out.ravel()
+        return decoded(Matrix(self.code, parsed(np.ascontiguousarray(stored)), np.float32)).out.ravel()
 
     def unpack_codes(self, stored: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         """Inverse of `pack_codes`: codes (k, d_out), float32, and steps."""
@@ -108,7 +103,7 @@ class Entropy(Codec):
     def decode(self, stored: Any, shape: Sequence[int], *, halves: bool = False) -> Any:
         """`unpack` of a torch tensor: float32, or with `halves` bfloat16, numbers of that shape."""
         found = parsed(np.ascontiguousarray(stored.detach().cpu().numpy()))
-        (numbers,) = decoded(Matrix(self, found, np.uint16 if halves else np.float32)).in_torch()
+        (numbers,) = decoded(Matrix(self.code, found, np.uint16 if halves else np.float32)).in_torch()
         return numbers.view(*shape).to(stored.device)
 
     def numbers(self, stored: Any) -> tuple[Any, Any, Any]:
@@ -124,7 +119,7 @@ class Entropy(Codec):
             Steps, of the next bits 256 times as long each time.
         """
         found = parsed(np.ascontiguousarray(stored.detach().cpu().numpy()))
-        return tuple(part.to(stored.device) for part in decoded(Matrix(self, found, np.int8)).in_torch())
+        return tuple(part.to(stored.device) for part in decoded(Matrix(self.code, found, np.int8)).in_torch())
 
     def faults_of(self, stored: np.ndarray, shape: tuple[int, int]) -> Iterator[str]:
         """What is wrong inside the stored tensor of codes (k, d_out); tables and streams are looked at in decoding."""
@@ -155,7 +150,7 @@ class Decoding:
         self._matrices: dict[str, Matrix] = {}
         for name, (codec, data, shape, dtype) in stored.items():
             try:
-                self._matrices[name] = Matrix(codec, of_shape(data, shape), dtype, checked=True)
+                self._matrices[name] = Matrix(codec.code, of_shape(data, shape), dtype, checked=True)
             except ValueError as error:
                 self.faults.append(f"{name} {error}")
         self._batch = batch_of([] if self.faults else list(self._matrices.values()))

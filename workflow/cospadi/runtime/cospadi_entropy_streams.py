@@ -13,7 +13,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,9 +33,6 @@ from .cospadi_entropy_parts import (
     slots_of,
 )
 from .cospadi_entropy_source import SOURCE
-
-if TYPE_CHECKING:
-    from .cospadi_entropy import Entropy
 
 logger = logging.getLogger("cospadi.runtime")
 
@@ -75,6 +72,11 @@ class Code(NamedTuple):
 CODES = {code.n_states: code for code in (Code(8, 0o15, 0o2), Code(256, 0o515, 0o362))}
 
 
+def n_kinds(code: Code | None) -> int:
+    """Tables of a bucket: where numbers follow a code, one for even numbers and one for odd ones."""
+    return 1 if code is None else 2
+
+
 def check_path(code: Code, numbers: np.ndarray) -> None:
     state = np.zeros(len(numbers), np.int32)
     for column in numbers.T:
@@ -93,9 +95,9 @@ class Matrix:
     """
 
     def __init__(
-        self, codec: Entropy, found: Parsed, dtype: type, *, checked: bool = False, room: int = _FEW_LARGER
+        self, code: Code | None, found: Parsed, dtype: type, *, checked: bool = False, room: int = _FEW_LARGER
     ) -> None:
-        self.codec, self.found, self.checked = codec, found, checked
+        self.code, self.found, self.checked = code, found, checked
         more = _FEW_MORE if dtype == np.int8 else 0
         self._memory = np.empty(found.columns * (found.rows + more), dtype)
         self.out = self._memory[: found.columns * found.rows].reshape(found.columns, found.rows)
@@ -120,7 +122,7 @@ class Matrix:
             out = torch.from_numpy(self.out.view(np.int16) if halves else self.out)
             return (out.view(torch.bfloat16) if halves else out,)
         if self.n_larger > len(self.larger):
-            return decoded(Matrix(self.codec, self.found, np.int8, room=self.n_larger)).in_torch()
+            return decoded(Matrix(self.code, self.found, np.int8, room=self.n_larger)).in_torch()
         return tuple(map(torch.from_numpy, self._digits() if self.n_larger else (self.out, _NONE, self.found.steps)))
 
     def _digits(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -192,10 +194,10 @@ class _Batch:
 
 
 def _decode_with_numpy(matrix: Matrix) -> None:
-    codec, found = matrix.codec, matrix.found
+    found = matrix.found
     if matrix.checked and not has_its_checksum(found.data):
         raise DamagedStreamError(NO_CHECKSUM)
-    slots = slots_of(found.tables.tobytes(), found.contexts.n_buckets, codec.n_kinds)
+    slots = slots_of(found.tables.tobytes(), found.contexts.n_buckets, n_kinds(matrix.code))
     for index, (start, end) in enumerate(itertools.pairwise(found.edges)):
         begin = index * found.per_stream
         rows = min(found.per_stream, found.rows - begin)
@@ -203,11 +205,11 @@ def _decode_with_numpy(matrix: Matrix) -> None:
 
 
 def _decode_stream(matrix: Matrix, slots: np.ndarray, stream: np.ndarray, begin: int, rows: int) -> None:
-    codec, found, out = matrix.codec, matrix.found, matrix.out
+    code, found, out = matrix.code, matrix.found, matrix.out
     stream = stream.copy()  # from an even address
     states = stream[: 4 * LANES].view("<u4").astype(np.int64)
     words = stream[4 * LANES :].view("<u2").astype(np.int64)
-    code, kinds = codec.code, codec.n_kinds
+    kinds = n_kinds(code)
     bucket, extra = found.contexts.buckets()[begin : begin + rows], found.contexts.wide
     left = iter(words.tolist())
 
@@ -263,7 +265,7 @@ def encoder() -> Callable[..., bytes]:
 
 
 def _encode_with_numpy(
-    codec: Entropy,
+    code: Code | None,
     contexts: Levels,
     frequency: np.ndarray,
     start: np.ndarray,
@@ -278,7 +280,7 @@ def _encode_with_numpy(
     for group in reversed(range(0, rows, LANES)):
         lanes = slice(begin + group, begin + min(group + LANES, rows))
         here = states[: lanes.stop - lanes.start]
-        table = codec.n_kinds * bucket[lanes] + (rest[lanes] & 1)
+        table = n_kinds(code) * bucket[lanes] + (rest[lanes] & 1)
         wide, lower = contexts.wide[lanes].astype(np.int64), rest[lanes].astype(np.int64) >> 1
         entry = numbers[lanes].astype(np.int64) + 128
         counts, below = frequency[table, entry].astype(np.int64), start[table, entry].astype(np.int64)
@@ -318,10 +320,10 @@ class _Stored(ctypes.Structure):
     ]
 
 
-def _contexts(codec: Entropy, found: Levels) -> _Contexts:
+def _contexts(code: Code | None, found: Levels) -> _Contexts:
     address, rows = found.levels.ctypes.data, len(found.wide)
-    sizes = (len(found.levels) - rows, found.first, found.n_buckets, codec.n_kinds)
-    checks = (0, 0) if codec.code is None else (codec.code.lower, codec.code.upper)
+    sizes = (len(found.levels) - rows, found.first, found.n_buckets, n_kinds(code))
+    checks = (0, 0) if code is None else (code.lower, code.upper)
     return _Contexts(*sizes, *checks, address, address + rows, found.wide.ctypes.data)
 
 
@@ -332,13 +334,13 @@ class _CompiledBatch:
         self._coder, self._matrices = coder, matrices
         self._stored = (_Stored * len(matrices))(*map(self._as_stored, matrices))
         self._begun = ctypes.c_int64()
-        self._n_tables = max((m.found.contexts.n_buckets * m.codec.n_kinds for m in matrices), default=0)
+        self._n_tables = max((m.found.contexts.n_buckets * n_kinds(m.code) for m in matrices), default=0)
 
     @staticmethod
     def _as_stored(matrix: Matrix) -> _Stored:
         found = matrix.found
         return _Stored(
-            _contexts(matrix.codec, found.contexts),
+            _contexts(matrix.code, found.contexts),
             *(array.ctypes.data for array in (found.data, found.tables, found.steps, found.edges)),
             *(len(found.data), len(found.tables), len(found.edges) - 1, found.per_stream, found.rows),
             *(_KINDS.index(matrix.out.dtype), matrix.checked),
@@ -381,7 +383,7 @@ class _Coder:
 
     def encode(
         self,
-        codec: Entropy,
+        code: Code | None,
         contexts: Levels,
         frequency: np.ndarray,
         start: np.ndarray,
@@ -392,7 +394,7 @@ class _Coder:
     ) -> bytes:
         # no number takes more than a frequency's bits and those of a wide row: two words
         room = np.empty(4 * LANES + 4 + 4 * rows * numbers.shape[1], np.uint8)
-        addressed = _contexts(codec, contexts)
+        addressed = _contexts(code, contexts)
         place = self._encode(
             ctypes.byref(addressed),
             *(array.ctypes.data for array in (frequency, start, numbers, rest)),
