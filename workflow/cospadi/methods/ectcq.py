@@ -29,6 +29,7 @@ from cospadi.methods.base import (
 )
 from cospadi.problem import GRADIENTS, Problem, Target, side_by_side
 from cospadi.registry import choice
+from cospadi.runtime.cospadi_entropy import Entropy, n_states
 from cospadi.runtime.cospadi_registry import CODECS
 from cospadi.work import Work
 
@@ -42,14 +43,15 @@ LEAST_ALLOTTED = 0.75
 _BISECTIONS = 60
 _FAR = 60.0
 # by states of the trellis
-_CODECS = {256: "ectcq256", 8: "ectcq", 1: "ec"}
+_STREAMS = (codec for codec in CODECS.values() if isinstance(codec, Entropy) and not codec.scaled)
+_CODECS = {n_states(codec.code): codec for codec in sorted(_STREAMS, key=lambda codec: -n_states(codec.code))}
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "states": choice(
         [*_CODECS],
         "Of the trellis whose paths numbers follow. 8 take .04 of a bit more a weight than 256 for the same error; 1: "
         "none, each number is rounded for itself, which takes a fifth of a bit more.",
-        default=256,
+        default=max(_CODECS),
     ),
     "damping": sparsegpt.OPTIONS["damping"],
     **allocation_option(
@@ -79,7 +81,7 @@ def fit(
     """
     from cospadi.solvers import entropy
 
-    codec = CODECS[_CODECS[states]]
+    codec = _CODECS[states]
     gram = np.asarray(problem.metric.gram, np.float64)
     nbytes = room(problem.shape, nbytes) - _of_columns(problem)
     found = entropy.quantize(problem.weight, gram, codec, nbytes, damping=damping, log=how.log)

@@ -27,10 +27,10 @@ from .cospadi_entropy_parts import (
     rows_a_stream,
     steps_near,
 )
-from .cospadi_entropy_streams import CODES, Code, Matrix, batch_of, check_path, decoded, encoder, n_kinds
+from .cospadi_entropy_streams import CODES, Code, Matrix, batch_of, check_path, decoded, encoder, n_kinds, n_states
 from .cospadi_values import Codec
 
-__all__ = ["CODES", "MOST", "OCTAVE", "Code", "DamagedStreamError", "Decoding", "Entropy", "steps_near"]
+__all__ = ["CODES", "MOST", "OCTAVE", "Code", "DamagedStreamError", "Decoding", "Entropy", "n_states", "steps_near"]
 
 
 class Entropy(Codec):

@@ -72,6 +72,11 @@ class Code(NamedTuple):
 CODES = {code.n_states: code for code in (Code(8, 0o15, 0o2), Code(256, 0o515, 0o362))}
 
 
+def n_states(code: Code | None) -> int:
+    """Of the trellis; 1 where numbers follow no code."""
+    return 1 if code is None else code.n_states
+
+
 def n_kinds(code: Code | None) -> int:
     """Tables of a bucket: where numbers follow a code, one for even numbers and one for odd ones."""
     return 1 if code is None else 2
