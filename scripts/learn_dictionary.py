@@ -16,7 +16,6 @@ def main(snakemake, log):
     job, made, params = snakemake.input, snakemake.output, snakemake.params
     structure, variant = chosen(read_structure(job.structure), params.variant["targets"]), params.variant
     calibration = calibration_of(job.windows, params.collection)
-    allocations = [read_allocation(Path(file), structure, variant, calibration) for file in job.allocation]
     how = {"device": choose_device(params.device), "log": log}
     unit = job.model, structure, job.windows, params.layers, variant
     with handed_on(unit, params.collection, job, made, **how) as streams:
@@ -28,7 +27,7 @@ def main(snakemake, log):
             diagnostics=Path(made.diagnostics),
             warm_factors=next(map(Path, job.warm), None),
             drift=next(map(Path, job.drift), None),
-            allotted=next(iter(allocations), None),
+            allotted=next((read_allocation(Path(one), structure, variant, calibration) for one in job.allocation), None),
             streams=streams,
             code=params.code,
             **how,
