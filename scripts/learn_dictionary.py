@@ -27,7 +27,7 @@ def main(snakemake, log):
             diagnostics=Path(made.diagnostics),
             warm_factors=next(map(Path, job.warm), None),
             drift=next(map(Path, job.drift), None),
-            allotted=next((read_allocation(Path(one), structure, variant, calibration) for one in job.allocation), None),
+            allotted=next((read_allocation(one, structure, variant, calibration) for one in job.allocation), None),
             streams=streams,
             code=params.code,
             **how,

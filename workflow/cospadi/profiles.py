@@ -211,7 +211,10 @@ def _of_profiles(
 
 
 def read_allocation(
-    path: Path, structure: Mapping[str, Any], variant: Mapping[str, Any], calibration: Mapping[str, Any] | None = None
+    path: str | Path,
+    structure: Mapping[str, Any],
+    variant: Mapping[str, Any],
+    calibration: Mapping[str, Any] | None = None,
 ) -> dict[tuple[str, ...], int | None]:
     """Bytes of every problem, by the names of its matrices; None for those that stay as they are.
 
