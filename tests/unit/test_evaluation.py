@@ -325,6 +325,26 @@ def direct_accuracies(folder: Path, questions: list[dict]) -> dict[str, float]:
     return {name: count / len(questions) for name, count in correct.items()}
 
 
+def write_task(folder, name, questions, *, more=""):
+    """A local task of lm-eval: questions with choices, of which some may be shown; `more` lines of metrics."""
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    (folder / f"{name}.yaml").write_text(f"""
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/{name}.jsonl}}}}
+test_split: test
+fewshot_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{query}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: gold
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+  - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
+{more}
+""")
+
+
 def test_local_multiple_choice_task(llama, tmp_path):
     questions = [
         {"query": "The old river", "choices": ["crosses the village", "7 7 7 7"], "gold": 0},
@@ -333,20 +353,7 @@ def test_local_multiple_choice_task(llama, tmp_path):
     ]
     folder = tmp_path / "tasks"
     folder.mkdir()
-    (folder / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
-    (folder / "questions.yaml").write_text(f"""
-task: tiny_questions
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {folder}/questions.jsonl}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{query}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: gold
-metric_list:
-  - {{metric: acc, aggregation: mean, higher_is_better: true}}
-  - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
-""")
+    write_task(folder, "tiny_questions", questions)
     result = evaluate(
         llama, EXACT | {"tasks": ["tiny_questions"], "task_path": str(folder)}, output=tmp_path / "eval.json"
     )
@@ -390,22 +397,8 @@ def test_documents_that_are_shown_are_those_of_lm_eval(llama, tmp_path):
         }
         for _ in range(12)
     ]
-    (folder / "shown.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "shown.yaml").write_text(f"""
-task: shown
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {folder}/shown.jsonl}}}}
-test_split: test
-fewshot_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{query}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: gold
-metric_list:
-  - {{metric: acc, aggregation: mean, higher_is_better: true}}
-  - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
-  - {{metric: brier_score, aggregation: brier_score, higher_is_better: false}}
-""")
+    more = "  - {metric: brier_score, aggregation: brier_score, higher_is_better: false}"
+    write_task(folder, "shown", lines, more=more)
     model, tokenizer = (
         AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32),
         AutoTokenizer.from_pretrained(llama),

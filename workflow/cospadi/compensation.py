@@ -9,7 +9,6 @@ Memory grows with the model: every weight beside its gradient and Adam's two mom
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -34,7 +33,7 @@ from cospadi.errors import ArtifactError
 from cospadi.files import ModelFolder
 from cospadi.formats.factorization import Factorization
 from cospadi.problem import Matrix
-from cospadi.provenance import check_provenance, digest_of
+from cospadi.provenance import check_provenance, digest_of, digest_of_arrays
 from cospadi.quantization import as_stored
 from cospadi.student import Student, teach, to_train_on
 
@@ -175,17 +174,11 @@ class Compensation:
         own = {"option": "compensate", "seed": self._windows.seed % 2**63 + behind.start, "log": self._log}
         if self._saved is not None:
             own["saved"] = self._saved / f"training_{behind.start:02d}.pt"
-            own["belongs"] = digest_of([self._belongs(), self._digest_of_stored()])
+            own["belongs"] = digest_of([self._belongs(), digest_of_arrays(map(to_stored, self._stored.values()))])
         report = student.learn(modules, self._used, options, what=f"layers from {behind.start} on", **own)
         if report["epoch"]:
             self._trained = {name: module.factors().codes for name, module in modules.items()}
         return {**report, "seconds": time.perf_counter() - started}
-
-    def _digest_of_stored(self) -> str:
-        digest = hashlib.blake2b(digest_size=16)
-        for weight in self._stored.values():
-            digest.update(np.ascontiguousarray(to_stored(weight)).data)
-        return digest.hexdigest()
 
     def _dense(self, layers: range) -> Iterator[tuple[str, Factorization]]:
         """Name and weight of every target matrix of layers, as training left it, read one by one."""

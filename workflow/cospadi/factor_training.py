@@ -6,7 +6,6 @@ scales of those. `refinement` trains a block for itself, `distillation` the whol
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,6 +20,7 @@ from cospadi.arrays import to_numpy
 from cospadi.errors import NumericalError
 from cospadi.files import replacing
 from cospadi.formats.factorization import Factorization
+from cospadi.provenance import digest_of, digest_of_arrays
 from cospadi.runtime.cospadi_diagonal import times
 from cospadi.runtime.cospadi_registry import FACTOR_CODECS
 
@@ -184,10 +184,7 @@ class _Place:
     ) -> None:
         self._path, self._parameters, self._parts = path, parameters, {"optimizer": optimizer, "schedule": schedule}
         if path is not None:
-            digest = hashlib.blake2b(repr(same).encode(), digest_size=16)
-            for one in parameters:
-                digest.update(np.ascontiguousarray(to_numpy(one)).data)
-            self._digest = digest.hexdigest()
+            self._digest = digest_of([same, digest_of_arrays(map(to_numpy, parameters))])
 
     def read(self) -> dict[str, Any] | None:
         """What `write` was given last; None where nothing of this training is there."""

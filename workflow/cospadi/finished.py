@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -70,6 +70,10 @@ class Finished:
 
     def __iter__(self) -> Iterator[tuple[str, Result]]:
         return iter(self._results.items())
+
+    def left(self, groups: Iterable[Sequence[Any]]) -> list[Sequence[Any]]:
+        """Those of some groups of matrices that have one without a result."""
+        return [group for group in groups if not all(one.name in self for one in group)]
 
     def add(self, name: str, about: dict[str, Any], tensors: Mapping[str, np.ndarray] | None = None) -> None:
         """Add a result; its tensors have names of their own among all of the job."""

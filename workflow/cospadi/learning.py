@@ -126,7 +126,7 @@ def learn_unit(
         if streams is not None:
             found = _learn_in_turn(job, matrices, streams, trained)
         else:
-            left = [group for group in groups if not all(matrix.name in finished for matrix in group)]
+            left = finished.left(groups)
             if len(left) < len(groups):
                 log(f"{len(groups) - len(left)} of {len(groups)} problems were learned before an interruption")
             found = _learn(job, left, n_layers=len(layers), started=started)

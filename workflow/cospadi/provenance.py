@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,14 @@ def fingerprint(folder: ModelFolder) -> str:
 def digest_of(settings: Any) -> str:
     """SHA-256 of JSON values, whatever the order of their keys."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def digest_of_arrays(arrays: Iterable[np.ndarray]) -> str:
+    """BLAKE2 of the values of arrays, one after the other."""
+    digest = hashlib.blake2b(digest_size=16)
+    for one in arrays:
+        digest.update(np.ascontiguousarray(one).data)
+    return digest.hexdigest()
 
 
 def tokens_digest(input_ids: np.ndarray, attention_mask: np.ndarray) -> str:

@@ -75,7 +75,7 @@ def quantize_unit(
     groups = _rounded_together(chosen, learned_specs, codes)
     given = [code, stamps([factors, *gram_files, *gradient_files]), dict(codes), variant.get("targets")]
     with Finished(output, [belongs, given]) as finished:
-        for group in in_turn([group for group in groups if not all(matrix.name in finished for matrix in group)]):
+        for group in in_turn(finished.left(groups)):
             rounded = round_factors(group, [learned_factors(matrix.name) for matrix in group], codes)
             for matrix, factorization in zip(group, rounded, strict=True):
                 packed, spec, report = _pack(matrix, factorization, sharers)
