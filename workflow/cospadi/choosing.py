@@ -6,6 +6,7 @@ variants are taken together. What an error costs is what the variants say of wha
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -196,23 +197,36 @@ def _smallest(
     target: Target,
     log: Callable[[str], None],
 ) -> dict[tuple[str, ...], Point]:
-    """The smallest of `EVALUATIONS` choices that keeps to the target; the first is what is predicted to."""
-    most = sum(menu[AS_IS].nbytes for menu in menus.values())
-    least = sum(min(point.nbytes for point in menu.values()) for menu in menus.values())
-    low, high = least, most
-    while high - low > (most - least) / 1000:
-        middle = (low + high) // 2
-        enough = _rise(_best(menus, middle, variants)) <= math.log(target.increase)
-        low, high = (low, middle) if enough else (middle, high)
-    probe, low, high = high, least, most
-    best = _best(menus, most, variants)
+    """The smallest of `EVALUATIONS` choices that keeps to the target; the first is what is predicted to, the others are
+    where the prediction, times what was measured over what it had said, meets the target.
+    """
+    wanted = math.log(target.increase)
+    least, most = (sum(find(one.nbytes for one in menu.values()) for menu in menus.values()) for find in (min, max))
+    best_in = functools.cache(lambda nbytes: _best(menus, nbytes, variants))
+    low, high, best, factor = least - 1, most, best_in(most), 1.0
     for _ in range(EVALUATIONS):
-        chosen = _best(menus, probe, variants)
+        probe = _fewest(lambda nbytes, rise=wanted / factor: _rise(best_in(nbytes)) <= rise, least, most)
+        # behind what is known already: where a prediction says little
+        probe = probe if low < probe < high else (low + high) // 2
+        chosen = best_in(probe)
         found = target.measure(_names(chosen))
         log(f"{_nbytes(chosen)} bytes: perplexity times {found:.6g} on windows that were kept out")
-        best, low, high = (chosen, low, probe) if found <= target.increase else (best, probe, high)
-        probe = (low + high) // 2
+        if found <= target.increase:
+            best, high = chosen, _nbytes(chosen)
+        else:
+            low = probe
+        if found > 1 and _rise(chosen) > 0:
+            factor = math.log(found) / _rise(chosen)
     return best
+
+
+def _fewest(enough: Callable[[int], bool], least: int, most: int) -> int:
+    """The fewest bytes that are enough, to a ten-thousandth of the range; the most are."""
+    low, high = least - 1, most
+    while high - low > max((most - least) / 10_000, 1):
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
 
 
 def _searched(
@@ -225,7 +239,7 @@ def _searched(
     """What swaps make of a choice: those stay that lower what is measured."""
     draw = np.random.default_rng(search.seed)
     least = search.measure(_names(chosen))
-    log(f"divergence {least:.6g} nats a token on windows that were kept out")
+    log(f"divergence {least:.6g} nats a token on windows that were kept out, predicted rise {_rise(chosen):.6g}")
     for trial in range(1, search.trials + 1):
         swapped = _swapped(menus, chosen, nbytes, draw)
         found = math.inf if swapped is None else search.measure(_names(swapped))
@@ -324,6 +338,8 @@ def take_unit(
                 tensors |= packed
                 about = {"shape": spec["shape"], "shared_with": [], "seconds": 0.0}
                 diagnostics[matrix] = {**about, "relative_error": reports[matrix]["relative_error"], "from": AS_IS}
+    # in the model's order, not one variant after another: a reader of reports draws and lists them as they come
+    reports, diagnostics = ({name: found[name] for name in chosen if name in found} for found in (reports, diagnostics))
     header = {**belongs, "settings": digest_of(dict(settings)), "matrices": specs, "kept_dense": kept}
     write_tensors(taken.codes, tensors, header)
     about = {"format_version": FORMAT_VERSION, "unit": unit, "kept_dense": kept}
