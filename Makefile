@@ -50,9 +50,10 @@ run: env ## Run the workflow: compress, evaluate, report e.g. make run CONFIG=co
 status: env ## Say what of a run is done and what is left, also while it runs e.g. make status CONFIG=config/paper.yaml
 	$(BIN)/python -m cospadi.status $(if $(CONFIG),--configfile "$(CONFIG)")
 
-frontier: ## Every method at every size (hours); docs/frontier.tsv and its plots from that e.g. make frontier CORES=8
+frontier: ## Every method at every size (hours); its rows of docs/frontier.tsv, and its plots e.g. make frontier CORES=8
 	$(MAKE) run CONFIG=config/frontier.yaml
-	cp results/frontier/frontier.tsv docs/frontier.tsv
+	awk -F'\t' 'NR == FNR { print; mine[$$3]; next } !($$3 in mine)' results/frontier/frontier.tsv docs/frontier.tsv > results/frontier/with-others.tsv
+	cp results/frontier/with-others.tsv docs/frontier.tsv
 	cp results/frontier/plots/pareto.png docs/frontier-perplexity.png
 	cp results/frontier/plots/accuracy.png docs/frontier-accuracy.png
 
