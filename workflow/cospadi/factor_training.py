@@ -23,6 +23,7 @@ from cospadi.formats.factorization import Factorization
 from cospadi.provenance import digest_of, digest_of_arrays
 from cospadi.runtime.cospadi_diagonal import times
 from cospadi.runtime.cospadi_registry import FACTOR_CODECS
+from cospadi.stage import Every
 
 # Share of the windows, the last ones, that tell which epoch is the best; of the steps, in which the rate grows; of the
 # rate, that is left at the end
@@ -30,20 +31,6 @@ HELD_OUT, WARM_UP, LEFT = 1 / 8, 1 / 20, 1 / 10
 _BETAS = (0.9, 0.95)
 # Between two lines in the log, and between two savings of where training is
 LOG_SECONDS, SAVE_SECONDS = 20, 600
-
-
-class Every:
-    """Says whether so many seconds have passed since it last said so, or since it was made."""
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds, self._last = seconds, time.perf_counter()
-
-    def __call__(self) -> bool:
-        now = time.perf_counter()
-        due = now - self._last >= self._seconds
-        if due:
-            self._last = now
-        return due
 
 
 class Course(NamedTuple):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +14,7 @@ import numpy as np
 from cospadi.errors import ArtifactError
 from cospadi.files import TensorFile, write_tensors
 from cospadi.provenance import digest_of
+from cospadi.stage import Every
 
 # Between two savings: what an interruption costs at most, besides what was worked on
 SAVE_SECONDS = 30
@@ -46,7 +46,7 @@ class Finished:
         self._belongs = digest_of(belongs)
         self._results: dict[str, Result] = {}
         self._unsaved: list[str] = []
-        self._n_files, self._saved = 0, time.perf_counter()
+        self._n_files, self._due = 0, Every(SAVE_SECONDS)
 
     def __enter__(self) -> Self:
         if self._folder is not None and self._folder.is_dir():
@@ -79,11 +79,10 @@ class Finished:
         """Add a result; its tensors have names of their own among all of the job."""
         self._results[name] = Result(about, dict(tensors or {}))
         self._unsaved.append(name)
-        if time.perf_counter() - self._saved >= SAVE_SECONDS:
+        if self._due():
             self._save()
 
     def _save(self) -> None:
-        self._saved = time.perf_counter()
         if self._folder is None or not self._unsaved:
             return
         late = {name: self._results[name] for name in self._unsaved}

@@ -50,6 +50,20 @@ _END = re.compile(r" done in [\d.]+ s(?:, ([\d.]+) MB of memory at most)?$")
 _held: list[TextIO] = []
 
 
+class Every:
+    """Says whether so many seconds have passed since it last said so, or since it was made."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._last = seconds, time.perf_counter()
+
+    def __call__(self) -> bool:
+        now = time.perf_counter()
+        due = now - self._last >= self._seconds
+        if due:
+            self._last = now
+        return due
+
+
 def script(main: Callable[[Any, Log], None], snakemake: Any) -> None:
     """Run a script's ``main(snakemake, log)`` with its threads and log file.
 

@@ -19,6 +19,7 @@ from lm_eval.models.huggingface import HFLM
 from cospadi.errors import CospadiError, NumericalError
 from cospadi.evaluation import contexts
 from cospadi.evaluation.placement import input_device
+from cospadi.stage import Every
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,7 +55,7 @@ class ScoringLM(HFLM):
         self._device = input_device(model)  # lm-eval takes where the first weight is, which may be on the disk
         self.folder = folder
         self._log = log
-        self._logged = time.perf_counter()
+        self._due = Every(5)
         self._n_done = self._n_total = self._n_tokens = 0
         self.seconds = 0.0
         self._watch = watch
@@ -116,11 +117,9 @@ class ScoringLM(HFLM):
         found = self.model(ids, **how)
         if found.logits.is_cuda:
             torch.cuda.synchronize(found.logits.device)
-        now = time.perf_counter()
-        self.seconds += now - started
+        self.seconds += time.perf_counter() - started
         self._n_tokens += ids.numel()
-        if now - self._logged > 5:
-            self._logged = now
+        if self._due():
             share = min(1.0, self._n_done / max(1, self._n_total))
             speed = self._n_tokens / self.seconds
             self._log(f"{self._n_done} of {self._n_total} sequences ({share:.0%}), {speed:.0f} tokens/s")
