@@ -257,9 +257,13 @@ class _Part(torch.nn.Module):
         self.values = None
         if self._scaled or self._fixed:
             self.register_buffer("codes", torch.from_numpy(codes))
+        self._of_columns = False
         if self._scaled:
-            self.register_buffer("block", torch.from_numpy(part.scale_of_codes()))
-            self.values = torch.nn.Parameter(torch.ones(int(self.block.max()) + 1))
+            block = part.scale_of_codes()
+            self.values = torch.nn.Parameter(torch.ones(int(block.max()) + 1))
+            # then what is multiplied is what comes out, a number a column, and not every code
+            self._of_columns = bool((block == block[:1]).all())
+            self.register_buffer("block", torch.from_numpy(block[0] if self._of_columns else block))
         elif not self._fixed:
             mask = part.stored_mask() if part.on.is_stored else None
             self.register_buffer("mask", None if mask is None else torch.from_numpy(mask))
@@ -267,15 +271,20 @@ class _Part(torch.nn.Module):
             self._part = replace(part, codes=None, mask=None)  # all numbers of a model may be here
 
     def _codes(self) -> torch.Tensor:
-        if self._fixed:
-            return self.codes
         if self._scaled:
             return self.codes * self.values[self.block]
         return self.values if self.mask is None else self.values * self.mask
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         through = x if self.dictionary is None else times(x, self.dictionary.to(x.dtype))
-        return through @ self._codes().to(x.dtype)
+        if not (self._of_columns or self._fixed):
+            return through @ self._codes().to(x.dtype)
+        self.codes = self.codes.to(x.dtype)  # once: they stay what they are
+        y = through @ self.codes
+        if self._fixed:
+            return y
+        # by what they are off 1: near 1 a step of bfloat16 is larger than one of training
+        return torch.addcmul(y, y, (self.values[self.block] - 1).to(x.dtype))
 
     def factors(self) -> Factorization:
         part = self._part
