@@ -108,6 +108,25 @@ def test_an_interrupted_training_goes_on_where_it_was_to_the_same_weights(made, 
     assert read == [None, None, None]
 
 
+def test_a_part_of_an_epoch_is_another_part_in_each_training(made, tmp_path, monkeypatch):  # noqa: F811
+    batches: list[list[int]] = []
+    backward = Student.backward
+
+    def seen(self, batch):
+        batches.append(batch.tolist())
+        return backward(self, batch)
+
+    monkeypatch.setattr(Student, "backward", seen)
+    settings = {"method": "wanda", "compensate": {**HOW, "epochs": 0.3}}
+    found = learned(made, tmp_path / "found", [[0], [1]], **settings)
+    # of 24 windows 3 are held out, and 3 of the 11 pairs of the others are three tenths
+    (first,), (second,) = (report["history"] for report in found.compensated.values())
+    assert first["iteration"] == second["iteration"] == 1 and len(batches) == 6
+    parts = [[window for batch in half for window in batch] for half in (batches[:3], batches[3:])]
+    assert all(len(set(part)) == 6 and max(part) < 21 for part in parts) and set(parts[0]) != set(parts[1])
+    assert 0 < first["error"] < 10 * first["error_heldout"]
+
+
 def test_layers_are_trained_after_every_few(made, tmp_path):  # noqa: F811
     settings = {"method": "wanda", "compensate": {**HOW, "every": 2}}
     found = learned(made, tmp_path / "found", [[0], [1], [2]], **settings)

@@ -25,9 +25,9 @@ from cospadi.runtime.cospadi_diagonal import times
 from cospadi.runtime.cospadi_registry import FACTOR_CODECS
 from cospadi.stage import Every
 
-# Share of the windows, the last ones, that tell which epoch is the best; of the steps, in which the rate grows; of the
-# rate, that is left at the end
-HELD_OUT, WARM_UP, LEFT = 1 / 8, 1 / 20, 1 / 10
+# Share of the windows, the last ones, that tell which epoch is the best, and how many at most; share of the steps, in
+# which the rate grows; of the rate, that is left at the end
+HELD_OUT, MOST_HELD_OUT, WARM_UP, LEFT = 1 / 8, 32, 1 / 20, 1 / 10
 _BETAS = (0.9, 0.95)
 # Between two lines in the log, and between two savings of where training is
 LOG_SECONDS, SAVE_SECONDS = 20, 600
@@ -46,7 +46,7 @@ class Course(NamedTuple):
 
 def held_out_of(count: int) -> slice:
     """The windows, of `count`, that are not trained on."""
-    return slice(count - max(1, round(HELD_OUT * count)), count)
+    return slice(count - min(max(1, round(HELD_OUT * count)), MOST_HELD_OUT), count)
 
 
 def trainable(modules: Iterable[torch.nn.Module]) -> list[torch.nn.Parameter]:
@@ -62,7 +62,7 @@ def train(
     *,
     n_windows: int,
     windows_a_step: int,
-    epochs: int,
+    epochs: float,
     learning_rate: float,
     seed: int,
     option: str,
@@ -81,8 +81,8 @@ def train(
         Error on the windows that are not trained on.
     n_windows, windows_a_step : int
         To train on: in all, and between two updates.
-    epochs : int
-        Passes through them.
+    epochs : float
+        Passes through them; the last may end before all are seen.
     learning_rate : float
         As a share of the root mean square of each tensor; it grows in the first steps and falls along a cosine.
     seed : int
@@ -102,35 +102,36 @@ def train(
     """
     started = time.perf_counter()
     n_batches = math.ceil(n_windows / windows_a_step)
-    n_steps = epochs * n_batches
+    n_steps = max(1, round(epochs * n_batches))
     rates = [learning_rate * float(one.detach()[one.detach() != 0].square().mean().sqrt()) for one in parameters]
     optimizer = torch.optim.Adam(
-        [{"params": [one], "lr": rate} for one, rate in zip(parameters, rates, strict=True)], betas=_BETAS
+        [{"params": [one], "lr": rate} for one, rate in zip(parameters, rates, strict=True)], betas=_BETAS, fused=True
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, n_steps))
     same = [belongs, n_windows, windows_a_step, epochs, learning_rate, seed]
     place = _Place(saved, same, parameters, optimizer, schedule)
-    at = place.read() or {"step": 0, "trained": 0.0, "best": (0, math.inf), "state": [], "history": [], "seconds": 0.0}
+    at = place.read() or {"step": 0, "errors": [], "best": (0, math.inf), "state": [], "history": [], "seconds": 0.0}
     first, before = at["step"], at["seconds"]
     if first:
         log(f"going on from step {first} of {n_steps}, where an interrupted job was")
     order = np.random.default_rng(seed)
-    shuffled = [order.permutation(n_windows) for _ in range(epochs)]
+    shuffled = [order.permutation(n_windows) for _ in range(math.ceil(epochs))]
     log_due, save_due, late = Every(LOG_SECONDS), Every(SAVE_SECONDS), []
     for step in range(first, n_steps):
         epoch, number = divmod(step, n_batches)
         batch = shuffled[epoch][number * windows_a_step :][:windows_a_step]
         optimizer.zero_grad()
         error = finite(backward(batch), option)
-        at["trained"] += error * len(batch) / n_windows
+        at["errors"].append((error, len(batch)))
         optimizer.step()
         schedule.step()
         late.append(error)
-        if number + 1 == n_batches:
+        if number + 1 == n_batches or step + 1 == n_steps:
+            mean = sum(one * count for one, count in at["errors"]) / sum(count for _, count in at["errors"])
             found = finite(error_held_out(), option)
-            at["history"].append({"iteration": epoch + 1, "error": at["trained"], "error_heldout": found})
-            log(f"epoch {epoch + 1}/{epochs} error {at['trained']:.5f} held out {found:.5f}")
-            at["trained"] = 0.0
+            at["history"].append({"iteration": epoch + 1, "error": mean, "error_heldout": found})
+            log(f"epoch {epoch + 1}/{len(shuffled)} error {mean:.5f} held out {found:.5f}")
+            at["errors"] = []
             if found < at["best"][1]:
                 at |= {"best": (epoch + 1, found), "state": [one.detach().clone() for one in parameters]}
         seconds = time.perf_counter() - started
