@@ -9,10 +9,11 @@ import h5py
 import numpy as np
 import pytest
 
+from cospadi.arrays import held_out_of
 from cospadi.calibration.windows import write_windows
 from cospadi.compensation import Compensation
 from cospadi.errors import ArtifactError, ConfigError, NumericalError
-from cospadi.factor_training import _Place, held_out_of
+from cospadi.factor_training import _Place
 from cospadi.files import ModelFolder, TensorFile
 from cospadi.formats.factorization import Factorization
 from cospadi.quantization import as_stored

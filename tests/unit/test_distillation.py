@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch.nn.functional import kl_div
 
+from cospadi.arrays import held_out_of
 from cospadi.calibration.walk import Chunk, Windows, read_windows
 from cospadi.calibration.windows import write_windows
 from cospadi.distillation import distill
 from cospadi.errors import ArtifactError, ConfigError, NumericalError
-from cospadi.factor_training import held_out_of
 from cospadi.files import TensorFile
 from cospadi.formats.factorization import Factorization, tensor_names, unpack
 from cospadi.learning import learn_unit

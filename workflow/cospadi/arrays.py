@@ -16,6 +16,13 @@ _BLOCK_VALUES = 2**22
 # Rows of a Gram that a product is computed of at a time: what is beside a wide one stays small, and OpenBLAS (0.3.31,
 # two threads) dies of all 28672 inputs of 2048 tokens at once
 PRODUCT_ROWS = 4096
+# Of the windows that a training reads, the share and the most that tell which of its epochs is the best
+_HELD_OUT, _MOST_HELD_OUT = 1 / 8, 32
+
+
+def held_out_of(count: int) -> slice:
+    """The windows, the last of `count`, that a training looks at and does not train on."""
+    return slice(count - min(max(1, round(_HELD_OUT * count)), _MOST_HELD_OUT), count)
 
 
 def to_numpy(array: Any) -> np.ndarray:

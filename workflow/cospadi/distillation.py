@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from cospadi.factor_training import TrainedMatrix, held_out_of, trainable
+from cospadi.arrays import held_out_of
+from cospadi.factor_training import TrainedMatrix, trainable
 from cospadi.files import ModelFolder, TensorFile, replacing, write_json, write_tensors
 from cospadi.formats.factorization import Factorization, read_factors, read_specs
 from cospadi.learning import FORMAT_VERSION, distilled, provenance

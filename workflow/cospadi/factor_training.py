@@ -25,9 +25,8 @@ from cospadi.runtime.cospadi_diagonal import times
 from cospadi.runtime.cospadi_registry import FACTOR_CODECS
 from cospadi.stage import Every
 
-# Share of the windows, the last ones, that tell which epoch is the best, and how many at most; share of the steps, in
-# which the rate grows; of the rate, that is left at the end
-HELD_OUT, MOST_HELD_OUT, WARM_UP, LEFT = 1 / 8, 32, 1 / 20, 1 / 10
+# Share of the steps, in which the rate grows; of the rate, that is left at the end
+WARM_UP, LEFT = 1 / 20, 1 / 10
 _BETAS = (0.9, 0.95)
 # Between two lines in the log, and between two savings of where training is
 LOG_SECONDS, SAVE_SECONDS = 20, 600
@@ -42,11 +41,6 @@ class Course(NamedTuple):
     error: float
     history: list[dict[str, Any]]
     seconds: float
-
-
-def held_out_of(count: int) -> slice:
-    """The windows, of `count`, that are not trained on."""
-    return slice(count - min(max(1, round(HELD_OUT * count)), MOST_HELD_OUT), count)
 
 
 def trainable(modules: Iterable[torch.nn.Module]) -> list[torch.nn.Parameter]:

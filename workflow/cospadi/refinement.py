@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from cospadi.arrays import slices
+from cospadi.arrays import held_out_of, slices
 from cospadi.calibration.walk import Chunk, Tap, Windows
-from cospadi.factor_training import TrainedMatrix, finite, held_out_of, train, trainable
+from cospadi.factor_training import TrainedMatrix, finite, train, trainable
 from cospadi.formats.factorization import Factorization
 
 

@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from cospadi.arrays import PRODUCT_ROWS
+from cospadi.arrays import PRODUCT_ROWS, held_out_of
 from cospadi.budget import nbytes_left
 from cospadi.embeddings import ROUNDINGS
 from cospadi.errors import UnsupportedModelError
@@ -279,8 +280,9 @@ class Estimates:
         options, shapes = settings["compensate"], self.shapes
         samples = options["samples"] or self._calibration["samples"]
         trainings = n_layers / options["every"]
-        # the teacher once for all units; an eighth is looked at before and after every epoch; half is gone back through
-        passes = n_layers / shapes.n_layers + trainings * (1 / 8 + options["epochs"] * (2 + 1 / 8))
+        # the teacher once for all units; some are looked at before and after every epoch; half is gone back through
+        looks = (1 + math.ceil(options["epochs"])) * _looked_at(samples)
+        passes = n_layers / shapes.n_layers + trainings * (looks + 2 * options["epochs"])
         behind = max(0, shapes.n_layers - options["every"])  # the first training has the most
         memory, trained, flops = self._end_to_end(
             settings, options, samples, passes, trainings * options["epochs"], n_layers=behind
@@ -299,9 +301,9 @@ class Estimates:
     def distill(self, settings: Mapping[str, Any]) -> Work:
         """The dense model once over the windows, then forward and back through the model whose factors are trained."""
         shapes, options = self.shapes, settings["distill"]
-        # forward once in each; a pass forward and back is three; an eighth is looked at after every epoch
-        passes = 1 + 1 / 8 + options["epochs"] * (3 + 1 / 8)
         samples = options["samples"] or self._calibration["samples"]
+        # forward once in each; a pass forward and back is three; some are looked at before and after every epoch
+        passes = 1 + 3 * options["epochs"] + (1 + options["epochs"]) * _looked_at(samples)
         memory, _, flops = self._end_to_end(
             settings, options, samples, passes, 1 + options["epochs"], n_layers=shapes.n_layers
         )
@@ -445,6 +447,12 @@ class Estimates:
         states = 4 * tokens * shapes.hidden_size
         memory = evaluated.memory + 8 * shapes.parameters + states
         return Work(memory, 7, Cost({FORWARD: flops}), Cost({GPU_FORWARD: flops}), moved=4 * shapes.parameters)
+
+
+def _looked_at(samples: int) -> float:
+    """Share of the windows of a training that it does not train on and looks at."""
+    held_out = held_out_of(samples)
+    return (held_out.stop - held_out.start) / samples
 
 
 def _before_rounding(method: Method, storage: Mapping[str, Any]) -> float:

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from cospadi.arrays import slices
+from cospadi.arrays import held_out_of, slices
 from cospadi.calibration.activations import first_heldout
 from cospadi.calibration.walk import Chunk, Windows, logged, read_windows
-from cospadi.factor_training import TrainedMatrix, finite, held_out_of, train, trainable
+from cospadi.factor_training import TrainedMatrix, finite, train, trainable
 from cospadi.files import ModelFolder
 from cospadi.formats.factorization import Factorization
 from cospadi.provenance import tokens_digest
