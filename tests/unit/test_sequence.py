@@ -22,6 +22,7 @@ from cospadi.errors import ArtifactError, ConfigError
 from cospadi.files import ModelFolder, TensorFile, read_json
 from cospadi.formats.factorization import tensor_names, unpack
 from cospadi.gram import compute_gram
+from cospadi.handing import handed_on
 from cospadi.learning import learn_unit
 from cospadi.quantization import quantize_unit
 from cospadi.sequence import DAMPING, Streams
@@ -65,6 +66,20 @@ def made(request, tiny_model: Callable[..., Path], tmp_path_factory: pytest.Temp
     back = {"hidden_in": None, "gradient_in": None, "gradient_out": folder / "back.h5", "moments_out": found.gradients}
     collect_gradients(model, found.structure, found.windows, range(found.structure["n_layers"]), **back, **how)
     return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"), [("sequence.Streams", {}), ("compensation.Compensation", {"compensate": {}})]
+)
+def test_a_unit_that_none_is_behind_hands_nothing_on(tmp_path, monkeypatch, kind, settings):
+    of_unit = SimpleNamespace(write=lambda path: Path(path).write_text("for the next"))
+    monkeypatch.setattr(f"cospadi.{kind}", lambda *unit, **how: of_unit)
+    collection = {"dtype": "float32", "batch_tokens": LENGTH, "heldout_fraction": 0.0}
+    for layers, text in (([0, 1], "for the next"), ([2, 3], "")):
+        unit, made = ("model", {"n_layers": 4}, "windows", layers, settings), {"streams": tmp_path / f"{layers[0]}.h5"}
+        with handed_on(unit, collection, {"streams": [], "more": []}, made, **SILENT) as streams:
+            assert streams is of_unit
+        assert made["streams"].read_text() == text
 
 
 def learned(

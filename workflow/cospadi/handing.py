@@ -28,15 +28,15 @@ def handed_on(
         ``streams``: the file of the unit before, in a list that is empty for the first. ``more``: a file of windows to
         train on, where those of the calibration are not enough, in such a list.
     made : mapping
-        ``streams``: the file for the unit behind, written once this one has been learned. Without it nothing is handed
-        on.
+        ``streams``: the file for the unit behind, written once this one has been learned; empty where none is behind.
+        Without it nothing is handed on.
     **how
         ``device`` and ``log``.
     """
     if made.get("streams") is None:
         yield None
         return
-    *_, variant = unit
+    _, structure, _, layers, variant = unit
     if variant.get("compensate") is not None:
         from cospadi.compensation import Compensation as OfUnit
 
@@ -47,4 +47,7 @@ def handed_on(
     computed = {key: collection[key] for key in ("dtype", "batch_tokens", "heldout_fraction")}
     streams = OfUnit(*unit, before=next(iter(given["streams"]), None), **computed, **how)
     yield streams
-    streams.write(made["streams"])
+    if layers[-1] + 1 < structure["n_layers"]:
+        streams.write(made["streams"])
+    else:
+        Path(made["streams"]).touch()
