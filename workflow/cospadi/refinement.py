@@ -101,7 +101,7 @@ def refine(
     factors: Mapping[str, Factorization],
     hidden: torch.Tensor | None,
     target: torch.Tensor,
-    rounded: Callable[[str, Factorization], np.ndarray],
+    rounded: Callable[[Factorization], np.ndarray],
     *,
     epochs: int,
     learning_rate: float,
@@ -122,7 +122,7 @@ def refine(
     target : tensor (samples, length, hidden_size)
         What it gives in the dense model.
     rounded : callable
-        ``rounded(name, factors)``: the matrix as the checkpoint will hold it, float32 (d_in, d_out).
+        ``rounded(factors)``: the matrix as the checkpoint will hold it, float32 (d_in, d_out).
     epochs : int
         Passes through the windows.
     learning_rate : float
@@ -164,7 +164,7 @@ def refine(
 
     def of_rounded(chosen: Mapping[str, Factorization]) -> float:
         for name, one in chosen.items():
-            block.set_weight(name, rounded(name, one))
+            block.set_weight(name, rounded(one))
         return error_held_out()
 
     before = of_rounded(factors)

@@ -129,7 +129,7 @@ class Streams:
 
     def put(self, name: str, factors: Factorization) -> None:
         """Have matrix `name` of the layer that `targets` was asked for last be what the checkpoint will have."""
-        self._block.set_weight(name, self._rounded(name, factors))
+        self._block.set_weight(name, self._rounded(factors))
 
     def compressed(
         self, layer: int, learned: Mapping[str, Factorization]
@@ -192,7 +192,7 @@ class Streams:
         chunk = Chunk(self._folder, range(layer, layer + 1), dtype=self._dtype, device=self._device)
         return Block(chunk, self._structure["layers"][layer]["prefix"], self._windows, self._batch_tokens)
 
-    def _rounded(self, name: str, factors: Factorization) -> np.ndarray:
+    def _rounded(self, factors: Factorization) -> np.ndarray:
         return as_stored(factors, self._variant["codes"])
 
     def _fitted(self, matrix: Matrix, moments: Callable[[], Mapping[Metric, _Moments]], metric: Metric) -> Matrix:
