@@ -83,6 +83,32 @@ def documents_of(model: Path, *texts: str) -> list[list[int]]:
     return [tokenizer(text * 10).input_ids for text in texts]
 
 
+def test_more_samples_of_a_mixture_are_cut_at_the_same_places(tiny_model, tmp_path):
+    # what is trained on more windows than the calibration's leaves out those that are kept out: they are equal or apart
+    path = tmp_path / "mixture.jsonl"
+    texts = [" ".join(str(number) for number in range(first, first + 900)) for first in (1000, 5000)]
+    lines = [{"title": "t", "text": text, "source": number} for number, text in enumerate(texts)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    places = []
+    for samples in (6, 14):
+        output = tmp_path / f"{samples}.h5"
+        prepare_windows(tiny_model("llama"), settings(shares=[1, 1], samples=samples), path, output, log=quiet)
+        places.append(set())
+        for text, number in zip(texts, (0, 1), strict=True):
+            stream = encoded(tiny_model("llama"), text)
+            windows_of = [row.tolist() for row in windows(output)[0]]
+            starts = [at for at in range(len(stream) - 63) if stream[at : at + 64] in windows_of]
+            assert len(starts) == samples // 2
+            places[-1] |= {(number, at % 64) for at in starts}
+    assert places[0] == places[1] and len(places[0]) == 2
+
+
+def encoded(model: Path, text: str) -> list[int]:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model)(text).input_ids
+
+
 def test_fewer_windows_than_sources_are_refused(tiny_model, tmp_path):
     path = mixture(tmp_path, " river", " village", " engine")
     with pytest.raises(ConfigError, match=r"calibration.samples: 2; the text has 3 sources"):

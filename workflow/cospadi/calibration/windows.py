@@ -89,18 +89,20 @@ def prepare_windows(
     elif text_file is None:
         raise ConfigError(["calibration.source: 'text' needs a text file"])
     else:
-        order = np.random.default_rng(seed)
         cut = _cut_packed if calibration.get("packing", "packed") == "packed" else _cut_single
         sources = list(read_sources(text_file).values()) or [[]]
         parts = []
-        for documents, count in zip(sources, _apportioned(samples, calibration.get("shares", [1])), strict=True):
+        counts = _apportioned(samples, calibration.get("shares", [1]))
+        for number, (documents, count) in enumerate(zip(sources, counts, strict=True)):
+            # how many windows one source gives does not move the others': those kept out are known among more samples
+            order = np.random.default_rng([seed, number] if number else seed)
             documents = [documents[index] for index in order.permutation(len(documents))]
             _warn_of_far_text(documents, tokenizer, log)
             parts.append(cut(documents, tokenizer, count, length, order, Path(text_file), log))
         input_ids, attention_mask = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
         n_documents = sum(part[2] for part in parts)
         if len(parts) > 1:  # the last windows may be held out: they are of every source
-            mixed = order.permutation(samples)
+            mixed = np.random.default_rng([seed, len(parts)]).permutation(samples)
             input_ids, attention_mask = input_ids[mixed], attention_mask[mixed]
 
     rows = embedding_rows(folder)
