@@ -35,3 +35,8 @@ def test_the_fewest_bytes_within_a_target_are_met_where_the_prediction_is_off_by
         reached = true_rise({name: None if p.method == AS_IS else p.method for (name,), p in best.items()})
         assert len(found) == EVALUATIONS
         assert 0.98 * math.log(increase) < reached <= math.log(increase)
+
+    # where the smallest parts of all keep to it nothing is left to search
+    found.clear()
+    best = _smallest(menus, ["v0", "v1", "v2", "v3"], Target(1e6, measure), lambda line: None)
+    assert {point.method for point in best.values()} == {"v0"} and len(found) < EVALUATIONS

@@ -197,8 +197,8 @@ def _smallest(
     target: Target,
     log: Callable[[str], None],
 ) -> dict[tuple[str, ...], Point]:
-    """The smallest of `EVALUATIONS` choices that keeps to the target; the first is what is predicted to, the others are
-    where the prediction, times what was measured over what it had said, meets the target.
+    """The smallest of at most `EVALUATIONS` choices that keeps to the target; the first is what is predicted to, the
+    others are where the prediction, times what was measured over what it had said, meets the target.
     """
     wanted = math.log(target.increase)
     least, most = (sum(find(one.nbytes for one in menu.values()) for menu in menus.values()) for find in (min, max))
@@ -217,6 +217,8 @@ def _smallest(
             low = probe
         if found > 1 and _rise(chosen) > 0:
             factor = math.log(found) / _rise(chosen)
+        if high - low <= 1:
+            break
     return best
 
 
