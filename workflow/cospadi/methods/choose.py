@@ -32,8 +32,8 @@ CHOOSE = Entry(
         INCREASE: option(
             ["number", "null"],
             "In place of a ratio: perplexity over that of the dense model, at most. The fewest bytes that keep to it "
-            "are searched for, by up to six choices whose perplexity is measured on the calibration windows that are kept "
-            "out (calibration.heldout_fraction); on other text it may be more.",
+            "are searched for, by up to six choices whose perplexity is measured on the calibration windows that are "
+            "kept out (calibration.heldout_fraction); on other text it may be more.",
             minimum=1.0001,
             maximum=1000,
             default=None,
