@@ -67,7 +67,7 @@ def trained(
 ) -> tuple[dict[Path, list[int]], dict[str, Any]]:
     """Files of trained factors, and the report."""
     arguments = made.model, made.model, made.structure, made.windows, files, variant
-    report = distill(*arguments, output=folder, dtype="float32", **SILENT, **how)
+    report = distill(*arguments, output=folder, **{"dtype": "float32", **how}, **SILENT)
     assert report == read_distilled(folder)
     return {folder / path.name: layers for path, layers in files.items()}, report
 
@@ -124,6 +124,14 @@ def test_a_distilled_model_predicts_more_nearly_what_the_dense_one_does_at_the_s
         if method in ("gptq", "ectcq"):  # whole numbers stay
             np.testing.assert_array_equal(weight == 0, plain.weights[name] == 0)
         assert not np.array_equal(weight, plain.weights[name])
+
+
+@pytest.mark.parametrize("method", ["ectcq", "gptq", "hybrid"])
+def test_a_model_is_trained_in_bfloat16(made, tmp_path, method):  # noqa: F811
+    # a step is smaller than what numbers near 1 differ by in bfloat16
+    variant = complete(method=method, **METHODS[method], distill=OPTIONS)
+    _, report = trained(made, learned(made, tmp_path, variant), variant, tmp_path / "distilled", dtype="bfloat16")
+    assert report["epoch"] > 0 and report["kl"] < report["kl_before"]
 
 
 def test_gradients_are_those_of_the_divergence(made):  # noqa: F811

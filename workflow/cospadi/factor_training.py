@@ -274,7 +274,8 @@ class _Part(torch.nn.Module):
         through = x if self.dictionary is None else times(x, self.dictionary.to(x.dtype))
         if not (self._of_columns or self._fixed):
             return through @ self._codes().to(x.dtype)
-        self.codes = self.codes.to(x.dtype)  # once: they stay what they are
+        with torch.inference_mode(False):  # once, as they stay what they are; perhaps before the first training
+            self.codes = self.codes.to(x.dtype)
         y = through @ self.codes
         if self._fixed:
             return y
