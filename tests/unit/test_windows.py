@@ -77,10 +77,7 @@ def test_sources_of_a_mixture_have_their_share_of_the_windows(tiny_model, tmp_pa
 
 
 def documents_of(model: Path, *texts: str) -> list[list[int]]:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    return [tokenizer(text * 10).input_ids for text in texts]
+    return [encoded(model, text * 10) for text in texts]
 
 
 def test_more_samples_of_a_mixture_are_cut_at_the_same_places(tiny_model, tmp_path):

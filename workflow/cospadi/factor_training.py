@@ -121,7 +121,8 @@ def train(
         schedule.step()
         late.append(error)
         if number + 1 == n_batches or step + 1 == n_steps:
-            mean = sum(one * count for one, count in at["errors"]) / sum(count for _, count in at["errors"])
+            errors, counts = zip(*at["errors"], strict=True)
+            mean = float(np.average(errors, weights=counts))
             found = finite(error_held_out(), option)
             at["history"].append({"iteration": epoch + 1, "error": mean, "error_heldout": found})
             log(f"epoch {epoch + 1}/{len(shuffled)} error {mean:.5f} held out {found:.5f}")

@@ -16,15 +16,14 @@ import torch
 
 from cospadi.arrays import held_out_of, slices
 from cospadi.calibration.activations import first_heldout
-from cospadi.calibration.walk import Chunk, Windows, logged, read_windows
+from cospadi.calibration.walk import Chunk, Windows, divergence_of_logits, logged, read_windows
 from cospadi.factor_training import TrainedMatrix, finite, train, trainable
 from cospadi.files import ModelFolder
 from cospadi.formats.factorization import Factorization
 from cospadi.provenance import tokens_digest
 from cospadi.structure import load_head
 
-# Tokens whose logits are in memory, and of those, on a CPU, whose numbers are in its cache
-_TOKENS_AT_ONCE, _TOKENS_IN_CACHE = 256, 8
+_TOKENS_AT_ONCE = 256  # whose logits are in memory
 
 
 def teach(
@@ -187,25 +186,9 @@ class Student:
                 taught = self._chunk.predict(wanted[part], self._head)
             states = rows[part].detach().requires_grad_(n_tokens is not None)
             logits = self._chunk.predict(states, self._head)
-            total += _divergence(taught, logits.detach())
+            total += divergence_of_logits(taught, logits.detach())
             if n_tokens is not None:
                 (gradient[part],) = torch.autograd.grad(logits, states, taught.div_(n_tokens))
         if n_tokens is not None:
             rows.backward(gradient)
         return total
-
-
-def _divergence(taught: torch.Tensor, logits: torch.Tensor) -> float:
-    """Summed Kullback-Leibler divergence of what is predicted from what should be, by the logits of both (n_tokens,
-    vocabulary), float32. In place of `taught` comes its gradient at `logits`: what is predicted less what should be.
-
-    A few tokens at a time on a CPU: several passes over numbers that stay in its cache.
-    """
-    total = 0.0
-    few = _TOKENS_IN_CACHE if taught.device.type == "cpu" else len(taught)
-    for part in slices(0, len(taught), few):
-        log_p, log_q = taught[part].log_softmax(1), logits[part].log_softmax(1)
-        p = log_p.exp()
-        total += float(torch.dot(p.flatten(), (log_p - log_q).flatten()))
-        torch.sub(log_q.exp_(), p, out=taught[part])
-    return total

@@ -10,7 +10,7 @@ import numpy as np
 
 from cospadi.arrays import slices
 from cospadi.calibration.activations import first_heldout
-from cospadi.calibration.walk import Chunk, Windows, read_windows
+from cospadi.calibration.walk import Chunk, Windows, divergence_of_logits, read_windows
 from cospadi.structure import load_head
 
 if TYPE_CHECKING:
@@ -115,5 +115,4 @@ class Alone:
         import torch
 
         with torch.inference_mode():
-            log_p, log_q = (self._chunk.predict(rows, self._head).log_softmax(-1) for rows in (was, now))
-            return float((log_p.exp() * (log_p - log_q)).sum(-1).double().sum())
+            return divergence_of_logits(*(self._chunk.predict(rows, self._head) for rows in (was, now)))
