@@ -109,6 +109,16 @@ def test_layers_on_the_disk_compute_the_same(packed_model, tmp_path, family):
     assert_close(logits(model), logits(load(packed)))
 
 
+def test_an_old_transformers_does_not_find_what_is_shared_on_the_disk(packed_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.__version__", "5.12.1")
+    packed = packed_model("mistral").packed
+    with pytest.raises(
+        ValueError, match=r"share one dictionary, and transformers 5\.12\.1 finds.* Take transformers 5\.13"
+    ):
+        load(packed, device_map=_placed(lambda index: "disk"), offload_folder=tmp_path)
+    load(packed, device_map=_placed(lambda index: "cpu"))
+
+
 @pytest.mark.parametrize("on_disk", [(0, 2), (1, 3)])
 def test_a_dictionary_that_is_on_the_disk_for_some_layers_only_is_refused(packed_model, tmp_path, on_disk):
     device_map = _placed(lambda index: "disk" if index in on_disk else "cpu")

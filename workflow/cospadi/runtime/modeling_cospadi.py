@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -61,6 +62,8 @@ __all__ = ["CospadiForCausalLM", "PackedLinear", "pack_", "packed_layers", "regi
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 _REMEDY = "Fetch or assemble the folder again"
+# Since this version transformers tells accelerate every name of a tensor on the disk, not the first one alone
+_FINDS_SHARED = (5, 13)
 
 # What entropy-coded matrices are decoded to
 STREAMS = ("dense", "int8")
@@ -201,7 +204,8 @@ class CospadiForCausalLM:
             format does not allow.
         ValueError
             If the config names a format version, codec or layer that is not known, or describes a matrix wrongly; if
-            the device map puts a part of the layers that share a dictionary on the disk.
+            the device map puts a part of the layers that share a dictionary on the disk, or all of them with
+            transformers before 5.13.
         """
         path = pretrained_model_name_or_path
         if not isinstance(kwargs.get("config"), PreTrainedConfig):
@@ -414,13 +418,20 @@ def _check_offload(path: Any, packing: dict[str, Any], device_map: dict[str, Any
 
     tied = [(HEAD, EMBEDDING)] if EMBEDDING in packing["matrices"] and HEAD not in packing["matrices"] else []
     for name, owner in [*tied, *_owners(packing)]:
+        what = "matrix" if name == HEAD else "dictionary"
         if on_disk(name) != on_disk(owner):
             there, elsewhere = (name, owner) if on_disk(name) else (owner, name)
-            what = "matrix" if name == HEAD else "dictionary"
             raise ValueError(
                 f"{path}: the device map puts {there} on the disk and {elsewhere} elsewhere, but they share one "
                 f"{what}, which accelerate then does not find. Put both on the disk, or neither: give more memory "
                 "(max_memory), or a device_map that keeps the layers of a group together"
+            )
+        version = transformers.__version__
+        if on_disk(name) and tuple(map(int, version.split(".")[:2])) < _FINDS_SHARED:
+            raise ValueError(
+                f"{path}: the device map puts {name} and {owner} on the disk, which share one {what}, and transformers "
+                f"{version} finds that for one of them only. Take transformers {'.'.join(map(str, _FINDS_SHARED))} or "
+                "newer, or give more memory (max_memory)"
             )
 
 
