@@ -7,22 +7,24 @@ from cospadi.stage import choose_device, script
 
 def main(snakemake, log):
     from cospadi.choosing import Search, Target, choose_variants
+    from cospadi.finished import Finished, stamps
 
-    params, settings = snakemake.params, snakemake.params.settings
+    params, settings, windows = snakemake.params, snakemake.params.settings, Path(snakemake.input.windows)
     variants = {name: Path(folder) for name, folder in params.variants.items()}
     size, trials, search = settings.get("ratio"), settings.get("search"), None
-    if size is None or trials:
-        from cospadi.evaluation.parts import PartsModel, codes_of
+    output, table, device = Path(snakemake.output.choice), Path(snakemake.output.table), choose_device(params.device)
+    measured = [params.code, params.dtype, device, params.collection, trials is None]
+    with Finished(output, [measured, stamps([windows, *map(Path, snakemake.input.codes)])]) as finished:
+        if size is None or trials:
+            from cospadi.evaluation.parts import PartsModel, codes_of
 
-        windows, fraction = Path(snakemake.input.windows), params.collection["heldout_fraction"]
-        codes, device = codes_of(variants, params.units), choose_device(params.device)
-        # what a swap changes is less than other dtypes round
-        dtype = "float32" if trials else params.dtype
-        model = PartsModel(Path(snakemake.input.model), windows, fraction, codes, device, dtype)
-        search = Search(trials, model.divergence, model.seed % 2**63) if trials else None
-        size = size if trials else Target(settings["max_perplexity_increase"], model.increase)
-    output, table = Path(snakemake.output.choice), Path(snakemake.output.table)
-    choose_variants(variants, params.units, size, output, table=table, search=search, log=log)
+            # what a swap changes is less than other dtypes round
+            dtype = "float32" if trials else params.dtype
+            codes, fraction = codes_of(variants, params.units), params.collection["heldout_fraction"]
+            model = PartsModel(Path(snakemake.input.model), windows, fraction, codes, device, dtype)
+            search = Search(trials, finished.once(model.divergence), model.seed % 2**63) if trials else None
+            size = size if trials else Target(settings["max_perplexity_increase"], finished.once(model.increase))
+        choose_variants(variants, params.units, size, output, table=table, search=search, log=log)
 
 
 if __name__ == "__main__":

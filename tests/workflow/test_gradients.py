@@ -6,8 +6,10 @@ import csv
 import math
 import os
 import re
+import runpy
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -15,12 +17,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from cospadi.evaluation.parts import PartsModel
 from cospadi.files import ModelFolder, TensorFile, read_json
 from cospadi.formats.factorization import tensor_names, unpack
 from cospadi.runs import plan_of
 from cospadi.status import status
 
-from .conftest import Run, check_finished, rows
+from .conftest import PROJECT, Run, check_finished, rows
 
 SHARED = [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]
 NAMES = ["hybrid", "sparsegpt"]
@@ -309,6 +312,63 @@ def test_swaps_that_bring_the_predictions_nearer_to_the_dense_model_stay(run):
     )
     # packed values of what stays as it is are bfloat16
     assert float((log_p.exp() * (log_p - log_q)).sum(-1).mean()) == pytest.approx(found[-1], rel=2e-2)
+
+
+@pytest.mark.parametrize("name", ["mix", "close"])
+def test_an_interrupted_search_goes_on_behind_what_it_had_measured(run, tmp_path, monkeypatch, name):
+    run = run.copy(tmp_path / "copy")
+    folder, settings = run.results / name, run.config["variants"][name]
+    whole = read_json(folder / "choice.json")
+    choose = runpy.run_path(str(PROJECT / "scripts/choose_variants.py"))["main"]
+    variants = {source: str(run.results / source) for source in settings["choose_from"]}
+    job = SimpleNamespace(
+        input=SimpleNamespace(
+            model=str(run.folder / run.config["model"]["path"]),
+            windows=str(run.results / "calibration.h5"),
+            codes=[f"{source}/codes/layers_00-02.safetensors" for source in variants.values()],
+        ),
+        output=SimpleNamespace(choice=str(folder / "choice.json"), table=str(folder / "allocation.tsv")),
+        params=SimpleNamespace(
+            variants=variants,
+            units=["layers_00-02"],
+            settings=settings,
+            dtype="float32",
+            device="cpu",
+            code="1",
+            collection={"heldout_fraction": run.config["calibration"]["heldout_fraction"]},
+        ),
+    )
+    measure = "increase" if name == "close" else "divergence"
+    original, calls = getattr(PartsModel, measure), []
+
+    def counted(self, chosen):
+        calls.append(chosen)
+        if len(calls) == stop_at:
+            raise KeyboardInterrupt
+        return original(self, chosen)
+
+    def chosen():
+        calls.clear()
+        choose(job, lambda line: None)
+        assert not list(folder.glob(".*")) and read_json(folder / "choice.json") == whole
+        return len(calls)
+
+    monkeypatch.setattr("cospadi.finished.SAVE_SECONDS", 0)
+    monkeypatch.setattr(PartsModel, measure, counted)
+    stop_at = None
+    n_measured = chosen()
+    stop_at = 4
+    with pytest.raises(KeyboardInterrupt):
+        chosen()
+    stop_at = None
+    assert chosen() == n_measured - 3
+    # what was measured of other files is not taken
+    stop_at = 4
+    with pytest.raises(KeyboardInterrupt):
+        chosen()
+    Path(job.input.codes[0]).touch()
+    stop_at = None
+    assert chosen() == n_measured
 
 
 def test_a_table_that_is_edited_is_followed(run, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -74,6 +74,17 @@ class Finished:
     def left(self, groups: Iterable[Sequence[Any]]) -> list[Sequence[Any]]:
         """Those of some groups of matrices that have one without a result."""
         return [group for group in groups if not all(one.name in self for one in group)]
+
+    def once(self, measure: Callable[[Any], float]) -> Callable[[Any], float]:
+        """`measure` of JSON values, asked once for the same ones."""
+
+        def measured(given: Any) -> float:
+            name = digest_of(given)
+            if name not in self:
+                self.add(name, {"measured": measure(given)})
+            return self[name].about["measured"]
+
+        return measured
 
     def add(self, name: str, about: dict[str, Any], tensors: Mapping[str, np.ndarray] | None = None) -> None:
         """Add a result; its tensors have names of their own among all of the job."""
