@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from cospadi.stage import choose_device, script
+from cospadi.stage import choose_device, choose_dtype, script
 
 
 def main(snakemake, log):
@@ -13,13 +13,13 @@ def main(snakemake, log):
     variants = {name: Path(folder) for name, folder in params.variants.items()}
     size, trials, search = settings.get("ratio"), settings.get("search"), None
     output, table, device = Path(snakemake.output.choice), Path(snakemake.output.table), choose_device(params.device)
-    measured = [params.code, params.dtype, device, params.collection, trials is None]
-    with Finished(output, [measured, stamps([windows, *map(Path, snakemake.input.codes)])]) as finished:
+    # what a swap changes is less than other dtypes round
+    dtype = "float32" if trials else choose_dtype(params.dtype, device)[0]
+    measured = [params.code, dtype, device, params.collection, stamps([windows, *map(Path, snakemake.input.codes)])]
+    with Finished(output, measured) as finished:
         if size is None or trials:
             from cospadi.evaluation.parts import PartsModel, codes_of
 
-            # what a swap changes is less than other dtypes round
-            dtype = "float32" if trials else params.dtype
             codes, fraction = codes_of(variants, params.units), params.collection["heldout_fraction"]
             model = PartsModel(Path(snakemake.input.model), windows, fraction, codes, device, dtype)
             search = Search(trials, finished.once(model.divergence), model.seed % 2**63) if trials else None

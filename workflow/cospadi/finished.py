@@ -76,10 +76,10 @@ class Finished:
         return [group for group in groups if not all(one.name in self for one in group)]
 
     def once(self, measure: Callable[[Any], float]) -> Callable[[Any], float]:
-        """`measure` of JSON values, asked once for the same ones."""
+        """`measure` of JSON values, asked once for the same ones; its name tells it from others of the job."""
 
         def measured(given: Any) -> float:
-            name = digest_of(given)
+            name = digest_of([measure.__name__, given])
             if name not in self:
                 self.add(name, {"measured": measure(given)})
             return self[name].about["measured"]

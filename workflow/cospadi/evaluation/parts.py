@@ -19,7 +19,6 @@ from cospadi.evaluation.divergence import Head
 from cospadi.files import ModelFolder, TensorFile
 from cospadi.formats.factorization import read_specs, tensor_names, unpack
 from cospadi.runtime.cospadi_registry import CODECS
-from cospadi.stage import choose_dtype
 
 _REMEDY = "Delete it and run again to pack this unit anew"
 
@@ -39,7 +38,7 @@ class PartsModel:
         Variant to its files of codes, of all units.
     device : str
     dtype : str
-        To compute in; ``auto`` as of `stage.choose_dtype`.
+        To compute in; never ``auto``.
 
     Attributes
     ----------
@@ -54,10 +53,9 @@ class PartsModel:
         heldout_fraction: float,
         codes: Mapping[str, list[Path]],
         device: str,
-        dtype: str = "auto",
+        dtype: str,
     ) -> None:
-        dtype = getattr(torch, choose_dtype(dtype, device)[0])
-        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device).eval()
         self._dense = ModelFolder(folder)
         found = read_windows(windows, self._model.get_input_embeddings().num_embeddings)
         self.seed = found.seed
